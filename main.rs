@@ -1,0 +1,1295 @@
+//! kv-store: a distributed key-value store over HTTP, in one file.
+//!
+//! Whatever the role of an instance, a request travels one road:
+//!
+//! ```text
+//! bytes -> Request -> route -> who owns it? -- this instance -> store -> Outcome -> Answer -> bytes
+//!                                         \--- a peer -> relay -> the peer's Answer, unchanged --/
+//! ```
+//!
+//! A main instance owns every key; a follower owns none and relays to its main instance. An `Outcome` (created, found,
+//! missing, refused because ...) knows nothing of HTTP; the contract's two vocabularies are two columns of one table,
+//! `Outcome::row`. The sections below follow the road: settings, requests, outcomes, the store, owners, the relay, and
+//! last the connections, where bytes come from and go to.
+//!
+//! Two kinds of threads: may's workers run each connection as a coroutine and must never block; the lanes of the relay
+//! are plain threads, because the HTTP client blocks. A coroutine that waits for a lane holds no worker.
+
+use std::borrow::{Borrow, Cow};
+use std::collections::hash_map::{HashMap, RandomState};
+use std::collections::{HashSet, VecDeque};
+use std::hash::{BuildHasher, Hash, Hasher};
+use std::io::{self, BufRead, Read, Write};
+use std::mem::ManuallyDrop;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
+use std::process::exit;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use attohttpc::{ErrorKind, Method, ProxySettings, RequestBuilder, StatusCode};
+use may_minihttp::{BodyReader, HttpService, HttpServiceFactory, Request as Parsed, Response};
+use percent_encoding::{AsciiSet, CONTROLS, percent_decode, utf8_percent_encode};
+use serde_json::value::RawValue;
+
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// The limit of a value, in bytes as stored (the contract, "Size limit").
+const MAX_VALUE: usize = 1 << 20;
+/// The limit of a body: a value at its limit fits in however it is escaped (JSON's \u0041 takes 6 bytes for 1).
+const MAX_BODY: usize = 8 << 20;
+/// The limit of a request's head. The server has none of its own and would collect an endless head in memory.
+const MAX_HEAD: u64 = 64 << 10;
+/// The answers that a connection may have waiting for a client that does not read them, in bytes.
+const MAX_UNSENT: usize = 4 << 20;
+/// A connection on which nothing happens for this long is closed.
+const IDLE_LIMIT: Duration = Duration::from_secs(60);
+
+/// Locks a mutex, also after a panic elsewhere: what is guarded here is whole between any two statements.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+// ---- Settings: what the environment says ----------------------------------------------------------------------------
+
+const HELP: &str = "\
+kv-store: a distributed key-value store over HTTP
+
+usage: kv-store [--help | --version | --health]
+  --health  asks the instance that the same environment describes whether it answers; exit status 0 or 1
+
+environment (an empty variable is an unset one):
+  PORT                TCP port to listen on                        [the port of ADDRESS, else 8080]
+  IP                  IPv4 or IPv6 address to bind                 [0.0.0.0]
+  FORWARDING_ADDRESS  host:port of the main instance to relay to   [none: this is a main instance]
+  MAINIP              the same, where FORWARDING_ADDRESS is unset
+  ADDRESS             this instance's own host:port                [none]
+";
+
+/// What the environment asks of this process.
+#[derive(Debug)]
+struct Settings {
+    listen: SocketAddr,
+    /// The main instance's `host:port`, if this is a follower.
+    main: Option<String>,
+}
+
+impl Settings {
+    /// Reads the variables through `variable`. The error is a line for stderr: variable, value, what was expected.
+    fn read(variable: impl Fn(&str) -> Option<String>) -> Result<Settings, String> {
+        let get = |name: &str| variable(name).filter(|value| !value.is_empty());
+        let address = |name: &str| match get(name) {
+            Some(value) if split_address(&value).is_none() => {
+                Err(format!("{name}={value}: expected host:port, such as 10.10.0.2:8080 or main:8080"))
+            }
+            value => Ok(value),
+        };
+        let own_port = address("ADDRESS")?.as_deref().and_then(split_address).map(|(_, port)| port);
+        let port = match get("PORT") {
+            Some(value) => {
+                split_address(&format!("localhost:{value}"))
+                    .ok_or(format!("PORT={value}: expected a number from 1 to 65535"))?
+                    .1
+            }
+            None => own_port.unwrap_or(8080),
+        };
+        let ip = get("IP").unwrap_or("0.0.0.0".into());
+        let ip: IpAddr = ip.parse().map_err(|_| format!("IP={ip}: expected an IPv4 or IPv6 address"))?;
+        let main = address("FORWARDING_ADDRESS")?.map_or_else(|| address("MAINIP"), |main| Ok(Some(main)))?;
+        Ok(Settings { listen: SocketAddr::new(ip, port), main })
+    }
+}
+
+/// Splits `host:port`, where the host is a name, an IPv4 address or an IPv6 address in brackets: what stands unchanged in
+/// a URL, and nothing else.
+fn split_address(text: &str) -> Option<(String, u16)> {
+    let url = url::Url::parse(&format!("http://{text}")).ok()?;
+    let (host, port) = (url.host_str()?.to_owned(), url.port_or_known_default().filter(|port| *port > 0)?);
+    text.eq_ignore_ascii_case(&format!("{host}:{port}")).then_some((host, port))
+}
+
+// ---- Requests: what a client asks for -------------------------------------------------------------------------------
+
+/// A whole request. HEAD is a GET here: only the connection knows that its answer leaves without the body.
+struct Request {
+    verb: String,
+    /// Path and query as they came, percent-encoded.
+    target: String,
+    content_type: String,
+    /// The instances that relayed this request so far (RFC 9110 section 7.6.3).
+    via: String,
+    body: Vec<u8>,
+}
+
+/// What the head of a request tells the connection.
+struct Framing {
+    /// The length of the body, in bytes.
+    length: usize,
+    is_head: bool,
+    /// The client wants the connection closed, or speaks HTTP/1.0, where that is the default.
+    closing: bool,
+    /// An HTTP/1.0 client that asked to keep the connection waits to be told that it is kept.
+    confirm_keep_alive: bool,
+    expects_continue: bool,
+}
+
+/// Reads the head of a request that httparse took apart; the body is still missing. The error is the refusal of a request
+/// whose body's length cannot be trusted: where the next request begins is not known, so the connection must be closed.
+fn read_head(
+    verb: &str,
+    target: &str,
+    version: u8,
+    headers: &[httparse::Header],
+) -> Result<(Request, Framing), Outcome> {
+    let all = |name: &'static str| headers.iter().filter(move |header| header.name.eq_ignore_ascii_case(name));
+    let joined = |name| all(name).map(|it| String::from_utf8_lossy(it.value)).collect::<Vec<_>>().join(", ");
+    if all("Transfer-Encoding").next().is_some() {
+        return Err(Outcome::LengthRequired);
+    }
+    let mut lengths = all("Content-Length").map(|header| parse_length(header.value));
+    let length = lengths.next().unwrap_or(Some(0)).ok_or(Outcome::BadRequest)?;
+    if lengths.any(|another| another != Some(length)) {
+        return Err(Outcome::BadRequest);
+    }
+    let connection = joined("Connection").to_ascii_lowercase();
+    let option = |name| connection.split(',').any(|option| option.trim() == name);
+    let framing = Framing {
+        length,
+        is_head: verb == "HEAD",
+        closing: option("close") || (version == 0 && !option("keep-alive")),
+        confirm_keep_alive: version == 0,
+        expects_continue: length > 0 && joined("Expect").eq_ignore_ascii_case("100-continue"),
+    };
+    let (verb, target) = (if verb == "HEAD" { "GET" } else { verb }.into(), origin_form(target));
+    let (content_type, via) = (joined("Content-Type"), joined("Via"));
+    Ok((Request { verb, target, content_type, via, body: Vec::new() }, framing))
+}
+
+/// Digits only (RFC 9110 section 8.6); Rust's own parser would take a sign as well.
+fn parse_length(value: &[u8]) -> Option<usize> {
+    let digits = std::str::from_utf8(value).ok().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()))?;
+    digits.parse().ok()
+}
+
+/// Takes scheme and host off a target in absolute form (RFC 9112 section 3.2.2). Any other target that does not begin
+/// with a slash (OPTIONS *, CONNECT host:port) becomes a path that does not exist.
+fn origin_form(target: &str) -> String {
+    match target.split_once("://") {
+        _ if target.starts_with('/') => target.into(),
+        Some((_, rest)) => rest.find('/').map_or("/", |at| &rest[at..]).into(),
+        None => format!("/{target}"),
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Vocabulary {
+    Form,
+    Json,
+}
+
+/// What a path names.
+enum Resource<'a> {
+    Instance,
+    KeyCount,
+    ViewChange,
+    Key(Cow<'a, [u8]>),
+    Unknown,
+}
+
+impl Request {
+    /// Finds what the request is about, and in which words its answer is due: the whole routing.
+    fn route(&self) -> (Resource<'_>, Vocabulary) {
+        let typed = if self.is_of_type("application/json") { Vocabulary::Json } else { Vocabulary::Form };
+        let path = self.target.split('?').next().unwrap_or_default();
+        match path.strip_prefix("/kv-store") {
+            Some("" | "/") => (Resource::Instance, Vocabulary::Json),
+            Some("/key-count") => (Resource::KeyCount, Vocabulary::Json),
+            Some("/view-change") => (Resource::ViewChange, Vocabulary::Json),
+            Some(rest) if rest.starts_with("/keys/") => (Resource::key(&rest["/keys/".len()..]), Vocabulary::Json),
+            Some(rest) if rest.starts_with('/') => (Resource::key(&rest[1..]), typed),
+            _ => (Resource::Unknown, typed),
+        }
+    }
+
+    fn is_of_type(&self, media_type: &str) -> bool {
+        self.content_type.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case(media_type)
+    }
+
+    /// An exchange between instances, see the section on the relay.
+    fn is_exchange(&self) -> bool {
+        self.verb == "POST" && self.target == EXCHANGE_TARGET && self.is_of_type(EXCHANGE_TYPE)
+    }
+}
+
+impl Resource<'_> {
+    /// A key is one path segment; a slash inside a key arrives as %2F.
+    fn key(segment: &str) -> Resource<'_> {
+        match segment.contains('/') {
+            true => Resource::Unknown,
+            false => Resource::Key(percent_decode(segment.as_bytes()).into()),
+        }
+    }
+}
+
+/// Whether a key may be stored. Any key may be asked for: one that cannot exist does not exist.
+fn is_valid_key(key: &[u8], vocabulary: Vocabulary) -> bool {
+    let is_form_byte = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'_';
+    match vocabulary {
+        Vocabulary::Form => (1..=200).contains(&key.len()) && key.iter().all(is_form_byte),
+        Vocabulary::Json => std::str::from_utf8(key).is_ok_and(|key| (1..=50).contains(&key.chars().count())),
+    }
+}
+
+/// The record that a PUT wants stored, or why it is refused. The checks run in the contract's order: key, value, size.
+fn record_of(key: &[u8], request: &Request, vocabulary: Vocabulary) -> Result<Record, Outcome> {
+    if !is_valid_key(key, vocabulary) {
+        return Err(Outcome::KeyInvalid);
+    }
+    let (form, value) = match vocabulary {
+        Vocabulary::Form => (ValueForm::Text, form_value(request)?),
+        Vocabulary::Json => json_value(&request.body)?,
+    };
+    (value.len() <= MAX_VALUE).then(|| Record::new(key, form, &value)).ok_or(Outcome::ValueTooLarge)
+}
+
+/// The first field `val` of the body, or else of the query, decoded.
+fn form_value(request: &Request) -> Result<Vec<u8>, Outcome> {
+    let query = request.target.split_once('?').map_or("", |(_, query)| query).as_bytes();
+    let value = form_field(&request.body, b"val").or_else(|| form_field(query, b"val")).ok_or(Outcome::ValueMissing)?;
+    String::from_utf8(value).map(String::into_bytes).map_err(|_| Outcome::ValueNotText)
+}
+
+/// Finds a field of an application/x-www-form-urlencoded text. The `form_urlencoded` crate would replace bytes that are
+/// not UTF-8 instead of telling.
+fn form_field(text: &[u8], wanted: &[u8]) -> Option<Vec<u8>> {
+    let decode = |part: &[u8]| {
+        let spaced: Vec<u8> = part.iter().map(|byte| if *byte == b'+' { b' ' } else { *byte }).collect();
+        percent_decode(&spaced).collect::<Vec<u8>>()
+    };
+    text.split(|byte| *byte == b'&').find_map(|field| {
+        let (name, value) = field.split_at(field.iter().position(|byte| *byte == b'=').unwrap_or(field.len()));
+        (decode(name) == wanted).then(|| decode(value.get(1..).unwrap_or_default()))
+    })
+}
+
+/// The member `value` of a JSON object: a string as its text, anything else as the JSON text it came as, so that it goes
+/// back digit for digit. Nothing here recurses, however deep the value is nested.
+fn json_value(body: &[u8]) -> Result<(ValueForm, Vec<u8>), Outcome> {
+    if body.is_empty() {
+        return Err(Outcome::ValueMissing);
+    }
+    let members: HashMap<String, &RawValue> = serde_json::from_slice(body).map_err(|_| Outcome::BodyNotObject)?;
+    match members.get("value").map(|value| value.get()) {
+        None | Some("null") => Err(Outcome::ValueMissing),
+        Some(json) if json.starts_with('"') => {
+            let text: String = serde_json::from_str(json).map_err(|_| Outcome::BodyNotObject)?;
+            Ok((ValueForm::Text, text.into_bytes()))
+        }
+        Some(json) => Ok((ValueForm::Json, json.as_bytes().to_vec())),
+    }
+}
+
+// ---- Outcomes, and how the two vocabularies say them ----------------------------------------------------------------
+
+/// What became of a request, before anyone thinks of HTTP.
+enum Outcome {
+    Created,
+    Replaced,
+    Found(Record),
+    Deleted,
+    Missing,
+    KeyInvalid,
+    ValueMissing,
+    ValueTooLarge,
+    ValueNotText,
+    BodyNotObject,
+    MainDown,
+    NotFound,
+    /// With the header that tells which verbs the path takes.
+    VerbNotAllowed(&'static str),
+    BadRequest,
+    LengthRequired,
+    KeyCount(usize),
+    /// With the members that describe this instance.
+    Instance(String),
+    AddressNotSet,
+}
+
+/// An error in the words of the form vocabulary.
+macro_rules! refused {
+    ($status:literal, $msg:literal) => {
+        ($status, concat!(r#"{"result":"Error","msg":""#, $msg, r#""}"#))
+    };
+}
+/// An error in the words of the JSON vocabulary.
+macro_rules! failed {
+    ($status:literal, $error:literal) => {
+        ($status, concat!(r#"{"error":""#, $error, r#"","message":"Error in <verb>"}"#))
+    };
+}
+
+impl Outcome {
+    /// The answers of the contract: status and body in the form vocabulary, and in the JSON vocabulary. `answer` fills in
+    /// what stands in angle brackets. What only one vocabulary can say stands in both columns alike.
+    #[rustfmt::skip]
+    fn row(&self) -> [(u16, &'static str); 2] {
+        use Outcome::*;
+        match self {
+            Created   => [(201, r#"{"replaced":"False","msg":"New key created"}"#),
+                          (201, r#"{"message":"Added successfully","replaced":false}"#)],
+            Replaced  => [(200, r#"{"replaced":"True","msg":"Value of existing key replaced"}"#),
+                          (200, r#"{"message":"Updated successfully","replaced":true}"#)],
+            Found(_)  => [(200, r#"{"result":"Success","value":<value>}"#),
+                          (200, r#"{"doesExist":true,"message":"Retrieved successfully","value":<value>}"#)],
+            Deleted   => [(200, r#"{"result":"Success"}"#),
+                          (200, r#"{"doesExist":true,"message":"Deleted successfully"}"#)],
+            Missing   => [refused!(404, "Key does not exist"),
+                          (404, r#"{"doesExist":false,"error":"Key does not exist","message":"Error in <verb>"}"#)],
+            KeyInvalid        => [refused!(403, "Key not valid"),        failed!(400, "Key is too long")],
+            ValueMissing      => [refused!(403, "No value provided"),    failed!(400, "Value is missing")],
+            ValueTooLarge     => [refused!(403, "Object too large. Size limit is 1MB"), failed!(413, "Value is too large")],
+            ValueNotText      => [refused!(403, "Value is not valid UTF-8"); 2],
+            BodyNotObject     => [failed!(400, "Body is not a JSON object"); 2],
+            MainDown          => [refused!(501, "Server unavailable"),   failed!(503, "Main instance is down")],
+            NotFound          => [refused!(404, "Not found"),            failed!(404, "Not found")],
+            VerbNotAllowed(_) => [refused!(405, "Method not allowed"),   failed!(405, "Method not allowed")],
+            BadRequest        => [refused!(400, "Bad request"); 2],
+            LengthRequired    => [refused!(411, "Length required"); 2],
+            KeyCount(_)       => [(200, r#"{"message":"Key count retrieved successfully","key-count":<count>}"#); 2],
+            Instance(_)       => [(200, r#"{"result":"Success",<instance>}"#); 2],
+            AddressNotSet     => [failed!(400, "ADDRESS is not set"); 2],
+        }
+    }
+
+    /// Says the outcome in a vocabulary.
+    fn answer(&self, vocabulary: Vocabulary, verb: &str) -> Answer {
+        let (status, template) = self.row()[vocabulary as usize];
+        let mut body = Vec::with_capacity(template.len() + 64);
+        for part in template.split_inclusive('>') {
+            let (text, blank) = part.split_once('<').unwrap_or((part, ""));
+            body.extend(text.as_bytes());
+            match (self, blank) {
+                (_, "") => {}
+                (_, "verb>") => body.extend(verb.as_bytes()),
+                (Outcome::Found(record), _) => record.write_value(&mut body),
+                (Outcome::KeyCount(count), _) => body.extend(count.to_string().as_bytes()),
+                (Outcome::Instance(members), _) => body.extend(members.as_bytes()),
+                _ => {}
+            }
+        }
+        body.push(b'\n');
+        let header = if let Outcome::VerbNotAllowed(header) = self { header } else { JSON };
+        Answer { status, header: Cow::Borrowed(header), body }
+    }
+}
+
+/// The headers that our answers have, beside those that every answer has.
+const JSON: &str = "Content-Type: application/json";
+const EXCHANGE: &str = "Content-Type: application/x-kv-store-exchange";
+const GET_ONLY: &str = "Content-Type: application/json\r\nAllow: GET, HEAD";
+const PUT_ONLY: &str = "Content-Type: application/json\r\nAllow: PUT";
+const KEY_VERBS: &str = "Content-Type: application/json\r\nAllow: GET, HEAD, PUT, DELETE";
+
+/// A status, `Content-Type` and perhaps `Allow`, and a body: what a relay passes on of an answer.
+struct Answer {
+    status: u16,
+    header: Cow<'static, str>,
+    body: Vec<u8>,
+}
+
+impl Answer {
+    /// The status as HTTP spells it out.
+    fn reason(&self) -> &'static str {
+        StatusCode::from_u16(self.status).ok().and_then(|status| status.canonical_reason()).unwrap_or("Unknown")
+    }
+
+    /// Writes what may_minihttp would write, byte for byte as long: `Connection::settle` counts on it.
+    fn write_head(&self, out: &mut Vec<u8>, date: &str, connection: &str) {
+        let (status, reason, length, header) = (self.status, self.reason(), self.body.len(), &self.header);
+        let _ = write!(out, "HTTP/1.1 {status} {reason}\r\nServer: M\r\nDate: {date}\r\nContent-Length: {length}\r\n");
+        let _ = write!(out, "{header}{}{connection}\r\n\r\n", if connection.is_empty() { "" } else { "\r\n" });
+    }
+
+    /// Writes an answer into an exchange.
+    fn write(&self, out: &mut Vec<u8>) {
+        write_field(&self.status.to_be_bytes(), out);
+        write_field(self.header.as_bytes(), out);
+        write_field(&self.body, out);
+    }
+
+    /// Reads the next answer of an exchange.
+    fn read(bytes: &mut &[u8]) -> Option<Answer> {
+        let status = u16::from_be_bytes(read_field(bytes)?.try_into().ok()?);
+        let header = known_header(String::from_utf8(read_field(bytes)?.to_vec()).ok()?);
+        Some(Answer { status, header, body: read_field(bytes)?.to_vec() })
+    }
+}
+
+/// A header of a peer's answer, borrowed if it is one of ours: the server takes no others.
+fn known_header(header: String) -> Cow<'static, str> {
+    let known = [JSON, EXCHANGE, GET_ONLY, PUT_ONLY, KEY_VERBS].into_iter().find(|known| *known == header);
+    known.map_or(Cow::Owned(header), Cow::Borrowed)
+}
+
+// ---- The store: one map behind one lock -----------------------------------------------------------------------------
+
+/// A key and its value in one allocation: a byte with the key's length, a byte with the value's form, the key, the value.
+/// Cloning one copies a pointer, so that a value is made JSON of after the lock on the map is gone.
+#[derive(Clone)]
+struct Record(Arc<[u8]>);
+
+#[derive(Clone, Copy)]
+enum ValueForm {
+    /// A string, kept as its text.
+    Text,
+    /// Any other JSON value, kept as the JSON text it came as.
+    Json,
+}
+
+impl Record {
+    /// The key must be valid, which keeps it to 200 bytes in either vocabulary.
+    fn new(key: &[u8], form: ValueForm, value: &[u8]) -> Record {
+        Record([&[key.len() as u8, form as u8], key, value].concat().into())
+    }
+
+    fn key(&self) -> &[u8] {
+        &self.0[2..2 + self.0[0] as usize]
+    }
+
+    /// Appends the value as JSON.
+    fn write_value(&self, out: &mut Vec<u8>) {
+        let value = &self.0[2 + self.0[0] as usize..];
+        match self.0[1] == ValueForm::Text as u8 {
+            // Writing to a Vec cannot fail.
+            true => serde_json::to_writer(out, &String::from_utf8_lossy(value)).unwrap_or_default(),
+            false => out.extend(value),
+        }
+    }
+}
+
+// A set whose entries are found by their key is a map that keeps key and value together.
+impl Borrow<[u8]> for Record {
+    fn borrow(&self) -> &[u8] {
+        self.key()
+    }
+}
+impl Hash for Record {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.key().hash(state);
+    }
+}
+impl PartialEq for Record {
+    fn eq(&self, other: &Record) -> bool {
+        self.key() == other.key()
+    }
+}
+impl Eq for Record {}
+
+/// The keys that this instance holds. A std Mutex and not a coroutine's: nobody waits for anything while holding it.
+static STORE: LazyLock<Mutex<HashSet<Record>>> = LazyLock::new(Default::default);
+
+fn store_put(record: Record) -> Outcome {
+    // A replaced record is freed after the lock is gone: that of a large one takes time.
+    let replaced = lock(&STORE).replace(record);
+    if replaced.is_some() { Outcome::Replaced } else { Outcome::Created }
+}
+
+fn store_get(key: &[u8]) -> Outcome {
+    lock(&STORE).get(key).cloned().map_or(Outcome::Missing, Outcome::Found)
+}
+
+fn store_delete(key: &[u8]) -> Outcome {
+    let removed = lock(&STORE).take(key);
+    if removed.is_some() { Outcome::Deleted } else { Outcome::Missing }
+}
+
+fn store_count() -> usize {
+    lock(&STORE).len()
+}
+
+// ---- Owners: who answers a request ----------------------------------------------------------------------------------
+
+/// What this instance is.
+enum Role {
+    Main,
+    Follower(Arc<Peer>),
+}
+
+static ROLE: OnceLock<Role> = OnceLock::new();
+
+/// Who owns what a request is about: a peer, or (None) this instance.
+fn owner(resource: &Resource, verb: &str) -> Option<Arc<Peer>> {
+    match (ROLE.get(), resource) {
+        // What an instance is, only that instance can say.
+        (_, Resource::Instance) if verb == "GET" => None,
+        (Some(Role::Follower(main)), _) => Some(main.clone()),
+        (Some(Role::Main) | None, _) => None,
+    }
+}
+
+/// The whole road of a request, from its owner to its answer.
+fn answer(request: Request) -> Answer {
+    let (resource, vocabulary) = request.route();
+    match owner(&resource, &request.verb) {
+        None if request.is_exchange() => exchange(&request.body),
+        None => perform(&resource, &request, vocabulary).answer(vocabulary, &request.verb),
+        Some(peer) => {
+            let down = Outcome::MainDown.answer(vocabulary, &request.verb);
+            peer.relay(request).unwrap_or(down)
+        }
+    }
+}
+
+/// Does what a request asks of the instance that owns its key.
+fn perform(resource: &Resource, request: &Request, vocabulary: Vocabulary) -> Outcome {
+    match (resource, request.verb.as_str()) {
+        (Resource::Key(key), "GET") => store_get(key),
+        (Resource::Key(key), "PUT") => record_of(key, request, vocabulary).map_or_else(|refusal| refusal, store_put),
+        (Resource::Key(key), "DELETE") => store_delete(key),
+        (Resource::KeyCount, "GET") => Outcome::KeyCount(store_count()),
+        (Resource::ViewChange, "PUT") => Outcome::AddressNotSet,
+        (Resource::Instance, "GET") => Outcome::Instance(describe_instance()),
+        (Resource::Key(_), _) => Outcome::VerbNotAllowed(KEY_VERBS),
+        (Resource::KeyCount | Resource::Instance, _) => Outcome::VerbNotAllowed(GET_ONLY),
+        (Resource::ViewChange, _) => Outcome::VerbNotAllowed(PUT_ONLY),
+        (Resource::Unknown, _) => Outcome::NotFound,
+    }
+}
+
+fn describe_instance() -> String {
+    match ROLE.get() {
+        Some(Role::Follower(main)) => {
+            format!(r#""role":"follower","version":"{VERSION}","forwarding-address":"{}""#, main.address)
+        }
+        Some(Role::Main) | None => format!(r#""role":"main","version":"{VERSION}","key-count":{}"#, store_count()),
+    }
+}
+
+// ---- The relay: taking a request to the instance that owns it -------------------------------------------------------
+//
+// attohttpc blocks, and opens a connection for each exchange. So requests to a peer stand in a line, and a lane (a thread)
+// takes them out: one lane, as long as it comes back quickly. What arrives while it is out shares its next exchange; a
+// lone request leaves at once. A shared exchange is one POST with the requests in its body, and its answer has the answers.
+// A peer that does not know exchanges (any other server that speaks the contract) gets its requests one by one.
+
+/// A peer that is gone is reported within 1.5 s (the contract, "A follower"): a connection must come about before.
+const CONNECT_LIMIT: Duration = Duration::from_millis(1200);
+/// A peer that accepts and never answers is reported within 5 s. The lane gives up, and a moment later whoever waits.
+const ANSWER_LIMIT: Duration = Duration::from_millis(4500);
+const PATIENCE: Duration = Duration::from_millis(4700);
+/// An exchange that takes longer does not hold up those behind it: another lane goes out beside it.
+const OVERDUE: Duration = Duration::from_millis(5);
+/// The lanes of this process, and those that one peer may occupy.
+const LANES: usize = 64;
+const LANES_OF_A_PEER: usize = 16;
+/// An exchange takes along this many requests, or requests with this many bytes of body; a larger one travels alone.
+const GROUP_REQUESTS: usize = 128;
+const GROUP_BYTES: usize = 256 << 10;
+/// An exchange is answered up to this many bytes. The requests that get no answer then were not looked at.
+const EXCHANGE_BYTES: usize = 1 << 20;
+/// More is no answer to any request of the contract.
+const MAX_ANSWER: u64 = 16 << 20;
+/// For how long a peer is taken to know exchanges or not, and a name to stand for the same address.
+const HABIT_LIFETIME: Duration = Duration::from_secs(60);
+const LOOKUP_LIFETIME: Duration = Duration::from_secs(1);
+const EXCHANGE_TARGET: &str = "/kv-store";
+const EXCHANGE_TYPE: &str = "application/x-kv-store-exchange";
+/// What the client's URL parser would drop, cut at or rewrite in a target, where it is part of a key.
+const REWRITTEN: &AsciiSet =
+    &CONTROLS.add(b'"').add(b'#').add(b'<').add(b'>').add(b'\\').add(b'^').add(b'`').add(b'{').add(b'|').add(b'}');
+
+/// This process, in the `Via` of what it relays: a request that comes back with it runs in a ring.
+static VIA: LazyLock<String> = LazyLock::new(|| format!("1.1 kv-store-{:016x}", RandomState::new().hash_one(0)));
+
+/// The lanes. Who sends a peer here has a lane take out what waits in that peer's line.
+static CALLS: LazyLock<mpsc::Sender<Arc<Peer>>> = LazyLock::new(|| {
+    let (sender, calls) = mpsc::channel::<Arc<Peer>>();
+    let calls = Arc::new(Mutex::new(calls));
+    for _ in 0..LANES {
+        let calls = calls.clone();
+        // A lane that does not come about (the system has no thread left) leaves the others more to do.
+        let _ = thread::Builder::new().name("lane".into()).spawn(move || {
+            loop {
+                let Ok(peer) = lock(&calls).recv() else { return };
+                peer.empty_line();
+            }
+        });
+    }
+    sender
+});
+
+/// Another instance, and the requests that wait to be taken to it.
+struct Peer {
+    /// Its `host:port`.
+    address: String,
+    line: Mutex<Line>,
+    /// What the name in the address last stood for.
+    lookup: Mutex<Option<(Instant, String)>>,
+}
+
+#[derive(Default)]
+struct Line {
+    waiting: VecDeque<Errand>,
+    /// Lanes that are out for this peer, or called.
+    lanes: usize,
+    /// Whether the peer knows exchanges, and since when that is known.
+    habit: Option<(Instant, bool)>,
+}
+
+/// A request on its way to a peer. Dropping it tells whoever waits that there is no answer.
+struct Errand {
+    request: Request,
+    /// Nobody waits for longer: what has not been sent by then must not be.
+    deadline: Instant,
+    answer: may::sync::mpsc::Sender<Answer>,
+}
+
+/// Why there is no answer.
+enum Failure {
+    /// No connection came about, so nothing was sent: whatever waits for the same peer need not try.
+    Unreachable,
+    Broken,
+    /// The target cannot be written as a URL that means the same: `..` as a key.
+    NotAUrl,
+}
+
+impl Peer {
+    fn new(address: String) -> Arc<Peer> {
+        Arc::new(Peer { address, line: Default::default(), lookup: Default::default() })
+    }
+
+    /// Takes a request to the peer and returns its answer; None if there is none in time, or the request runs in a ring.
+    /// The request is sent once at most. After None it may have taken effect, as after any answer that got lost.
+    fn relay(self: Arc<Peer>, mut request: Request) -> Option<Answer> {
+        if request.via.split(',').any(|hop| hop.trim() == *VIA) {
+            return None;
+        }
+        request.via = if request.via.is_empty() { VIA.clone() } else { format!("{}, {}", request.via, *VIA) };
+        let (sender, answer) = may::sync::mpsc::channel();
+        let errand = Errand { request, deadline: Instant::now() + PATIENCE, answer: sender };
+        let mut line = lock(&self.line);
+        line.waiting.push_back(errand);
+        if line.lanes == 0 || line.goes_one_by_one() {
+            self.call_lane(&mut line);
+        }
+        drop(line);
+        match answer.recv_timeout(OVERDUE) {
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                let mut line = lock(&self.line);
+                if !line.waiting.is_empty() {
+                    self.call_lane(&mut line);
+                }
+                drop(line);
+                answer.recv_timeout(PATIENCE - OVERDUE).ok()
+            }
+            result => result.ok(),
+        }
+    }
+
+    fn call_lane(self: &Arc<Peer>, line: &mut Line) {
+        if line.lanes < LANES_OF_A_PEER && CALLS.send(self.clone()).is_ok() {
+            line.lanes += 1;
+        }
+    }
+
+    /// A lane's work: takes out what waits, group by group, until nothing does.
+    fn empty_line(&self) {
+        loop {
+            let mut line = lock(&self.line);
+            let group = line.take_group();
+            if group.is_empty() {
+                line.lanes -= 1;
+                return;
+            }
+            drop(line);
+            // Should this panic, the group is dropped, which answers its requests, and the lane lives on.
+            let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.carry(group)));
+        }
+    }
+
+    /// Takes a group of requests to the peer and hands out the answers.
+    fn carry(&self, group: Vec<Errand>) {
+        if group.len() > 1 && self.knows_exchanges() {
+            return self.carry_together(group);
+        }
+        for errand in group {
+            match self.fetch(&errand.request) {
+                Ok(answer) => drop(errand.answer.send(answer)),
+                Err(Failure::NotAUrl) if self.knows_exchanges() => self.carry_together(vec![errand]),
+                Err(Failure::Unreachable) => return self.give_up(),
+                Err(_) => {}
+            }
+        }
+    }
+
+    fn carry_together(&self, group: Vec<Errand>) {
+        let mut body = Vec::new();
+        group.iter().for_each(|errand| errand.request.write(&mut body));
+        match self.fetch(&Request::exchange(body)) {
+            Ok(answer) if answer.header == EXCHANGE => {
+                let (mut group, mut answers) = (group.into_iter(), &answer.body[..]);
+                while let Some(answer) = Answer::read(&mut answers)
+                    && let Some(errand) = group.next()
+                {
+                    let _ = errand.answer.send(answer);
+                }
+                // Those left over were not looked at: they are the first of the next group.
+                let mut line = lock(&self.line);
+                group.rev().for_each(|errand| line.waiting.push_front(errand));
+            }
+            Ok(_) => {
+                // The peer knows nothing of exchanges (any more), and did nothing with this one.
+                lock(&self.line).habit = Some((Instant::now(), false));
+                self.carry(group);
+            }
+            Err(Failure::Unreachable) => self.give_up(),
+            Err(_) => {}
+        }
+    }
+
+    /// Nobody is there: tells all who wait.
+    fn give_up(&self) {
+        let mut line = lock(&self.line);
+        line.habit = None;
+        line.waiting.clear();
+    }
+
+    /// Whether the peer answers an exchange with an exchange; an empty one tells, now and then.
+    fn knows_exchanges(&self) -> bool {
+        let habit = lock(&self.line).habit;
+        match habit {
+            Some((since, knows)) if since.elapsed() < HABIT_LIFETIME => knows,
+            _ => match self.fetch(&Request::exchange(Vec::new())) {
+                Ok(answer) => {
+                    let knows = answer.header == EXCHANGE;
+                    lock(&self.line).habit = Some((Instant::now(), knows));
+                    knows
+                }
+                Err(_) => false,
+            },
+        }
+    }
+
+    /// Sends one HTTP request and reads its answer.
+    fn fetch(&self, request: &Request) -> Result<Answer, Failure> {
+        let host = self.look_up().ok_or(Failure::Unreachable)?;
+        let target = utf8_percent_encode(&request.target, REWRITTEN).to_string();
+        let method = Method::from_bytes(request.verb.as_bytes()).map_err(|_| Failure::Broken)?;
+        let mut builder = RequestBuilder::try_new(method, format!("http://{host}{target}"))?
+            .proxy_settings(ProxySettings::builder().build())
+            .follow_redirects(false)
+            .connect_timeout(CONNECT_LIMIT)
+            .read_timeout(ANSWER_LIMIT)
+            .try_header("Via", &request.via)?;
+        if builder.inspect().url().path() != target.split('?').next().unwrap_or_default() {
+            return Err(Failure::NotAUrl);
+        }
+        if !request.content_type.is_empty() {
+            builder = builder.try_header("Content-Type", &request.content_type)?;
+        }
+        if request.body.len() > 16 << 10 {
+            // What exceeds the socket's buffer waits for the peer to read, and only this (a thread) limits that wait.
+            builder = builder.timeout(ANSWER_LIMIT);
+        }
+        let (status, headers, reader) = builder.bytes(&request.body).send()?.split();
+        let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+        let mut body = Vec::new();
+        let length = reader.take(MAX_ANSWER + 1).read_to_end(&mut body).map_err(|_| Failure::Broken)?;
+        let expected = header("Content-Length").and_then(|value| value.parse().ok()).unwrap_or(length);
+        let whole = length == expected && length as u64 <= MAX_ANSWER;
+        let content_type = header("Content-Type").unwrap_or("application/octet-stream");
+        let allow = header("Allow").map_or(String::new(), |verbs| format!("\r\nAllow: {verbs}"));
+        let header = known_header(format!("Content-Type: {content_type}{allow}"));
+        whole.then_some(Answer { status: status.as_u16(), header, body }).ok_or(Failure::Broken)
+    }
+
+    /// The peer's `host:port` with the name looked up, which the client would do for each request. A name that stands for
+    /// several addresses is left to it, since it tries them side by side.
+    fn look_up(&self) -> Option<String> {
+        let mut lookup = lock(&self.lookup);
+        if lookup.as_ref().is_none_or(|(since, _)| since.elapsed() > LOOKUP_LIFETIME) {
+            let addresses: Vec<SocketAddr> = self.address.to_socket_addrs().ok()?.collect();
+            let host = if let [one] = addresses[..] { one.to_string() } else { self.address.clone() };
+            *lookup = Some((Instant::now(), host));
+        }
+        lookup.as_ref().map(|(_, host)| host.clone())
+    }
+}
+
+impl From<attohttpc::Error> for Failure {
+    fn from(error: attohttpc::Error) -> Failure {
+        use io::ErrorKind::{AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable, TimedOut};
+        let connecting = [AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable, TimedOut];
+        match error.kind() {
+            ErrorKind::Io(error) if connecting.contains(&error.kind()) => Failure::Unreachable,
+            _ => Failure::Broken,
+        }
+    }
+}
+
+impl Line {
+    fn goes_one_by_one(&self) -> bool {
+        matches!(self.habit, Some((_, false)))
+    }
+
+    /// Takes what one exchange can carry off the head of the line; what nobody waits for any more is dropped.
+    fn take_group(&mut self) -> Vec<Errand> {
+        let now = Instant::now();
+        self.waiting.retain(|errand| errand.deadline > now);
+        let mut bytes = 0;
+        let mut fits = |errand: &Errand| {
+            // An exchange is not taken into another one, so it travels as if it were too large.
+            bytes += if errand.request.is_exchange() { GROUP_BYTES + 1 } else { errand.request.body.len() };
+            bytes <= GROUP_BYTES && !matches!(self.habit, Some((_, false)))
+        };
+        let count = self.waiting.iter().take(GROUP_REQUESTS).take_while(|errand| fits(errand)).count();
+        self.waiting.drain(..count.max(1).min(self.waiting.len())).collect()
+    }
+}
+
+impl Request {
+    fn exchange(body: Vec<u8>) -> Request {
+        let (verb, target, content_type) = ("POST".into(), EXCHANGE_TARGET.into(), EXCHANGE_TYPE.into());
+        Request { verb, target, content_type, via: VIA.clone(), body }
+    }
+
+    /// Writes a request into an exchange.
+    fn write(&self, out: &mut Vec<u8>) {
+        let texts = [&self.verb, &self.target, &self.content_type, &self.via];
+        texts.iter().for_each(|text| write_field(text.as_bytes(), out));
+        write_field(&self.body, out);
+    }
+
+    /// Reads the next request of an exchange.
+    fn read(bytes: &mut &[u8]) -> Option<Request> {
+        let mut text = || String::from_utf8(read_field(bytes)?.to_vec()).ok();
+        let (verb, target, content_type, via) = (text()?, text()?, text()?, text()?);
+        Some(Request { verb, target, content_type, via, body: read_field(bytes)?.to_vec() })
+    }
+}
+
+/// What instances send one another is made of fields: the length in four bytes, the highest first, and as many bytes.
+fn write_field(field: &[u8], out: &mut Vec<u8>) {
+    out.extend((field.len() as u32).to_be_bytes());
+    out.extend(field);
+}
+
+fn read_field<'a>(bytes: &mut &'a [u8]) -> Option<&'a [u8]> {
+    let (length, rest) = bytes.split_first_chunk()?;
+    let (field, rest) = rest.split_at_checked(u32::from_be_bytes(*length) as usize)?;
+    *bytes = rest;
+    Some(field)
+}
+
+/// Answers the requests of an exchange in order, until the answer is large enough.
+fn exchange(mut bytes: &[u8]) -> Answer {
+    let requests: Vec<_> = std::iter::from_fn(|| Request::read(&mut bytes)).collect();
+    // An exchange inside an exchange would let a client choose how deep this recurses.
+    if !bytes.is_empty() || requests.iter().any(Request::is_exchange) {
+        return Outcome::BadRequest.answer(Vocabulary::Form, "POST");
+    }
+    let mut body = Vec::new();
+    for request in requests {
+        if body.len() < EXCHANGE_BYTES {
+            answer(request).write(&mut body);
+        }
+    }
+    Answer { status: 200, header: Cow::Borrowed(EXCHANGE), body }
+}
+
+// ---- Connections: where the bytes come from and go to ---------------------------------------------------------------
+//
+// may_minihttp parses requests and sends answers, many of them in one write where a client pipelines. What it cannot do is
+// done on the socket, behind its back: answer what it refused to parse, answer without a body (HEAD), and close. Each of
+// these is a connection's last word. So that it does not overtake, drop or repeat an answer, a connection keeps a copy of
+// those that it handed to the server until the kernel has them.
+
+/// One client connection: the server's service.
+struct Connection {
+    socket: Socket,
+    shared: Arc<Shared>,
+    /// The end of the stream of answers: those that the server may not have written yet.
+    unsent: Vec<u8>,
+    /// The length of that stream so far, in bytes.
+    handed: u64,
+    /// The last word is said. What the server still reads is not looked at.
+    ended: bool,
+    /// The client may still be sending when the connection is closed.
+    lingers: bool,
+    /// The time in seconds and as HTTP spells it.
+    date: (u64, String),
+}
+
+/// What the watch sees of a connection, and tells it.
+#[derive(Default)]
+struct Shared {
+    /// Odd while a request is being answered.
+    calls: AtomicU32,
+    /// The watch ended the connection for an endless head.
+    refused: AtomicBool,
+}
+
+struct Server;
+
+impl HttpServiceFactory for Server {
+    type Service = Connection;
+
+    /// Called once for each connection. `id` is the descriptor of its socket, open until after the service is dropped.
+    fn new_service(&self, id: usize) -> Connection {
+        let (socket, shared) = (Socket::borrow(id as RawFd), Arc::<Shared>::default());
+        // Without this, an answer that leaves in two writes waits 40 ms for the client's delayed acknowledgement.
+        let _ = socket.set_nodelay(true);
+        let mut connections = lock(&CONNECTIONS);
+        // The accept loop would spin without end if descriptors ran out: the last ones are never used.
+        let crowded = connections.len() >= *MAX_CONNECTIONS;
+        if crowded {
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+        let watched = Watched { shared: shared.clone(), calls: 0, since: Instant::now(), received: 0 };
+        connections.insert(id as RawFd, watched);
+        let (unsent, date) = Default::default();
+        Connection { socket, shared, unsent, handed: 0, ended: crowded, lingers: false, date }
+    }
+}
+
+impl HttpService for Connection {
+    fn call(&mut self, parsed: Parsed, response: &mut Response) -> io::Result<()> {
+        if !self.ended {
+            self.shared.calls.fetch_add(1, Relaxed);
+            self.serve(parsed, response);
+            self.shared.calls.fetch_add(1, Relaxed);
+        }
+        Ok(())
+    }
+}
+
+impl Connection {
+    fn serve(&mut self, parsed: Parsed, response: &mut Response) {
+        let head = read_head(parsed.method(), parsed.path(), parsed.version(), parsed.headers());
+        let (mut request, framing) = match head {
+            Ok((request, framing)) if framing.length > MAX_BODY => return self.refuse(too_large(&request)),
+            Ok(head) => head,
+            Err(refusal) => return self.refuse(refusal.answer(Vocabulary::Form, "GET")),
+        };
+        if framing.expects_continue {
+            self.send_continue();
+        }
+        if framing.length > 0 && self.read_body(parsed.body(), framing.length, &mut request.body).is_err() {
+            return self.end();
+        }
+        if matches!(request.verb.as_str(), "GET" | "DELETE") {
+            request.body.clear();
+        }
+        let answer = answer(request);
+        // The server takes only headers that live forever: those of a foreign main instance go out as a last word.
+        if framing.closing || framing.is_head || matches!(answer.header, Cow::Owned(_)) {
+            self.say_last_word(&answer, framing.is_head);
+        } else {
+            self.hand_over(answer, framing.confirm_keep_alive, response);
+        }
+    }
+
+    /// Reads a whole body. The error is a client that left before it was complete: its request never happened.
+    fn read_body(&self, mut reader: BodyReader, length: usize, body: &mut Vec<u8>) -> io::Result<()> {
+        while body.len() < length {
+            let chunk = reader.fill_buf()?;
+            if chunk.is_empty() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            let taken = chunk.len();
+            body.extend(chunk);
+            reader.consume(taken);
+        }
+        self.socket.signal_again();
+        Ok(())
+    }
+
+    /// Gives an answer to the server, which sends it when it has looked at all that it has read.
+    fn hand_over(&mut self, answer: Answer, confirm_keep_alive: bool, response: &mut Response) {
+        let connection = if confirm_keep_alive { "Connection: keep-alive" } else { "" };
+        self.append(&answer, connection, false);
+        response.status_code(answer.status.into(), answer.reason());
+        if let Cow::Borrowed(header) = answer.header {
+            response.header(header);
+        }
+        if confirm_keep_alive {
+            response.header(connection);
+        }
+        response.body_vec(answer.body);
+        if self.unsent.len() > 8 << 10 {
+            self.settle();
+            may::coroutine::yield_now();
+        }
+        if self.unsent.len() > MAX_UNSENT {
+            // The server would collect answers without end for a client that does not read them.
+            self.send_unsent();
+        }
+    }
+
+    fn append(&mut self, answer: &Answer, connection: &str, without_body: bool) {
+        let (before, now) = (self.unsent.len(), SystemTime::now());
+        let second = now.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+        if self.date.0 != second {
+            self.date = (second, httpdate::fmt_http_date(now));
+        }
+        answer.write_head(&mut self.unsent, &self.date.1, connection);
+        if !without_body {
+            self.unsent.extend(&answer.body);
+        }
+        self.handed += (self.unsent.len() - before) as u64;
+    }
+
+    /// Forgets the answers that the kernel has. It counts what it was given, and it is given nothing but answers.
+    fn settle(&mut self) {
+        let Some(info) = self.socket.info() else { return };
+        let given = info.tcpi_bytes_sent - info.tcpi_bytes_retrans + u64::from(info.tcpi_notsent_bytes);
+        let missing = self.handed.saturating_sub(given) as usize;
+        self.unsent.drain(..self.unsent.len().saturating_sub(missing));
+    }
+
+    /// Tells a client that asked first that it may send its body. While answers before this one are on their way nothing
+    /// is said: such a client sends its body unasked after a moment (RFC 9110 section 10.1.1).
+    fn send_continue(&mut self) {
+        self.settle();
+        if self.unsent.is_empty() {
+            let sent = (&*self.socket).write(b"HTTP/1.1 100 Continue\r\n\r\n").unwrap_or(0);
+            self.handed += sent as u64;
+        }
+    }
+
+    /// Sends an answer directly, after those before it, and closes the connection.
+    fn say_last_word(&mut self, answer: &Answer, without_body: bool) {
+        self.append(answer, "Connection: close", without_body);
+        self.settle();
+        self.send_unsent();
+    }
+
+    /// Answers a request whose end is not known or not worth waiting for.
+    fn refuse(&mut self, answer: Answer) {
+        self.lingers = true;
+        self.say_last_word(&answer, false);
+    }
+
+    /// Sends what the server has not sent, and ends the connection.
+    fn send_unsent(&mut self) {
+        let sent = self.socket.send_held(&self.unsent).unwrap_or(0);
+        if sent < self.unsent.len()
+            && !thread::panicking()
+            && let Ok(mut stream) = self.socket.waiting_stream(IDLE_LIMIT)
+        {
+            let _ = stream.write_all(&self.unsent[sent..]);
+        }
+        self.unsent = Vec::new();
+        self.end();
+    }
+
+    /// Lets nothing more out: the server's next write fails, and then it closes the connection. The end of the stream
+    /// leaves together with the last answer. So this side, and not a relaying one, is the first to close and has its port
+    /// in TIME_WAIT (RFC 9293 section 3.6.1): 28,000 relays in a minute would use up the other side's ports.
+    fn end(&mut self) {
+        self.ended = true;
+        let _ = self.socket.shutdown(Shutdown::Write);
+    }
+
+    /// Reads and forgets what the client still sends. Closing a socket with unread input resets the connection, and the
+    /// reset may reach the client before it has read its answer.
+    fn linger(&self) {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let Ok(mut stream) = self.socket.waiting_stream(Duration::from_secs(1)) else { return };
+        while Instant::now() < deadline && stream.read(&mut [0; 4096]).is_ok_and(|count| count > 0) {}
+    }
+}
+
+/// The server is done with the connection: the client left, or sent something that is not HTTP or has too many headers. To
+/// that, the server says nothing; this does.
+impl Drop for Connection {
+    fn drop(&mut self) {
+        lock(&CONNECTIONS).remove(&self.socket.as_raw_fd());
+        let received = self.socket.info().map_or(0, |info| info.tcpi_bytes_received);
+        let left = matches!(self.socket.peek(&mut [0]), Ok(0));
+        // The server does not look at what it read if it came together with the end of the stream (which counts as a byte).
+        let unheard = received > 1 && self.shared.calls.load(Relaxed) == 0;
+        if !self.ended && (!left || unheard || self.shared.refused.load(Relaxed)) {
+            self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "GET"));
+        }
+        if self.lingers && !thread::panicking() {
+            self.linger();
+        }
+    }
+}
+
+/// The answer to a request with a body that is too large to be read.
+fn too_large(request: &Request) -> Answer {
+    let (resource, vocabulary) = request.route();
+    let outcome = match resource {
+        Resource::Key(key) if request.verb == "PUT" && is_valid_key(&key, vocabulary) => Outcome::ValueTooLarge,
+        Resource::Key(_) if request.verb == "PUT" => Outcome::KeyInvalid,
+        _ => Outcome::BadRequest,
+    };
+    outcome.answer(vocabulary, &request.verb)
+}
+
+/// What the watch remembers of a connection since it last began or ended to answer a request.
+struct Watched {
+    shared: Arc<Shared>,
+    calls: u32,
+    since: Instant,
+    /// What the client had sent by then, in bytes.
+    received: u64,
+}
+
+static CONNECTIONS: LazyLock<Mutex<HashMap<RawFd, Watched>>> = LazyLock::new(Default::default);
+/// The files that the system lets this process open, less some for everything else.
+static MAX_CONNECTIONS: LazyLock<usize> =
+    LazyLock::new(|| rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024).saturating_sub(200) as usize);
+
+/// Ends connections that do nothing for a minute, and those with an endless head. This is a thread and no coroutine: a
+/// client that never stops sending a head keeps a worker busy.
+fn watch_connections() {
+    loop {
+        thread::sleep(Duration::from_millis(100));
+        lock(&CONNECTIONS).iter_mut().for_each(|(fd, watched)| watched.look(Socket::borrow(*fd)));
+    }
+}
+
+impl Watched {
+    fn look(&mut self, socket: Socket) {
+        let Some(info) = socket.info() else { return };
+        let calls = self.shared.calls.load(Relaxed);
+        if self.calls != calls {
+            (self.calls, self.since, self.received) = (calls, Instant::now(), info.tcpi_bytes_received);
+        }
+        let (answering, limit) = (calls % 2 == 1, IDLE_LIMIT.as_millis() as u32);
+        let sending = info.tcpi_notsent_bytes + info.tcpi_unacked > 0 && info.tcpi_last_ack_recv < limit;
+        let receiving = answering && info.tcpi_last_data_recv < limit;
+        if !answering && (info.tcpi_bytes_received - self.received).saturating_sub(socket.unread()) > MAX_HEAD {
+            self.shared.refused.store(true, Relaxed);
+            let _ = socket.shutdown(Shutdown::Read);
+        } else if self.since.elapsed() > IDLE_LIMIT && !sending && !receiving {
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+// ---- The socket, behind the server's back ---------------------------------------------------------------------------
+
+/// A socket that the server owns and closes, after the service of its connection is dropped. Only that service, and the
+/// watch as long as the list of connections has the service, may hold one.
+struct Socket(ManuallyDrop<TcpStream>);
+
+impl std::ops::Deref for Socket {
+    type Target = TcpStream;
+    fn deref(&self) -> &TcpStream {
+        &self.0
+    }
+}
+
+impl Socket {
+    fn borrow(fd: RawFd) -> Socket {
+        // SAFETY: whoever may hold a Socket holds it while the descriptor is open; ManuallyDrop never closes it.
+        Socket(ManuallyDrop::new(unsafe { TcpStream::from_raw_fd(fd) }))
+    }
+
+    /// Sends what the kernel takes at once. The last packet is held back until more is sent or the stream ends, so that a
+    /// client that has the whole answer has its end as well.
+    fn send_held(&self, bytes: &[u8]) -> io::Result<usize> {
+        socket2::SockRef::from(&**self).send_with_flags(bytes, libc::MSG_MORE | libc::MSG_NOSIGNAL)
+    }
+
+    /// The same socket as a stream that makes the coroutine wait, and not its worker: for `limit` at most.
+    fn waiting_stream(&self, limit: Duration) -> io::Result<may::net::TcpStream> {
+        let fd = self.try_clone()?.into_raw_fd();
+        // SAFETY: the descriptor is a fresh one, and the stream becomes its only owner.
+        let stream = unsafe { may::net::TcpStream::from_raw_fd(fd) };
+        stream.set_read_timeout(Some(limit))?;
+        stream.set_write_timeout(Some(limit))?;
+        Ok(stream)
+    }
+
+    /// Has the kernel signal input once more, if there is any. The server waits for a signal that comes once an arrival;
+    /// reading a body uses it up, and a request that came with the end of the body would lie there until the next one.
+    fn signal_again(&self) {
+        let (one, size) = (&1 as *const libc::c_int, size_of::<libc::c_int>() as libc::socklen_t);
+        // SAFETY: setsockopt reads an int, which outlives the call.
+        unsafe { libc::setsockopt(self.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVLOWAT, one.cast(), size) };
+    }
+
+    /// What the kernel knows of the connection (all of it since Linux 4.19).
+    fn info(&self) -> Option<libc::tcp_info> {
+        let mut size = size_of::<libc::tcp_info>() as libc::socklen_t;
+        // SAFETY: a struct of integers may be zero, and getsockopt writes no more than `size` bytes.
+        unsafe {
+            let mut info: libc::tcp_info = std::mem::zeroed();
+            let into = (&mut info as *mut libc::tcp_info).cast();
+            let result = libc::getsockopt(self.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, into, &mut size);
+            (result == 0).then_some(info)
+        }
+    }
+
+    /// What has arrived and was not read yet, in bytes.
+    fn unread(&self) -> u64 {
+        let mut count: libc::c_int = 0;
+        // SAFETY: FIONREAD writes one int.
+        unsafe { libc::ioctl(self.as_raw_fd(), libc::FIONREAD, &mut count) };
+        count as u64
+    }
+}
+
+// ---- The start ------------------------------------------------------------------------------------------------------
+
+fn main() {
+    let arguments: Vec<String> = std::env::args_os().skip(1).map(|it| it.to_string_lossy().into_owned()).collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [] => serve(read_settings()),
+        ["--help" | "-h"] => print!("{HELP}"),
+        ["--version" | "-V"] => println!("kv-store {VERSION}"),
+        ["--health"] => exit(if is_healthy(read_settings().listen) { 0 } else { 1 }),
+        _ => fail(2, &format!("{}: expected --help, --version, --health or nothing", arguments.join(" "))),
+    }
+}
+
+fn serve(Settings { listen, main }: Settings) {
+    // As PID 1 of a container a process ignores these signals unless it says otherwise. There is nothing to save.
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        let always = Arc::new(AtomicBool::new(true));
+        let _ = signal_hook::flag::register_conditional_shutdown(signal, 0, always);
+    }
+    let role = main.as_ref().map_or("main instance".into(), |main| format!("follower of {main}"));
+    let _ = ROLE.set(main.map_or(Role::Main, |main| Role::Follower(Peer::new(main))));
+    may::config().set_stack_size(16 << 10).set_worker_pin(false);
+    // may shares a port with whoever else does (SO_REUSEPORT), and two stores would share the clients: ask without first.
+    match TcpListener::bind(listen).map(drop).and_then(|()| Server.start(listen)) {
+        Ok(server) => {
+            eprintln!("kv-store {VERSION}: {role}, listening on {listen}");
+            thread::spawn(watch_connections);
+            let _ = server.join();
+        }
+        Err(error) => {
+            let (ip, port) = (listen.ip(), listen.port());
+            fail(1, &format!("IP={ip} PORT={port}: expected an address and port that can be listened on: {error}"));
+        }
+    }
+}
+
+fn read_settings() -> Settings {
+    let variable = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
+    Settings::read(variable).unwrap_or_else(|line| fail(2, &line))
+}
+
+fn fail(status: i32, line: &str) -> ! {
+    eprintln!("kv-store: {line}");
+    exit(status)
+}
+
+/// Asks an instance on this machine whether it answers, as Docker's health check does.
+fn is_healthy(mut listen: SocketAddr) -> bool {
+    if listen.ip().is_unspecified() {
+        let is_v4 = listen.is_ipv4();
+        listen.set_ip(if is_v4 { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() });
+    }
+    let request = RequestBuilder::new(Method::GET, format!("http://{listen}/kv-store"));
+    let request = request.proxy_settings(ProxySettings::builder().build()).timeout(Duration::from_secs(2));
+    request.send().is_ok_and(|response| response.is_success())
+}
