@@ -909,7 +909,8 @@ fn exchange(mut bytes: &[u8]) -> Answer {
 /// One client connection: the server's service.
 struct Connection {
     socket: Socket,
-    shared: Arc<Shared>,
+    /// Goes up when a request begins to be answered and when it has been: the watch looks at it.
+    calls: Arc<AtomicU32>,
     /// The end of the stream of answers: those that the server may not have written yet.
     unsent: Vec<u8>,
     /// The length of that stream so far, in bytes.
@@ -922,15 +923,6 @@ struct Connection {
     date: (u64, String),
 }
 
-/// What the watch sees of a connection, and tells it.
-#[derive(Default)]
-struct Shared {
-    /// Odd while a request is being answered.
-    calls: AtomicU32,
-    /// The watch ended the connection for an endless head.
-    refused: AtomicBool,
-}
-
 struct Server;
 
 impl HttpServiceFactory for Server {
@@ -938,7 +930,7 @@ impl HttpServiceFactory for Server {
 
     /// Called once for each connection. `id` is the descriptor of its socket, open until after the service is dropped.
     fn new_service(&self, id: usize) -> Connection {
-        let (socket, shared) = (Socket::borrow(id as RawFd), Arc::<Shared>::default());
+        let (socket, calls) = (Socket::borrow(id as RawFd), Arc::<AtomicU32>::default());
         // Without this, an answer that leaves in two writes waits 40 ms for the client's delayed acknowledgement.
         let _ = socket.set_nodelay(true);
         let mut connections = lock(&CONNECTIONS);
@@ -947,19 +939,19 @@ impl HttpServiceFactory for Server {
         if crowded {
             let _ = socket.shutdown(Shutdown::Both);
         }
-        let watched = Watched { shared: shared.clone(), calls: 0, since: Instant::now(), received: 0 };
+        let watched = Watched { calls: calls.clone(), seen: 0, since: Instant::now(), received: 0 };
         connections.insert(id as RawFd, watched);
         let (unsent, date) = Default::default();
-        Connection { socket, shared, unsent, handed: 0, ended: crowded, lingers: false, date }
+        Connection { socket, calls, unsent, handed: 0, ended: crowded, lingers: false, date }
     }
 }
 
 impl HttpService for Connection {
     fn call(&mut self, parsed: Parsed, response: &mut Response) -> io::Result<()> {
         if !self.ended {
-            self.shared.calls.fetch_add(1, Relaxed);
+            self.calls.fetch_add(1, Relaxed);
             self.serve(parsed, response);
-            self.shared.calls.fetch_add(1, Relaxed);
+            self.calls.fetch_add(1, Relaxed);
         }
         Ok(())
     }
@@ -983,8 +975,11 @@ impl Connection {
             request.body.clear();
         }
         let answer = answer(request);
-        // The server takes only headers that live forever: those of a foreign main instance go out as a last word.
-        if framing.closing || framing.is_head || matches!(answer.header, Cow::Owned(_)) {
+        // The server takes only headers that live forever: those of a foreign main instance go out as a last word. And it
+        // would collect answers without end for a client that does not read them.
+        let unfit = matches!(answer.header, Cow::Owned(_)) || self.unsent.len() > MAX_UNSENT;
+        if framing.closing || framing.is_head || unfit {
+            self.lingers = !framing.closing;
             self.say_last_word(&answer, framing.is_head);
         } else {
             self.hand_over(answer, framing.confirm_keep_alive, response);
@@ -1021,10 +1016,6 @@ impl Connection {
         if self.unsent.len() > 8 << 10 {
             self.settle();
             may::coroutine::yield_now();
-        }
-        if self.unsent.len() > MAX_UNSENT {
-            // The server would collect answers without end for a client that does not read them.
-            self.send_unsent();
         }
     }
 
@@ -1110,8 +1101,8 @@ impl Drop for Connection {
         let received = self.socket.info().map_or(0, |info| info.tcpi_bytes_received);
         let left = matches!(self.socket.peek(&mut [0]), Ok(0));
         // The server does not look at what it read if it came together with the end of the stream (which counts as a byte).
-        let unheard = received > 1 && self.shared.calls.load(Relaxed) == 0;
-        if !self.ended && (!left || unheard || self.shared.refused.load(Relaxed)) {
+        let unheard = received > 1 && self.calls.load(Relaxed) == 0;
+        if !self.ended && (!left || unheard) {
             self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "GET"));
         }
         if self.lingers && !thread::panicking() {
@@ -1131,12 +1122,12 @@ fn too_large(request: &Request) -> Answer {
     outcome.answer(vocabulary, &request.verb)
 }
 
-/// What the watch remembers of a connection since it last began or ended to answer a request.
+/// What the watch remembers of a connection.
 struct Watched {
-    shared: Arc<Shared>,
-    calls: u32,
+    calls: Arc<AtomicU32>,
+    /// The calls when last seen: odd while a request is being answered. Since when, and what had been received by then.
+    seen: u32,
     since: Instant,
-    /// What the client had sent by then, in bytes.
     received: u64,
 }
 
@@ -1149,27 +1140,37 @@ static MAX_CONNECTIONS: LazyLock<usize> =
 /// client that never stops sending a head keeps a worker busy.
 fn watch_connections() {
     loop {
-        thread::sleep(Duration::from_millis(100));
-        lock(&CONNECTIONS).iter_mut().for_each(|(fd, watched)| watched.look(Socket::borrow(*fd)));
+        let mut connections = lock(&CONNECTIONS);
+        connections.iter_mut().for_each(|(fd, watched)| watched.look(Socket::borrow(*fd)));
+        // An endless head grows by a gigabyte a second: look often, as long as there are few to look at.
+        let pause = Duration::from_millis(10) + Duration::from_micros(100) * connections.len() as u32;
+        drop(connections);
+        thread::sleep(pause);
     }
 }
 
 impl Watched {
     fn look(&mut self, socket: Socket) {
         let Some(info) = socket.info() else { return };
-        let calls = self.shared.calls.load(Relaxed);
-        if self.calls != calls {
-            (self.calls, self.since, self.received) = (calls, Instant::now(), info.tcpi_bytes_received);
+        let calls = self.calls.load(Relaxed);
+        if self.seen != calls {
+            (self.seen, self.since, self.received) = (calls, Instant::now(), info.tcpi_bytes_received);
         }
         let (answering, limit) = (calls % 2 == 1, IDLE_LIMIT.as_millis() as u32);
         let sending = info.tcpi_notsent_bytes + info.tcpi_unacked > 0 && info.tcpi_last_ack_recv < limit;
         let receiving = answering && info.tcpi_last_data_recv < limit;
-        if !answering && (info.tcpi_bytes_received - self.received).saturating_sub(socket.unread()) > MAX_HEAD {
-            self.shared.refused.store(true, Relaxed);
-            let _ = socket.shutdown(Shutdown::Read);
-        } else if self.since.elapsed() > IDLE_LIMIT && !sending && !receiving {
-            let _ = socket.shutdown(Shutdown::Both);
+        let head = if answering { 0 } else { info.tcpi_bytes_received - self.received };
+        if head.saturating_sub(socket.unread()) > MAX_HEAD {
+            // The server has nothing to send here, so this answer is in nobody's way.
+            let mut refusal = Vec::new();
+            let answer = Outcome::BadRequest.answer(Vocabulary::Form, "GET");
+            answer.write_head(&mut refusal, &httpdate::fmt_http_date(SystemTime::now()), "Connection: close");
+            refusal.extend(answer.body);
+            let _ = socket.send_held(&refusal);
+        } else if self.since.elapsed() < IDLE_LIMIT || sending || receiving {
+            return;
         }
+        let _ = socket.shutdown(Shutdown::Both);
     }
 }
 

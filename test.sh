@@ -1,0 +1,594 @@
+#!/usr/bin/env bash
+# test.sh: grades a kv-store against its contract (README.md), with curl and bash alone.
+#
+# usage: ./test.sh            in containers if a Docker engine answers, else with processes on this machine
+#        ./test.sh docker     in containers, on a network of their own
+#        ./test.sh local      with processes of target/release/kv-store
+#
+# Builds what it tests, starts what it needs and removes it again. Prints a line a check, and at the end
+# "N passed, N failed"; exit status 1 if any failed. Can run several times at once.
+set -u -o pipefail
+shopt -s inherit_errexit
+cd "$(dirname "$0")" || exit 2
+
+readonly LIMIT=1048576 # bytes of a value
+readonly IDLE_CLIENTS=500
+name=kv-test-$$-$RANDOM
+work=$(mktemp -d)
+passed=0 failed=0
+declare -A url=()     # instance -> where curl reaches it
+declare -A address=() # instance -> where other instances reach it, host:port
+declare -A process=() # instance -> process or container
+declare -A settings=()
+
+# ---- Instances: the same verbs for containers and for processes ------------------------------------------------------
+
+build_docker() { docker build -q -t kv-store:test . >"$work/build" 2>&1; }
+build_local() { cargo build --release --locked >"$work/build" 2>&1; }
+
+# address_docker INSTANCE: fixes where others reach an instance, before it runs.
+address_docker() { address[$1]=$1:8080; }
+address_local() {
+  local port
+  while port=$((20000 + RANDOM % 12000)) && (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do :; done
+  address[$1]=127.0.0.1:$port
+}
+
+# launch_docker INSTANCE: starts the instance with its settings.
+launch_docker() {
+  local variables=() variable
+  for variable in ${settings[$1]}; do variables+=(-e "$variable"); done
+  process[$1]=$name-$1
+  docker rm -f "${process[$1]}" >/dev/null 2>&1
+  docker run -d --name "${process[$1]}" --network "$name" --network-alias "$1" -p 127.0.0.1::8080 \
+    "${variables[@]}" kv-store:test >/dev/null && locate_docker "$1"
+}
+locate_docker() { url[$1]=http://$(docker port "${process[$1]}" 8080/tcp | head -n 1); }
+launch_local() {
+  local port=${address[$1]##*:}
+  # shellcheck disable=SC2086 # settings are words
+  env -u FORWARDING_ADDRESS -u MAINIP -u ADDRESS -u VIEW IP=127.0.0.1 PORT="$port" ${settings[$1]} \
+    target/release/kv-store 2>>"$work/$1.log" &
+  process[$1]=$!
+  url[$1]=http://127.0.0.1:$port
+}
+
+kill_docker() { docker kill "${process[$1]}" >/dev/null; }
+kill_local() { { kill -KILL "${process[$1]}" && wait "${process[$1]}"; } 2>/dev/null; }
+pause_docker() { docker pause "${process[$1]}" >/dev/null; }
+pause_local() { kill -STOP "${process[$1]}"; }
+resume_docker() { docker unpause "${process[$1]}" >/dev/null; }
+resume_local() { kill -CONT "${process[$1]}"; }
+# stop_docker INSTANCE: asks it to end; its exit status is in $ended.
+stop_docker() { docker stop "${process[$1]}" >/dev/null && ended=$(docker inspect -f '{{.State.ExitCode}}' "${process[$1]}"); }
+stop_local() {
+  kill -TERM "${process[$1]}"
+  wait "${process[$1]}"
+  ended=$?
+}
+# run_docker VARIABLE=VALUE... [-- ARGUMENT...]: runs the program to its end; prints its output and its exit status.
+run_docker() {
+  local variables=()
+  while [ $# -gt 0 ] && [ "$1" != -- ]; do variables+=(-e "$1") && shift; done
+  timeout 10 docker run --rm "${variables[@]}" kv-store:test "${@:2}" 2>&1
+  echo "status $?"
+}
+run_local() {
+  local variables=(FORWARDING_ADDRESS= MAINIP= ADDRESS= VIEW= IP= PORT=)
+  while [ $# -gt 0 ] && [ "$1" != -- ]; do variables+=("$1") && shift; done
+  timeout 10 env "${variables[@]}" target/release/kv-store "${@:2}" 2>&1
+  echo "status $?"
+}
+# memory INSTANCE: the most memory the instance ever had, in KiB.
+process_id_docker() { docker inspect -f '{{.State.Pid}}' "${process[$1]}"; }
+process_id_local() { echo "${process[$1]}"; }
+status_field() { awk -v field="$2:" '$1 == field { print $2 }' "/proc/$("process_id_$mode" "$1")/status"; }
+
+clean_docker() {
+  docker ps -aq --filter "name=^$name-" | xargs -r docker rm -f >/dev/null 2>&1
+  docker network rm "$name" >/dev/null 2>&1
+}
+clean_local() {
+  local instance
+  for instance in "${!process[@]}"; do kill -KILL "${process[$instance]}" 2>/dev/null; done
+}
+clean() {
+  trap '' EXIT INT TERM HUP
+  jobs -p | xargs -r kill 2>/dev/null
+  "clean_$mode"
+  rm -rf "$work"
+}
+
+# start INSTANCE [VARIABLE=VALUE...]: starts an instance and waits until it answers.
+start() {
+  [ -n "${address[$1]:-}" ] || "address_$mode" "$1"
+  settings[$1]="${*:2}"
+  "launch_$mode" "$1"
+  await_answer "$1"
+}
+restart() { "launch_$mode" "$1" && await_answer "$1"; }
+await_answer() {
+  local try
+  for try in {1..100}; do
+    curl -s -o /dev/null -m 1 "${url[$1]}/kv-store" && return
+    sleep 0.05
+  done
+  echo "test.sh: $1 does not answer after $try tries" >&2
+  return 1
+}
+
+# ---- Checks: one line each -------------------------------------------------------------------------------------------
+
+# check WHAT EXPECTED GOT [SENT]
+check() {
+  if [ "$2" = "$3" ]; then
+    passed=$((passed + 1))
+    printf 'ok    %s\n' "$1"
+  else
+    failed=$((failed + 1))
+    printf 'FAIL  %s\n' "$1"
+    [ -z "${4:-}" ] || printf '      sent      %.300s\n' "$4"
+    printf '      expected  %.600s\n      got       %.600s\n' "$2" "$3"
+  fi
+}
+# check_that WHAT CONDITION...: the condition is an arithmetic expression.
+check_that() { check "$1" "true: $2" "$(if (($2)); then echo true; else echo false; fi): $2"; }
+
+# ask INSTANCE VERB PATH [CURL ARGUMENT...]: prints "STATUS TYPE BODY", where TYPE is left out if it is JSON.
+ask() {
+  local answer
+  answer=$(curl -s -S -m 10 -X "$2" -w '\n%{http_code} %{content_type}' "${url[$1]}$3" "${@:4}" 2>&1 | tr -d '\0')
+  local body=${answer%$'\n'*} status=${answer##*$'\n'}
+  printf '%s %s' "${status% application/json}" "${body%$'\n'}"
+}
+# expect WHAT ANSWER INSTANCE VERB PATH [CURL ARGUMENT...]: the answer is "STATUS BODY".
+expect() { check "$1" "$2" "$(ask "${@:3}")" "${*:4}"; }
+
+readonly -a json=(-H 'Content-Type: application/json')
+# put, get and their like for checks that are about something else: they print the status alone.
+status_of() { ask "$@" | cut -d ' ' -f 1; }
+
+# now: milliseconds since some moment.
+now() { echo $(($(date +%s%N) / 1000000)); }
+
+# raw INSTANCE BYTES: sends bytes (a printf format) as they are; prints all that comes back until the server closes the
+# connection, or "STILL OPEN" if it does not within 8 s.
+raw() {
+  local host=${url[$1]#http://} answer
+  exec 3<>"/dev/tcp/${host%:*}/${host#*:}"
+  # shellcheck disable=SC2059 # the format is the point
+  printf "$2" >&3
+  answer=$(timeout 8 cat <&3) || answer+="STILL OPEN"
+  exec 3>&-
+  printf '%s' "$answer"
+}
+# statuses: the status lines and bodies in what raw prints, on one line.
+statuses() { tr -d '\r' | grep -a -o -E '^HTTP/1.1 [0-9]+|^\{.*|STILL OPEN' | sed 's|HTTP/1.1 ||' | tr '\n' ' '; }
+# expect_raw WHAT ANSWERS INSTANCE BYTES: answers are "STATUS BODY STATUS BODY ...".
+expect_raw() { check "$1" "$2" "$(raw "$3" "$4" | statuses | sed 's/ *$//')" "$4"; }
+
+# ---- The table of answers --------------------------------------------------------------------------------------------
+
+form_error() { echo "$1 {\"result\":\"Error\",\"msg\":\"$2\"}"; }
+json_error() { echo "$1 {\"error\":\"$2\",\"message\":\"Error in $3\"}"; }
+
+test_form_vocabulary() { # INSTANCE
+  local i=$1 p="form, $1:"
+  expect "$p PUT makes a key" '201 {"replaced":"False","msg":"New key created"}' "$i" PUT /kv-store/foo -d val=bar
+  expect "$p GET finds it" '200 {"result":"Success","value":"bar"}' "$i" GET /kv-store/foo
+  expect "$p PUT replaces it" '200 {"replaced":"True","msg":"Value of existing key replaced"}' "$i" PUT /kv-store/foo -d val=baz
+  expect "$p GET finds the new value" '200 {"result":"Success","value":"baz"}' "$i" GET /kv-store/foo
+  expect "$p the other vocabulary reads it" '200 {"doesExist":true,"message":"Retrieved successfully","value":"baz"}' "$i" GET /kv-store/keys/foo
+  expect "$p PUT without a value" "$(form_error 403 'No value provided')" "$i" PUT /kv-store/foo
+  expect "$p PUT with another field" "$(form_error 403 'No value provided')" "$i" PUT /kv-store/foo -d value=1
+  expect "$p PUT with a key that is not valid" "$(form_error 403 'Key not valid')" "$i" PUT /kv-store/f-oo -d val=bar
+  expect "$p the key is checked before the value" "$(form_error 403 'Key not valid')" "$i" PUT /kv-store/f-oo
+  expect "$p PUT with a value that is not UTF-8" "$(form_error 403 'Value is not valid UTF-8')" "$i" PUT /kv-store/foo -d val=%ff
+  expect "$p a refused PUT leaves the value" '200 {"result":"Success","value":"baz"}' "$i" GET /kv-store/foo
+  expect "$p PUT with an empty value" '200 {"replaced":"True","msg":"Value of existing key replaced"}' "$i" PUT /kv-store/foo -d val=
+  expect "$p GET gives the empty value" '200 {"result":"Success","value":""}' "$i" GET /kv-store/foo
+  expect "$p the first val counts" '200 {"replaced":"True","msg":"Value of existing key replaced"}' "$i" PUT '/kv-store/foo?val=4' -d 'a=0&val=1&val=2'
+  expect "$p ... and it is the body's" '200 {"result":"Success","value":"1"}' "$i" GET /kv-store/foo
+  expect "$p PUT with the value in the query" '200 {"replaced":"True","msg":"Value of existing key replaced"}' "$i" PUT '/kv-store/foo?val=a+b%21'
+  expect "$p ... which is decoded" '200 {"result":"Success","value":"a b!"}' "$i" GET /kv-store/foo
+  expect "$p DELETE removes the key" '200 {"result":"Success"}' "$i" DELETE /kv-store/foo
+  expect "$p DELETE of no key" "$(form_error 404 'Key does not exist')" "$i" DELETE /kv-store/foo
+  expect "$p GET of no key" "$(form_error 404 'Key does not exist')" "$i" GET /kv-store/foo
+  expect "$p GET of a key that cannot exist" "$(form_error 404 'Key does not exist')" "$i" GET /kv-store/f-oo
+  expect "$p no such path" "$(form_error 404 'Not found')" "$i" GET /kv-store/a/b
+  expect "$p no such path at the top" "$(form_error 404 'Not found')" "$i" GET /
+  expect "$p a verb that a key does not take" "$(form_error 405 'Method not allowed')" "$i" POST /kv-store/foo -d val=1
+}
+
+test_json_vocabulary() { # INSTANCE
+  local i=$1 p="JSON, $1:"
+  expect "$p PUT makes a key" '201 {"message":"Added successfully","replaced":false}' "$i" PUT /kv-store/keys/foo "${json[@]}" -d '{"value":"bar"}'
+  expect "$p GET finds it" '200 {"doesExist":true,"message":"Retrieved successfully","value":"bar"}' "$i" GET /kv-store/keys/foo
+  expect "$p PUT replaces it" '200 {"message":"Updated successfully","replaced":true}' "$i" PUT /kv-store/foo "${json[@]}" -d '{"value":"baz"}'
+  expect "$p the other vocabulary reads it" '200 {"result":"Success","value":"baz"}' "$i" GET /kv-store/foo
+  expect "$p the type may have parameters and any case" '200 {"doesExist":true,"message":"Retrieved successfully","value":"baz"}' "$i" GET /kv-store/foo -H 'content-type: Application/JSON; charset=utf-8'
+  expect "$p PUT without a body" "$(json_error 400 'Value is missing' PUT)" "$i" PUT /kv-store/keys/foo "${json[@]}"
+  expect "$p PUT without the member" "$(json_error 400 'Value is missing' PUT)" "$i" PUT /kv-store/keys/foo "${json[@]}" -d '{}'
+  expect "$p PUT with null" "$(json_error 400 'Value is missing' PUT)" "$i" PUT /kv-store/keys/foo "${json[@]}" -d '{"value":null}'
+  expect "$p PUT with an array as body" "$(json_error 400 'Body is not a JSON object' PUT)" "$i" PUT /kv-store/keys/foo "${json[@]}" -d '["value"]'
+  expect "$p PUT with half a body" "$(json_error 400 'Body is not a JSON object' PUT)" "$i" PUT /kv-store/keys/foo "${json[@]}" -d '{"value":"b'
+  expect "$p PUT with a key of 51 characters" "$(json_error 400 'Key is too long' PUT)" "$i" PUT "/kv-store/keys/$(printf 'k%.0s' {1..51})" "${json[@]}" -d '{"value":1}'
+  expect "$p the key is checked before the value" "$(json_error 400 'Key is too long' PUT)" "$i" PUT "/kv-store/keys/$(printf 'k%.0s' {1..51})"
+  expect "$p a refused PUT leaves the value" '200 {"doesExist":true,"message":"Retrieved successfully","value":"baz"}' "$i" GET /kv-store/keys/foo
+  expect "$p DELETE removes the key" '200 {"doesExist":true,"message":"Deleted successfully"}' "$i" DELETE /kv-store/keys/foo
+  expect "$p DELETE of no key" '404 {"doesExist":false,"error":"Key does not exist","message":"Error in DELETE"}' "$i" DELETE /kv-store/keys/foo
+  expect "$p GET of no key" '404 {"doesExist":false,"error":"Key does not exist","message":"Error in GET"}' "$i" GET /kv-store/keys/foo
+  expect "$p GET of a key that cannot exist" '404 {"doesExist":false,"error":"Key does not exist","message":"Error in GET"}' "$i" GET "/kv-store/keys/$(printf 'k%.0s' {1..300})"
+  expect "$p no such path" "$(json_error 404 'Not found' GET)" "$i" GET /nowhere "${json[@]}"
+  expect "$p a verb that a key does not take" "$(json_error 405 'Method not allowed' PATCH)" "$i" PATCH /kv-store/keys/foo
+  expect "$p a verb that the count does not take" "$(json_error 405 'Method not allowed' PUT)" "$i" PUT /kv-store/key-count -d val=1
+  expect "$p a verb that the view change does not take" "$(json_error 405 'Method not allowed' GET)" "$i" GET /kv-store/view-change
+  expect "$p a verb that the instance does not take" "$(json_error 405 'Method not allowed' DELETE)" "$i" DELETE /kv-store
+  expect "$p a view change without ADDRESS" "$(json_error 400 'ADDRESS is not set' PUT)" "$i" PUT /kv-store/view-change "${json[@]}" -d '{"view":"a:1"}'
+  local allow='curl -s -o /dev/null -w %{http_code}_%header{allow} -X'
+  check "$p 405 of a key says what it takes" '405_GET, HEAD, PUT, DELETE' "$($allow POST "${url[$i]}/kv-store/foo")"
+  check "$p 405 of the count says what it takes" '405_GET, HEAD' "$($allow PUT "${url[$i]}/kv-store/key-count")"
+  check "$p 405 of the view change says what it takes" '405_PUT' "$($allow GET "${url[$i]}/kv-store/view-change")"
+}
+
+test_json_values() { # INSTANCE
+  local value
+  for value in '"text"' '""' 0 -12.50 1e400 123456789012345678901234567890 true false '[]' '[1,"two",null,{"three":[]}]' '{"a":{"b":null}}' '"\"\\\/\b\f\n\r\t\u0001"'; do
+    expect "JSON, $1: PUT $value" '201 {"message":"Added successfully","replaced":false}' "$1" PUT /kv-store/keys/v "${json[@]}" -d "{\"value\":$value}"
+    # What JSON lets one write in several ways comes back in the shortest.
+    local back=${value//\\\//\/}
+    expect "JSON, $1: ... comes back" "200 {\"doesExist\":true,\"message\":\"Retrieved successfully\",\"value\":$back}" "$1" GET /kv-store/keys/v
+    expect "JSON, $1: ... in the other vocabulary too" "200 {\"result\":\"Success\",\"value\":$back}" "$1" GET /kv-store/v
+    expect "JSON, $1: ... and goes" '200 {"doesExist":true,"message":"Deleted successfully"}' "$1" DELETE /kv-store/keys/v
+  done
+}
+
+# Values that need encoding: what is sent, and how JSON spells it.
+test_encodings() { # INSTANCE
+  local -a raw_values=('a b' 'a+b' '100%' '%41' 'a"b' 'a\b' $'two\nlines' $'a\tb' '😀 ünï' 'a&b=c' '<>#?/')
+  local -a spelled=('a b' 'a+b' '100%' '%41' 'a\"b' 'a\\b' 'two\nlines' 'a\tb' '😀 ünï' 'a&b=c' '<>#?/')
+  local n
+  for n in "${!raw_values[@]}"; do
+    check "encodings, $1: PUT ${spelled[n]}" 201 "$(status_of "$1" PUT /kv-store/enc --data-urlencode "val=${raw_values[n]}")"
+    expect "encodings, $1: ... comes back" "200 {\"result\":\"Success\",\"value\":\"${spelled[n]}\"}" "$1" GET /kv-store/enc
+    check "encodings, $1: ... as JSON" 200 "$(status_of "$1" PUT /kv-store/keys/enc "${json[@]}" -d "{\"value\":\"${spelled[n]}\"}")"
+    expect "encodings, $1: ... comes back" "200 {\"result\":\"Success\",\"value\":\"${spelled[n]}\"}" "$1" GET /kv-store/enc
+    check "encodings, $1: ... and goes" 200 "$(status_of "$1" DELETE /kv-store/enc)"
+  done
+  check "encodings, $1: PUT with a NUL" 201 "$(status_of "$1" PUT /kv-store/enc -d 'val=a%00b')"
+  expect "encodings, $1: ... comes back" '200 {"result":"Success","value":"a\u0000b"}' "$1" GET /kv-store/enc
+  check "encodings, $1: ... and goes" 200 "$(status_of "$1" DELETE /kv-store/enc)"
+}
+
+# Keys that need encoding, and keys that only look like something else.
+test_keys() { # INSTANCE
+  local key
+  for key in a%20b a+b a%25b %22 %5C a%2Fb %2F . .. %2e%2e %00 %F0%9F%98%80 %C3%BC '%C3%BC%C3%BC' a%3Fb a%23b 'a;b=c' key-count view-change keys "$(printf '%%C3%%BC%.0s' {1..50})"; do
+    check "keys, $1: PUT $key" 201 "$(status_of "$1" PUT "/kv-store/keys/$key" --path-as-is "${json[@]}" -d "{\"value\":\"of $key\"}")"
+    expect "keys, $1: ... comes back" "200 {\"doesExist\":true,\"message\":\"Retrieved successfully\",\"value\":\"of $key\"}" "$1" GET "/kv-store/keys/$key" --path-as-is
+    check "keys, $1: ... and goes" 200 "$(status_of "$1" DELETE "/kv-store/keys/$key" --path-as-is)"
+  done
+  check "keys, $1: case counts" "201 404" "$(status_of "$1" PUT /kv-store/Case -d val=1) $(status_of "$1" GET /kv-store/case)"
+  check "keys, $1: ... and goes" 200 "$(status_of "$1" DELETE /kv-store/Case)"
+  check "keys, $1: 200 characters in the form vocabulary" 201 "$(status_of "$1" PUT "/kv-store/$(printf 'k%.0s' {1..200})" -d val=1)"
+  check "keys, $1: ... and goes" 200 "$(status_of "$1" DELETE "/kv-store/$(printf 'k%.0s' {1..200})")"
+  expect "keys, $1: 201 are too many" "$(form_error 403 'Key not valid')" "$1" PUT "/kv-store/$(printf 'k%.0s' {1..201})" -d val=1
+  expect "keys, $1: one that is not UTF-8" "$(json_error 400 'Key is too long' PUT)" "$1" PUT /kv-store/keys/%ff "${json[@]}" -d '{"value":1}'
+  expect "keys, $1: an empty one" "$(json_error 400 'Key is too long' PUT)" "$1" PUT /kv-store/keys/ "${json[@]}" -d '{"value":1}'
+}
+
+test_limits() { # INSTANCE
+  local i=$1 p="limits, $1:"
+  { printf 'val=' && head -c "$LIMIT" /dev/zero | tr '\0' v; } >"$work/full"
+  { cat "$work/full" && printf v; } >"$work/over"
+  { printf '{"value":"' && head -c "$LIMIT" /dev/zero | tr '\0' v && printf '"}'; } >"$work/full.json"
+  { printf '{"value":"' && head -c "$((LIMIT + 1))" /dev/zero | tr '\0' v && printf '"}'; } >"$work/over.json"
+  { printf '{"value":"' && head -c "$LIMIT" /dev/zero | sed 's/\x00/\\u0041/g' && printf '"}'; } >"$work/escaped.json"
+  head -c 20000000 /dev/zero | tr '\0' v >"$work/huge"
+  check "$p a value of exactly the limit" 201 "$(status_of "$i" PUT /kv-store/big -d "@$work/full")"
+  check "$p ... comes back" $((LIMIT + 32)) "$(curl -s -m 10 "${url[$i]}/kv-store/big" | wc -c)"
+  expect "$p one byte more" "$(form_error 403 'Object too large. Size limit is 1MB')" "$i" PUT /kv-store/big -d "@$work/over"
+  check "$p exactly the limit in JSON" 200 "$(status_of "$i" PUT /kv-store/keys/big "${json[@]}" -d "@$work/full.json")"
+  check "$p exactly the limit, all of it escaped" 200 "$(status_of "$i" PUT /kv-store/keys/big "${json[@]}" -d "@$work/escaped.json")"
+  expect "$p one byte more in JSON" "$(json_error 413 'Value is too large' PUT)" "$i" PUT /kv-store/keys/big "${json[@]}" -d "@$work/over.json"
+  expect "$p 20 MB" "$(form_error 403 'Object too large. Size limit is 1MB')" "$i" PUT /kv-store/big -d "@$work/huge" -H Expect:
+  expect "$p the key is checked before the size" "$(form_error 403 'Key not valid')" "$i" PUT /kv-store/b-g -d "@$work/over"
+  check "$p the value is still there" $((LIMIT + 32)) "$(curl -s -m 10 "${url[$i]}/kv-store/big" | wc -c)"
+  check "$p ... and goes" 200 "$(status_of "$i" DELETE /kv-store/big)"
+  { printf '{"value":' && head -c 100000 /dev/zero | tr '\0' '[' && head -c 100000 /dev/zero | tr '\0' ']' && printf '}'; } >"$work/deep.json"
+  check "$p JSON nested 100,000 deep" 201 "$(status_of "$i" PUT /kv-store/keys/deep "${json[@]}" -d "@$work/deep.json")"
+  check "$p ... comes back" 200063 "$(curl -s -m 10 "${url[$i]}/kv-store/keys/deep" | wc -c)"
+  check "$p ... and goes" 200 "$(status_of "$i" DELETE /kv-store/keys/deep)"
+  head -c 100000 "$work/deep.json" >"$work/deeper.json"
+  expect "$p JSON that never closes" "$(json_error 400 'Body is not a JSON object' PUT)" "$i" PUT /kv-store/keys/deep "${json[@]}" -d "@$work/deeper.json"
+}
+
+# ---- HTTP that clients survive ---------------------------------------------------------------------------------------
+
+test_http() { # INSTANCE
+  local i=$1 p="HTTP, $1:" bad='400 {"result":"Error","msg":"Bad request"}' length='411 {"result":"Error","msg":"Length required"}'
+  local made='201 {"replaced":"False","msg":"New key created"}' set='200 {"replaced":"True","msg":"Value of existing key replaced"}'
+  local found='200 {"result":"Success","value":"1"}' gone='404 {"result":"Error","msg":"Key does not exist"}' headers n
+  local put='PUT /kv-store/h HTTP/1.1\r\n' get='GET /kv-store/h HTTP/1.1\r\n' end='GET /kv-store/h HTTP/1.1\r\nConnection: close\r\n\r\n'
+  expect_raw "$p a new key, kept open, then closed" "$made $found" "$i" "${put}Content-Length: 5\r\n\r\nval=1$end"
+  expect_raw "$p not HTTP" "$bad" "$i" 'hello\r\n\r\n'
+  expect_raw "$p not HTTP after two requests" "$found $found $bad" "$i" "$get\r\n$get\r\nhello\r\n\r\n"
+  for n in 15 16 100; do
+    headers=$(printf 'X-%s: y\\r\\n' $(seq "$n"))
+    expect_raw "$p $((n + 1)) headers" "$([ "$n" = 15 ] && echo "$found" || echo "$bad")" "$i" "${get}Connection: close\r\n$headers\r\n"
+  done
+  for n in abc -1 +5 0x5 '5, 5' '' 99999999999999999999999; do
+    expect_raw "$p Content-Length: $n" "$bad" "$i" "${put}Content-Length: $n\r\n\r\nval=2"
+  done
+  expect_raw "$p two lengths that differ" "$bad" "$i" "${put}Content-Length: 5\r\nContent-Length: 6\r\n\r\nval=23"
+  expect_raw "$p two lengths that agree" "$set" "$i" "${put}Content-Length: 5\r\nContent-Length: 5\r\nConnection: close\r\n\r\nval=1"
+  expect_raw "$p a length of a terabyte" "$(form_error 403 'Object too large. Size limit is 1MB')" "$i" "${put}Content-Length: 1000000000000\r\n\r\nval=2"
+  expect_raw "$p a chunked body" "$length" "$i" "${put}Transfer-Encoding: chunked\r\n\r\n5\r\nval=2\r\n0\r\n\r\n"
+  expect_raw "$p a chunked body after a request" "$found $length" "$i" "$get\r\n${put}Transfer-Encoding: chunked\r\n\r\n5\r\nval=2\r\n0\r\n\r\n"
+  expect_raw "$p chunked and a length" "$length" "$i" "${put}Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nval=2\r\n0\r\n\r\n"
+  expect_raw "$p pipelined requests, the last one closes" "$found $set $found $found" "$i" "$get\r\n${put}Content-Length: 5\r\n\r\nval=1$get\r\n$end"
+  expect_raw "$p bodies on GET and DELETE" "$found $gone $found" "$i" "${get}Content-Length: 5\r\n\r\nval=2DELETE /kv-store/none HTTP/1.1\r\nContent-Length: 5\r\n\r\nval=2$end"
+  expect_raw "$p HTTP/1.0" "$found" "$i" 'GET /kv-store/h HTTP/1.0\r\n\r\n'
+  check "$p HTTP/1.0 that wants to stay" "Connection: keep-alive" "$(raw "$i" "GET /kv-store/h HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n$end" | tr -d '\r' | grep -m 1 Connection)"
+  expect_raw "$p a target in absolute form" "$found" "$i" 'GET http://somewhere:99/kv-store/h HTTP/1.1\r\nConnection: close\r\n\r\n'
+  expect_raw "$p OPTIONS *" '404 {"result":"Error","msg":"Not found"}' "$i" 'OPTIONS * HTTP/1.1\r\nConnection: close\r\n\r\n'
+  expect_raw "$p asked to continue" "100 $set" "$i" "${put}Expect: 100-continue\r\nContent-Length: 5\r\nConnection: close\r\n\r\nval=1"
+  expect_raw "$p HEAD after another request" "$found 200" "$i" "$get\r\nHEAD /kv-store/h HTTP/1.1\r\n\r\n"
+  check "$p HEAD gives the length that GET has" "$(curl -s -o /dev/null -w '%header{content-length}' "${url[$i]}/kv-store/h")" \
+    "$(curl -s -I -m 5 -w '%header{content-length}' -o /dev/null "${url[$i]}/kv-store/h")"
+  check "$p half a body is no request" "" "$(raw_abandoned "$i" "${put}Content-Length: 500\r\n\r\nval=2")"
+  expect "$p none of it changed the value" "$found" "$i" GET /kv-store/h
+  check "$p ... and it goes" 200 "$(status_of "$i" DELETE /kv-store/h)"
+}
+# raw_abandoned INSTANCE BYTES: sends bytes and leaves.
+raw_abandoned() {
+  local host=${url[$1]#http://}
+  # shellcheck disable=SC2059
+  (exec 3<>"/dev/tcp/${host%:*}/${host#*:}" && printf "$2" >&3)
+}
+
+test_pipelines() { # INSTANCE
+  local puts='' n
+  for n in {0..499}; do puts+="PUT /kv-store/p HTTP/1.1\r\nContent-Length: 5\r\n\r\nval=$((n % 10))"; done
+  check "pipelines, $1: 500 PUTs in one go" "1 499 1" "$(raw "$1" "${puts}GET /kv-store/p HTTP/1.1\r\nConnection: close\r\n\r\n" |
+    awk '/^HTTP\/1.1 201/ { a++ } /True/ { b++ } /"value":"9"/ { c++ } END { print a, b, c }')"
+  check "pipelines, $1: ... and it goes" 200 "$(status_of "$1" DELETE /kv-store/p)"
+  local host=${url[$1]#http://}
+  check "pipelines, $1: values of the limit, one after the other" "1 3 4" "$({
+    exec 3<>"/dev/tcp/${host%:*}/${host#*:}"
+    { for n in 1 2 3 4; do
+      printf 'PUT /kv-store/p HTTP/1.1\r\nContent-Length: %d\r\n\r\n' "$(wc -c <"$work/full")"
+      cat "$work/full"
+    done && printf 'DELETE /kv-store/p HTTP/1.1\r\nConnection: close\r\n\r\n'; } >&3 &
+    timeout 8 cat <&3
+  } | awk '/^HTTP\/1.1 201/ { a++ } /True/ { b++ } /^HTTP\/1.1 200/ { c++ } END { print a, b, c }')"
+}
+
+open_idle_clients() { # INSTANCE
+  local host=${url[$1]#http://} n
+  idle=()
+  for ((n = 0; n < IDLE_CLIENTS; n++)); do
+    exec {fd}<>"/dev/tcp/${host%:*}/${host#*:}"
+    idle+=("$fd")
+  done
+  idle_since=$(now)
+}
+test_idle_clients() { # INSTANCE
+  check "idle, $1: others are served beside $IDLE_CLIENTS idle clients" 200 "$(status_of "$1" GET /kv-store)"
+  local fd open=0 deadline=$((idle_since + 75000)) left byte
+  for fd in "${idle[@]}"; do
+    left=$((deadline - $(now)))
+    [ "$left" -gt 0 ] || left=1
+    read -r -n 1 -t "$((left / 1000)).$(printf %03d $((left % 1000)))" byte <&"$fd"
+    [ $? -eq 1 ] || open=$((open + 1))
+    exec {fd}>&-
+  done
+  check "idle, $1: all of them were sent away (${byte:-} after a minute)" 0 "$open"
+}
+
+test_endless_head() { # INSTANCE
+  local host=${url[$1]#http://}
+  check "endless head, $1: the connection is ended" ended "$({
+    exec 3<>"/dev/tcp/${host%:*}/${host#*:}"
+    printf 'GET / HTTP/1.1\r\nX: ' >&3
+    timeout 8 cat /dev/zero >&3
+    [ $? -eq 124 ] || echo ended
+  } 2>/dev/null)"
+  check_that "endless head, $1: memory stays under 64 MiB" "$(status_field "$1" VmHWM) < 65536"
+  check "endless head, $1: others are served" 200 "$(status_of "$1" GET /kv-store)"
+}
+
+# ---- A follower and its main instance --------------------------------------------------------------------------------
+
+test_instances() {
+  expect "main says what it is" '200 {"result":"Success","role":"main","version":"1.0.0","key-count":0}' main GET /kv-store
+  expect "... with a slash too" '200 {"result":"Success","role":"main","version":"1.0.0","key-count":0}' main GET /kv-store/
+  expect "follower says what it is" "200 {\"result\":\"Success\",\"role\":\"follower\",\"version\":\"1.0.0\",\"forwarding-address\":\"${address[main]}\"}" follower GET /kv-store
+  expect "key count of an empty store" '200 {"message":"Key count retrieved successfully","key-count":0}' main GET /kv-store/key-count
+  status_of main PUT /kv-store/one -d val=1 >/dev/null
+  expect "key count through a follower" '200 {"message":"Key count retrieved successfully","key-count":1}' follower GET /kv-store/key-count
+  check "what the follower wrote, main has" "201 200" "$(status_of follower PUT /kv-store/two -d val=2) $(status_of main GET /kv-store/two)"
+  check "a follower of a follower relays" "200 200" "$(status_of second PUT /kv-store/two -d val=3) $(status_of second DELETE /kv-store/two)"
+  status_of main DELETE /kv-store/one >/dev/null
+}
+
+# The same questions to main and to a follower: answers are compared byte by byte, with all of their heads but the date.
+test_follower_is_no_different() {
+  local -a questions=('' '-I' '-X PUT -d val=1' '-X PUT' '-X PUT -d val=%ff' '-X DELETE' '-X POST' '-X OPTIONS' '-H Content-Type:application/json -X PUT -d {}')
+  local path question before
+  for path in /kv-store/same /kv-store/keys/same /kv-store/key-count /kv-store/view-change /kv-store/a/b / '/kv-store/same?val=2'; do
+    for question in "${questions[@]}"; do
+      for before in '-X PUT -d val=1' '-X DELETE'; do
+        check "main and follower alike: $question $path after $before" \
+          "$(answer_after "$before" main "$question" "$path")" "$(answer_after "$before" follower "$question" "$path")"
+      done
+    done
+  done
+  status_of main DELETE /kv-store/same >/dev/null
+}
+answer_after() { # CURL-ARGUMENTS-BEFORE INSTANCE CURL-ARGUMENTS PATH
+  # shellcheck disable=SC2086 # arguments are words
+  curl -s -m 5 -o /dev/null $1 "${url[main]}/kv-store/same"
+  # shellcheck disable=SC2086
+  curl -s -i -m 5 $3 "${url[$2]}$4" | grep -v ^Date
+}
+
+test_main_paused() {
+  local n began lasted slowest=0
+  "pause_$mode" main
+  for n in {1..200}; do
+    curl -s -m 10 -o /dev/null -w '%{http_code} %{time_total}\n' "${url[follower]}/kv-store/k$n" >"$work/paused.$n" &
+    clients[n]=$!
+  done
+  sleep 1
+  for n in {1..10}; do
+    began=$(now)
+    curl -s -m 10 -o /dev/null "${url[follower]}/kv-store"
+    lasted=$(($(now) - began))
+    [ "$lasted" -le "$slowest" ] || slowest=$lasted
+  done
+  check_that "main paused: the follower itself answers at once beside 200 waiting clients (ms)" "$slowest < 500"
+  check_that "main paused: the follower's threads are bounded" "$(status_field follower Threads) < 100"
+  wait "${clients[@]}"
+  check "main paused: every client gets the error" 200 "$(cat "$work"/paused.* | grep -c '^501 ')"
+  check "main paused: ... within 5 s" 0 "$(cat "$work"/paused.* | awk '$2 > 5.4' | wc -l)"
+  expect "main paused: the error in JSON" "$(json_error 503 'Main instance is down' DELETE)" follower DELETE /kv-store/keys/foo
+  "resume_$mode" main
+  expect "main resumed: the next request works" "$(form_error 404 'Key does not exist')" follower GET /kv-store/foo
+}
+
+test_main_gone() {
+  local began
+  "stop_$mode" main
+  check "main stopped: it ends with status 0" 0 "$ended"
+  began=$(now)
+  expect "main gone: the error" "$(form_error 501 'Server unavailable')" follower PUT /kv-store/foo -d val=1
+  check_that "main gone: ... within 1.5 s (ms)" "$(now) - $began < 2500"
+  expect "main gone: the error in JSON" "$(json_error 503 'Main instance is down' GET)" follower GET /kv-store/keys/foo
+  expect "main gone: the error of a path that may not exist" "$(form_error 501 'Server unavailable')" follower GET /nowhere
+  expect "main gone: a follower of the follower says the same" "$(form_error 501 'Server unavailable')" second GET /kv-store/foo
+  check "main gone: the follower itself answers" 200 "$(status_of follower GET /kv-store)"
+  expect "main gone: HTTP errors are the follower's own" "$(json_error 413 'Value is too large' PUT)" follower PUT /kv-store/keys/x "${json[@]}" -H Expect: -d "@$work/huge"
+  restart main
+  check "main back: the next request works" 201 "$(status_of follower PUT /kv-store/foo -d val=1)"
+  check "main back: ... and it was stored there, once" "200 1" "$(status_of main GET /kv-store/foo) $(ask main GET /kv-store/key-count | grep -o '[0-9]*}' | tr -d '}')"
+}
+
+test_ring() {
+  "address_$mode" ring1 && "address_$mode" ring2
+  start ring1 FORWARDING_ADDRESS="${address[ring2]}"
+  start ring2 MAINIP="${address[ring1]}"
+  local began
+  began=$(now)
+  expect "a ring of followers answers the error" "$(form_error 501 'Server unavailable')" ring1 PUT /kv-store/foo -d val=1
+  check_that "a ring of followers does not hang (ms)" "$(now) - $began < 5000"
+}
+
+test_follower_killed() {
+  "kill_$mode" follower
+  check "follower killed: main answers" 200 "$(status_of main GET /kv-store/foo)"
+  restart follower
+  check "follower back: it relays" 200 "$(status_of follower GET /kv-store/foo)"
+}
+
+# Writers on main and on both followers at once, each with keys of its own.
+test_concurrent_clients() {
+  local n
+  for n in {1..12}; do
+    write_and_count "$n" >"$work/writer.$n" &
+    clients[n]=$!
+  done
+  wait "${clients[@]}"
+  check "12 clients write 50 keys each through three instances" "600 made" "$(awk '{ made += $1 } END { print made " made" }' "$work"/writer.*)"
+  check "... and all of them are there" 600 "$(ask main GET /kv-store/key-count | grep -o '[0-9]*}' | tr -d '}' | awk '{ print $1 - 1 }')"
+}
+write_and_count() { # NUMBER
+  local -a instances=(main follower second)
+  local base=${url[${instances[$1 % 3]}]}/kv-store/w$1
+  curl -s -m 30 -X PUT -d val=1 -w '%{http_code}\n' -o /dev/null "${base}_[1-50]" | grep -c 201
+}
+
+# ---- Settings --------------------------------------------------------------------------------------------------------
+
+# refused WHAT STATUS SETTING: the program ends with the status and one line that has the setting in it.
+refused() {
+  local output
+  output=$("run_$mode" "${@:3}")
+  check "settings: $1" "status $2, 1 line, named" \
+    "$(tail -n 1 <<<"$output"), $(($(wc -l <<<"$output") - 1)) line, $([[ $output == *"${3#-- }"* ]] && echo named || echo "not named: $output")"
+}
+
+test_settings() {
+  refused "a port that is none" 2 PORT=abc
+  refused "a port out of range" 2 PORT=65536
+  refused "port 0" 2 PORT=0
+  refused "an IP that is none" 2 IP=localhost
+  refused "a main instance without a port" 2 FORWARDING_ADDRESS=nohost
+  refused "a main instance that is a URL" 2 FORWARDING_ADDRESS=http://main:8080
+  refused "a main instance with a port that is none" 2 MAINIP=main:http
+  refused "an address that is none" 2 ADDRESS=:8080
+  refused "an address that this machine does not have" 1 IP=192.0.2.1
+  check "settings: an argument that is none" "status 2" "$("run_$mode" -- --nonsense | tail -n 1)"
+  check "--version" "kv-store 1.0.0 status 0" "$("run_$mode" -- --version | xargs)"
+  check "--help names the settings" "status 0 4" "$("run_$mode" -- --help | awk '/^  (PORT|IP|FORWARDING_ADDRESS|ADDRESS) / { n++ } /^status/ { s = $0 } END { print s, n }')"
+}
+
+test_port_in_use_local() {
+  check "settings: a port in use" "status 1, named" "$(run_local IP=127.0.0.1 PORT="${address[main]##*:}" | awk '/PORT=/ { n = "named" } /^status/ { s = $0 } END { print s ", " n }')"
+}
+
+test_image_docker() {
+  check_that "the image is under 2.0 MB (bytes)" "$(docker image inspect -f '{{.Size}}' kv-store:test) < 2000000"
+  check "the image's health check passes" 0 "$(docker exec "${process[main]}" /kv-store --health && echo 0)"
+  check "the image says which port it serves" 'map[8080/tcp:{}]' "$(docker image inspect -f '{{.Config.ExposedPorts}}' kv-store:test)"
+  local began
+  began=$(now)
+  stop_docker second
+  check "docker stop ends a container with status 0" 0 "$ended"
+  check_that "... at once and not after ten seconds (ms)" "$(now) - $began < 5000"
+}
+
+# ---- The run ---------------------------------------------------------------------------------------------------------
+
+mode=${1:-}
+[ -n "$mode" ] || { docker info >/dev/null 2>&1 && mode=docker || mode=local; }
+case $mode in
+  local | docker) ;;
+  *)
+    sed -n '2,9s/^# \{0,1\}//p' "$0"
+    exit 2
+    ;;
+esac
+trap clean EXIT
+trap 'exit 130' INT TERM HUP
+
+"build_$mode" || { cat "$work/build" && echo "test.sh: the build failed" && exit 1; }
+if [ "$mode" = docker ]; then docker network create "$name" >/dev/null || exit 1; fi
+clients=()
+start main && start follower FORWARDING_ADDRESS="${address[main]}" && start second FORWARDING_ADDRESS="${address[follower]}" || exit 1
+open_idle_clients main
+test_instances
+for instance in main follower; do
+  test_form_vocabulary "$instance"
+  test_json_vocabulary "$instance"
+  test_json_values "$instance"
+  test_encodings "$instance"
+  test_keys "$instance"
+  test_limits "$instance"
+  test_http "$instance"
+  test_pipelines "$instance"
+  test_endless_head "$instance"
+done
+test_follower_is_no_different
+test_main_paused
+test_settings
+test_idle_clients main
+test_main_gone
+test_ring
+test_follower_killed
+test_concurrent_clients
+[ "$mode" = local ] && test_port_in_use_local
+[ "$mode" = docker ] && test_image_docker
+
+printf '%d passed, %d failed\n' "$passed" "$failed"
+[ "$failed" -eq 0 ]
