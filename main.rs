@@ -27,11 +27,13 @@ use std::process::exit;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime};
 
 use attohttpc::{ErrorKind, Method, ProxySettings, RequestBuilder, StatusCode};
+use httpdate::HttpDate;
 use may_minihttp::{BodyReader, HttpService, HttpServiceFactory, Request as Parsed, Response};
 use percent_encoding::{AsciiSet, CONTROLS, percent_decode, utf8_percent_encode};
+use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -113,6 +115,7 @@ fn split_address(text: &str) -> Option<(String, u16)> {
 // ---- Requests: what a client asks for -------------------------------------------------------------------------------
 
 /// A whole request. HEAD is a GET here: only the connection knows that its answer leaves without the body.
+#[derive(Serialize, Deserialize)]
 struct Request {
     verb: String,
     /// Path and query as they came, percent-encoded.
@@ -120,6 +123,7 @@ struct Request {
     content_type: String,
     /// The instances that relayed this request so far (RFC 9110 section 7.6.3).
     via: String,
+    #[serde(with = "serde_bytes")]
     body: Vec<u8>,
 }
 
@@ -294,27 +298,16 @@ fn json_value(body: &[u8]) -> Result<(ValueForm, Vec<u8>), Outcome> {
 // ---- Outcomes, and how the two vocabularies say them ----------------------------------------------------------------
 
 /// What became of a request, before anyone thinks of HTTP.
+#[rustfmt::skip]
 enum Outcome {
-    Created,
-    Replaced,
-    Found(Record),
-    Deleted,
-    Missing,
-    KeyInvalid,
-    ValueMissing,
-    ValueTooLarge,
-    ValueNotText,
-    BodyNotObject,
-    MainDown,
-    NotFound,
+    Created, Replaced, Found(Record), Deleted, Missing,
+    KeyInvalid, ValueMissing, ValueTooLarge, ValueNotText, BodyNotObject,
+    MainDown, NotFound, BadRequest, LengthRequired, AddressNotSet,
     /// With the header that tells which verbs the path takes.
     VerbNotAllowed(&'static str),
-    BadRequest,
-    LengthRequired,
     KeyCount(usize),
     /// With the members that describe this instance.
     Instance(String),
-    AddressNotSet,
 }
 
 /// An error in the words of the form vocabulary.
@@ -393,9 +386,11 @@ const PUT_ONLY: &str = "Content-Type: application/json\r\nAllow: PUT";
 const KEY_VERBS: &str = "Content-Type: application/json\r\nAllow: GET, HEAD, PUT, DELETE";
 
 /// A status, `Content-Type` and perhaps `Allow`, and a body: what a relay passes on of an answer.
+#[derive(Serialize, Deserialize)]
 struct Answer {
     status: u16,
     header: Cow<'static, str>,
+    #[serde(with = "serde_bytes")]
     body: Vec<u8>,
 }
 
@@ -406,31 +401,19 @@ impl Answer {
     }
 
     /// Writes what may_minihttp would write, byte for byte as long: `Connection::settle` counts on it.
-    fn write_head(&self, out: &mut Vec<u8>, date: &str, connection: &str) {
+    fn write(&self, out: &mut Vec<u8>, connection: &str, without_body: bool) {
         let (status, reason, length, header) = (self.status, self.reason(), self.body.len(), &self.header);
+        let (date, separator) = (HttpDate::from(SystemTime::now()), if connection.is_empty() { "" } else { "\r\n" });
         let _ = write!(out, "HTTP/1.1 {status} {reason}\r\nServer: M\r\nDate: {date}\r\nContent-Length: {length}\r\n");
-        let _ = write!(out, "{header}{}{connection}\r\n\r\n", if connection.is_empty() { "" } else { "\r\n" });
-    }
-
-    /// Writes an answer into an exchange.
-    fn write(&self, out: &mut Vec<u8>) {
-        write_field(&self.status.to_be_bytes(), out);
-        write_field(self.header.as_bytes(), out);
-        write_field(&self.body, out);
-    }
-
-    /// Reads the next answer of an exchange.
-    fn read(bytes: &mut &[u8]) -> Option<Answer> {
-        let status = u16::from_be_bytes(read_field(bytes)?.try_into().ok()?);
-        let header = known_header(String::from_utf8(read_field(bytes)?.to_vec()).ok()?);
-        Some(Answer { status, header, body: read_field(bytes)?.to_vec() })
+        let _ = write!(out, "{header}{separator}{connection}\r\n\r\n");
+        out.extend(if without_body { &[] } else { &self.body[..] });
     }
 }
 
-/// A header of a peer's answer, borrowed if it is one of ours: the server takes no others.
-fn known_header(header: String) -> Cow<'static, str> {
+/// Borrows the header of a peer's answer if it is one of ours: the server takes no others.
+fn known_header(header: &str) -> Cow<'static, str> {
     let known = [JSON, EXCHANGE, GET_ONLY, PUT_ONLY, KEY_VERBS].into_iter().find(|known| *known == header);
-    known.map_or(Cow::Owned(header), Cow::Borrowed)
+    known.map_or_else(|| Cow::Owned(header.to_owned()), Cow::Borrowed)
 }
 
 // ---- The store: one map behind one lock -----------------------------------------------------------------------------
@@ -470,21 +453,12 @@ impl Record {
 }
 
 // A set whose entries are found by their key is a map that keeps key and value together.
-impl Borrow<[u8]> for Record {
-    fn borrow(&self) -> &[u8] {
-        self.key()
-    }
-}
-impl Hash for Record {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        self.key().hash(state);
-    }
-}
-impl PartialEq for Record {
-    fn eq(&self, other: &Record) -> bool {
-        self.key() == other.key()
-    }
-}
+#[rustfmt::skip]
+impl Borrow<[u8]> for Record { fn borrow(&self) -> &[u8] { self.key() } }
+#[rustfmt::skip]
+impl Hash for Record { fn hash<H: Hasher>(&self, state: &mut H) { self.key().hash(state) } }
+#[rustfmt::skip]
+impl PartialEq for Record { fn eq(&self, other: &Record) -> bool { self.key() == other.key() } }
 impl Eq for Record {}
 
 /// The keys that this instance holds. A std Mutex and not a coroutine's: nobody waits for anything while holding it.
@@ -591,8 +565,7 @@ const GROUP_BYTES: usize = 256 << 10;
 const EXCHANGE_BYTES: usize = 1 << 20;
 /// More is no answer to any request of the contract.
 const MAX_ANSWER: u64 = 16 << 20;
-/// For how long a peer is taken to know exchanges or not, and a name to stand for the same address.
-const HABIT_LIFETIME: Duration = Duration::from_secs(60);
+/// For how long a name is taken to stand for the same address.
 const LOOKUP_LIFETIME: Duration = Duration::from_secs(1);
 const EXCHANGE_TARGET: &str = "/kv-store";
 const EXCHANGE_TYPE: &str = "application/x-kv-store-exchange";
@@ -634,8 +607,8 @@ struct Line {
     waiting: VecDeque<Errand>,
     /// Lanes that are out for this peer, or called.
     lanes: usize,
-    /// Whether the peer knows exchanges, and since when that is known.
-    habit: Option<(Instant, bool)>,
+    /// Whether the peer knows exchanges, if that is known.
+    exchanges: Option<bool>,
 }
 
 /// A request on its way to a peer. Dropping it tells whoever waits that there is no answer.
@@ -671,7 +644,7 @@ impl Peer {
         let errand = Errand { request, deadline: Instant::now() + PATIENCE, answer: sender };
         let mut line = lock(&self.line);
         line.waiting.push_back(errand);
-        if line.lanes == 0 || line.goes_one_by_one() {
+        if line.lanes == 0 || line.exchanges == Some(false) {
             self.call_lane(&mut line);
         }
         drop(line);
@@ -725,23 +698,25 @@ impl Peer {
     }
 
     fn carry_together(&self, group: Vec<Errand>) {
-        let mut body = Vec::new();
-        group.iter().for_each(|errand| errand.request.write(&mut body));
-        match self.fetch(&Request::exchange(body)) {
+        let requests: Vec<&Request> = group.iter().map(|errand| &errand.request).collect();
+        match self.fetch(&Request::exchange(postcard::to_stdvec(&requests).unwrap_or_default())) {
             Ok(answer) if answer.header == EXCHANGE => {
-                let (mut group, mut answers) = (group.into_iter(), &answer.body[..]);
-                while let Some(answer) = Answer::read(&mut answers)
-                    && let Some(errand) = group.next()
-                {
-                    let _ = errand.answer.send(answer);
+                let answers: Vec<Answer> = postcard::from_bytes(&answer.body).unwrap_or_default();
+                let answered = answers.len();
+                let mut group = VecDeque::from(group);
+                for (answer, errand) in answers.into_iter().zip(group.drain(..answered.min(group.len()))) {
+                    let _ = errand.answer.send(Answer { header: known_header(&answer.header), ..answer });
                 }
                 // Those left over were not looked at: they are the first of the next group.
-                let mut line = lock(&self.line);
-                group.rev().for_each(|errand| line.waiting.push_front(errand));
+                if answered > 0 {
+                    let mut line = lock(&self.line);
+                    group.append(&mut line.waiting);
+                    line.waiting = group;
+                }
             }
             Ok(_) => {
                 // The peer knows nothing of exchanges (any more), and did nothing with this one.
-                lock(&self.line).habit = Some((Instant::now(), false));
+                lock(&self.line).exchanges = Some(false);
                 self.carry(group);
             }
             Err(Failure::Unreachable) => self.give_up(),
@@ -752,24 +727,18 @@ impl Peer {
     /// Nobody is there: tells all who wait.
     fn give_up(&self) {
         let mut line = lock(&self.line);
-        line.habit = None;
+        line.exchanges = None;
         line.waiting.clear();
     }
 
-    /// Whether the peer answers an exchange with an exchange; an empty one tells, now and then.
+    /// Whether the peer answers an exchange with an exchange: an empty one tells.
     fn knows_exchanges(&self) -> bool {
-        let habit = lock(&self.line).habit;
-        match habit {
-            Some((since, knows)) if since.elapsed() < HABIT_LIFETIME => knows,
-            _ => match self.fetch(&Request::exchange(Vec::new())) {
-                Ok(answer) => {
-                    let knows = answer.header == EXCHANGE;
-                    lock(&self.line).habit = Some((Instant::now(), knows));
-                    knows
-                }
-                Err(_) => false,
-            },
-        }
+        let known = lock(&self.line).exchanges;
+        known.unwrap_or_else(|| {
+            let known = self.fetch(&Request::exchange(Vec::new())).ok().map(|answer| answer.header == EXCHANGE);
+            lock(&self.line).exchanges = known;
+            known.unwrap_or(false)
+        })
     }
 
     /// Sends one HTTP request and reads its answer.
@@ -801,7 +770,7 @@ impl Peer {
         let whole = length == expected && length as u64 <= MAX_ANSWER;
         let content_type = header("Content-Type").unwrap_or("application/octet-stream");
         let allow = header("Allow").map_or(String::new(), |verbs| format!("\r\nAllow: {verbs}"));
-        let header = known_header(format!("Content-Type: {content_type}{allow}"));
+        let header = known_header(&format!("Content-Type: {content_type}{allow}"));
         whole.then_some(Answer { status: status.as_u16(), header, body }).ok_or(Failure::Broken)
     }
 
@@ -830,10 +799,6 @@ impl From<attohttpc::Error> for Failure {
 }
 
 impl Line {
-    fn goes_one_by_one(&self) -> bool {
-        matches!(self.habit, Some((_, false)))
-    }
-
     /// Takes what one exchange can carry off the head of the line; what nobody waits for any more is dropped.
     fn take_group(&mut self) -> Vec<Errand> {
         let now = Instant::now();
@@ -842,7 +807,7 @@ impl Line {
         let mut fits = |errand: &Errand| {
             // An exchange is not taken into another one, so it travels as if it were too large.
             bytes += if errand.request.is_exchange() { GROUP_BYTES + 1 } else { errand.request.body.len() };
-            bytes <= GROUP_BYTES && !matches!(self.habit, Some((_, false)))
+            bytes <= GROUP_BYTES && self.exchanges != Some(false)
         };
         let count = self.waiting.iter().take(GROUP_REQUESTS).take_while(|errand| fits(errand)).count();
         self.waiting.drain(..count.max(1).min(self.waiting.len())).collect()
@@ -854,49 +819,23 @@ impl Request {
         let (verb, target, content_type) = ("POST".into(), EXCHANGE_TARGET.into(), EXCHANGE_TYPE.into());
         Request { verb, target, content_type, via: VIA.clone(), body }
     }
-
-    /// Writes a request into an exchange.
-    fn write(&self, out: &mut Vec<u8>) {
-        let texts = [&self.verb, &self.target, &self.content_type, &self.via];
-        texts.iter().for_each(|text| write_field(text.as_bytes(), out));
-        write_field(&self.body, out);
-    }
-
-    /// Reads the next request of an exchange.
-    fn read(bytes: &mut &[u8]) -> Option<Request> {
-        let mut text = || String::from_utf8(read_field(bytes)?.to_vec()).ok();
-        let (verb, target, content_type, via) = (text()?, text()?, text()?, text()?);
-        Some(Request { verb, target, content_type, via, body: read_field(bytes)?.to_vec() })
-    }
-}
-
-/// What instances send one another is made of fields: the length in four bytes, the highest first, and as many bytes.
-fn write_field(field: &[u8], out: &mut Vec<u8>) {
-    out.extend((field.len() as u32).to_be_bytes());
-    out.extend(field);
-}
-
-fn read_field<'a>(bytes: &mut &'a [u8]) -> Option<&'a [u8]> {
-    let (length, rest) = bytes.split_first_chunk()?;
-    let (field, rest) = rest.split_at_checked(u32::from_be_bytes(*length) as usize)?;
-    *bytes = rest;
-    Some(field)
 }
 
 /// Answers the requests of an exchange in order, until the answer is large enough.
-fn exchange(mut bytes: &[u8]) -> Answer {
-    let requests: Vec<_> = std::iter::from_fn(|| Request::read(&mut bytes)).collect();
+fn exchange(body: &[u8]) -> Answer {
+    let requests: Vec<Request> = postcard::from_bytes(body).unwrap_or_default();
     // An exchange inside an exchange would let a client choose how deep this recurses.
-    if !bytes.is_empty() || requests.iter().any(Request::is_exchange) {
+    if (requests.is_empty() && !body.is_empty()) || requests.iter().any(Request::is_exchange) {
         return Outcome::BadRequest.answer(Vocabulary::Form, "POST");
     }
-    let mut body = Vec::new();
-    for request in requests {
-        if body.len() < EXCHANGE_BYTES {
-            answer(request).write(&mut body);
-        }
-    }
-    Answer { status: 200, header: Cow::Borrowed(EXCHANGE), body }
+    let mut room = EXCHANGE_BYTES as isize;
+    let answer_in = |request| {
+        let answer = (room > 0).then(|| answer(request))?;
+        room -= answer.body.len() as isize;
+        Some(answer)
+    };
+    let answers: Vec<Answer> = requests.into_iter().map_while(answer_in).collect();
+    Answer { status: 200, header: Cow::Borrowed(EXCHANGE), body: postcard::to_stdvec(&answers).unwrap_or_default() }
 }
 
 // ---- Connections: where the bytes come from and go to ---------------------------------------------------------------
@@ -919,8 +858,6 @@ struct Connection {
     ended: bool,
     /// The client may still be sending when the connection is closed.
     lingers: bool,
-    /// The time in seconds and as HTTP spells it.
-    date: (u64, String),
 }
 
 struct Server;
@@ -930,7 +867,7 @@ impl HttpServiceFactory for Server {
 
     /// Called once for each connection. `id` is the descriptor of its socket, open until after the service is dropped.
     fn new_service(&self, id: usize) -> Connection {
-        let (socket, calls) = (Socket::borrow(id as RawFd), Arc::<AtomicU32>::default());
+        let (socket, calls) = (borrow_socket(id as RawFd), Arc::<AtomicU32>::default());
         // Without this, an answer that leaves in two writes waits 40 ms for the client's delayed acknowledgement.
         let _ = socket.set_nodelay(true);
         let mut connections = lock(&CONNECTIONS);
@@ -941,8 +878,7 @@ impl HttpServiceFactory for Server {
         }
         let watched = Watched { calls: calls.clone(), seen: 0, since: Instant::now(), received: 0 };
         connections.insert(id as RawFd, watched);
-        let (unsent, date) = Default::default();
-        Connection { socket, calls, unsent, handed: 0, ended: crowded, lingers: false, date }
+        Connection { socket, calls, unsent: Vec::new(), handed: 0, ended: crowded, lingers: false }
     }
 }
 
@@ -990,14 +926,15 @@ impl Connection {
     fn read_body(&self, mut reader: BodyReader, length: usize, body: &mut Vec<u8>) -> io::Result<()> {
         while body.len() < length {
             let chunk = reader.fill_buf()?;
-            if chunk.is_empty() {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
             let taken = chunk.len();
             body.extend(chunk);
             reader.consume(taken);
+            if taken == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            } else if taken < length && body.len() == length {
+                signal_again(&self.socket);
+            }
         }
-        self.socket.signal_again();
         Ok(())
     }
 
@@ -1020,21 +957,14 @@ impl Connection {
     }
 
     fn append(&mut self, answer: &Answer, connection: &str, without_body: bool) {
-        let (before, now) = (self.unsent.len(), SystemTime::now());
-        let second = now.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
-        if self.date.0 != second {
-            self.date = (second, httpdate::fmt_http_date(now));
-        }
-        answer.write_head(&mut self.unsent, &self.date.1, connection);
-        if !without_body {
-            self.unsent.extend(&answer.body);
-        }
+        let before = self.unsent.len();
+        answer.write(&mut self.unsent, connection, without_body);
         self.handed += (self.unsent.len() - before) as u64;
     }
 
     /// Forgets the answers that the kernel has. It counts what it was given, and it is given nothing but answers.
     fn settle(&mut self) {
-        let Some(info) = self.socket.info() else { return };
+        let Some(info) = info(&self.socket) else { return };
         let given = info.tcpi_bytes_sent - info.tcpi_bytes_retrans + u64::from(info.tcpi_notsent_bytes);
         let missing = self.handed.saturating_sub(given) as usize;
         self.unsent.drain(..self.unsent.len().saturating_sub(missing));
@@ -1065,10 +995,10 @@ impl Connection {
 
     /// Sends what the server has not sent, and ends the connection.
     fn send_unsent(&mut self) {
-        let sent = self.socket.send_held(&self.unsent).unwrap_or(0);
+        let sent = send_held(&self.socket, &self.unsent).unwrap_or(0);
         if sent < self.unsent.len()
             && !thread::panicking()
-            && let Ok(mut stream) = self.socket.waiting_stream(IDLE_LIMIT)
+            && let Ok(mut stream) = waiting_stream(&self.socket, IDLE_LIMIT)
         {
             let _ = stream.write_all(&self.unsent[sent..]);
         }
@@ -1088,7 +1018,7 @@ impl Connection {
     /// reset may reach the client before it has read its answer.
     fn linger(&self) {
         let deadline = Instant::now() + Duration::from_secs(5);
-        let Ok(mut stream) = self.socket.waiting_stream(Duration::from_secs(1)) else { return };
+        let Ok(mut stream) = waiting_stream(&self.socket, Duration::from_secs(1)) else { return };
         while Instant::now() < deadline && stream.read(&mut [0; 4096]).is_ok_and(|count| count > 0) {}
     }
 }
@@ -1098,7 +1028,7 @@ impl Connection {
 impl Drop for Connection {
     fn drop(&mut self) {
         lock(&CONNECTIONS).remove(&self.socket.as_raw_fd());
-        let received = self.socket.info().map_or(0, |info| info.tcpi_bytes_received);
+        let received = info(&self.socket).map_or(0, |info| info.tcpi_bytes_received);
         let left = matches!(self.socket.peek(&mut [0]), Ok(0));
         // The server does not look at what it read if it came together with the end of the stream (which counts as a byte).
         let unheard = received > 1 && self.calls.load(Relaxed) == 0;
@@ -1141,7 +1071,7 @@ static MAX_CONNECTIONS: LazyLock<usize> =
 fn watch_connections() {
     loop {
         let mut connections = lock(&CONNECTIONS);
-        connections.iter_mut().for_each(|(fd, watched)| watched.look(Socket::borrow(*fd)));
+        connections.iter_mut().for_each(|(fd, watched)| watched.look(borrow_socket(*fd)));
         // An endless head grows by a gigabyte a second: look often, as long as there are few to look at.
         let pause = Duration::from_millis(10) + Duration::from_micros(100) * connections.len() as u32;
         drop(connections);
@@ -1151,7 +1081,7 @@ fn watch_connections() {
 
 impl Watched {
     fn look(&mut self, socket: Socket) {
-        let Some(info) = socket.info() else { return };
+        let Some(info) = info(&socket) else { return };
         let calls = self.calls.load(Relaxed);
         if self.seen != calls {
             (self.seen, self.since, self.received) = (calls, Instant::now(), info.tcpi_bytes_received);
@@ -1160,13 +1090,15 @@ impl Watched {
         let sending = info.tcpi_notsent_bytes + info.tcpi_unacked > 0 && info.tcpi_last_ack_recv < limit;
         let receiving = answering && info.tcpi_last_data_recv < limit;
         let head = if answering { 0 } else { info.tcpi_bytes_received - self.received };
-        if head.saturating_sub(socket.unread()) > MAX_HEAD {
+        let unread = unread(&socket);
+        if !answering && unread > 0 {
+            signal_again(&socket);
+        }
+        if head.saturating_sub(unread) > MAX_HEAD {
             // The server has nothing to send here, so this answer is in nobody's way.
             let mut refusal = Vec::new();
-            let answer = Outcome::BadRequest.answer(Vocabulary::Form, "GET");
-            answer.write_head(&mut refusal, &httpdate::fmt_http_date(SystemTime::now()), "Connection: close");
-            refusal.extend(answer.body);
-            let _ = socket.send_held(&refusal);
+            Outcome::BadRequest.answer(Vocabulary::Form, "GET").write(&mut refusal, "Connection: close", false);
+            let _ = send_held(&socket, &refusal);
         } else if self.since.elapsed() < IDLE_LIMIT || sending || receiving {
             return;
         }
@@ -1176,66 +1108,57 @@ impl Watched {
 
 // ---- The socket, behind the server's back ---------------------------------------------------------------------------
 
-/// A socket that the server owns and closes, after the service of its connection is dropped. Only that service, and the
+/// A socket that the server owns, and closes after the service of its connection is dropped. Only that service, and the
 /// watch as long as the list of connections has the service, may hold one.
-struct Socket(ManuallyDrop<TcpStream>);
+type Socket = ManuallyDrop<TcpStream>;
 
-impl std::ops::Deref for Socket {
-    type Target = TcpStream;
-    fn deref(&self) -> &TcpStream {
-        &self.0
+fn borrow_socket(fd: RawFd) -> Socket {
+    // SAFETY: whoever may hold a Socket holds it while the descriptor is open; ManuallyDrop never closes it.
+    ManuallyDrop::new(unsafe { TcpStream::from_raw_fd(fd) })
+}
+
+/// Sends what the kernel takes at once. The last packet is held back until more is sent or the stream ends, so that a
+/// client that has the whole answer has its end as well.
+fn send_held(socket: &Socket, bytes: &[u8]) -> io::Result<usize> {
+    socket2::SockRef::from(&**socket).send_with_flags(bytes, libc::MSG_MORE | libc::MSG_NOSIGNAL)
+}
+
+/// The same socket as a stream that makes the coroutine wait, and not its worker: for `limit` at most.
+fn waiting_stream(socket: &Socket, limit: Duration) -> io::Result<may::net::TcpStream> {
+    let fd = socket.try_clone()?.into_raw_fd();
+    // SAFETY: the descriptor is a fresh one, and the stream becomes its only owner.
+    let stream = unsafe { may::net::TcpStream::from_raw_fd(fd) };
+    stream.set_read_timeout(Some(limit))?;
+    stream.set_write_timeout(Some(limit))?;
+    Ok(stream)
+}
+
+/// Has the kernel signal input once more, if there is any (setting SO_RCVLOWAT does). The server waits for a signal that
+/// comes once an arrival; reading a body uses it up, and a request that came with the body's end would be left lying.
+fn signal_again(socket: &Socket) {
+    let (one, size) = (&1 as *const libc::c_int, size_of::<libc::c_int>() as libc::socklen_t);
+    // SAFETY: setsockopt reads an int, which outlives the call.
+    unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVLOWAT, one.cast(), size) };
+}
+
+/// What the kernel knows of the connection (all of it since Linux 4.19).
+fn info(socket: &Socket) -> Option<libc::tcp_info> {
+    let mut size = size_of::<libc::tcp_info>() as libc::socklen_t;
+    // SAFETY: a struct of integers may be zero, and getsockopt writes no more than `size` bytes.
+    unsafe {
+        let mut info: libc::tcp_info = std::mem::zeroed();
+        let into = (&mut info as *mut libc::tcp_info).cast();
+        let result = libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, into, &mut size);
+        (result == 0).then_some(info)
     }
 }
 
-impl Socket {
-    fn borrow(fd: RawFd) -> Socket {
-        // SAFETY: whoever may hold a Socket holds it while the descriptor is open; ManuallyDrop never closes it.
-        Socket(ManuallyDrop::new(unsafe { TcpStream::from_raw_fd(fd) }))
-    }
-
-    /// Sends what the kernel takes at once. The last packet is held back until more is sent or the stream ends, so that a
-    /// client that has the whole answer has its end as well.
-    fn send_held(&self, bytes: &[u8]) -> io::Result<usize> {
-        socket2::SockRef::from(&**self).send_with_flags(bytes, libc::MSG_MORE | libc::MSG_NOSIGNAL)
-    }
-
-    /// The same socket as a stream that makes the coroutine wait, and not its worker: for `limit` at most.
-    fn waiting_stream(&self, limit: Duration) -> io::Result<may::net::TcpStream> {
-        let fd = self.try_clone()?.into_raw_fd();
-        // SAFETY: the descriptor is a fresh one, and the stream becomes its only owner.
-        let stream = unsafe { may::net::TcpStream::from_raw_fd(fd) };
-        stream.set_read_timeout(Some(limit))?;
-        stream.set_write_timeout(Some(limit))?;
-        Ok(stream)
-    }
-
-    /// Has the kernel signal input once more, if there is any. The server waits for a signal that comes once an arrival;
-    /// reading a body uses it up, and a request that came with the end of the body would lie there until the next one.
-    fn signal_again(&self) {
-        let (one, size) = (&1 as *const libc::c_int, size_of::<libc::c_int>() as libc::socklen_t);
-        // SAFETY: setsockopt reads an int, which outlives the call.
-        unsafe { libc::setsockopt(self.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVLOWAT, one.cast(), size) };
-    }
-
-    /// What the kernel knows of the connection (all of it since Linux 4.19).
-    fn info(&self) -> Option<libc::tcp_info> {
-        let mut size = size_of::<libc::tcp_info>() as libc::socklen_t;
-        // SAFETY: a struct of integers may be zero, and getsockopt writes no more than `size` bytes.
-        unsafe {
-            let mut info: libc::tcp_info = std::mem::zeroed();
-            let into = (&mut info as *mut libc::tcp_info).cast();
-            let result = libc::getsockopt(self.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, into, &mut size);
-            (result == 0).then_some(info)
-        }
-    }
-
-    /// What has arrived and was not read yet, in bytes.
-    fn unread(&self) -> u64 {
-        let mut count: libc::c_int = 0;
-        // SAFETY: FIONREAD writes one int.
-        unsafe { libc::ioctl(self.as_raw_fd(), libc::FIONREAD, &mut count) };
-        count as u64
-    }
+/// What has arrived and was not read yet, in bytes.
+fn unread(socket: &Socket) -> u64 {
+    let mut count: libc::c_int = 0;
+    // SAFETY: FIONREAD writes one int.
+    unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &mut count) };
+    count as u64
 }
 
 // ---- The start ------------------------------------------------------------------------------------------------------
