@@ -35,6 +35,7 @@ use may_minihttp::{BodyReader, HttpService, HttpServiceFactory, Request as Parse
 use percent_encoding::{AsciiSet, CONTROLS, percent_decode, utf8_percent_encode};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
+use threadpool::ThreadPool;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
@@ -132,10 +133,8 @@ struct Framing {
     /// The length of the body, in bytes.
     length: usize,
     is_head: bool,
-    /// The client wants the connection closed, or speaks HTTP/1.0, where that is the default.
+    /// The client wants the connection closed, or speaks HTTP/1.0.
     closing: bool,
-    /// An HTTP/1.0 client that asked to keep the connection waits to be told that it is kept.
-    confirm_keep_alive: bool,
     expects_continue: bool,
 }
 
@@ -158,12 +157,10 @@ fn read_head(
         return Err(Outcome::BadRequest);
     }
     let connection = joined("Connection").to_ascii_lowercase();
-    let option = |name| connection.split(',').any(|option| option.trim() == name);
     let framing = Framing {
         length,
         is_head: verb == "HEAD",
-        closing: option("close") || (version == 0 && !option("keep-alive")),
-        confirm_keep_alive: version == 0,
+        closing: version == 0 || connection.split(',').any(|option| option.trim() == "close"),
         expects_continue: length > 0 && joined("Expect").eq_ignore_ascii_case("100-continue"),
     };
     let (verb, target) = (if verb == "HEAD" { "GET" } else { verb }.into(), origin_form(target));
@@ -556,7 +553,7 @@ const PATIENCE: Duration = Duration::from_millis(4700);
 /// An exchange that takes longer does not hold up those behind it: another lane goes out beside it.
 const OVERDUE: Duration = Duration::from_millis(5);
 /// The lanes of this process, and those that one peer may occupy.
-const LANES: usize = 64;
+const MAX_LANES: usize = 64;
 const LANES_OF_A_PEER: usize = 16;
 /// An exchange takes along this many requests, or requests with this many bytes of body; a larger one travels alone.
 const GROUP_REQUESTS: usize = 128;
@@ -570,28 +567,24 @@ const LOOKUP_LIFETIME: Duration = Duration::from_secs(1);
 const EXCHANGE_TARGET: &str = "/kv-store";
 const EXCHANGE_TYPE: &str = "application/x-kv-store-exchange";
 /// What the client's URL parser would drop, cut at or rewrite in a target, where it is part of a key.
-const REWRITTEN: &AsciiSet =
-    &CONTROLS.add(b'"').add(b'#').add(b'<').add(b'>').add(b'\\').add(b'^').add(b'`').add(b'{').add(b'|').add(b'}');
+const REWRITTEN: &AsciiSet = &CONTROLS
+    .add(b'"')
+    .add(b'\'')
+    .add(b'#')
+    .add(b'<')
+    .add(b'>')
+    .add(b'\\')
+    .add(b'^')
+    .add(b'`')
+    .add(b'{')
+    .add(b'|')
+    .add(b'}');
 
 /// This process, in the `Via` of what it relays: a request that comes back with it runs in a ring.
 static VIA: LazyLock<String> = LazyLock::new(|| format!("1.1 kv-store-{:016x}", RandomState::new().hash_one(0)));
 
-/// The lanes. Who sends a peer here has a lane take out what waits in that peer's line.
-static CALLS: LazyLock<mpsc::Sender<Arc<Peer>>> = LazyLock::new(|| {
-    let (sender, calls) = mpsc::channel::<Arc<Peer>>();
-    let calls = Arc::new(Mutex::new(calls));
-    for _ in 0..LANES {
-        let calls = calls.clone();
-        // A lane that does not come about (the system has no thread left) leaves the others more to do.
-        let _ = thread::Builder::new().name("lane".into()).spawn(move || {
-            loop {
-                let Ok(peer) = lock(&calls).recv() else { return };
-                peer.empty_line();
-            }
-        });
-    }
-    sender
-});
+/// The lanes of this process. Each call has one of them take out what waits in a peer's line.
+static LANES: LazyLock<Mutex<ThreadPool>> = LazyLock::new(|| Mutex::new(ThreadPool::new(MAX_LANES)));
 
 /// Another instance, and the requests that wait to be taken to it.
 struct Peer {
@@ -617,15 +610,6 @@ struct Errand {
     /// Nobody waits for longer: what has not been sent by then must not be.
     deadline: Instant,
     answer: may::sync::mpsc::Sender<Answer>,
-}
-
-/// Why there is no answer.
-enum Failure {
-    /// No connection came about, so nothing was sent: whatever waits for the same peer need not try.
-    Unreachable,
-    Broken,
-    /// The target cannot be written as a URL that means the same: `..` as a key.
-    NotAUrl,
 }
 
 impl Peer {
@@ -662,8 +646,10 @@ impl Peer {
     }
 
     fn call_lane(self: &Arc<Peer>, line: &mut Line) {
-        if line.lanes < LANES_OF_A_PEER && CALLS.send(self.clone()).is_ok() {
+        if line.lanes < LANES_OF_A_PEER {
             line.lanes += 1;
+            let peer = self.clone();
+            lock(&LANES).execute(move || peer.empty_line());
         }
     }
 
@@ -684,94 +670,62 @@ impl Peer {
 
     /// Takes a group of requests to the peer and hands out the answers.
     fn carry(&self, group: Vec<Errand>) {
-        if group.len() > 1 && self.knows_exchanges() {
+        if (group.len() > 1 || !group[0].request.fits_a_url()) && self.knows_exchanges() {
             return self.carry_together(group);
         }
         for errand in group {
-            match self.fetch(&errand.request) {
-                Ok(answer) => drop(errand.answer.send(answer)),
-                Err(Failure::NotAUrl) if self.knows_exchanges() => self.carry_together(vec![errand]),
-                Err(Failure::Unreachable) => return self.give_up(),
-                Err(_) => {}
-            }
+            let answer = if errand.request.fits_a_url() { self.fetch(&errand.request) } else { None };
+            answer.map(|answer| errand.answer.send(answer));
         }
     }
 
     fn carry_together(&self, group: Vec<Errand>) {
         let requests: Vec<&Request> = group.iter().map(|errand| &errand.request).collect();
-        match self.fetch(&Request::exchange(postcard::to_stdvec(&requests).unwrap_or_default())) {
-            Ok(answer) if answer.header == EXCHANGE => {
-                let answers: Vec<Answer> = postcard::from_bytes(&answer.body).unwrap_or_default();
-                let answered = answers.len();
-                let mut group = VecDeque::from(group);
-                for (answer, errand) in answers.into_iter().zip(group.drain(..answered.min(group.len()))) {
-                    let _ = errand.answer.send(Answer { header: known_header(&answer.header), ..answer });
-                }
-                // Those left over were not looked at: they are the first of the next group.
-                if answered > 0 {
-                    let mut line = lock(&self.line);
-                    group.append(&mut line.waiting);
-                    line.waiting = group;
-                }
-            }
-            Ok(_) => {
-                // The peer knows nothing of exchanges (any more), and did nothing with this one.
-                lock(&self.line).exchanges = Some(false);
-                self.carry(group);
-            }
-            Err(Failure::Unreachable) => self.give_up(),
-            Err(_) => {}
+        let Some(answer) = self.fetch(&Request::exchange(postcard::to_stdvec(&requests).unwrap_or_default())) else {
+            return;
+        };
+        if answer.header != EXCHANGE {
+            // The peer knows nothing of exchanges (any more), and did nothing with this one.
+            lock(&self.line).exchanges = Some(false);
+            return self.carry(group);
         }
-    }
-
-    /// Nobody is there: tells all who wait.
-    fn give_up(&self) {
-        let mut line = lock(&self.line);
-        line.exchanges = None;
-        line.waiting.clear();
+        let answers: Vec<Answer> = postcard::from_bytes(&answer.body).unwrap_or_default();
+        let (answered, mut group) = (answers.len().min(group.len()), VecDeque::from(group));
+        for (errand, answer) in group.drain(..answered).zip(answers) {
+            let _ = errand.answer.send(Answer { header: known_header(&answer.header), ..answer });
+        }
+        // Those left over were not looked at: they are the first of the next group.
+        if answered > 0 {
+            let mut line = lock(&self.line);
+            group.append(&mut line.waiting);
+            line.waiting = group;
+        }
     }
 
     /// Whether the peer answers an exchange with an exchange: an empty one tells.
     fn knows_exchanges(&self) -> bool {
         let known = lock(&self.line).exchanges;
         known.unwrap_or_else(|| {
-            let known = self.fetch(&Request::exchange(Vec::new())).ok().map(|answer| answer.header == EXCHANGE);
+            let known = self.fetch(&Request::exchange(Vec::new())).map(|answer| answer.header == EXCHANGE);
             lock(&self.line).exchanges = known;
             known.unwrap_or(false)
         })
     }
 
-    /// Sends one HTTP request and reads its answer.
-    fn fetch(&self, request: &Request) -> Result<Answer, Failure> {
-        let host = self.look_up().ok_or(Failure::Unreachable)?;
-        let target = utf8_percent_encode(&request.target, REWRITTEN).to_string();
-        let method = Method::from_bytes(request.verb.as_bytes()).map_err(|_| Failure::Broken)?;
-        let mut builder = RequestBuilder::try_new(method, format!("http://{host}{target}"))?
-            .proxy_settings(ProxySettings::builder().build())
-            .follow_redirects(false)
-            .connect_timeout(CONNECT_LIMIT)
-            .read_timeout(ANSWER_LIMIT)
-            .try_header("Via", &request.via)?;
-        if builder.inspect().url().path() != target.split('?').next().unwrap_or_default() {
-            return Err(Failure::NotAUrl);
+    /// Sends one HTTP request and reads its answer; None if there is none. If there is no way to the peer at all, whatever
+    /// else waits for it is told so as well.
+    fn fetch(&self, request: &Request) -> Option<Answer> {
+        use io::ErrorKind::{AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable, TimedOut};
+        let no_way = [AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable, TimedOut];
+        let host = self.look_up().ok_or(io::Error::from(HostUnreachable).into());
+        let answer = host.and_then(|host| request.send(&host));
+        if answer.as_ref().is_err_and(|error| matches!(error.kind(), ErrorKind::Io(it) if no_way.contains(&it.kind())))
+        {
+            let mut line = lock(&self.line);
+            line.exchanges = None;
+            line.waiting.clear();
         }
-        if !request.content_type.is_empty() {
-            builder = builder.try_header("Content-Type", &request.content_type)?;
-        }
-        if request.body.len() > 16 << 10 {
-            // What exceeds the socket's buffer waits for the peer to read, and only this (a thread) limits that wait.
-            builder = builder.timeout(ANSWER_LIMIT);
-        }
-        let (status, headers, reader) = builder.bytes(&request.body).send()?.split();
-        let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-        let mut body = Vec::new();
-        let length = reader.take(MAX_ANSWER + 1).read_to_end(&mut body).map_err(|_| Failure::Broken)?;
-        let expected = header("Content-Length").and_then(|value| value.parse().ok()).unwrap_or(length);
-        let whole = length == expected && length as u64 <= MAX_ANSWER;
-        let content_type = header("Content-Type").unwrap_or("application/octet-stream");
-        let allow = header("Allow").map_or(String::new(), |verbs| format!("\r\nAllow: {verbs}"));
-        let header = known_header(&format!("Content-Type: {content_type}{allow}"));
-        whole.then_some(Answer { status: status.as_u16(), header, body }).ok_or(Failure::Broken)
+        answer.ok()
     }
 
     /// The peer's `host:port` with the name looked up, which the client would do for each request. A name that stands for
@@ -784,17 +738,6 @@ impl Peer {
             *lookup = Some((Instant::now(), host));
         }
         lookup.as_ref().map(|(_, host)| host.clone())
-    }
-}
-
-impl From<attohttpc::Error> for Failure {
-    fn from(error: attohttpc::Error) -> Failure {
-        use io::ErrorKind::{AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable, TimedOut};
-        let connecting = [AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable, TimedOut];
-        match error.kind() {
-            ErrorKind::Io(error) if connecting.contains(&error.kind()) => Failure::Unreachable,
-            _ => Failure::Broken,
-        }
     }
 }
 
@@ -818,6 +761,46 @@ impl Request {
     fn exchange(body: Vec<u8>) -> Request {
         let (verb, target, content_type) = ("POST".into(), EXCHANGE_TARGET.into(), EXCHANGE_TYPE.into());
         Request { verb, target, content_type, via: VIA.clone(), body }
+    }
+
+    /// The target as it can stand in a URL.
+    fn url(&self, host: &str) -> String {
+        format!("http://{host}{}", utf8_percent_encode(&self.target, REWRITTEN))
+    }
+
+    /// Whether a URL can name the target: the client would take the segments `.` and `..` out, and they may be keys.
+    fn fits_a_url(&self) -> bool {
+        let url = self.url("peer");
+        url::Url::parse(&url).is_ok_and(|parsed| parsed.as_str() == url)
+    }
+
+    /// Sends the request to a host and reads the answer, of which status, `Content-Type`, `Allow` and body go on.
+    fn send(&self, host: &str) -> attohttpc::Result<Answer> {
+        let method = Method::from_bytes(self.verb.as_bytes()).unwrap_or(Method::GET);
+        let mut builder = RequestBuilder::try_new(method, self.url(host))?
+            .proxy_settings(ProxySettings::builder().build())
+            .follow_redirects(false)
+            .connect_timeout(CONNECT_LIMIT)
+            .read_timeout(ANSWER_LIMIT)
+            .try_header("Via", &self.via)?;
+        if !self.content_type.is_empty() {
+            builder = builder.try_header("Content-Type", &self.content_type)?;
+        }
+        if self.body.len() > 16 << 10 {
+            // What exceeds the socket's buffer waits for the peer to read, and only this (a thread) limits that wait.
+            builder = builder.timeout(ANSWER_LIMIT);
+        }
+        let (status, headers, reader) = builder.bytes(&self.body).send()?.split();
+        let value = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+        let mut body = Vec::new();
+        let length = reader.take(MAX_ANSWER).read_to_end(&mut body)?;
+        if value("Content-Length").is_some_and(|expected| expected.parse() != Ok(length)) {
+            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+        }
+        let content_type = value("Content-Type").unwrap_or("application/octet-stream");
+        let allow = value("Allow").map_or(String::new(), |verbs| format!("\r\nAllow: {verbs}"));
+        let header = known_header(&format!("Content-Type: {content_type}{allow}"));
+        Ok(Answer { status: status.as_u16(), header, body })
     }
 }
 
@@ -918,7 +901,7 @@ impl Connection {
             self.lingers = !framing.closing;
             self.say_last_word(&answer, framing.is_head);
         } else {
-            self.hand_over(answer, framing.confirm_keep_alive, response);
+            self.hand_over(answer, response);
         }
     }
 
@@ -939,15 +922,11 @@ impl Connection {
     }
 
     /// Gives an answer to the server, which sends it when it has looked at all that it has read.
-    fn hand_over(&mut self, answer: Answer, confirm_keep_alive: bool, response: &mut Response) {
-        let connection = if confirm_keep_alive { "Connection: keep-alive" } else { "" };
-        self.append(&answer, connection, false);
+    fn hand_over(&mut self, answer: Answer, response: &mut Response) {
+        self.append(&answer, "", false);
         response.status_code(answer.status.into(), answer.reason());
         if let Cow::Borrowed(header) = answer.header {
             response.header(header);
-        }
-        if confirm_keep_alive {
-            response.header(connection);
         }
         response.body_vec(answer.body);
         if self.unsent.len() > 8 << 10 {
