@@ -44,7 +44,7 @@ const MAX_VALUE: usize = 1 << 20;
 /// The limit of a body: a value at its limit fits in however it is escaped (JSON's \u0041 takes 6 bytes for 1).
 const MAX_BODY: usize = 8 << 20;
 /// The limit of a request's head. The server has none of its own and would collect an endless head in memory.
-const MAX_HEAD: u64 = 64 << 10;
+const MAX_HEAD: usize = 64 << 10;
 /// The answers that a connection may have waiting for a client that does not read them, in bytes.
 const MAX_UNSENT: usize = 4 << 20;
 /// A connection on which nothing happens for this long is closed.
@@ -151,9 +151,10 @@ fn read_head(
     if all("Transfer-Encoding").next().is_some() {
         return Err(Outcome::LengthRequired);
     }
+    let size: usize = headers.iter().map(|header| header.name.len() + header.value.len()).sum();
     let mut lengths = all("Content-Length").map(|header| parse_length(header.value));
     let length = lengths.next().unwrap_or(Some(0)).ok_or(Outcome::BadRequest)?;
-    if lengths.any(|another| another != Some(length)) {
+    if lengths.any(|another| another != Some(length)) || size + target.len() > MAX_HEAD {
         return Err(Outcome::BadRequest);
     }
     let connection = joined("Connection").to_ascii_lowercase();
@@ -161,7 +162,7 @@ fn read_head(
         length,
         is_head: verb == "HEAD",
         closing: version == 0 || connection.split(',').any(|option| option.trim() == "close"),
-        expects_continue: length > 0 && joined("Expect").eq_ignore_ascii_case("100-continue"),
+        expects_continue: version == 1 && length > 0 && joined("Expect").eq_ignore_ascii_case("100-continue"),
     };
     let (verb, target) = (if verb == "HEAD" { "GET" } else { verb }.into(), origin_form(target));
     let (content_type, via) = (joined("Content-Type"), joined("Via"));
@@ -216,6 +217,10 @@ impl Request {
 
     fn is_of_type(&self, media_type: &str) -> bool {
         self.content_type.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case(media_type)
+    }
+
+    fn ignores_body(&self) -> bool {
+        !matches!(self.verb.as_str(), "PUT" | "POST")
     }
 
     /// An exchange between instances, see the section on the relay.
@@ -670,12 +675,16 @@ impl Peer {
 
     /// Takes a group of requests to the peer and hands out the answers.
     fn carry(&self, group: Vec<Errand>) {
-        if (group.len() > 1 || !group[0].request.fits_a_url()) && self.knows_exchanges() {
-            return self.carry_together(group);
-        }
-        for errand in group {
-            let answer = if errand.request.fits_a_url() { self.fetch(&errand.request) } else { None };
-            answer.map(|answer| errand.answer.send(answer));
+        let together = group.len() > 1 || !group[0].request.fits_a_url();
+        match together.then(|| self.knows_exchanges(group.len() == 1)) {
+            Some(Some(true)) => self.carry_together(group),
+            // Nobody is there: dropping the group says so.
+            Some(None) => {}
+            None | Some(Some(false)) => {
+                for errand in group.into_iter().filter(|errand| errand.request.fits_a_url()) {
+                    self.fetch(&errand.request).map(|answer| errand.answer.send(answer));
+                }
+            }
         }
     }
 
@@ -686,8 +695,8 @@ impl Peer {
         };
         if answer.header != EXCHANGE {
             // The peer knows nothing of exchanges (any more), and did nothing with this one.
-            lock(&self.line).exchanges = Some(false);
-            return self.carry(group);
+            lock(&self.line).exchanges = (answer.status != 503).then_some(false);
+            return if answer.status == 503 { drop(group) } else { self.carry(group) };
         }
         let answers: Vec<Answer> = postcard::from_bytes(&answer.body).unwrap_or_default();
         let (answered, mut group) = (answers.len().min(group.len()), VecDeque::from(group));
@@ -702,13 +711,16 @@ impl Peer {
         }
     }
 
-    /// Whether the peer answers an exchange with an exchange: an empty one tells.
-    fn knows_exchanges(&self) -> bool {
-        let known = lock(&self.line).exchanges;
-        known.unwrap_or_else(|| {
-            let known = self.fetch(&Request::exchange(Vec::new())).map(|answer| answer.header == EXCHANGE);
+    /// Whether the peer answers an exchange with an exchange: an empty one tells. None if it does not answer. A peer that
+    /// did not know exchanges is asked again where there is no other way.
+    fn knows_exchanges(&self, no_other_way: bool) -> Option<bool> {
+        let known = lock(&self.line).exchanges.filter(|known| *known || !no_other_way);
+        known.or_else(|| {
+            let answer = self.fetch(&Request::exchange(Vec::new()))?;
+            // 503 is what a follower says whose own main instance is down: nothing about exchanges.
+            let known = (answer.status != 503).then_some(answer.header == EXCHANGE);
             lock(&self.line).exchanges = known;
-            known.unwrap_or(false)
+            known
         })
     }
 
@@ -768,10 +780,11 @@ impl Request {
         format!("http://{host}{}", utf8_percent_encode(&self.target, REWRITTEN))
     }
 
-    /// Whether a URL can name the target: the client would take the segments `.` and `..` out, and they may be keys.
+    /// Whether the client can send the request as it is: it would take the segments `.` and `..` out of a target, which may
+    /// be keys, and make something of its own of CONNECT.
     fn fits_a_url(&self) -> bool {
         let url = self.url("peer");
-        url::Url::parse(&url).is_ok_and(|parsed| parsed.as_str() == url)
+        self.verb != "CONNECT" && url::Url::parse(&url).is_ok_and(|parsed| parsed.as_str() == url)
     }
 
     /// Sends the request to a host and reads the answer, of which status, `Content-Type`, `Allow` and body go on.
@@ -880,18 +893,20 @@ impl Connection {
     fn serve(&mut self, parsed: Parsed, response: &mut Response) {
         let head = read_head(parsed.method(), parsed.path(), parsed.version(), parsed.headers());
         let (mut request, framing) = match head {
-            Ok((request, framing)) if framing.length > MAX_BODY => return self.refuse(too_large(&request)),
+            Ok((request, framing)) if framing.length > MAX_BODY && !request.ignores_body() => {
+                return self.refuse(too_large(&request));
+            }
             Ok(head) => head,
             Err(refusal) => return self.refuse(refusal.answer(Vocabulary::Form, "GET")),
         };
         if framing.expects_continue {
             self.send_continue();
         }
-        if framing.length > 0 && self.read_body(parsed.body(), framing.length, &mut request.body).is_err() {
+        if request.ignores_body() {
+            // Dropping the reader reads it to its end.
+            drop(parsed.body());
+        } else if framing.length > 0 && self.read_body(parsed.body(), framing.length, &mut request.body).is_err() {
             return self.end();
-        }
-        if matches!(request.verb.as_str(), "GET" | "DELETE") {
-            request.body.clear();
         }
         let answer = answer(request);
         // The server takes only headers that live forever: those of a foreign main instance go out as a last word. And it
@@ -1073,7 +1088,7 @@ impl Watched {
         if !answering && unread > 0 {
             signal_again(&socket);
         }
-        if head.saturating_sub(unread) > MAX_HEAD {
+        if head.saturating_sub(unread) > MAX_HEAD as u64 {
             // The server has nothing to send here, so this answer is in nobody's way.
             let mut refusal = Vec::new();
             Outcome::BadRequest.answer(Vocabulary::Form, "GET").write(&mut refusal, "Connection: close", false);
@@ -1146,8 +1161,8 @@ fn main() {
     let arguments: Vec<String> = std::env::args_os().skip(1).map(|it| it.to_string_lossy().into_owned()).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         [] => serve(read_settings()),
-        ["--help" | "-h"] => print!("{HELP}"),
-        ["--version" | "-V"] => println!("kv-store {VERSION}"),
+        ["--help" | "-h"] => drop(write!(io::stdout(), "{HELP}")),
+        ["--version" | "-V"] => drop(writeln!(io::stdout(), "kv-store {VERSION}")),
         ["--health"] => exit(if is_healthy(read_settings().listen) { 0 } else { 1 }),
         _ => fail(2, &format!("{}: expected --help, --version, --health or nothing", arguments.join(" "))),
     }
@@ -1165,7 +1180,7 @@ fn serve(Settings { listen, main }: Settings) {
     // may shares a port with whoever else does (SO_REUSEPORT), and two stores would share the clients: ask without first.
     match TcpListener::bind(listen).map(drop).and_then(|()| Server.start(listen)) {
         Ok(server) => {
-            eprintln!("kv-store {VERSION}: {role}, listening on {listen}");
+            say(&format!("{role}, version {VERSION}, listening on {listen}"));
             thread::spawn(watch_connections);
             let _ = server.join();
         }
@@ -1181,8 +1196,13 @@ fn read_settings() -> Settings {
     Settings::read(variable).unwrap_or_else(|line| fail(2, &line))
 }
 
+/// Writes a line to stderr. The program goes on if it cannot, where eprintln! would not.
+fn say(line: &str) {
+    let _ = writeln!(io::stderr(), "kv-store: {}", line.replace('\n', "\\n"));
+}
+
 fn fail(status: i32, line: &str) -> ! {
-    eprintln!("kv-store: {line}");
+    say(line);
     exit(status)
 }
 

@@ -331,6 +331,9 @@ test_http() { # INSTANCE
   expect_raw "$p HTTP/1.0" "$found" "$i" 'GET /kv-store/h HTTP/1.0\r\n\r\n'
   expect_raw "$p HTTP/1.0 that wants to stay is closed all the same" "$found" "$i" 'GET /kv-store/h HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n'
   expect_raw "$p a target in absolute form" "$found" "$i" 'GET http://somewhere:99/kv-store/h HTTP/1.1\r\nConnection: close\r\n\r\n'
+  expect_raw "$p CONNECT" '405 {"error":"Method not allowed","message":"Error in CONNECT"}' "$i" 'CONNECT /kv-store/key-count HTTP/1.1\r\nConnection: close\r\n\r\n'
+  expect "$p a body of 20 MB on GET is read and ignored" "$found" "$i" GET /kv-store/h -H Expect: -d "@$work/huge"
+  expect "$p a head of 70,000 bytes" "$bad" "$i" GET /kv-store/h -H "X: $(head -c 70000 /dev/zero | tr '\0' x)"
   expect_raw "$p OPTIONS *" '404 {"result":"Error","msg":"Not found"}' "$i" 'OPTIONS * HTTP/1.1\r\nConnection: close\r\n\r\n'
   expect_raw "$p asked to continue" "100 $set" "$i" "${put}Expect: 100-continue\r\nContent-Length: 5\r\nConnection: close\r\n\r\nval=1"
   expect_raw "$p HEAD after another request" "$found 200" "$i" "$get\r\nHEAD /kv-store/h HTTP/1.1\r\n\r\n"
@@ -466,11 +469,13 @@ test_main_gone() {
   check_that "main gone: ... within 1.5 s (ms)" "$(now) - $began < 2500"
   expect "main gone: the error in JSON" "$(json_error 503 'Main instance is down' GET)" follower GET /kv-store/keys/foo
   expect "main gone: the error of a path that may not exist" "$(form_error 501 'Server unavailable')" follower GET /nowhere
+  expect "main gone: keys that need another way" "$(json_error 503 'Main instance is down' GET)" second GET /kv-store/keys/.. --path-as-is
   expect "main gone: a follower of the follower says the same" "$(form_error 501 'Server unavailable')" second GET /kv-store/foo
   check "main gone: the follower itself answers" 200 "$(status_of follower GET /kv-store)"
   expect "main gone: HTTP errors are the follower's own" "$(json_error 413 'Value is too large' PUT)" follower PUT /kv-store/keys/x "${json[@]}" -H Expect: -d "@$work/huge"
   restart main
   check "main back: the next request works" 201 "$(status_of follower PUT /kv-store/foo -d val=1)"
+  expect "main back: keys that need another way" '404 {"doesExist":false,"error":"Key does not exist","message":"Error in GET"}' second GET /kv-store/keys/.. --path-as-is
   check "main back: ... and it was stored there, once" "200 1" "$(status_of main GET /kv-store/foo) $(ask main GET /kv-store/key-count | grep -o '[0-9]*}' | tr -d '}')"
 }
 
