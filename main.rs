@@ -16,8 +16,9 @@
 //! are plain threads, because the HTTP client blocks. A coroutine that waits for a lane holds no worker.
 
 use std::borrow::{Borrow, Cow};
+use std::cmp::Reverse;
 use std::collections::hash_map::{HashMap, RandomState};
-use std::collections::{HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::hash::{BuildHasher, Hash, Hasher};
 use std::io::{self, BufRead, Read, Write};
 use std::mem::ManuallyDrop;
@@ -35,6 +36,7 @@ use may_minihttp::{BodyReader, HttpService, HttpServiceFactory, Request as Parse
 use percent_encoding::{AsciiSet, CONTROLS, percent_decode, utf8_percent_encode};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
+use siphasher::sip::SipHasher24;
 use threadpool::ThreadPool;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -68,15 +70,16 @@ environment (an empty variable is an unset one):
   IP                  IPv4 or IPv6 address to bind                 [0.0.0.0]
   FORWARDING_ADDRESS  host:port of the main instance to relay to   [none: this is a main instance]
   MAINIP              the same, where FORWARDING_ADDRESS is unset
-  ADDRESS             this instance's own host:port                [none]
+  ADDRESS             this node's own host:port, as others reach it   [none]
+  VIEW                the nodes of the store, host:port,host:port,... [ADDRESS alone if that is set]
 ";
 
 /// What the environment asks of this process.
-#[derive(Debug)]
 struct Settings {
     listen: SocketAddr,
-    /// The main instance's `host:port`, if this is a follower.
-    main: Option<String>,
+    role: Role,
+    /// The first view of a node.
+    view: Vec<String>,
 }
 
 impl Settings {
@@ -89,20 +92,42 @@ impl Settings {
             }
             value => Ok(value),
         };
-        let own_port = address("ADDRESS")?.as_deref().and_then(split_address).map(|(_, port)| port);
-        let port = match get("PORT") {
-            Some(value) => {
-                split_address(&format!("localhost:{value}"))
-                    .ok_or(format!("PORT={value}: expected a number from 1 to 65535"))?
-                    .1
-            }
-            None => own_port.unwrap_or(8080),
+        let own = address("ADDRESS")?;
+        let port = match (get("PORT"), &own) {
+            (Some(port), _) => split_address(&format!("localhost:{port}"))
+                .ok_or(format!("PORT={port}: expected a number from 1 to 65535"))?,
+            (None, Some(own)) => split_address(own).unwrap_or_default(),
+            (None, None) => (String::new(), 8080),
         };
         let ip = get("IP").unwrap_or("0.0.0.0".into());
         let ip: IpAddr = ip.parse().map_err(|_| format!("IP={ip}: expected an IPv4 or IPv6 address"))?;
         let main = address("FORWARDING_ADDRESS")?.map_or_else(|| address("MAINIP"), |main| Ok(Some(main)))?;
-        Ok(Settings { listen: SocketAddr::new(ip, port), main })
+        let view = get("VIEW").map(|text| match (&own, &main, parse_view(text.split(','))) {
+            (Some(_), None, Ok(view)) => Ok(view),
+            (Some(_), None, Err(why)) => Err(format!("VIEW={text}: expected host:port,host:port,..., but {why}")),
+            (None, ..) => Err(format!("VIEW={text}: expected ADDRESS to be set as well, this node's own host:port")),
+            (_, Some(main), _) => {
+                Err(format!("VIEW={text}: expected no FORWARDING_ADDRESS beside it, but it is {main}"))
+            }
+        });
+        let view = view.transpose()?.or_else(|| own.clone().map(|own| vec![own])).unwrap_or_default();
+        let role = main.map(Role::Follower).or(own.map(Role::Node)).unwrap_or(Role::Main);
+        Ok(Settings { listen: SocketAddr::new(ip, port.1), role, view })
     }
+}
+
+/// Checks the addresses of a view. The error says what is wrong with which.
+fn parse_view<'a>(addresses: impl Iterator<Item = &'a str>) -> Result<Vec<String>, String> {
+    let mut view: Vec<String> = Vec::new();
+    for address in addresses {
+        if split_address(address).is_none() {
+            return Err(format!("{address:?} is not host:port"));
+        } else if view.iter().any(|another| another == address) {
+            return Err(format!("{address} is given twice"));
+        }
+        view.push(address.into());
+    }
+    if view.is_empty() { Err("it names no node".into()) } else { Ok(view) }
 }
 
 /// Splits `host:port`, where the host is a name, an IPv4 address or an IPv6 address in brackets: what stands unchanged in
@@ -116,7 +141,7 @@ fn split_address(text: &str) -> Option<(String, u16)> {
 // ---- Requests: what a client asks for -------------------------------------------------------------------------------
 
 /// A whole request. HEAD is a GET here: only the connection knows that its answer leaves without the body.
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 struct Request {
     verb: String,
     /// Path and query as they came, percent-encoded.
@@ -124,6 +149,8 @@ struct Request {
     content_type: String,
     /// The instances that relayed this request so far (RFC 9110 section 7.6.3).
     via: String,
+    /// The version of the table by which a node sends this to its owner. A client's request has none.
+    table: Option<u64>,
     #[serde(with = "serde_bytes")]
     body: Vec<u8>,
 }
@@ -166,7 +193,7 @@ fn read_head(
     };
     let (verb, target) = (if verb == "HEAD" { "GET" } else { verb }.into(), origin_form(target));
     let (content_type, via) = (joined("Content-Type"), joined("Via"));
-    Ok((Request { verb, target, content_type, via, body: Vec::new() }, framing))
+    Ok((Request { verb, target, content_type, via, table: None, body: Vec::new() }, framing))
 }
 
 /// Digits only (RFC 9110 section 8.6); Rust's own parser would take a sign as well.
@@ -223,9 +250,9 @@ impl Request {
         !matches!(self.verb.as_str(), "PUT" | "POST")
     }
 
-    /// An exchange between instances, see the section on the relay.
-    fn is_exchange(&self) -> bool {
-        self.verb == "POST" && self.target == EXCHANGE_TARGET && self.is_of_type(EXCHANGE_TYPE)
+    /// Whether this is what instances say to one another: an exchange (see the relay) or a message (see view changes).
+    fn is_between_instances(&self, media_type: &str) -> bool {
+        self.verb == "POST" && self.target == INSTANCE_TARGET && self.is_of_type(media_type)
     }
 }
 
@@ -304,12 +331,18 @@ fn json_value(body: &[u8]) -> Result<(ValueForm, Vec<u8>), Outcome> {
 enum Outcome {
     Created, Replaced, Found(Record), Deleted, Missing,
     KeyInvalid, ValueMissing, ValueTooLarge, ValueNotText, BodyNotObject,
-    MainDown, NotFound, BadRequest, LengthRequired, AddressNotSet,
+    MainDown, NotFound, BadRequest, LengthRequired, AddressNotSet, ViewMissing, ChangeUnderWay, Elsewhere,
     /// With the header that tells which verbs the path takes.
     VerbNotAllowed(&'static str),
     KeyCount(usize),
     /// With the members that describe this instance.
     Instance(String),
+    /// With the address of the node.
+    NodeDown(String), HoldsKeys(String),
+    /// With the reason.
+    ViewInvalid(String),
+    /// With the members that tell how many keys moved, and where the keys are.
+    ViewChanged(String),
 }
 
 /// An error in the words of the form vocabulary.
@@ -355,6 +388,14 @@ impl Outcome {
             KeyCount(_)       => [(200, r#"{"message":"Key count retrieved successfully","key-count":<count>}"#); 2],
             Instance(_)       => [(200, r#"{"result":"Success",<instance>}"#); 2],
             AddressNotSet     => [failed!(400, "ADDRESS is not set"); 2],
+            NodeDown(_)       => [refused!(501, "Server unavailable"),   failed!(503, "Node <node> is down")],
+            ViewMissing       => [failed!(400, "View is missing"); 2],
+            ViewInvalid(_)    => [failed!(400, "View is not valid: <reason>"); 2],
+            ChangeUnderWay    => [failed!(409, "Another view change is in progress"); 2],
+            HoldsKeys(_)      => [failed!(409, "Node <node> holds keys of another store"); 2],
+            ViewChanged(_)    => [(200, r#"{"message":"View change successful",<shards>}"#); 2],
+            // Only between nodes: the owner is another one by now, or none until a view change is over.
+            Elsewhere         => [refused!(421, "Not the owner"); 2],
         }
     }
 
@@ -370,7 +411,8 @@ impl Outcome {
                 (_, "verb>") => body.extend(verb.as_bytes()),
                 (Outcome::Found(record), _) => record.write_value(&mut body),
                 (Outcome::KeyCount(count), _) => body.extend(count.to_string().as_bytes()),
-                (Outcome::Instance(members), _) => body.extend(members.as_bytes()),
+                (Outcome::Instance(text) | Outcome::NodeDown(text) | Outcome::HoldsKeys(text), _)
+                | (Outcome::ViewInvalid(text) | Outcome::ViewChanged(text), _) => body.extend(text.as_bytes()),
                 _ => {}
             }
         }
@@ -383,6 +425,7 @@ impl Outcome {
 /// The headers that our answers have, beside those that every answer has.
 const JSON: &str = "Content-Type: application/json";
 const EXCHANGE: &str = "Content-Type: application/x-kv-store-exchange";
+const MESSAGE: &str = "Content-Type: application/x-kv-store-message";
 const GET_ONLY: &str = "Content-Type: application/json\r\nAllow: GET, HEAD";
 const PUT_ONLY: &str = "Content-Type: application/json\r\nAllow: PUT";
 const KEY_VERBS: &str = "Content-Type: application/json\r\nAllow: GET, HEAD, PUT, DELETE";
@@ -410,11 +453,20 @@ impl Answer {
         let _ = write!(out, "{header}{separator}{connection}\r\n\r\n");
         out.extend(if without_body { &[] } else { &self.body[..] });
     }
+
+    /// Adds which node answered, where there is a place for it.
+    fn with_address(mut self, node: &str, vocabulary: Vocabulary) -> Answer {
+        if matches!(vocabulary, Vocabulary::Json) && self.body.ends_with(b"}\n") {
+            self.body.truncate(self.body.len() - 2);
+            let _ = writeln!(self.body, r#","address":"{node}"}}"#);
+        }
+        self
+    }
 }
 
 /// Borrows the header of a peer's answer if it is one of ours: the server takes no others.
 fn known_header(header: &str) -> Cow<'static, str> {
-    let known = [JSON, EXCHANGE, GET_ONLY, PUT_ONLY, KEY_VERBS].into_iter().find(|known| *known == header);
+    let known = [JSON, EXCHANGE, MESSAGE, GET_ONLY, PUT_ONLY, KEY_VERBS].into_iter().find(|known| *known == header);
     known.map_or_else(|| Cow::Owned(header.to_owned()), Cow::Borrowed)
 }
 
@@ -443,6 +495,12 @@ impl Record {
         &self.0[2..2 + self.0[0] as usize]
     }
 
+    /// Key, whether the value is a text, value: what `new` takes, as it travels.
+    fn parts(&self) -> (Vec<u8>, bool, Vec<u8>) {
+        let value = &self.0[2 + self.0[0] as usize..];
+        (self.key().to_vec(), self.0[1] == ValueForm::Text as u8, value.to_vec())
+    }
+
     /// Appends the value as JSON.
     fn write_value(&self, out: &mut Vec<u8>) {
         let value = &self.0[2 + self.0[0] as usize..];
@@ -463,83 +521,336 @@ impl Hash for Record { fn hash<H: Hasher>(&self, state: &mut H) { self.key().has
 impl PartialEq for Record { fn eq(&self, other: &Record) -> bool { self.key() == other.key() } }
 impl Eq for Record {}
 
-/// The keys that this instance holds. A std Mutex and not a coroutine's: nobody waits for anything while holding it.
-static STORE: LazyLock<Mutex<HashSet<Record>>> = LazyLock::new(Default::default);
+/// What this instance holds, and what it knows of the other nodes. A std Mutex and not a coroutine's: nobody waits for
+/// anything while holding it.
+static STORE: LazyLock<Mutex<Store>> = LazyLock::new(Default::default);
 
-fn store_put(record: Record) -> Outcome {
-    // A replaced record is freed after the lock is gone: that of a large one takes time.
-    let replaced = lock(&STORE).replace(record);
-    if replaced.is_some() { Outcome::Replaced } else { Outcome::Created }
+#[derive(Default)]
+struct Store {
+    records: HashSet<Record>,
+    /// Only a node of a store of several has any.
+    membership: Membership,
 }
 
-fn store_get(key: &[u8]) -> Outcome {
-    lock(&STORE).get(key).cloned().map_or(Outcome::Missing, Outcome::Found)
-}
-
-fn store_delete(key: &[u8]) -> Outcome {
-    let removed = lock(&STORE).take(key);
-    if removed.is_some() { Outcome::Deleted } else { Outcome::Missing }
+/// Does something with the record of a key; None if this instance does not own the key (any more).
+fn on_key(key: &[u8], action: impl FnOnce(&mut HashSet<Record>) -> Outcome) -> Option<Outcome> {
+    let mut store = lock(&STORE);
+    matches!(store.membership.owner(key), Owner::ThisInstance).then(|| action(&mut store.records))
 }
 
 fn store_count() -> usize {
-    lock(&STORE).len()
+    lock(&STORE).records.len()
 }
 
 // ---- Owners: who answers a request ----------------------------------------------------------------------------------
 
-/// What this instance is.
+/// What this instance is. A follower has its main instance's address, a node its own.
 enum Role {
     Main,
-    Follower(Arc<Peer>),
+    Follower(String),
+    Node(String),
 }
 
 static ROLE: OnceLock<Role> = OnceLock::new();
 
-/// Who owns what a request is about: a peer, or (None) this instance.
-fn owner(resource: &Resource, verb: &str) -> Option<Arc<Peer>> {
-    match (ROLE.get(), resource) {
+fn role() -> &'static Role {
+    ROLE.get().unwrap_or(&Role::Main)
+}
+
+/// Who owns what a request is about.
+enum Owner {
+    ThisInstance,
+    /// A peer, by its address, and the version of the table that says so.
+    Peer(String, Option<u64>),
+    /// Nobody knows right now: a view change is under way, or this node has not heard what the others' view is.
+    Unsettled,
+}
+
+fn owner(resource: &Resource, verb: &str) -> Owner {
+    match (role(), resource) {
         // What an instance is, only that instance can say.
-        (_, Resource::Instance) if verb == "GET" => None,
-        (Some(Role::Follower(main)), _) => Some(main.clone()),
-        (Some(Role::Main) | None, _) => None,
+        (_, Resource::Instance) if verb == "GET" => Owner::ThisInstance,
+        (Role::Follower(main), _) => Owner::Peer(main.clone(), None),
+        (Role::Node(_), Resource::Key(key)) => lock(&STORE).membership.owner(key),
+        (Role::Node(_), Resource::KeyCount) if !lock(&STORE).membership.is_settled() => Owner::Unsettled,
+        (Role::Node(_) | Role::Main, _) => Owner::ThisInstance,
     }
 }
 
 /// The whole road of a request, from its owner to its answer.
 fn answer(request: Request) -> Answer {
     let (resource, vocabulary) = request.route();
-    match owner(&resource, &request.verb) {
-        None if request.is_exchange() => exchange(&request.body),
-        None => perform(&resource, &request, vocabulary).answer(vocabulary, &request.verb),
-        Some(peer) => {
-            let down = Outcome::MainDown.answer(vocabulary, &request.verb);
-            peer.relay(request).unwrap_or(down)
+    let mut deadline = Instant::now() + PATIENCE;
+    let outcome = loop {
+        match owner(&resource, &request.verb) {
+            Owner::ThisInstance if request.is_between_instances(EXCHANGE_TYPE) => return exchange(&request.body),
+            Owner::ThisInstance if request.is_between_instances(MESSAGE_TYPE) => return receive(&request.body),
+            Owner::ThisInstance => {
+                if let Some(outcome) = perform(&resource, &request, vocabulary) {
+                    break outcome;
+                }
+            }
+            Owner::Peer(main, None) => {
+                let down = Outcome::MainDown.answer(vocabulary, &request.verb);
+                return Peer::at(&main).relay(request, PATIENCE).unwrap_or(down);
+            }
+            Owner::Peer(node, table) if request.table.is_none() => {
+                match Peer::at(&node).relay(Request { table, ..request.clone() }, PATIENCE) {
+                    Some(answer) if answer.status != 421 => return answer.with_address(&node, vocabulary),
+                    Some(_) => drop(meet(&node)),
+                    None => break Outcome::NodeDown(node),
+                }
+            }
+            _ => {}
         }
-    }
+        // The owner changed, or is about to. A node that relayed this asks its own table again, and so do we.
+        let (under_way, missing) = lock(&STORE).membership.obstacle();
+        if request.table.is_some() {
+            break Outcome::Elsewhere;
+        } else if under_way {
+            deadline = Instant::now() + PATIENCE;
+        } else if Instant::now() > deadline {
+            break Outcome::NodeDown(missing);
+        }
+        may::coroutine::sleep(Duration::from_millis(5));
+    };
+    outcome.answer(vocabulary, &request.verb)
 }
 
-/// Does what a request asks of the instance that owns its key.
-fn perform(resource: &Resource, request: &Request, vocabulary: Vocabulary) -> Outcome {
+/// Does what a request asks of the instance that owns its key; None if that is not (any more) this one.
+fn perform(resource: &Resource, request: &Request, vocabulary: Vocabulary) -> Option<Outcome> {
     match (resource, request.verb.as_str()) {
-        (Resource::Key(key), "GET") => store_get(key),
-        (Resource::Key(key), "PUT") => record_of(key, request, vocabulary).map_or_else(|refusal| refusal, store_put),
-        (Resource::Key(key), "DELETE") => store_delete(key),
-        (Resource::KeyCount, "GET") => Outcome::KeyCount(store_count()),
-        (Resource::ViewChange, "PUT") => Outcome::AddressNotSet,
-        (Resource::Instance, "GET") => Outcome::Instance(describe_instance()),
-        (Resource::Key(_), _) => Outcome::VerbNotAllowed(KEY_VERBS),
-        (Resource::KeyCount | Resource::Instance, _) => Outcome::VerbNotAllowed(GET_ONLY),
-        (Resource::ViewChange, _) => Outcome::VerbNotAllowed(PUT_ONLY),
-        (Resource::Unknown, _) => Outcome::NotFound,
+        (Resource::Key(_), _) if request.table.is_some_and(|table| table != lock(&STORE).membership.table.version) => {
+            None
+        }
+        (Resource::Key(key), "GET") => {
+            on_key(key, |records| records.get(&key[..]).cloned().map_or(Outcome::Missing, Outcome::Found))
+        }
+        (Resource::Key(key), "DELETE") => {
+            on_key(key, |records| if records.remove(&key[..]) { Outcome::Deleted } else { Outcome::Missing })
+        }
+        (Resource::Key(key), "PUT") => match record_of(key, request, vocabulary) {
+            Ok(record) => on_key(key, |records| match records.replace(record) {
+                Some(_) => Outcome::Replaced,
+                None => Outcome::Created,
+            }),
+            Err(refusal) => Some(refusal),
+        },
+        (Resource::KeyCount, "GET") => Some(Outcome::KeyCount(store_count())),
+        (Resource::ViewChange, "PUT") => Some(change_view(&request.body)),
+        (Resource::Instance, "GET") => Some(Outcome::Instance(describe_instance())),
+        (Resource::Key(_), _) => Some(Outcome::VerbNotAllowed(KEY_VERBS)),
+        (Resource::KeyCount | Resource::Instance, _) => Some(Outcome::VerbNotAllowed(GET_ONLY)),
+        (Resource::ViewChange, _) => Some(Outcome::VerbNotAllowed(PUT_ONLY)),
+        (Resource::Unknown, _) => Some(Outcome::NotFound),
     }
 }
 
 fn describe_instance() -> String {
-    match ROLE.get() {
-        Some(Role::Follower(main)) => {
-            format!(r#""role":"follower","version":"{VERSION}","forwarding-address":"{}""#, main.address)
+    let version = format!(r#""version":"{VERSION}""#);
+    match role() {
+        Role::Follower(main) => format!(r#""role":"follower",{version},"forwarding-address":"{main}""#),
+        Role::Main => format!(r#""role":"main",{version},"key-count":{}"#, store_count()),
+        Role::Node(address) => {
+            let (count, view) = (store_count(), lock(&STORE).membership.table.view.join(r#"",""#));
+            format!(r#""role":"node",{version},"address":"{address}","view":["{view}"],"key-count":{count}"#)
         }
-        Some(Role::Main) | None => format!(r#""role":"main","version":"{VERSION}","key-count":{}"#, store_count()),
+    }
+}
+
+// ---- Shards: which node owns which key ------------------------------------------------------------------------------
+//
+// Keys have an order: by hash, and where two have the same, by the key itself. A table cuts that order into ranges and says
+// which node of the view owns which. Every node has the table, and a version tells an old one from a new one.
+
+/// A place in the order of keys.
+type Position = (u64, Vec<u8>);
+
+/// SipHash-2-4 with a key of zeros (Aumasson and Bernstein, 2012).
+fn hash_of(key: &[u8]) -> u64 {
+    let mut hasher = SipHasher24::new();
+    hasher.write(key);
+    hasher.finish()
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct Table {
+    version: u64,
+    /// The view change that made this table; 0 is none.
+    change: u64,
+    view: Vec<String>,
+    /// Where each range begins, and which node of the view owns it, by its index.
+    ranges: Vec<(Position, usize)>,
+}
+
+impl Table {
+    /// The table of a store that had no view change: as much of the hash space for each node.
+    fn first(view: Vec<String>) -> Table {
+        let share = |index| ((index as u128 * (1 << 64) / view.len() as u128) as u64, Vec::new());
+        Table { ranges: (0..view.len()).map(|index| (share(index), index)).collect(), view, ..Table::default() }
+    }
+
+    /// The index of the owner of a place. The table must be whole.
+    fn index_of(&self, hash: u64, key: &[u8]) -> usize {
+        self.ranges[self.ranges.partition_point(|((first, least), _)| (*first, &least[..]) <= (hash, key)) - 1].1
+    }
+
+    fn owner(&self, key: &[u8]) -> &str {
+        &self.view[self.index_of(hash_of(key), key)]
+    }
+
+    /// Whether every place has an owner.
+    fn is_whole(&self) -> bool {
+        self.ranges.first().is_some_and(|(first, _)| *first == Position::default())
+            && self.ranges.is_sorted_by(|(one, _), (next, _)| one < next)
+            && self.ranges.iter().all(|(_, index)| *index < self.view.len())
+    }
+
+    /// The table after a view change in which nodes give up what is above their cuts: the place and the receiver, from the
+    /// highest place down. What a node that leaves has not given away holds no keys, and goes to any.
+    fn after(
+        &self,
+        change: u64,
+        version: u64,
+        view: Vec<String>,
+        cuts: &HashMap<String, Vec<(Position, String)>>,
+    ) -> Table {
+        let mut places: Vec<&Position> = self.ranges.iter().map(|(first, _)| first).collect();
+        places.extend(cuts.values().flatten().map(|(place, _)| place));
+        places.sort();
+        places.dedup();
+        let mut ranges: Vec<(Position, usize)> = Vec::new();
+        for (number, place) in places.into_iter().enumerate() {
+            let old = &self.view[self.index_of(place.0, &place.1)];
+            let cut = cuts.get(old).and_then(|cuts| cuts.iter().find(|(cut, _)| cut <= place));
+            let owner = cut.map_or(old, |(_, receiver)| receiver);
+            let index = view.iter().position(|node| node == owner).unwrap_or(number % view.len());
+            if ranges.last().is_none_or(|(_, last)| *last != index) {
+                ranges.push((place.clone(), index));
+            }
+        }
+        Table { version, change, view, ranges }
+    }
+}
+
+/// Who gives how many keys to whom so that the shards of the view differ by one key at most, and no key moves without need.
+/// Counts are those of all nodes of the old and the new view; one that is not in the new view gives all it has.
+fn plan(counts: &BTreeMap<String, usize>, view: &[String]) -> Vec<(String, String, usize)> {
+    let total: usize = counts.values().sum();
+    let mut largest_first: Vec<&String> = view.iter().collect();
+    largest_first.sort_by_key(|node| Reverse(counts.get(*node)));
+    let target = |node: &String| match largest_first.iter().position(|another| *another == node) {
+        // The nodes with most keys take the remainder: that saves them a move.
+        Some(rank) => total / view.len() + usize::from(rank < total % view.len()),
+        None => 0,
+    };
+    let mut lacking: Vec<(&String, usize)> = Vec::new();
+    for node in view {
+        lacking.push((node, target(node).saturating_sub(counts.get(node).copied().unwrap_or(0))));
+    }
+    let mut moves = Vec::new();
+    for (giver, count) in counts {
+        let mut surplus = count.saturating_sub(target(giver));
+        for (receiver, lack) in lacking.iter_mut().filter(|(_, lack)| *lack > 0) {
+            let moving = surplus.min(*lack);
+            if moving > 0 {
+                moves.push((giver.clone(), receiver.to_string(), moving));
+                (surplus, *lack) = (surplus - moving, *lack - moving);
+            }
+        }
+    }
+    moves
+}
+
+/// What a node knows of the store it belongs to.
+#[derive(Default)]
+struct Membership {
+    table: Table,
+    /// All nodes of the view were heard to have this table: before that, nobody answers for a key.
+    agreed: bool,
+    /// When the others were last asked whether there is a newer table.
+    confirmed: Option<Instant>,
+    /// A node of the view that did not answer then.
+    silent: Option<String>,
+    change: Option<Change>,
+}
+
+impl Membership {
+    fn owner(&self, key: &[u8]) -> Owner {
+        match role() {
+            Role::Node(_) if !self.is_settled() => Owner::Unsettled,
+            Role::Node(own) if self.table.owner(key) != own => {
+                Owner::Peer(self.table.owner(key).into(), Some(self.table.version))
+            }
+            _ => Owner::ThisInstance,
+        }
+    }
+
+    /// Whether this node may answer by its table: no view change is under way, and none can have passed it by. (A node that
+    /// was stopped and goes on asks first. Removing a node by force takes longer than this lets it rely on its table.)
+    fn is_settled(&self) -> bool {
+        self.change.is_none() && self.agreed && self.confirmed.is_some_and(|at| at.elapsed() < FRESH)
+    }
+
+    /// What keeps this node from answering: a view change, or a node that does not answer.
+    fn obstacle(&self) -> (bool, String) {
+        (self.change.is_some(), self.silent.as_ref().or(self.table.view.first()).cloned().unwrap_or_default())
+    }
+
+    /// Whether to give up this table for that of another node.
+    fn gives_in(&self, sender: &str, theirs: &Table) -> bool {
+        let own = if let Role::Node(own) = role() { own } else { return false };
+        let (listed, known) = (theirs.view.contains(own), self.table.view.iter().any(|node| node == sender));
+        let same_store = listed || known;
+        let first_views_differ = !self.agreed && theirs.view != self.table.view && theirs.version == self.table.version;
+        let smaller = (theirs.view.len(), &theirs.view) < (self.table.view.len(), &self.table.view);
+        theirs.is_whole()
+            && ((same_store && theirs.version > self.table.version)
+                || (known && first_views_differ && (!listed || smaller)))
+    }
+}
+
+impl Store {
+    /// Goes over to a table: what was staged for it counts from now on, and what others own by it goes.
+    fn take_up(&mut self, table: Table) {
+        let staged = self.membership.change.take().filter(|change| change.id == table.change);
+        self.records.extend(staged.into_iter().flat_map(|change| change.staged));
+        if let Role::Node(own) = role() {
+            self.records.retain(|record| table.owner(record.key()) == own);
+        }
+        self.records.shrink_to_fit();
+        (self.membership.table, self.membership.agreed) = (table, true);
+    }
+}
+
+/// Asks the other nodes of the view four times a second whether there is a newer table, and lets go of a view change whose
+/// coordinator is silent.
+fn keep_in_touch() {
+    loop {
+        let (view, began) = (lock(&STORE).membership.table.view.clone(), Instant::now());
+        let own = if let Role::Node(own) = role() { own } else { return };
+        let others: Vec<&String> = view.iter().filter(|node| *node != own).collect();
+        let heard: Vec<Option<(Table, bool)>> = thread::scope(|scope| {
+            let asked: Vec<_> = others.iter().map(|node| scope.spawn(|| meet(node))).collect();
+            asked.into_iter().map(|thread| thread.join().ok().flatten()).collect()
+        });
+        let mut store = lock(&STORE);
+        let membership = &mut store.membership;
+        let same = |heard: &&Option<(Table, bool)>| heard.as_ref().is_some_and(|(table, _)| *table == membership.table);
+        let all_agree = heard.iter().filter(same).count() == others.len();
+        let one_agreed = heard.iter().filter(same).any(|heard| heard.as_ref().is_some_and(|(_, agreed)| *agreed));
+        // A node alone waits for whoever may still count it in.
+        let lonely = others.is_empty() && membership.confirmed.is_none() && *STARTED + FRESH / 2 > began;
+        membership.agreed |= (all_agree || one_agreed) && membership.table.view == view;
+        membership.silent =
+            others.iter().zip(&heard).find(|(_, heard)| heard.is_none()).map(|(node, _)| node.to_string());
+        membership.confirmed = if lonely { None } else { Some(began) };
+        let silent = membership.change.as_ref().is_some_and(|change| change.renewed.elapsed() > LEASE);
+        drop(store);
+        if silent {
+            settle_change();
+        }
+        thread::sleep(Duration::from_millis(100));
     }
 }
 
@@ -569,8 +880,9 @@ const EXCHANGE_BYTES: usize = 1 << 20;
 const MAX_ANSWER: u64 = 16 << 20;
 /// For how long a name is taken to stand for the same address.
 const LOOKUP_LIFETIME: Duration = Duration::from_secs(1);
-const EXCHANGE_TARGET: &str = "/kv-store";
+const INSTANCE_TARGET: &str = "/kv-store";
 const EXCHANGE_TYPE: &str = "application/x-kv-store-exchange";
+const MESSAGE_TYPE: &str = "application/x-kv-store-message";
 /// What the client's URL parser would drop, cut at or rewrite in a target, where it is part of a key.
 const REWRITTEN: &AsciiSet = &CONTROLS
     .add(b'"')
@@ -617,20 +929,23 @@ struct Errand {
     answer: may::sync::mpsc::Sender<Answer>,
 }
 
+static PEERS: LazyLock<Mutex<HashMap<String, Arc<Peer>>>> = LazyLock::new(Default::default);
+
 impl Peer {
-    fn new(address: String) -> Arc<Peer> {
-        Arc::new(Peer { address, line: Default::default(), lookup: Default::default() })
+    fn at(address: &str) -> Arc<Peer> {
+        let new = || Arc::new(Peer { address: address.into(), line: Default::default(), lookup: Default::default() });
+        lock(&PEERS).entry(address.into()).or_insert_with(new).clone()
     }
 
     /// Takes a request to the peer and returns its answer; None if there is none in time, or the request runs in a ring.
     /// The request is sent once at most. After None it may have taken effect, as after any answer that got lost.
-    fn relay(self: Arc<Peer>, mut request: Request) -> Option<Answer> {
+    fn relay(self: Arc<Peer>, mut request: Request, patience: Duration) -> Option<Answer> {
         if request.via.split(',').any(|hop| hop.trim() == *VIA) {
             return None;
         }
         request.via = if request.via.is_empty() { VIA.clone() } else { format!("{}, {}", request.via, *VIA) };
         let (sender, answer) = may::sync::mpsc::channel();
-        let errand = Errand { request, deadline: Instant::now() + PATIENCE, answer: sender };
+        let errand = Errand { request, deadline: Instant::now() + patience, answer: sender };
         let mut line = lock(&self.line);
         line.waiting.push_back(errand);
         if line.lanes == 0 || line.exchanges == Some(false) {
@@ -644,7 +959,7 @@ impl Peer {
                     self.call_lane(&mut line);
                 }
                 drop(line);
-                answer.recv_timeout(PATIENCE - OVERDUE).ok()
+                answer.recv_timeout(patience - OVERDUE).ok()
             }
             result => result.ok(),
         }
@@ -675,13 +990,14 @@ impl Peer {
 
     /// Takes a group of requests to the peer and hands out the answers.
     fn carry(&self, group: Vec<Errand>) {
-        let together = group.len() > 1 || !group[0].request.fits_a_url();
-        match together.then(|| self.knows_exchanges(group.len() == 1)) {
+        let needs_exchange = |request: &Request| request.table.is_some() || !request.fits_a_url();
+        let alone = group.len() == 1;
+        match (!alone || needs_exchange(&group[0].request)).then(|| self.knows_exchanges(alone)) {
             Some(Some(true)) => self.carry_together(group),
             // Nobody is there: dropping the group says so.
             Some(None) => {}
             None | Some(Some(false)) => {
-                for errand in group.into_iter().filter(|errand| errand.request.fits_a_url()) {
+                for errand in group.into_iter().filter(|errand| !needs_exchange(&errand.request)) {
                     self.fetch(&errand.request).map(|answer| errand.answer.send(answer));
                 }
             }
@@ -690,13 +1006,15 @@ impl Peer {
 
     fn carry_together(&self, group: Vec<Errand>) {
         let requests: Vec<&Request> = group.iter().map(|errand| &errand.request).collect();
-        let Some(answer) = self.fetch(&Request::exchange(postcard::to_stdvec(&requests).unwrap_or_default())) else {
+        let Some(answer) =
+            self.fetch(&Request::between_instances(EXCHANGE_TYPE, postcard::to_stdvec(&requests).unwrap_or_default()))
+        else {
             return;
         };
         if answer.header != EXCHANGE {
             // The peer knows nothing of exchanges (any more), and did nothing with this one.
             lock(&self.line).exchanges = (answer.status != 503).then_some(false);
-            return if answer.status == 503 { drop(group) } else { self.carry(group) };
+            return if answer.status == 503 || group.len() == 1 { drop(group) } else { self.carry(group) };
         }
         let answers: Vec<Answer> = postcard::from_bytes(&answer.body).unwrap_or_default();
         let (answered, mut group) = (answers.len().min(group.len()), VecDeque::from(group));
@@ -716,7 +1034,7 @@ impl Peer {
     fn knows_exchanges(&self, no_other_way: bool) -> Option<bool> {
         let known = lock(&self.line).exchanges.filter(|known| *known || !no_other_way);
         known.or_else(|| {
-            let answer = self.fetch(&Request::exchange(Vec::new()))?;
+            let answer = self.fetch(&Request::between_instances(EXCHANGE_TYPE, Vec::new()))?;
             // 503 is what a follower says whose own main instance is down: nothing about exchanges.
             let known = (answer.status != 503).then_some(answer.header == EXCHANGE);
             lock(&self.line).exchanges = known;
@@ -761,7 +1079,11 @@ impl Line {
         let mut bytes = 0;
         let mut fits = |errand: &Errand| {
             // An exchange is not taken into another one, so it travels as if it were too large.
-            bytes += if errand.request.is_exchange() { GROUP_BYTES + 1 } else { errand.request.body.len() };
+            bytes += if errand.request.is_between_instances(EXCHANGE_TYPE) {
+                GROUP_BYTES + 1
+            } else {
+                errand.request.body.len()
+            };
             bytes <= GROUP_BYTES && self.exchanges != Some(false)
         };
         let count = self.waiting.iter().take(GROUP_REQUESTS).take_while(|errand| fits(errand)).count();
@@ -770,9 +1092,9 @@ impl Line {
 }
 
 impl Request {
-    fn exchange(body: Vec<u8>) -> Request {
-        let (verb, target, content_type) = ("POST".into(), EXCHANGE_TARGET.into(), EXCHANGE_TYPE.into());
-        Request { verb, target, content_type, via: VIA.clone(), body }
+    fn between_instances(media_type: &str, body: Vec<u8>) -> Request {
+        let (verb, target) = ("POST".into(), INSTANCE_TARGET.into());
+        Request { verb, target, content_type: media_type.into(), via: String::new(), table: None, body }
     }
 
     /// The target as it can stand in a URL.
@@ -821,7 +1143,7 @@ impl Request {
 fn exchange(body: &[u8]) -> Answer {
     let requests: Vec<Request> = postcard::from_bytes(body).unwrap_or_default();
     // An exchange inside an exchange would let a client choose how deep this recurses.
-    if (requests.is_empty() && !body.is_empty()) || requests.iter().any(Request::is_exchange) {
+    if (requests.is_empty() && !body.is_empty()) || requests.iter().any(|it| it.is_between_instances(EXCHANGE_TYPE)) {
         return Outcome::BadRequest.answer(Vocabulary::Form, "POST");
     }
     let mut room = EXCHANGE_BYTES as isize;
@@ -832,6 +1154,363 @@ fn exchange(body: &[u8]) -> Answer {
     };
     let answers: Vec<Answer> = requests.into_iter().map_while(answer_in).collect();
     Answer { status: 200, header: Cow::Borrowed(EXCHANGE), body: postcard::to_stdvec(&answers).unwrap_or_default() }
+}
+
+// ---- View changes: another view, the same keys ----------------------------------------------------------------------
+//
+// The node that is asked coordinates, in two phases. Prepare: every node of the old and the new view holds its requests and
+// says how many keys it has; keys above the cuts are copied to their new nodes. Commit: every node takes up the new table,
+// which makes the copies count and the originals go. Whatever fails before the first commit ends in abort: the copies are
+// dropped and the old table goes on. A node that hears nothing from its coordinator asks the decider, which commits before
+// all others: whether it has committed decides for everyone.
+
+/// A node that has not asked the others for this long does not rely on its table.
+const FRESH: Duration = Duration::from_secs(2);
+/// A prepared node that hears nothing from the coordinator for this long takes it for dead.
+const LEASE: Duration = Duration::from_millis(2500);
+/// A node that does not answer a message in this time is down.
+const MESSAGE_LIMIT: Duration = Duration::from_millis(1500);
+/// A message carries records with this many bytes, and one more.
+const BATCH_BYTES: usize = 2 << 20;
+
+static STARTED: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+/// A view change that this node is prepared for.
+struct Change {
+    id: u64,
+    decider: String,
+    members: Vec<String>,
+    renewed: Instant,
+    /// Copies of keys that become this node's.
+    staged: Vec<Record>,
+    /// Keys that become another node's, the next to be copied last.
+    outgoing: Vec<(Record, String)>,
+}
+
+/// What nodes say to one another, beside the requests that they relay.
+#[derive(Serialize, Deserialize)]
+enum Message {
+    /// This is my address and table, and whether all agree on it; what is yours?
+    Meet(String, Table, bool),
+    /// Hold your requests for the view change `id` that makes table `version`. Said again, it renews the lease.
+    Prepare {
+        id: u64,
+        version: u64,
+        decider: String,
+        members: Vec<String>,
+    },
+    /// Cut off so many of your keys, from the highest down, for each of these.
+    Cut {
+        id: u64,
+        shares: Vec<(String, usize)>,
+    },
+    /// Copy the next of the keys cut off.
+    Copy {
+        id: u64,
+    },
+    /// Keep these copies.
+    Stage {
+        id: u64,
+        records: Vec<(Vec<u8>, bool, Vec<u8>)>,
+    },
+    Commit(Table),
+    Abort {
+        id: u64,
+    },
+    /// The coordinator is silent: if you have not committed, never do.
+    Decide {
+        id: u64,
+    },
+}
+
+#[derive(Serialize, Deserialize)]
+enum Reply {
+    Table(Table, bool),
+    Prepared {
+        count: usize,
+        version: u64,
+    },
+    Cuts(Vec<Position>),
+    /// So many keys are still to be copied.
+    Left(usize),
+    Refused,
+}
+
+/// Says something to a node. None if it does not answer in time.
+fn tell(node: &str, message: &Message) -> Option<Reply> {
+    let own = if let Role::Node(own) = role() { own } else { return None };
+    let body = postcard::to_stdvec(message).ok()?;
+    let answer = match node == own {
+        true => receive(&body),
+        false => Peer::at(node).relay(Request::between_instances(MESSAGE_TYPE, body), MESSAGE_LIMIT)?,
+    };
+    postcard::from_bytes(&answer.body).ok()
+}
+
+/// Exchanges tables with a node, and takes up the better one.
+fn meet(node: &str) -> Option<(Table, bool)> {
+    let own = if let Role::Node(own) = role() { own } else { return None };
+    let (table, agreed) = {
+        let store = lock(&STORE);
+        (store.membership.table.clone(), store.membership.agreed)
+    };
+    let Some(Reply::Table(theirs, agreed)) = tell(node, &Message::Meet(own.clone(), table, agreed)) else {
+        return None;
+    };
+    consider(node, &theirs);
+    Some((theirs, agreed))
+}
+
+fn consider(sender: &str, theirs: &Table) {
+    let mut store = lock(&STORE);
+    if store.membership.gives_in(sender, theirs) {
+        store.take_up(theirs.clone());
+        store.membership.agreed = theirs.version > 0;
+    }
+}
+
+/// Answers a message, if it is one and comes at the right time.
+fn receive(body: &[u8]) -> Answer {
+    let reply = match postcard::from_bytes(body) {
+        Ok(message) if matches!(role(), Role::Node(_)) => act(message),
+        _ => return Outcome::BadRequest.answer(Vocabulary::Form, "POST"),
+    };
+    let status = if matches!(reply, Reply::Refused) { 409 } else { 200 };
+    Answer { status, header: Cow::Borrowed(MESSAGE), body: postcard::to_stdvec(&reply).unwrap_or_default() }
+}
+
+fn act(message: Message) -> Reply {
+    if let Message::Meet(sender, theirs, _) = &message {
+        consider(sender, theirs);
+    }
+    let mut store = lock(&STORE);
+    let Store { records, membership } = &mut *store;
+    let own = |id: &u64, membership: &Membership| membership.change.as_ref().is_some_and(|change| change.id == *id);
+    match message {
+        Message::Meet(..) => {}
+        Message::Prepare { id, version, decider, members } => {
+            if membership.change.is_none() && version > membership.table.version {
+                let (staged, outgoing) = Default::default();
+                membership.change = Some(Change { id, decider, members, renewed: Instant::now(), staged, outgoing });
+            }
+            let Some(change) = membership.change.as_mut().filter(|change| change.id == id) else {
+                return Reply::Refused;
+            };
+            change.renewed = Instant::now();
+            return Reply::Prepared { count: records.len(), version: membership.table.version };
+        }
+        Message::Cut { id, shares } if own(&id, membership) => {
+            let mut order: Vec<(u64, &Record)> = records.iter().map(|record| (hash_of(record.key()), record)).collect();
+            order.sort_unstable_by(|one, other| (other.0, other.1.key()).cmp(&(one.0, one.1.key())));
+            let (mut cuts, mut outgoing, mut order) = (Vec::new(), Vec::new(), order.into_iter());
+            for (receiver, count) in shares {
+                let mut lowest = None;
+                for (hash, record) in order.by_ref().take(count) {
+                    lowest = Some((hash, record.key().to_vec()));
+                    outgoing.push((record.clone(), receiver.clone()));
+                }
+                cuts.push(if order.len() == 0 { Position::default() } else { lowest.unwrap_or_default() });
+            }
+            outgoing.reverse();
+            if let Some(change) = &mut membership.change {
+                change.outgoing = outgoing;
+            }
+            return Reply::Cuts(cuts);
+        }
+        Message::Copy { id } if own(&id, membership) => {
+            let Some(change) = &mut membership.change else { return Reply::Refused };
+            change.renewed = Instant::now();
+            let receiver = change.outgoing.last().map(|(_, receiver)| receiver.clone()).unwrap_or_default();
+            let (mut batch, mut bytes) = (Vec::new(), 0);
+            while bytes < BATCH_BYTES
+                && let Some((record, _)) = change.outgoing.pop_if(|(_, next)| *next == receiver)
+            {
+                bytes += record.0.len();
+                batch.push(record.parts());
+            }
+            let left = change.outgoing.len();
+            drop(store);
+            let staged = batch.is_empty()
+                || matches!(tell(&receiver, &Message::Stage { id, records: batch }), Some(Reply::Table(..)));
+            return if staged { Reply::Left(left) } else { Reply::Refused };
+        }
+        Message::Stage { id, records } if own(&id, membership) => {
+            let Some(change) = &mut membership.change else { return Reply::Refused };
+            change.renewed = Instant::now();
+            let record = |(key, is_text, value): (Vec<u8>, bool, Vec<u8>)| {
+                Record::new(&key, if is_text { ValueForm::Text } else { ValueForm::Json }, &value)
+            };
+            change.staged.extend(records.into_iter().map(record));
+        }
+        Message::Commit(table) if own(&table.change, membership) && table.is_whole() => store.take_up(table),
+        // Committed already.
+        Message::Commit(table) if table.change == membership.table.change => {}
+        Message::Abort { id } | Message::Decide { id } if own(&id, membership) => membership.change = None,
+        Message::Abort { .. } | Message::Decide { .. } => {}
+        _ => return Reply::Refused,
+    }
+    Reply::Table(store.membership.table.clone(), store.membership.agreed)
+}
+
+/// Ends a view change whose coordinator is silent, as the decider has or else whoever has committed.
+fn settle_change() {
+    let (id, mut asked) = match &lock(&STORE).membership.change {
+        Some(change) => (change.id, [vec![change.decider.clone()], change.members.clone()].concat()),
+        None => return,
+    };
+    asked.dedup();
+    let committed = asked.iter().find_map(|node| match tell(node, &Message::Decide { id }) {
+        Some(Reply::Table(table, _)) => Some((table.change == id).then_some(table)),
+        _ => None,
+    });
+    let mut store = lock(&STORE);
+    if store.membership.change.as_ref().is_some_and(|change| change.id == id) {
+        match committed.flatten() {
+            Some(table) => store.take_up(table),
+            None => store.membership.change = None,
+        }
+    }
+}
+
+/// Changes the view, as PUT /kv-store/view-change asks.
+fn change_view(body: &[u8]) -> Outcome {
+    if !matches!(role(), Role::Node(_)) {
+        return Outcome::AddressNotSet;
+    }
+    let Ok(members) = serde_json::from_slice::<HashMap<String, serde_json::Value>>(body) else {
+        return if body.is_empty() { Outcome::ViewMissing } else { Outcome::BodyNotObject };
+    };
+    let view = match members.get("view") {
+        None | Some(serde_json::Value::Null) => return Outcome::ViewMissing,
+        Some(serde_json::Value::String(text)) => parse_view(text.split(',')),
+        Some(serde_json::Value::Array(nodes)) => parse_view(nodes.iter().map(|node| node.as_str().unwrap_or(""))),
+        Some(_) => Err("it is neither a string nor an array".into()),
+    };
+    let force = members.get("force").and_then(|force| force.as_bool()).unwrap_or(false);
+    match view {
+        Ok(view) => Coordinator::default().run(view, force).unwrap_or_else(|failure| failure),
+        Err(reason) => Outcome::ViewInvalid(reason.replace(['"', '\\'], "'")),
+    }
+}
+
+/// A view change, as the node that was asked for it sees it.
+#[derive(Default)]
+struct Coordinator {
+    id: u64,
+    /// The nodes that take part, and how many keys each has.
+    counts: BTreeMap<String, usize>,
+}
+
+impl Coordinator {
+    /// Runs the view change from beginning to end. The error is an outcome as well, and the old view stays in force.
+    fn run(mut self, view: Vec<String>, force: bool) -> Result<Outcome, Outcome> {
+        self.id = RandomState::new().hash_one(Instant::now()).max(1);
+        let changed = self.prepare(&view, force).and_then(|(old, version)| {
+            let moves = plan(&self.counts, &view);
+            let table = self.copy(&old, version, &view, &moves)?;
+            self.commit(&table, &moves)
+        });
+        if changed.is_err() {
+            self.counts.keys().for_each(|node| drop(tell(node, &Message::Abort { id: self.id })));
+        }
+        changed
+    }
+
+    /// Has every node of the old and the new view hold its requests. Returns the old table, and the new one's version.
+    fn prepare(&mut self, view: &[String], force: bool) -> Result<(Table, u64), Outcome> {
+        // Nobody is held up by a node that does not answer even to this.
+        let known = lock(&STORE).membership.table.view.clone();
+        let mut gone = false;
+        for node in BTreeSet::from_iter(known.iter().chain(view)) {
+            if meet(node).is_none() {
+                match force && !view.contains(node) {
+                    true => gone = true,
+                    false => return Err(Outcome::NodeDown(node.clone())),
+                }
+            }
+        }
+        if gone {
+            // A node that is only cut off, or stopped, must have noticed that its table is old.
+            may::coroutine::sleep(FRESH + FRESH / 4);
+        }
+        let old = lock(&STORE).membership.table.clone();
+        let members: BTreeSet<&String> = old.view.iter().chain(view).collect();
+        let present: Vec<String> = members.into_iter().filter(|node| !gone || meet(node).is_some()).cloned().collect();
+        let own = if let Role::Node(own) = role() { own } else { return Err(Outcome::AddressNotSet) };
+        let decider = present.iter().find(|node| *node != own).unwrap_or(own).clone();
+        let version = old.version + 1;
+        for node in &present {
+            let (decider, members) = (decider.clone(), present.clone());
+            match tell(node, &Message::Prepare { id: self.id, version, decider, members }) {
+                Some(Reply::Prepared { count, .. }) if count > 0 && !old.view.contains(node) => {
+                    self.counts.insert(node.clone(), 0);
+                    return Err(Outcome::HoldsKeys(node.clone()));
+                }
+                Some(Reply::Prepared { count, .. }) => drop(self.counts.insert(node.clone(), count)),
+                Some(_) => return Err(Outcome::ChangeUnderWay),
+                None => return Err(Outcome::NodeDown(node.clone())),
+            }
+        }
+        Ok((old, version))
+    }
+
+    /// Copies the keys that move to their new nodes. Returns the new table.
+    fn copy(
+        &self,
+        old: &Table,
+        version: u64,
+        view: &[String],
+        moves: &[(String, String, usize)],
+    ) -> Result<Table, Outcome> {
+        let mut cuts = HashMap::new();
+        for giver in BTreeSet::from_iter(moves.iter().map(|(giver, ..)| giver)) {
+            let given = moves.iter().filter(|(from, ..)| from == giver);
+            let shares: Vec<(String, usize)> = given.map(|(_, to, count)| (to.clone(), *count)).collect();
+            match tell(giver, &Message::Cut { id: self.id, shares: shares.clone() }) {
+                Some(Reply::Cuts(places)) => {
+                    cuts.insert(giver.clone(), places.into_iter().zip(shares.into_iter().map(|(to, _)| to)).collect());
+                }
+                _ => return Err(Outcome::NodeDown(giver.clone())),
+            }
+        }
+        let mut busy: BTreeSet<&String> = cuts.keys().collect();
+        while !busy.is_empty() {
+            for node in self.counts.keys() {
+                let reply = tell(node, &Message::Copy { id: self.id });
+                match reply {
+                    Some(Reply::Left(0)) => drop(busy.remove(node)),
+                    Some(Reply::Left(_)) => {}
+                    _ => return Err(Outcome::NodeDown(node.clone())),
+                }
+            }
+        }
+        match self.counts.values().sum() {
+            0 => Ok(Table { version, change: self.id, ..Table::first(view.to_vec()) }),
+            _ => Ok(old.after(self.id, version, view.to_vec(), &cuts)),
+        }
+    }
+
+    /// Has every node take up the new table, the decider first. From its yes on, there is no way back.
+    fn commit(&self, table: &Table, moves: &[(String, String, usize)]) -> Result<Outcome, Outcome> {
+        let own = if let Role::Node(own) = role() { own } else { return Err(Outcome::AddressNotSet) };
+        let decider = self.counts.keys().find(|node| *node != own).unwrap_or(own);
+        if let Some(Reply::Refused) = tell(decider, &Message::Commit(table.clone())) {
+            return Err(Outcome::ChangeUnderWay);
+        }
+        let mut unreached: Vec<&String> = self.counts.keys().collect();
+        for _ in 0..3 {
+            unreached.retain(|node| tell(node, &Message::Commit(table.clone())).is_none());
+        }
+        let moved: usize = moves.iter().map(|(.., count)| count).sum();
+        let shards = table.view.iter().map(|node| {
+            let gained: usize = moves.iter().filter(|(_, to, _)| to == node).map(|(.., count)| count).sum();
+            let lost: usize = moves.iter().filter(|(from, ..)| from == node).map(|(.., count)| count).sum();
+            format!(r#"{{"address":"{node}","key-count":{}}}"#, self.counts.get(node).unwrap_or(&0) + gained - lost)
+        });
+        let shards = shards.collect::<Vec<_>>().join(",");
+        let unreached = unreached.iter().map(|node| format!(r#","unreached":"{node}""#)).collect::<String>();
+        Ok(Outcome::ViewChanged(format!(r#""moved":{moved},"shards":[{shards}]{unreached}"#)))
+    }
 }
 
 // ---- Connections: where the bytes come from and go to ---------------------------------------------------------------
@@ -1168,19 +1847,26 @@ fn main() {
     }
 }
 
-fn serve(Settings { listen, main }: Settings) {
+fn serve(Settings { listen, role, view }: Settings) {
     // As PID 1 of a container a process ignores these signals unless it says otherwise. There is nothing to save.
     for signal in [libc::SIGTERM, libc::SIGINT] {
         let always = Arc::new(AtomicBool::new(true));
         let _ = signal_hook::flag::register_conditional_shutdown(signal, 0, always);
     }
-    let role = main.as_ref().map_or("main instance".into(), |main| format!("follower of {main}"));
-    let _ = ROLE.set(main.map_or(Role::Main, |main| Role::Follower(Peer::new(main))));
+    let description = match &role {
+        Role::Main => "main instance".into(),
+        Role::Follower(main) => format!("follower of {main}"),
+        Role::Node(address) => format!("node {address} of {}", view.join(",")),
+    };
+    if let Role::Node(_) = ROLE.get_or_init(|| role) {
+        lock(&STORE).membership.table = Table::first(view);
+        thread::spawn(keep_in_touch);
+    }
     may::config().set_stack_size(16 << 10).set_worker_pin(false);
     // may shares a port with whoever else does (SO_REUSEPORT), and two stores would share the clients: ask without first.
     match TcpListener::bind(listen).map(drop).and_then(|()| Server.start(listen)) {
         Ok(server) => {
-            say(&format!("{role}, version {VERSION}, listening on {listen}"));
+            say(&format!("{description}, version {VERSION}, listening on {listen}"));
             thread::spawn(watch_connections);
             let _ = server.join();
         }
