@@ -16,13 +16,13 @@
 //! are plain threads, because the HTTP client blocks. A coroutine that waits for a lane holds no worker.
 
 use std::borrow::{Borrow, Cow};
-use std::cmp::Reverse;
+use std::cmp::{Ordering, Reverse};
 use std::collections::hash_map::{HashMap, RandomState};
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::hash::{BuildHasher, Hash, Hasher};
 use std::io::{self, BufRead, Read, Write};
 use std::mem::ManuallyDrop;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
 use std::process::exit;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
@@ -35,6 +35,7 @@ use httpdate::HttpDate;
 use may_minihttp::{BodyReader, HttpService, HttpServiceFactory, Request as Parsed, Response};
 use percent_encoding::{AsciiSet, CONTROLS, percent_decode, utf8_percent_encode};
 use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
 use serde_json::value::RawValue;
 use siphasher::sip::SipHasher24;
 use threadpool::ThreadPool;
@@ -119,7 +120,7 @@ impl Settings {
 /// Checks the addresses of a view. The error says what is wrong with which.
 fn parse_view<'a>(addresses: impl Iterator<Item = &'a str>) -> Result<Vec<String>, String> {
     let mut view: Vec<String> = Vec::new();
-    for address in addresses {
+    for address in addresses.take(1001) {
         if split_address(address).is_none() {
             return Err(format!("{address:?} is not host:port"));
         } else if view.iter().any(|another| another == address) {
@@ -127,7 +128,7 @@ fn parse_view<'a>(addresses: impl Iterator<Item = &'a str>) -> Result<Vec<String
         }
         view.push(address.into());
     }
-    if view.is_empty() { Err("it names no node".into()) } else { Ok(view) }
+    if (1..=1000).contains(&view.len()) { Ok(view) } else { Err("it must name 1 to 1000 nodes".into()) }
 }
 
 /// Splits `host:port`, where the host is a name, an IPv4 address or an IPv6 address in brackets: what stands unchanged in
@@ -149,8 +150,8 @@ struct Request {
     content_type: String,
     /// The instances that relayed this request so far (RFC 9110 section 7.6.3).
     via: String,
-    /// The version of the table by which a node sends this to its owner. A client's request has none.
-    table: Option<u64>,
+    /// A node sends this to the one that owns the key by its table.
+    from_node: bool,
     #[serde(with = "serde_bytes")]
     body: Vec<u8>,
 }
@@ -193,7 +194,7 @@ fn read_head(
     };
     let (verb, target) = (if verb == "HEAD" { "GET" } else { verb }.into(), origin_form(target));
     let (content_type, via) = (joined("Content-Type"), joined("Via"));
-    Ok((Request { verb, target, content_type, via, table: None, body: Vec::new() }, framing))
+    Ok((Request { verb, target, content_type, via, from_node: false, body: Vec::new() }, framing))
 }
 
 /// Digits only (RFC 9110 section 8.6); Rust's own parser would take a sign as well.
@@ -232,12 +233,14 @@ impl Request {
     fn route(&self) -> (Resource<'_>, Vocabulary) {
         let typed = if self.is_of_type("application/json") { Vocabulary::Json } else { Vocabulary::Form };
         let path = self.target.split('?').next().unwrap_or_default();
-        match path.strip_prefix("/kv-store") {
-            Some("" | "/") => (Resource::Instance, Vocabulary::Json),
-            Some("/key-count") => (Resource::KeyCount, Vocabulary::Json),
-            Some("/view-change") => (Resource::ViewChange, Vocabulary::Json),
-            Some(rest) if rest.starts_with("/keys/") => (Resource::key(&rest["/keys/".len()..]), Vocabulary::Json),
-            Some(rest) if rest.starts_with('/') => (Resource::key(&rest[1..]), typed),
+        // A key is one path segment; a slash inside a key arrives as %2F.
+        let key = |segment| Resource::Key(percent_decode(str::as_bytes(segment)).into());
+        match path.split('/').collect::<Vec<_>>()[..] {
+            ["", "kv-store"] | ["", "kv-store", ""] => (Resource::Instance, Vocabulary::Json),
+            ["", "kv-store", "key-count"] => (Resource::KeyCount, Vocabulary::Json),
+            ["", "kv-store", "view-change"] => (Resource::ViewChange, Vocabulary::Json),
+            ["", "kv-store", "keys", segment] => (key(segment), Vocabulary::Json),
+            ["", "kv-store", segment] => (key(segment), typed),
             _ => (Resource::Unknown, typed),
         }
     }
@@ -253,16 +256,6 @@ impl Request {
     /// Whether this is what instances say to one another: an exchange (see the relay) or a message (see view changes).
     fn is_between_instances(&self, media_type: &str) -> bool {
         self.verb == "POST" && self.target == INSTANCE_TARGET && self.is_of_type(media_type)
-    }
-}
-
-impl Resource<'_> {
-    /// A key is one path segment; a slash inside a key arrives as %2F.
-    fn key(segment: &str) -> Resource<'_> {
-        match segment.contains('/') {
-            true => Resource::Unknown,
-            false => Resource::Key(percent_decode(segment.as_bytes()).into()),
-        }
     }
 }
 
@@ -495,10 +488,12 @@ impl Record {
         &self.0[2..2 + self.0[0] as usize]
     }
 
-    /// Key, whether the value is a text, value: what `new` takes, as it travels.
-    fn parts(&self) -> (Vec<u8>, bool, Vec<u8>) {
-        let value = &self.0[2 + self.0[0] as usize..];
-        (self.key().to_vec(), self.0[1] == ValueForm::Text as u8, value.to_vec())
+    /// A record as it travels between nodes, if that is what it is.
+    fn from_bytes(bytes: &[u8]) -> Option<Record> {
+        let (length, form) = (*bytes.first()? as usize, *bytes.get(1)?);
+        let value = std::str::from_utf8(bytes.get(2 + length..)?).ok()?;
+        let is_json = || serde_json::from_str::<&RawValue>(value).is_ok();
+        (form == ValueForm::Text as u8 || (form == ValueForm::Json as u8 && is_json())).then(|| Record(bytes.into()))
     }
 
     /// Appends the value as JSON.
@@ -538,10 +533,6 @@ fn on_key(key: &[u8], action: impl FnOnce(&mut HashSet<Record>) -> Outcome) -> O
     matches!(store.membership.owner(key), Owner::ThisInstance).then(|| action(&mut store.records))
 }
 
-fn store_count() -> usize {
-    lock(&STORE).records.len()
-}
-
 // ---- Owners: who answers a request ----------------------------------------------------------------------------------
 
 /// What this instance is. A follower has its main instance's address, a node its own.
@@ -557,11 +548,18 @@ fn role() -> &'static Role {
     ROLE.get().unwrap_or(&Role::Main)
 }
 
+/// This node's own address; None for a main instance and a follower.
+fn own() -> Option<&'static str> {
+    if let Role::Node(own) = role() { Some(own) } else { None }
+}
+
 /// Who owns what a request is about.
 enum Owner {
     ThisInstance,
-    /// A peer, by its address, and the version of the table that says so.
-    Peer(String, Option<u64>),
+    /// The main instance of this follower, by its address.
+    Main(String),
+    /// Another node, by its address.
+    Node(String),
     /// Nobody knows right now: a view change is under way, or this node has not heard what the others' view is.
     Unsettled,
 }
@@ -570,7 +568,7 @@ fn owner(resource: &Resource, verb: &str) -> Owner {
     match (role(), resource) {
         // What an instance is, only that instance can say.
         (_, Resource::Instance) if verb == "GET" => Owner::ThisInstance,
-        (Role::Follower(main), _) => Owner::Peer(main.clone(), None),
+        (Role::Follower(main), _) => Owner::Main(main.clone()),
         (Role::Node(_), Resource::Key(key)) => lock(&STORE).membership.owner(key),
         (Role::Node(_), Resource::KeyCount) if !lock(&STORE).membership.is_settled() => Owner::Unsettled,
         (Role::Node(_) | Role::Main, _) => Owner::ThisInstance,
@@ -580,7 +578,8 @@ fn owner(resource: &Resource, verb: &str) -> Owner {
 /// The whole road of a request, from its owner to its answer.
 fn answer(request: Request) -> Answer {
     let (resource, vocabulary) = request.route();
-    let mut deadline = Instant::now() + PATIENCE;
+    let arrived = Instant::now();
+    let mut deadline = arrived + PATIENCE;
     let outcome = loop {
         match owner(&resource, &request.verb) {
             Owner::ThisInstance if request.is_between_instances(EXCHANGE_TYPE) => return exchange(&request.body),
@@ -590,12 +589,14 @@ fn answer(request: Request) -> Answer {
                     break outcome;
                 }
             }
-            Owner::Peer(main, None) => {
+            Owner::Main(main) => {
                 let down = Outcome::MainDown.answer(vocabulary, &request.verb);
                 return Peer::at(&main).relay(request, PATIENCE).unwrap_or(down);
             }
-            Owner::Peer(node, table) if request.table.is_none() => {
-                match Peer::at(&node).relay(Request { table, ..request.clone() }, PATIENCE) {
+            Owner::Node(node) if !request.from_node => {
+                // A request that was held has waited already.
+                let patience = PATIENCE.saturating_sub(arrived.elapsed()).max(MESSAGE_LIMIT);
+                match Peer::at(&node).relay(Request { from_node: true, ..request.clone() }, patience) {
                     Some(answer) if answer.status != 421 => return answer.with_address(&node, vocabulary),
                     Some(_) => drop(meet(&node)),
                     None => break Outcome::NodeDown(node),
@@ -605,7 +606,7 @@ fn answer(request: Request) -> Answer {
         }
         // The owner changed, or is about to. A node that relayed this asks its own table again, and so do we.
         let (under_way, missing) = lock(&STORE).membership.obstacle();
-        if request.table.is_some() {
+        if request.from_node {
             break Outcome::Elsewhere;
         } else if under_way {
             deadline = Instant::now() + PATIENCE;
@@ -620,9 +621,6 @@ fn answer(request: Request) -> Answer {
 /// Does what a request asks of the instance that owns its key; None if that is not (any more) this one.
 fn perform(resource: &Resource, request: &Request, vocabulary: Vocabulary) -> Option<Outcome> {
     match (resource, request.verb.as_str()) {
-        (Resource::Key(_), _) if request.table.is_some_and(|table| table != lock(&STORE).membership.table.version) => {
-            None
-        }
         (Resource::Key(key), "GET") => {
             on_key(key, |records| records.get(&key[..]).cloned().map_or(Outcome::Missing, Outcome::Found))
         }
@@ -630,13 +628,12 @@ fn perform(resource: &Resource, request: &Request, vocabulary: Vocabulary) -> Op
             on_key(key, |records| if records.remove(&key[..]) { Outcome::Deleted } else { Outcome::Missing })
         }
         (Resource::Key(key), "PUT") => match record_of(key, request, vocabulary) {
-            Ok(record) => on_key(key, |records| match records.replace(record) {
-                Some(_) => Outcome::Replaced,
-                None => Outcome::Created,
-            }),
+            Ok(record) => {
+                on_key(key, |records| records.replace(record).map_or(Outcome::Created, |_| Outcome::Replaced))
+            }
             Err(refusal) => Some(refusal),
         },
-        (Resource::KeyCount, "GET") => Some(Outcome::KeyCount(store_count())),
+        (Resource::KeyCount, "GET") => Some(Outcome::KeyCount(lock(&STORE).records.len())),
         (Resource::ViewChange, "PUT") => Some(change_view(&request.body)),
         (Resource::Instance, "GET") => Some(Outcome::Instance(describe_instance())),
         (Resource::Key(_), _) => Some(Outcome::VerbNotAllowed(KEY_VERBS)),
@@ -650,9 +647,10 @@ fn describe_instance() -> String {
     let version = format!(r#""version":"{VERSION}""#);
     match role() {
         Role::Follower(main) => format!(r#""role":"follower",{version},"forwarding-address":"{main}""#),
-        Role::Main => format!(r#""role":"main",{version},"key-count":{}"#, store_count()),
+        Role::Main => format!(r#""role":"main",{version},"key-count":{}"#, lock(&STORE).records.len()),
         Role::Node(address) => {
-            let (count, view) = (store_count(), lock(&STORE).membership.table.view.join(r#"",""#));
+            let store = lock(&STORE);
+            let (count, view) = (store.records.len(), store.membership.table.view.join(r#"",""#));
             format!(r#""role":"node",{version},"address":"{address}","view":["{view}"],"key-count":{count}"#)
         }
     }
@@ -704,58 +702,50 @@ impl Table {
         self.ranges.first().is_some_and(|(first, _)| *first == Position::default())
             && self.ranges.is_sorted_by(|(one, _), (next, _)| one < next)
             && self.ranges.iter().all(|(_, index)| *index < self.view.len())
+            && self.version < u64::MAX / 2
     }
 
     /// The table after a view change in which nodes give up what is above their cuts: the place and the receiver, from the
     /// highest place down. What a node that leaves has not given away holds no keys, and goes to any.
-    fn after(
-        &self,
-        change: u64,
-        version: u64,
-        view: Vec<String>,
-        cuts: &HashMap<String, Vec<(Position, String)>>,
-    ) -> Table {
+    fn after(&self, change: u64, view: &[String], cuts: &[(String, Position, String)]) -> Table {
         let mut places: Vec<&Position> = self.ranges.iter().map(|(first, _)| first).collect();
-        places.extend(cuts.values().flatten().map(|(place, _)| place));
+        places.extend(cuts.iter().map(|(_, place, _)| place));
         places.sort();
         places.dedup();
         let mut ranges: Vec<(Position, usize)> = Vec::new();
         for (number, place) in places.into_iter().enumerate() {
             let old = &self.view[self.index_of(place.0, &place.1)];
-            let cut = cuts.get(old).and_then(|cuts| cuts.iter().find(|(cut, _)| cut <= place));
-            let owner = cut.map_or(old, |(_, receiver)| receiver);
+            let cut = cuts.iter().find(|(giver, cut, _)| giver == old && cut <= place);
+            let owner = cut.map_or(old, |(.., receiver)| receiver);
             let index = view.iter().position(|node| node == owner).unwrap_or(number % view.len());
             if ranges.last().is_none_or(|(_, last)| *last != index) {
                 ranges.push((place.clone(), index));
             }
         }
-        Table { version, change, view, ranges }
+        Table { version: self.version + 1, change, view: view.to_vec(), ranges }
     }
 }
 
 /// Who gives how many keys to whom so that the shards of the view differ by one key at most, and no key moves without need.
-/// Counts are those of all nodes of the old and the new view; one that is not in the new view gives all it has.
-fn plan(counts: &BTreeMap<String, usize>, view: &[String]) -> Vec<(String, String, usize)> {
+/// Counts are those of all nodes of the old and the new view; one that is not in the new view gives all it has. Afterwards
+/// they are what each node has then.
+fn plan(counts: &mut BTreeMap<String, usize>, view: &[String]) -> Vec<(String, String, usize)> {
     let total: usize = counts.values().sum();
-    let mut largest_first: Vec<&String> = view.iter().collect();
-    largest_first.sort_by_key(|node| Reverse(counts.get(*node)));
-    let target = |node: &String| match largest_first.iter().position(|another| *another == node) {
-        // The nodes with most keys take the remainder: that saves them a move.
-        Some(rank) => total / view.len() + usize::from(rank < total % view.len()),
-        None => 0,
-    };
-    let mut lacking: Vec<(&String, usize)> = Vec::new();
-    for node in view {
-        lacking.push((node, target(node).saturating_sub(counts.get(node).copied().unwrap_or(0))));
-    }
+    let mut largest_first = view.to_vec();
+    largest_first.sort_by_key(|node| Reverse(counts[node]));
+    // The nodes with most keys take the remainder: that saves them a move.
+    let target = |rank| total / view.len() + usize::from(rank < total % view.len());
+    let targets: HashMap<String, usize> =
+        largest_first.into_iter().enumerate().map(|(rank, node)| (node, target(rank))).collect();
     let mut moves = Vec::new();
-    for (giver, count) in counts {
-        let mut surplus = count.saturating_sub(target(giver));
-        for (receiver, lack) in lacking.iter_mut().filter(|(_, lack)| *lack > 0) {
-            let moving = surplus.min(*lack);
+    for giver in counts.keys().cloned().collect::<Vec<_>>() {
+        for receiver in view {
+            let surplus = counts[&giver].saturating_sub(targets.get(&giver).copied().unwrap_or(0));
+            let moving = surplus.min(targets[receiver].saturating_sub(counts[receiver]));
             if moving > 0 {
-                moves.push((giver.clone(), receiver.to_string(), moving));
-                (surplus, *lack) = (surplus - moving, *lack - moving);
+                counts.entry(giver.clone()).and_modify(|count| *count -= moving);
+                counts.entry(receiver.clone()).and_modify(|count| *count += moving);
+                moves.push((giver.clone(), receiver.clone(), moving));
             }
         }
     }
@@ -777,11 +767,9 @@ struct Membership {
 
 impl Membership {
     fn owner(&self, key: &[u8]) -> Owner {
-        match role() {
-            Role::Node(_) if !self.is_settled() => Owner::Unsettled,
-            Role::Node(own) if self.table.owner(key) != own => {
-                Owner::Peer(self.table.owner(key).into(), Some(self.table.version))
-            }
+        match own() {
+            Some(_) if !self.is_settled() => Owner::Unsettled,
+            Some(own) if self.table.owner(key) != own => Owner::Node(self.table.owner(key).into()),
             _ => Owner::ThisInstance,
         }
     }
@@ -799,14 +787,17 @@ impl Membership {
 
     /// Whether to give up this table for that of another node.
     fn gives_in(&self, sender: &str, theirs: &Table) -> bool {
-        let own = if let Role::Node(own) = role() { own } else { return false };
-        let (listed, known) = (theirs.view.contains(own), self.table.view.iter().any(|node| node == sender));
-        let same_store = listed || known;
-        let first_views_differ = !self.agreed && theirs.view != self.table.view && theirs.version == self.table.version;
-        let smaller = (theirs.view.len(), &theirs.view) < (self.table.view.len(), &self.table.view);
+        let ours = &self.table;
+        let listed = theirs.view.iter().any(|node| Some(&**node) == own());
+        let known = ours.view.iter().any(|node| node == sender);
+        let smaller = (theirs.view.len(), &theirs.view) < (ours.view.len(), &ours.view);
         theirs.is_whole()
-            && ((same_store && theirs.version > self.table.version)
-                || (known && first_views_differ && (!listed || smaller)))
+            && match theirs.version.cmp(&ours.version) {
+                Ordering::Greater => listed || known,
+                // First views that differ: the node that the other does not list gives in, or else the larger view.
+                Ordering::Equal => known && !self.agreed && theirs.view != ours.view && (!listed || smaller),
+                Ordering::Less => false,
+            }
     }
 }
 
@@ -815,41 +806,29 @@ impl Store {
     fn take_up(&mut self, table: Table) {
         let staged = self.membership.change.take().filter(|change| change.id == table.change);
         self.records.extend(staged.into_iter().flat_map(|change| change.staged));
-        if let Role::Node(own) = role() {
-            self.records.retain(|record| table.owner(record.key()) == own);
-        }
+        self.records.retain(|record| own().is_none_or(|own| table.owner(record.key()) == own));
         self.records.shrink_to_fit();
         (self.membership.table, self.membership.agreed) = (table, true);
     }
 }
 
-/// Asks the other nodes of the view four times a second whether there is a newer table, and lets go of a view change whose
-/// coordinator is silent.
+/// Asks the other nodes of the view, several times a second, whether there is a newer table.
 fn keep_in_touch() {
-    loop {
+    while let Some(own) = own() {
         let (view, began) = (lock(&STORE).membership.table.view.clone(), Instant::now());
-        let own = if let Role::Node(own) = role() { own } else { return };
-        let others: Vec<&String> = view.iter().filter(|node| *node != own).collect();
-        let heard: Vec<Option<(Table, bool)>> = thread::scope(|scope| {
-            let asked: Vec<_> = others.iter().map(|node| scope.spawn(|| meet(node))).collect();
-            asked.into_iter().map(|thread| thread.join().ok().flatten()).collect()
-        });
+        let others = view.iter().filter(|node| *node != own).cloned();
+        let asked: Vec<_> = others.map(|node| (node.clone(), may::go!(move || meet(&node)))).collect();
+        let heard: Vec<_> = asked.into_iter().map(|(node, asked)| (node, asked.join().ok().flatten())).collect();
         let mut store = lock(&STORE);
         let membership = &mut store.membership;
-        let same = |heard: &&Option<(Table, bool)>| heard.as_ref().is_some_and(|(table, _)| *table == membership.table);
-        let all_agree = heard.iter().filter(same).count() == others.len();
-        let one_agreed = heard.iter().filter(same).any(|heard| heard.as_ref().is_some_and(|(_, agreed)| *agreed));
+        let same = heard.iter().filter_map(|(_, reply)| reply.as_ref()).filter(|(table, _)| *table == membership.table);
+        let same: Vec<bool> = same.map(|(_, agreed)| *agreed).collect();
         // A node alone waits for whoever may still count it in.
-        let lonely = others.is_empty() && membership.confirmed.is_none() && *STARTED + FRESH / 2 > began;
-        membership.agreed |= (all_agree || one_agreed) && membership.table.view == view;
-        membership.silent =
-            others.iter().zip(&heard).find(|(_, heard)| heard.is_none()).map(|(node, _)| node.to_string());
+        let lonely = heard.is_empty() && membership.confirmed.is_none() && *STARTED + FRESH / 2 > began;
+        membership.agreed |= (same.len() == heard.len() || same.contains(&true)) && membership.table.view == view;
+        membership.silent = heard.into_iter().find(|(_, reply)| reply.is_none()).map(|(node, _)| node);
         membership.confirmed = if lonely { None } else { Some(began) };
-        let silent = membership.change.as_ref().is_some_and(|change| change.renewed.elapsed() > LEASE);
         drop(store);
-        if silent {
-            settle_change();
-        }
         thread::sleep(Duration::from_millis(100));
     }
 }
@@ -884,18 +863,9 @@ const INSTANCE_TARGET: &str = "/kv-store";
 const EXCHANGE_TYPE: &str = "application/x-kv-store-exchange";
 const MESSAGE_TYPE: &str = "application/x-kv-store-message";
 /// What the client's URL parser would drop, cut at or rewrite in a target, where it is part of a key.
-const REWRITTEN: &AsciiSet = &CONTROLS
-    .add(b'"')
-    .add(b'\'')
-    .add(b'#')
-    .add(b'<')
-    .add(b'>')
-    .add(b'\\')
-    .add(b'^')
-    .add(b'`')
-    .add(b'{')
-    .add(b'|')
-    .add(b'}');
+#[rustfmt::skip]
+const REWRITTEN: &AsciiSet = &CONTROLS.add(b'"').add(b'\'').add(b'#').add(b'<').add(b'>').add(b'\\').add(b'^').add(b'`')
+    .add(b'{').add(b'|').add(b'}');
 
 /// This process, in the `Via` of what it relays: a request that comes back with it runs in a ring.
 static VIA: LazyLock<String> = LazyLock::new(|| format!("1.1 kv-store-{:016x}", RandomState::new().hash_one(0)));
@@ -990,7 +960,7 @@ impl Peer {
 
     /// Takes a group of requests to the peer and hands out the answers.
     fn carry(&self, group: Vec<Errand>) {
-        let needs_exchange = |request: &Request| request.table.is_some() || !request.fits_a_url();
+        let needs_exchange = |request: &Request| request.from_node || !request.fits_a_url();
         let alone = group.len() == 1;
         match (!alone || needs_exchange(&group[0].request)).then(|| self.knows_exchanges(alone)) {
             Some(Some(true)) => self.carry_together(group),
@@ -1094,7 +1064,7 @@ impl Line {
 impl Request {
     fn between_instances(media_type: &str, body: Vec<u8>) -> Request {
         let (verb, target) = ("POST".into(), INSTANCE_TARGET.into());
-        Request { verb, target, content_type: media_type.into(), via: String::new(), table: None, body }
+        Request { verb, target, content_type: media_type.into(), via: String::new(), from_node: false, body }
     }
 
     /// The target as it can stand in a URL.
@@ -1168,8 +1138,9 @@ fn exchange(body: &[u8]) -> Answer {
 const FRESH: Duration = Duration::from_secs(2);
 /// A prepared node that hears nothing from the coordinator for this long takes it for dead.
 const LEASE: Duration = Duration::from_millis(2500);
-/// A node that does not answer a message in this time is down.
+/// A node that does not answer a message in this time is down. To meet all must take less than FRESH, twice over.
 const MESSAGE_LIMIT: Duration = Duration::from_millis(1500);
+const MEET_LIMIT: Duration = Duration::from_millis(700);
 /// A message carries records with this many bytes, and one more.
 const BATCH_BYTES: usize = 2 << 20;
 
@@ -1178,85 +1149,61 @@ static STARTED: LazyLock<Instant> = LazyLock::new(Instant::now);
 /// A view change that this node is prepared for.
 struct Change {
     id: u64,
+    coordinator: String,
     decider: String,
-    members: Vec<String>,
     renewed: Instant,
     /// Copies of keys that become this node's.
     staged: Vec<Record>,
-    /// Keys that become another node's, the next to be copied last.
-    outgoing: Vec<(Record, String)>,
+    /// The keys that this node keeps so far, in order; those above are copied. None before the first is.
+    kept: Option<Vec<(u64, Record)>>,
 }
 
-/// What nodes say to one another, beside the requests that they relay.
+/// What nodes say to one another, beside the requests that they relay. All but Meet go with the id of a view change.
 #[derive(Serialize, Deserialize)]
 enum Message {
-    /// This is my address and table, and whether all agree on it; what is yours?
-    Meet(String, Table, bool),
-    /// Hold your requests for the view change `id` that makes table `version`. Said again, it renews the lease.
-    Prepare {
-        id: u64,
-        version: u64,
-        decider: String,
-        members: Vec<String>,
-    },
-    /// Cut off so many of your keys, from the highest down, for each of these.
-    Cut {
-        id: u64,
-        shares: Vec<(String, usize)>,
-    },
-    /// Copy the next of the keys cut off.
-    Copy {
-        id: u64,
-    },
+    /// This is my address and table; what is yours?
+    Meet(String, Table),
+    /// Hold your requests for the view change that makes this version; the coordinator, the decider. Again: renews the lease.
+    Prepare(u64, String, String),
+    /// Copy the highest of your keys that you have not copied yet to this node, so many at most.
+    Copy(String, usize),
     /// Keep these copies.
-    Stage {
-        id: u64,
-        records: Vec<(Vec<u8>, bool, Vec<u8>)>,
-    },
+    Stage(Vec<ByteBuf>),
     Commit(Table),
-    Abort {
-        id: u64,
-    },
-    /// The coordinator is silent: if you have not committed, never do.
-    Decide {
-        id: u64,
-    },
+    /// If you have not committed, never do.
+    Abort,
 }
 
 #[derive(Serialize, Deserialize)]
 enum Reply {
+    /// My table, and whether all agree on it.
     Table(Table, bool),
-    Prepared {
-        count: usize,
-        version: u64,
-    },
-    Cuts(Vec<Position>),
-    /// So many keys are still to be copied.
-    Left(usize),
+    /// So many keys I have.
+    Prepared(usize),
+    /// So many keys are copied, down to this place.
+    Copied(usize, Position),
     Refused,
 }
 
 /// Says something to a node. None if it does not answer in time.
-fn tell(node: &str, message: &Message) -> Option<Reply> {
-    let own = if let Role::Node(own) = role() { own } else { return None };
-    let body = postcard::to_stdvec(message).ok()?;
-    let answer = match node == own {
+fn tell(node: &str, id: u64, message: Message) -> Option<Reply> {
+    let limit = match message {
+        Message::Meet(..) => MEET_LIMIT,
+        Message::Copy(..) => ANSWER_LIMIT,
+        _ => MESSAGE_LIMIT,
+    };
+    let body = postcard::to_stdvec(&(id, message)).ok()?;
+    let answer = match own()? == node {
         true => receive(&body),
-        false => Peer::at(node).relay(Request::between_instances(MESSAGE_TYPE, body), MESSAGE_LIMIT)?,
+        false => Peer::at(node).relay(Request::between_instances(MESSAGE_TYPE, body), limit)?,
     };
     postcard::from_bytes(&answer.body).ok()
 }
 
 /// Exchanges tables with a node, and takes up the better one.
 fn meet(node: &str) -> Option<(Table, bool)> {
-    let own = if let Role::Node(own) = role() { own } else { return None };
-    let (table, agreed) = {
-        let store = lock(&STORE);
-        (store.membership.table.clone(), store.membership.agreed)
-    };
-    let Some(Reply::Table(theirs, agreed)) = tell(node, &Message::Meet(own.clone(), table, agreed)) else {
-        return None;
-    };
+    let table = lock(&STORE).membership.table.clone();
+    let Reply::Table(theirs, agreed) = tell(node, 0, Message::Meet(own()?.into(), table))? else { return None };
     consider(node, &theirs);
     Some((theirs, agreed))
 }
@@ -1269,103 +1216,99 @@ fn consider(sender: &str, theirs: &Table) {
     }
 }
 
-/// Answers a message, if it is one and comes at the right time.
+/// Answers a message, if it is one.
 fn receive(body: &[u8]) -> Answer {
-    let reply = match postcard::from_bytes(body) {
-        Ok(message) if matches!(role(), Role::Node(_)) => act(message),
-        _ => return Outcome::BadRequest.answer(Vocabulary::Form, "POST"),
-    };
-    let status = if matches!(reply, Reply::Refused) { 409 } else { 200 };
-    Answer { status, header: Cow::Borrowed(MESSAGE), body: postcard::to_stdvec(&reply).unwrap_or_default() }
+    match postcard::from_bytes(body) {
+        Ok((id, message)) if own().is_some() => {
+            let reply = act(id, message);
+            let status = if matches!(reply, Reply::Refused) { 409 } else { 200 };
+            let body = postcard::to_stdvec(&reply).unwrap_or_default();
+            Answer { status, header: Cow::Borrowed(MESSAGE), body }
+        }
+        _ => Outcome::BadRequest.answer(Vocabulary::Form, "POST"),
+    }
 }
 
-fn act(message: Message) -> Reply {
-    if let Message::Meet(sender, theirs, _) = &message {
+/// Does what a message asks, if it comes at the right time.
+fn act(id: u64, message: Message) -> Reply {
+    if let Message::Meet(sender, theirs) = &message {
         consider(sender, theirs);
     }
     let mut store = lock(&STORE);
-    let Store { records, membership } = &mut *store;
-    let own = |id: &u64, membership: &Membership| membership.change.as_ref().is_some_and(|change| change.id == *id);
-    match message {
-        Message::Meet(..) => {}
-        Message::Prepare { id, version, decider, members } => {
-            if membership.change.is_none() && version > membership.table.version {
-                let (staged, outgoing) = Default::default();
-                membership.change = Some(Change { id, decider, members, renewed: Instant::now(), staged, outgoing });
+    let Store { records, membership: Membership { table, change, .. } } = &mut *store;
+    if let Message::Prepare(version, coordinator, decider) = &message
+        && change.is_none()
+        && *version > table.version
+    {
+        let (coordinator, decider, renewed) = (coordinator.clone(), decider.clone(), Instant::now());
+        *change = Some(Change { id, coordinator, decider, renewed, staged: Vec::new(), kept: None });
+    }
+    let current = change.as_mut().filter(|change| change.id == id);
+    match (message, current) {
+        (Message::Meet(..), _) | (Message::Abort, None) => {}
+        (Message::Prepare(..), Some(change)) => {
+            change.renewed = Instant::now();
+            return Reply::Prepared(records.len());
+        }
+        (Message::Copy(receiver, count), Some(change)) => {
+            change.renewed = Instant::now();
+            let kept = change.kept.get_or_insert_with(|| in_order(records));
+            let (mut batch, mut bytes, mut lowest) = (Vec::new(), 0, Position::default());
+            while batch.len() < count
+                && bytes < BATCH_BYTES
+                && let Some((hash, record)) = kept.pop()
+            {
+                bytes += record.0.len();
+                lowest = (hash, record.key().to_vec());
+                batch.push(ByteBuf::from(&record.0[..]));
             }
-            let Some(change) = membership.change.as_mut().filter(|change| change.id == id) else {
+            drop(store);
+            let copied = batch.len();
+            return match tell(&receiver, id, Message::Stage(batch)) {
+                Some(Reply::Table(..)) => Reply::Copied(copied, lowest),
+                _ => Reply::Refused,
+            };
+        }
+        (Message::Stage(copies), Some(change)) => {
+            let Some(copies) = copies.iter().map(|copy| Record::from_bytes(copy)).collect::<Option<Vec<_>>>() else {
                 return Reply::Refused;
             };
             change.renewed = Instant::now();
-            return Reply::Prepared { count: records.len(), version: membership.table.version };
+            change.staged.extend(copies);
         }
-        Message::Cut { id, shares } if own(&id, membership) => {
-            let mut order: Vec<(u64, &Record)> = records.iter().map(|record| (hash_of(record.key()), record)).collect();
-            order.sort_unstable_by(|one, other| (other.0, other.1.key()).cmp(&(one.0, one.1.key())));
-            let (mut cuts, mut outgoing, mut order) = (Vec::new(), Vec::new(), order.into_iter());
-            for (receiver, count) in shares {
-                let mut lowest = None;
-                for (hash, record) in order.by_ref().take(count) {
-                    lowest = Some((hash, record.key().to_vec()));
-                    outgoing.push((record.clone(), receiver.clone()));
-                }
-                cuts.push(if order.len() == 0 { Position::default() } else { lowest.unwrap_or_default() });
-            }
-            outgoing.reverse();
-            if let Some(change) = &mut membership.change {
-                change.outgoing = outgoing;
-            }
-            return Reply::Cuts(cuts);
-        }
-        Message::Copy { id } if own(&id, membership) => {
-            let Some(change) = &mut membership.change else { return Reply::Refused };
-            change.renewed = Instant::now();
-            let receiver = change.outgoing.last().map(|(_, receiver)| receiver.clone()).unwrap_or_default();
-            let (mut batch, mut bytes) = (Vec::new(), 0);
-            while bytes < BATCH_BYTES
-                && let Some((record, _)) = change.outgoing.pop_if(|(_, next)| *next == receiver)
-            {
-                bytes += record.0.len();
-                batch.push(record.parts());
-            }
-            let left = change.outgoing.len();
-            drop(store);
-            let staged = batch.is_empty()
-                || matches!(tell(&receiver, &Message::Stage { id, records: batch }), Some(Reply::Table(..)));
-            return if staged { Reply::Left(left) } else { Reply::Refused };
-        }
-        Message::Stage { id, records } if own(&id, membership) => {
-            let Some(change) = &mut membership.change else { return Reply::Refused };
-            change.renewed = Instant::now();
-            let record = |(key, is_text, value): (Vec<u8>, bool, Vec<u8>)| {
-                Record::new(&key, if is_text { ValueForm::Text } else { ValueForm::Json }, &value)
-            };
-            change.staged.extend(records.into_iter().map(record));
-        }
-        Message::Commit(table) if own(&table.change, membership) && table.is_whole() => store.take_up(table),
+        (Message::Commit(table), Some(_)) if table.is_whole() => store.take_up(table),
         // Committed already.
-        Message::Commit(table) if table.change == membership.table.change => {}
-        Message::Abort { id } | Message::Decide { id } if own(&id, membership) => membership.change = None,
-        Message::Abort { .. } | Message::Decide { .. } => {}
+        (Message::Commit(theirs), None) if theirs.change == table.change => {}
+        (Message::Abort, Some(_)) => *change = None,
         _ => return Reply::Refused,
     }
     Reply::Table(store.membership.table.clone(), store.membership.agreed)
 }
 
-/// Ends a view change whose coordinator is silent, as the decider has or else whoever has committed.
-fn settle_change() {
-    let (id, mut asked) = match &lock(&STORE).membership.change {
-        Some(change) => (change.id, [vec![change.decider.clone()], change.members.clone()].concat()),
-        None => return,
+/// All records with the hashes of their keys, in the order of keys.
+fn in_order(records: &HashSet<Record>) -> Vec<(u64, Record)> {
+    let mut order: Vec<_> = records.iter().map(|record| (hash_of(record.key()), record.clone())).collect();
+    order.sort_unstable_by(|one, other| (one.0, one.1.key()).cmp(&(other.0, other.1.key())));
+    order
+}
+
+/// Ends a view change whose coordinator is silent, as the decider has; the decider itself asks the coordinator, which goes
+/// ahead alone if the decider is silent. Whoever is asked and has not committed never will.
+fn end_abandoned_change() {
+    let (id, coordinator, decider, since) = match &lock(&STORE).membership.change {
+        Some(it) if it.renewed.elapsed() > LEASE => (it.id, it.coordinator.clone(), it.decider.clone(), it.renewed),
+        _ => return,
     };
-    asked.dedup();
-    let committed = asked.iter().find_map(|node| match tell(node, &Message::Decide { id }) {
-        Some(Reply::Table(table, _)) => Some((table.change == id).then_some(table)),
+    let decides = own() == Some(&decider);
+    let table = match tell(if decides { &coordinator } else { &decider }, id, Message::Abort) {
+        Some(Reply::Table(table, _)) => Some(table).filter(|table| table.change == id),
+        // The coordinator is alive, or both are dead, and then nobody is left to commit.
+        _ if !decides && since.elapsed() < LEASE * 2 => return,
         _ => None,
-    });
+    };
     let mut store = lock(&STORE);
     if store.membership.change.as_ref().is_some_and(|change| change.id == id) {
-        match committed.flatten() {
+        match table {
             Some(table) => store.take_up(table),
             None => store.membership.change = None,
         }
@@ -1377,140 +1320,115 @@ fn change_view(body: &[u8]) -> Outcome {
     if !matches!(role(), Role::Node(_)) {
         return Outcome::AddressNotSet;
     }
-    let Ok(members) = serde_json::from_slice::<HashMap<String, serde_json::Value>>(body) else {
+    let Ok(members) = serde_json::from_slice::<HashMap<String, &RawValue>>(body) else {
         return if body.is_empty() { Outcome::ViewMissing } else { Outcome::BodyNotObject };
     };
-    let view = match members.get("view") {
-        None | Some(serde_json::Value::Null) => return Outcome::ViewMissing,
-        Some(serde_json::Value::String(text)) => parse_view(text.split(',')),
-        Some(serde_json::Value::Array(nodes)) => parse_view(nodes.iter().map(|node| node.as_str().unwrap_or(""))),
-        Some(_) => Err("it is neither a string nor an array".into()),
-    };
-    let force = members.get("force").and_then(|force| force.as_bool()).unwrap_or(false);
+    let member = |name| members.get(name).map_or("null", |value| value.get());
+    let view =
+        match (serde_json::from_str::<String>(member("view")), serde_json::from_str::<Vec<String>>(member("view"))) {
+            _ if member("view") == "null" => return Outcome::ViewMissing,
+            (Ok(text), _) => parse_view(text.split(',')),
+            (_, Ok(nodes)) => parse_view(nodes.iter().map(String::as_str)),
+            _ => Err("it is neither a string nor an array of strings".into()),
+        };
+    let force = member("force") == "true";
     match view {
-        Ok(view) => Coordinator::default().run(view, force).unwrap_or_else(|failure| failure),
+        Ok(view) => coordinate(&view, force).unwrap_or_else(|failure| failure),
         Err(reason) => Outcome::ViewInvalid(reason.replace(['"', '\\'], "'")),
     }
 }
 
-/// A view change, as the node that was asked for it sees it.
-#[derive(Default)]
-struct Coordinator {
-    id: u64,
-    /// The nodes that take part, and how many keys each has.
-    counts: BTreeMap<String, usize>,
+/// Runs a view change from beginning to end. The error is an outcome as well, and the old view stays in force.
+fn coordinate(view: &[String], force: bool) -> Result<Outcome, Outcome> {
+    let (old, version, present) = gather(view, force)?;
+    let own = own().ok_or(Outcome::AddressNotSet)?;
+    let id = RandomState::new().hash_one(Instant::now()).max(1);
+    // Not this node if there is another: should this one die, the others learn from the decider how it ended.
+    let decider = present.iter().find(|node| *node != own).unwrap_or(&present[0]);
+    let prepared =
+        || prepare(&old, &present, |node| tell(node, id, Message::Prepare(version, own.into(), decider.clone())));
+    let copied = prepared().and_then(|mut counts| {
+        let (moves, mut cuts) = (plan(&mut counts, view), Vec::new());
+        for (giver, receiver, count) in &moves {
+            let (mut left, mut place) = (*count, Position::default());
+            while left > 0 {
+                match tell(giver, id, Message::Copy(receiver.clone(), left)) {
+                    Some(Reply::Copied(copied, lowest)) if copied > 0 => (left, place) = (left - copied, lowest),
+                    _ => return Err(Outcome::NodeDown(giver.clone())),
+                }
+                // Renews everybody's lease.
+                prepared()?;
+            }
+            cuts.push((giver.clone(), place, receiver.clone()));
+        }
+        let table = match counts.values().sum() {
+            0 => Table { version, change: id, ..Table::first(view.to_vec()) },
+            _ => Table { version, ..old.after(id, view, &cuts) },
+        };
+        // The decider's yes is the point of no return, or this node's own if the decider is silent.
+        let decided =
+            tell(decider, id, Message::Commit(table.clone())).or_else(|| tell(own, id, Message::Commit(table.clone())));
+        match decided {
+            Some(Reply::Table(..)) => Ok((table, counts, moves.iter().map(|(.., count)| count).sum::<usize>())),
+            _ => Err(Outcome::ChangeUnderWay),
+        }
+    });
+    let (table, counts, moved) = copied.inspect_err(|_| {
+        present.iter().for_each(|node| drop(tell(node, id, Message::Abort)));
+    })?;
+    let mut unreached: Vec<&String> = present.iter().collect();
+    for _ in 0..3 {
+        unreached.retain(|node| !matches!(tell(node, id, Message::Commit(table.clone())), Some(Reply::Table(..))));
+    }
+    let quoted = |node: &&String| format!(r#""{node}""#);
+    let shard = |node| format!(r#"{{"address":"{node}","key-count":{}}}"#, counts[node]);
+    let shards = view.iter().map(shard).collect::<Vec<_>>().join(",");
+    let unreached = match unreached.iter().map(quoted).collect::<Vec<_>>().join(",") {
+        none if none.is_empty() => none,
+        nodes => format!(r#","unreached":[{nodes}]"#),
+    };
+    Ok(Outcome::ViewChanged(format!(r#""moved":{moved},"shards":[{shards}]{unreached}"#)))
 }
 
-impl Coordinator {
-    /// Runs the view change from beginning to end. The error is an outcome as well, and the old view stays in force.
-    fn run(mut self, view: Vec<String>, force: bool) -> Result<Outcome, Outcome> {
-        self.id = RandomState::new().hash_one(Instant::now()).max(1);
-        let changed = self.prepare(&view, force).and_then(|(old, version)| {
-            let moves = plan(&self.counts, &view);
-            let table = self.copy(&old, version, &view, &moves)?;
-            self.commit(&table, &moves)
-        });
-        if changed.is_err() {
-            self.counts.keys().for_each(|node| drop(tell(node, &Message::Abort { id: self.id })));
-        }
-        changed
-    }
+/// Has all nodes hold their requests. Returns how many keys each has.
+fn prepare(
+    old: &Table,
+    present: &[String],
+    ask: impl Fn(&str) -> Option<Reply>,
+) -> Result<BTreeMap<String, usize>, Outcome> {
+    let prepared = present.iter().map(|node| match ask(node) {
+        Some(Reply::Prepared(count)) if count > 0 && !old.view.contains(node) => Err(Outcome::HoldsKeys(node.clone())),
+        Some(Reply::Prepared(count)) => Ok((node.clone(), count)),
+        Some(_) => Err(Outcome::ChangeUnderWay),
+        None => Err(Outcome::NodeDown(node.clone())),
+    });
+    prepared.collect()
+}
 
-    /// Has every node of the old and the new view hold its requests. Returns the old table, and the new one's version.
-    fn prepare(&mut self, view: &[String], force: bool) -> Result<(Table, u64), Outcome> {
-        // Nobody is held up by a node that does not answer even to this.
-        let known = lock(&STORE).membership.table.view.clone();
-        let mut gone = false;
-        for node in BTreeSet::from_iter(known.iter().chain(view)) {
-            if meet(node).is_none() {
-                match force && !view.contains(node) {
-                    true => gone = true,
-                    false => return Err(Outcome::NodeDown(node.clone())),
-                }
-            }
-        }
-        if gone {
-            // A node that is only cut off, or stopped, must have noticed that its table is old.
-            may::coroutine::sleep(FRESH + FRESH / 4);
-        }
-        let old = lock(&STORE).membership.table.clone();
-        let members: BTreeSet<&String> = old.view.iter().chain(view).collect();
-        let present: Vec<String> = members.into_iter().filter(|node| !gone || meet(node).is_some()).cloned().collect();
-        let own = if let Role::Node(own) = role() { own } else { return Err(Outcome::AddressNotSet) };
-        let decider = present.iter().find(|node| *node != own).unwrap_or(own).clone();
-        let version = old.version + 1;
-        for node in &present {
-            let (decider, members) = (decider.clone(), present.clone());
-            match tell(node, &Message::Prepare { id: self.id, version, decider, members }) {
-                Some(Reply::Prepared { count, .. }) if count > 0 && !old.view.contains(node) => {
-                    self.counts.insert(node.clone(), 0);
-                    return Err(Outcome::HoldsKeys(node.clone()));
-                }
-                Some(Reply::Prepared { count, .. }) => drop(self.counts.insert(node.clone(), count)),
-                Some(_) => return Err(Outcome::ChangeUnderWay),
-                None => return Err(Outcome::NodeDown(node.clone())),
-            }
-        }
-        Ok((old, version))
+/// The table that is to be changed, the version of the next, and the nodes of the old and the new view; all must answer,
+/// except those that leave by force.
+fn gather(view: &[String], force: bool) -> Result<(Table, u64, Vec<String>), Outcome> {
+    let nodes = || lock(&STORE).membership.table.view.iter().chain(view).cloned().collect::<BTreeSet<String>>();
+    let met: Vec<_> = nodes().into_iter().map(|node| (meet(&node).or_else(|| meet(&node)), node)).collect();
+    let gone: Vec<_> = met.iter().filter(|(reply, _)| reply.is_none()).map(|(_, node)| node).collect();
+    if let Some(node) = gone.iter().find(|node| !force || view.contains(node)) {
+        return Err(Outcome::NodeDown(node.to_string()));
+    } else if !gone.is_empty() {
+        // A node that was stopped and goes on must notice first that it has not asked the others for long.
+        may::coroutine::sleep(FRESH + FRESH / 4);
     }
-
-    /// Copies the keys that move to their new nodes. Returns the new table.
-    fn copy(
-        &self,
-        old: &Table,
-        version: u64,
-        view: &[String],
-        moves: &[(String, String, usize)],
-    ) -> Result<Table, Outcome> {
-        let mut cuts = HashMap::new();
-        for giver in BTreeSet::from_iter(moves.iter().map(|(giver, ..)| giver)) {
-            let given = moves.iter().filter(|(from, ..)| from == giver);
-            let shares: Vec<(String, usize)> = given.map(|(_, to, count)| (to.clone(), *count)).collect();
-            match tell(giver, &Message::Cut { id: self.id, shares: shares.clone() }) {
-                Some(Reply::Cuts(places)) => {
-                    cuts.insert(giver.clone(), places.into_iter().zip(shares.into_iter().map(|(to, _)| to)).collect());
-                }
-                _ => return Err(Outcome::NodeDown(giver.clone())),
-            }
-        }
-        let mut busy: BTreeSet<&String> = cuts.keys().collect();
-        while !busy.is_empty() {
-            for node in self.counts.keys() {
-                let reply = tell(node, &Message::Copy { id: self.id });
-                match reply {
-                    Some(Reply::Left(0)) => drop(busy.remove(node)),
-                    Some(Reply::Left(_)) => {}
-                    _ => return Err(Outcome::NodeDown(node.clone())),
-                }
-            }
-        }
-        match self.counts.values().sum() {
-            0 => Ok(Table { version, change: self.id, ..Table::first(view.to_vec()) }),
-            _ => Ok(old.after(self.id, version, view.to_vec(), &cuts)),
-        }
+    let tables = || met.iter().filter_map(|(reply, _)| reply.as_ref()).map(|(table, _)| table);
+    let mut store = lock(&STORE);
+    let alone = store.records.is_empty() && store.membership.table.view.iter().all(|node| Some(&**node) == own());
+    if alone && let Some(theirs) = tables().filter(|table| table.view.len() > 1).max_by_key(|table| table.version) {
+        // A node that has nothing of its own and is to join was asked: the store is the others'.
+        store.take_up(theirs.clone());
     }
-
-    /// Has every node take up the new table, the decider first. From its yes on, there is no way back.
-    fn commit(&self, table: &Table, moves: &[(String, String, usize)]) -> Result<Outcome, Outcome> {
-        let own = if let Role::Node(own) = role() { own } else { return Err(Outcome::AddressNotSet) };
-        let decider = self.counts.keys().find(|node| *node != own).unwrap_or(own);
-        if let Some(Reply::Refused) = tell(decider, &Message::Commit(table.clone())) {
-            return Err(Outcome::ChangeUnderWay);
-        }
-        let mut unreached: Vec<&String> = self.counts.keys().collect();
-        for _ in 0..3 {
-            unreached.retain(|node| tell(node, &Message::Commit(table.clone())).is_none());
-        }
-        let moved: usize = moves.iter().map(|(.., count)| count).sum();
-        let shards = table.view.iter().map(|node| {
-            let gained: usize = moves.iter().filter(|(_, to, _)| to == node).map(|(.., count)| count).sum();
-            let lost: usize = moves.iter().filter(|(from, ..)| from == node).map(|(.., count)| count).sum();
-            format!(r#"{{"address":"{node}","key-count":{}}}"#, self.counts.get(node).unwrap_or(&0) + gained - lost)
-        });
-        let shards = shards.collect::<Vec<_>>().join(",");
-        let unreached = unreached.iter().map(|node| format!(r#","unreached":"{node}""#)).collect::<String>();
-        Ok(Outcome::ViewChanged(format!(r#""moved":{moved},"shards":[{shards}]{unreached}"#)))
-    }
+    let old = store.membership.table.clone();
+    drop(store);
+    let version = tables().map(|table| table.version).fold(old.version, u64::max) + 1;
+    let present = nodes().into_iter().filter(|node| !gone.contains(&node)).collect();
+    Ok((old, version, present))
 }
 
 // ---- Connections: where the bytes come from and go to ---------------------------------------------------------------
@@ -1861,6 +1779,12 @@ fn serve(Settings { listen, role, view }: Settings) {
     if let Role::Node(_) = ROLE.get_or_init(|| role) {
         lock(&STORE).membership.table = Table::first(view);
         thread::spawn(keep_in_touch);
+        thread::spawn(|| {
+            loop {
+                thread::sleep(Duration::from_millis(100));
+                end_abandoned_change();
+            }
+        });
     }
     may::config().set_stack_size(16 << 10).set_worker_pin(false);
     // may shares a port with whoever else does (SO_REUSEPORT), and two stores would share the clients: ask without first.
@@ -1892,13 +1816,174 @@ fn fail(status: i32, line: &str) -> ! {
     exit(status)
 }
 
-/// Asks an instance on this machine whether it answers, as Docker's health check does.
-fn is_healthy(mut listen: SocketAddr) -> bool {
-    if listen.ip().is_unspecified() {
-        let is_v4 = listen.is_ipv4();
-        listen.set_ip(if is_v4 { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() });
-    }
+/// Asks an instance on this machine whether it answers, as Docker's health check does. (A connection to 0.0.0.0 or [::] is one
+/// to this machine.)
+fn is_healthy(listen: SocketAddr) -> bool {
     let request = RequestBuilder::new(Method::GET, format!("http://{listen}/kv-store"));
     let request = request.proxy_settings(ProxySettings::builder().build()).timeout(Duration::from_secs(2));
     request.send().is_ok_and(|response| response.is_success())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers that look random and are the same in every run.
+    struct Numbers(u64);
+    impl Numbers {
+        fn below(&mut self, limit: usize) -> usize {
+            self.0 += 1;
+            (hash_of(&self.0.to_be_bytes()) % limit as u64) as usize
+        }
+        fn nodes(&mut self, least: usize) -> Vec<String> {
+            let mut nodes: Vec<String> = (1..=9).map(|number| format!("n{number}:1")).collect();
+            let count = least + self.below(6);
+            while nodes.len() > count {
+                nodes.remove(self.below(nodes.len()));
+            }
+            nodes
+        }
+    }
+
+    fn record(key: &str) -> Record {
+        Record::new(key.as_bytes(), ValueForm::Text, b"value")
+    }
+
+    /// A whole store in one place: what each node holds, and the table.
+    type Simulation = (Table, BTreeMap<String, HashSet<Record>>);
+
+    fn put(store: &mut Simulation, key: &str) {
+        let owner = store.0.owner(key.as_bytes()).to_owned();
+        store.1.entry(owner).or_default().insert(record(key));
+    }
+
+    /// What a view change does, without the network. Returns how many keys moved.
+    fn change(store: &mut Simulation, view: &[String]) -> usize {
+        let (table, shards) = store;
+        let nodes: BTreeSet<&String> = table.view.iter().chain(view).collect();
+        let count = |node: &String| shards.get(node).map_or(0, HashSet::len);
+        let mut counts: BTreeMap<String, usize> = nodes.iter().map(|node| (node.to_string(), count(node))).collect();
+        let moves = plan(&mut counts, view);
+        let (mut cuts, mut copies) = (Vec::new(), Vec::new());
+        let mut kept: HashMap<&String, Vec<(u64, Record)>> =
+            shards.iter().map(|(node, shard)| (node, in_order(shard))).collect();
+        for (giver, receiver, count) in &moves {
+            let order = kept.get_mut(giver).expect("a node without keys gives none");
+            let given = order.split_off(order.len() - count);
+            cuts.push((giver.clone(), (given[0].0, given[0].1.key().to_vec()), receiver.clone()));
+            copies.extend(given.into_iter().map(|(_, record)| (record, receiver.clone())));
+        }
+        let next = table.after(1, view, &cuts);
+        for (copy, receiver) in copies {
+            shards.entry(receiver).or_default().insert(copy);
+        }
+        for (node, shard) in shards.iter_mut() {
+            shard.retain(|record| next.owner(record.key()) == node);
+        }
+        *table = next;
+        moves.iter().map(|(.., count)| count).sum()
+    }
+
+    #[test]
+    fn shards_differ_by_one_key_and_no_key_moves_without_need() {
+        let mut numbers = Numbers(1);
+        for case in 0..300 {
+            let view = numbers.nodes(1);
+            let mut store: Simulation = (Table::first(view), BTreeMap::new());
+            let keys = [0, 1, 2, 3, 7, 10, 100, 1000][case % 8];
+            (0..keys).for_each(|number| put(&mut store, &format!("{case} {number}")));
+            for round in 0..4 {
+                let view = numbers.nodes(1);
+                let total: usize = store.1.values().map(HashSet::len).sum();
+                let (least, rest) = (total / view.len(), total % view.len());
+                // What nodes have above their target, if those with most keys may keep one more.
+                let mut held: Vec<usize> = view.iter().map(|node| store.1.get(node).map_or(0, HashSet::len)).collect();
+                held.sort_by_key(|count| Reverse(*count));
+                let stays: usize =
+                    held.iter().enumerate().map(|(rank, count)| (*count).min(least + usize::from(rank < rest))).sum();
+                assert_eq!(change(&mut store, &view), total - stays, "case {case}, round {round}");
+                assert!(store.0.is_whole(), "case {case}: {:?}", store.0);
+                let sizes: Vec<usize> = view.iter().map(|node| store.1.get(node).map_or(0, HashSet::len)).collect();
+                assert_eq!(sizes.iter().sum::<usize>(), total, "case {case}, round {round}: keys got lost");
+                assert!(
+                    sizes.iter().all(|size| (least..=least + 1).contains(size)),
+                    "case {case}: {sizes:?} of {total}"
+                );
+                assert_eq!(change(&mut store, &view), 0, "case {case}: the same view again");
+                // Keys come and go between view changes.
+                (0..numbers.below(20)).for_each(|number| put(&mut store, &format!("{case} {round} {number}")));
+                let leaving = numbers.below(3);
+                store.1.values_mut().for_each(|shard| {
+                    shard.retain(|record| record.key().last().is_some_and(|it| it % 3 != leaving as u8))
+                });
+            }
+        }
+    }
+
+    #[test]
+    fn a_fourth_node_takes_a_quarter() {
+        let node = |number| format!("n{number}:1");
+        let mut store: Simulation = (Table::first((1..=3).map(node).collect()), BTreeMap::new());
+        (0..100_001).for_each(|number| put(&mut store, &number.to_string()));
+        change(&mut store, &(1..=3).map(node).collect::<Vec<_>>());
+        assert_eq!(change(&mut store, &(1..=4).map(node).collect::<Vec<_>>()), 25_000);
+    }
+
+    #[test]
+    fn keys_with_the_same_hash_are_told_apart() {
+        let table = Table {
+            view: vec!["a:1".into(), "b:1".into()],
+            ranges: vec![(Position::default(), 0), ((7, b"m".to_vec()), 1), ((8, Vec::new()), 0)],
+            ..Table::default()
+        };
+        assert!(table.is_whole());
+        assert_eq!((table.index_of(7, b"l"), table.index_of(7, b"m"), table.index_of(8, b"")), (0, 1, 0));
+    }
+
+    #[test]
+    fn tables_that_do_not_cover_the_hash_space_are_not_whole() {
+        let view = vec!["a:1".to_owned()];
+        let with = |ranges: Vec<(Position, usize)>| Table { view: view.clone(), ranges, ..Table::default() };
+        assert!(with(vec![(Position::default(), 0)]).is_whole());
+        assert!(!with(vec![]).is_whole());
+        assert!(!with(vec![((1, vec![]), 0)]).is_whole());
+        assert!(!with(vec![(Position::default(), 1)]).is_whole());
+        assert!(!with(vec![(Position::default(), 0), (Position::default(), 0)]).is_whole());
+    }
+
+    #[test]
+    fn the_hash_is_the_published_one() {
+        // The first test vector of the authors' reference code is for a key of 00 to 0f; these are for one of zeros.
+        assert_eq!(hash_of(b""), 0x1e924b9d737700d7);
+        let shares = (0..30_000).fold([0; 3], |mut shares, number: u32| {
+            shares[Table::first(vec![String::new(); 3]).index_of(hash_of(number.to_string().as_bytes()), b"")] += 1;
+            shares
+        });
+        assert!(shares.iter().all(|share| (9_700..10_300).contains(share)), "{shares:?}");
+    }
+
+    #[test]
+    fn settings_name_what_is_wrong() {
+        let read = |text: &str| {
+            let variables: HashMap<_, _> =
+                text.split_whitespace().filter_map(|setting| setting.split_once('=')).collect();
+            Settings::read(|name| variables.get(name).map(|value| value.to_string()))
+        };
+        let wrong = ["PORT=abc", "PORT=0", "PORT=65536", "PORT=+1", "IP=localhost", "FORWARDING_ADDRESS=nohost"];
+        let wrong_too =
+            ["MAINIP=a:b", "ADDRESS=[::1:80", "VIEW=a:1", "ADDRESS=a:1 VIEW=a:1,a:1", "ADDRESS=a:1 VIEW=a:1,b"];
+        for setting in wrong.into_iter().chain(wrong_too).chain(["ADDRESS=a:1 FORWARDING_ADDRESS=b:1 VIEW=a:1"]) {
+            assert!(read(setting).is_err(), "{setting}");
+        }
+        for (setting, listen) in [
+            ("", "0.0.0.0:8080"),
+            ("PORT= IP=", "0.0.0.0:8080"),
+            ("PORT=9 IP=::1", "[::1]:9"),
+            ("ADDRESS=n:99", "0.0.0.0:99"),
+            ("ADDRESS=n:99 PORT=5 VIEW=a:1,n:99", "0.0.0.0:5"),
+            ("FORWARDING_ADDRESS=[::1]:80", "0.0.0.0:8080"),
+        ] {
+            assert_eq!(read(setting).map(|settings| settings.listen.to_string()), Ok(listen.to_string()), "{setting}");
+        }
+    }
 }

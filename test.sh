@@ -513,6 +513,237 @@ write_and_count() { # NUMBER
   curl -s -m 30 -X PUT -d val=1 -w '%{http_code}\n' -o /dev/null "${base}_[1-50]" | grep -c 201
 }
 
+# ---- A store of several nodes ----------------------------------------------------------------------------------------
+
+# start_node NODE [VARIABLE=VALUE...]: its address must have been fixed.
+start_node() { start "$1" ADDRESS="${address[$1]}" "${@:2}"; }
+# view NODE...: their addresses, separated by commas.
+view() {
+  local node list=()
+  for node in "$@"; do list+=("${address[$node]}"); done
+  (IFS=, && echo "${list[*]}")
+}
+# change NODE BODY: asks a node for a view change; prints status and body.
+change() { curl -s -m 40 -X PUT -w ' %{http_code}' "${json[@]}" -d "$2" "${url[$1]}/kv-store/view-change" | tr -d '\n'; }
+change_to() { change "$1" "{\"view\":\"$(view "${@:2}")\"}"; }
+count() { ask "$1" GET /kv-store/key-count | grep -o '[0-9]*}' | tr -d '}'; }
+counts() {
+  local node list=()
+  for node in "$@"; do list+=("$(count "$node")"); done
+  echo "${list[*]}"
+}
+view_of() { ask "$1" GET /kv-store | grep -o '\[.*\]' | tr -d '[]"'; }
+# write NODE PREFIX COUNT / found NODE PREFIX COUNT: puts keys; says how many are there, with their values.
+write() { curl -s -m 40 -X PUT "${json[@]}" -d "{\"value\":\"of $2\"}" -w '%{http_code}\n' -o /dev/null "${url[$1]}/kv-store/keys/$2[1-$3]" | grep -c '^20[01]'; }
+found() { curl -s -m 40 "${url[$1]}/kv-store/keys/$2[1-$3]" | grep -c "\"value\":\"of $2\""; }
+# balanced COUNTS / sum COUNTS: whether any two differ by one at most; what they add up to.
+balanced() { tr ' ' '\n' <<<"$1" | sort -n | awk 'NR == 1 { least = $1 } END { print ($1 - least <= 1) ? "balanced" : "not balanced" }'; }
+sum() { tr ' ' '\n' <<<"$1" | awk '{ s += $1 } END { print s }'; }
+total() { sum "$(counts "$@")"; }
+# shards ANSWER: the counts in the answer of a view change, and its moved.
+shards() { grep -o '"key-count":[0-9]*' <<<"$1" | cut -d : -f 2 | paste -sd' '; }
+moved() { grep -o '"moved":[0-9]*' <<<"$1" | cut -d : -f 2; }
+# await WHAT EXPECTED COMMAND...: checks what a command says until it says what is expected, for 10 s at most.
+await() {
+  local deadline=$(($(now) + 10000)) got
+  while got=$("${@:3}") && [ "$got" != "$2" ] && [ "$(now)" -lt "$deadline" ]; do sleep 0.05; done
+  check "$1" "$2" "$got" "${*:3}"
+}
+
+test_nodes() {
+  local node answer in_order
+  for node in n1 n2 n3 n4; do "address_$mode" "$node"; done
+  start_node n1 VIEW="$(view n1 n2)"
+  status_of n1 PUT /kv-store/keys/early "${json[@]}" -d '{"value":1}' >"$work/early" &
+  clients=($!)
+  start_node n2 VIEW="$(view n1 n2)" && start_node n3 && start_node n4
+  wait "${clients[@]}"
+  check "nodes: a request that comes before the last node is up waits for it" 201 "$(cat "$work/early")"
+  await "nodes: both answer for their keys" 200 status_of n2 DELETE /kv-store/keys/early
+  await "nodes: n1 says what it is" "200 {\"result\":\"Success\",\"role\":\"node\",\"version\":\"1.0.0\",\"address\":\"${address[n1]}\",\"view\":[\"$(view n1 n2 | sed 's/,/","/')\"],\"key-count\":0}" ask n1 GET /kv-store
+  check "nodes: 60 keys through n1 and 60 through n2" "60 60" "$(write n1 a 60) $(write n2 b 60)"
+  check "nodes: the key counts add up" 120 "$(total n1 n2)"
+  check "nodes: every key is found through every node" "60 60 60 60" "$(found n1 a 60) $(found n1 b 60) $(found n2 a 60) $(found n2 b 60)"
+  check "nodes: n2's address is in the answers that n1 relays" "$(count n2)" "$(curl -s "${url[n1]}/kv-store/keys/[a-b][1-60]" | grep -c "\"address\":\"${address[n2]}\"")"
+  check "nodes: n1's own answers have no address" "$(count n1)" "$(curl -s "${url[n1]}/kv-store/keys/[a-b][1-60]" | grep -vc address)"
+  check "nodes: the form vocabulary has no address" 0 "$(curl -s "${url[n1]}/kv-store/[a-b][1-60]" | grep -c address)"
+  check "nodes: errors of the owner are passed on, with its address" "$(count n2) n2" \
+    "$(curl -s -X PUT "${json[@]}" -d '{}' "${url[n1]}/kv-store/keys/[a-b][1-60]" | grep -c "Value is missing.*${address[n2]}") n2"
+  check "nodes: a relayed key may be odd" "201 200 200" "$(for verb in PUT GET DELETE; do status_of n1 "$verb" /kv-store/keys/.. --path-as-is "${json[@]}" -d '{"value":1}'; done | paste -sd' ')"
+
+  answer=$(change_to n1 n1 n2 n3)
+  in_order="{\"message\":\"View change successful\",\"moved\":$(moved "$answer"),\"shards\":[{\"address\":\"${address[n1]}\",\"key-count\":40},{\"address\":\"${address[n2]}\",\"key-count\":40},{\"address\":\"${address[n3]}\",\"key-count\":40}]} 200"
+  check "join: the answer" "$in_order" "$answer"
+  check "join: the nodes have what the answer says" "40 40 40" "$(counts n1 n2 n3)"
+  check "join: only the joining node's keys moved" 40 "$(moved "$answer")"
+  check "join: every key is found through every node" "60 60 60 60 60 60" "$(for node in n1 n2 n3; do found "$node" a 60 && found "$node" b 60; done | paste -sd' ')"
+  check "join: every node has the view" "$(view n1 n2 n3) $(view n1 n2 n3) $(view n1 n2 n3)" "$(view_of n1) $(view_of n2) $(view_of n3)"
+  check "the same view again moves nothing" 0 "$(moved "$(change_to n3 n1 n2 n3)")"
+  answer=$(change n2 "{\"view\":[\"${address[n4]}\",\"${address[n3]}\",\"${address[n2]}\"]}")
+  check "one leaves, one joins, as a JSON array: 40 keys move" 40 "$(moved "$answer")"
+  check "one leaves, one joins: the counts" "0 40 40 40" "$(counts n1 n2 n3 n4)"
+  check "one leaves, one joins: the one that left relays" "60 60" "$(found n1 a 60) $(found n1 b 60)"
+  check "one leaves, one joins: it can be asked for a view change" "30 30 30 30" "$(shards "$(change_to n1 n1 n2 n3 n4)")"
+  check "deletes: 50 keys go" 50 "$(curl -s -X DELETE "${url[n3]}/kv-store/keys/a[1-50]" | grep -c Deleted)"
+  answer=$(change_to n2 n1 n2 n3 n4)
+  check "... and the same view evens out what drifted" "balanced 70" "$(balanced "$(shards "$answer")") $(total n1 n2 n3 n4)"
+  check "down to one node" "70 70 0 0 0" "$(shards "$(change_to n4 n1)") $(counts n1 n2 n3 n4)"
+  check "... and up to two" "35 35" "$(shards "$(change_to n4 n1 n2)")"
+  check "... and back to three" "balanced 70" "$(change_to n1 n1 n2 n3 >/dev/null && balanced "$(counts n1 n2 n3)") $(total n1 n2 n3)"
+}
+
+test_few_keys() { # one node grows to three with so many keys
+  local keys
+  for keys in 0 1 7; do
+    check "few keys: $keys keys on one node" "$keys" "$(one_node_with "$keys" && count n1)"
+    check "few keys: ... on three" "balanced $keys" "$(change_to n1 n1 n2 n3 >/dev/null && balanced "$(counts n1 n2 n3)") $(total n1 n2 n3)"
+    check "few keys: ... are found" "$keys" "$(found n3 f $((keys + 1)))"
+  done
+  clear_store n1
+  change_to n1 n1 n2 n3 >/dev/null
+  check "few keys: an empty store gives each node its share" "300" "$(write n1 e 300)"
+  check_that "few keys: ... of new keys" "$(counts n1 n2 n3 | tr ' ' '\n' | sort -n | head -n 1) > 60"
+}
+one_node_with() { # KEYS
+  change_to n1 n1 >/dev/null
+  clear_store n1
+  if [ "$1" -gt 0 ]; then write n2 f "$1" >/dev/null; fi
+}
+clear_store() { curl -s -o /dev/null -X DELETE "${url[$1]}/kv-store/keys/[a-f][1-60]"; }
+
+view_and_counts() { echo "$(view_of n1) $(counts n1 n2 n3)"; }
+agreement() { # NODE...: "agreed" if all have the same view
+  local node
+  for node in "$@"; do view_of "$node"; done | sort -u | awk '{ views = views $0 " " } END { print NR == 1 ? "agreed" : views }'
+}
+test_refused_view_changes() {
+  local before answer n
+  before=$(view_and_counts)
+  expect "refused: no view" "$(json_error 400 'View is missing' PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d '{}'
+  expect "refused: no body" "$(json_error 400 'View is missing' PUT)" n1 PUT /kv-store/view-change
+  expect "refused: an address that is none" "$(json_error 400 "View is not valid: 'n1' is not host:port" PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d '{"view":"n1"}'
+  expect "refused: an address given twice" "$(json_error 400 'View is not valid: a:1 is given twice' PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d '{"view":"a:1,a:1"}'
+  expect "refused: an empty view" "$(json_error 400 "View is not valid: '' is not host:port" PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d '{"view":""}'
+  expect "refused: a view that is a number" "$(json_error 400 'View is not valid: it is neither a string nor an array of strings' PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d '{"view":1}'
+  expect "refused: not JSON" "$(json_error 400 'Body is not a JSON object' PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d 'view'
+  expect "refused: a node that is not there" "$(json_error 503 'Node 127.0.0.1:1 is down' PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d "{\"view\":\"$(view n1),127.0.0.1:1\"}"
+  "address_$mode" other && start_node other
+  await "refused: (another store has a key)" 201 status_of other PUT /kv-store/key -d val=1
+  expect "refused: a node with keys of another store" "$(json_error 409 "Node ${address[other]} holds keys of another store" PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d "{\"view\":\"$(view n1 n2 n3 other)\"}"
+  check "refused: ... which keeps them" "200 $(view other)" "$(status_of other GET /kv-store/key) $(view_of other)"
+  check "refused: nothing has changed" "$before" "$(view_and_counts)"
+  for n in 1 2 3 4 5 6; do
+    change_to "n$((n % 3 + 1))" n1 n2 n3 >"$work/change.$n" &
+    clients[n]=$!
+  done
+  wait "${clients[@]}"
+  answer=$(grep -h -o '...$' "$work"/change.* | sort -u | paste -sd' ')
+  check "six at once: each is done or told that another is in progress" "200" "${answer% 409}"
+  await "six at once: nothing has changed" "$before" view_and_counts
+}
+
+test_messages() {
+  local type='Content-Type: application/x-kv-store-message'
+  check "messages: one that is none" 400 "$(status_of n1 POST /kv-store -H "$type" -d nonsense)"
+  # Commit(version 99, change 5, view [a:1], one range): nobody prepared for it.
+  printf '\x06\x63\x05\x01\x03a:1\x01\x00\x00\x00' >"$work/commit"
+  check "messages: a commit without a prepare" 409 "$(status_of n1 POST /kv-store -H "$type" --data-binary "@$work/commit")"
+  # Prepare(id 7, version 0, decider a:1, members [a:1])
+  printf '\x01\x07\x00\x03a:1\x01\x03a:1' >"$work/prepare"
+  check "messages: a version from the past" 409 "$(status_of n1 POST /kv-store -H "$type" --data-binary "@$work/prepare")"
+  check "messages: to an instance that is no node" 400 "$(status_of main POST /kv-store -H "$type" --data-binary "@$work/commit")"
+  check "messages: an exchange that is none" 400 "$(status_of n1 POST /kv-store -H 'Content-Type: application/x-kv-store-exchange' -d nonsense)"
+  check "messages: the view is what it was" "$(view n1 n2 n3)" "$(view_of n1)"
+}
+
+# Writers put, replace and delete through all nodes while nodes join and leave.
+test_writers_during_changes() {
+  local n round bad=0
+  for n in 1 2 3 4; do
+    write_through "$n" >"$work/writers.$n" &
+    clients[n]=$!
+  done
+  for round in 'n1 n2 n3 n4' 'n2 n4' 'n1 n2 n3' 'n3' 'n4 n3 n2 n1' 'n1 n2 n3'; do
+    # shellcheck disable=SC2086 # a round is a list of nodes
+    [[ $(change_to "n$((RANDOM % 4 + 1))" $round) == *200 ]] || bad=$((bad + 1))
+    sleep 0.1
+  done
+  wait "${clients[@]}"
+  check "writers: every view change is done" 0 "$bad"
+  check "writers: no request failed" "40 40 20" "$(paste -sd' ' "$work/writers.1")"
+  check "writers: ... of the others neither" "$(cat "$work/writers.1")" "$(cat "$work/writers.2")"
+  check "writers: what was acknowledged is there" "20 20 20 20" "$(for n in 1 2 3 4; do found n1 "w${n}_" 40; done | paste -sd' ')"
+  check "writers: each key is on one node" "$((before_writers + 80))" "$(total n1 n2 n3 n4)"
+}
+write_through() { # NUMBER: puts 40 keys, replaces them, deletes the first 20
+  write "n$1" "w$1_" 40
+  write "n$(($1 % 4 + 1))" "w$1_" 40
+  curl -s -m 40 -X DELETE "${url[n$((5 - $1))]}/kv-store/keys/w$1_[1-20]" | grep -c Deleted
+}
+
+test_node_paused_and_killed() {
+  local all began
+  all=$(total n1 n2 n3)
+  "pause_$mode" n2
+  began=$(now)
+  check "paused: a view change is refused" "{\"error\":\"Node ${address[n2]} is down\",\"message\":\"Error in PUT\"} 503" "$(change_to n1 n1 n2 n3 n4)"
+  check_that "paused: ... soon (ms)" "$(now) - $began < 5000"
+  check "paused: the others keep the view" "$(view n1 n2 n3) $(view n1 n2 n3)" "$(view_of n1) $(view_of n3)"
+  check "paused: their keys are found" "$(counts n1 n3)" "$(own_keys n3 n1) $(own_keys n1 n3)"
+  "resume_$mode" n2
+  await "resumed: no key moved" "$all" total n1 n2 n3
+  check "resumed: a view change works" 200 "$(change_to n1 n1 n2 n3 n4 | grep -o '...$')"
+
+  local n
+  for n in 1 2 3; do
+    began=$(now)
+    change_to n1 n1 n2 n3 >"$work/killed" &
+    clients=($!)
+    sleep "0.00$n"
+    "kill_$mode" n4
+    wait "${clients[@]}"
+    await "killed in a view change: the living nodes agree on a view" agreed agreement n1 n2 n3
+    check "killed in a view change: their keys are found" "$(counts n1 n2 n3)" "$(own_keys n2 n1) $(own_keys n3 n2) $(own_keys n1 n3)"
+    check_that "killed in a view change: ... within 5 s (ms)" "$(now) - $began < 10000"
+    check "force: it is given up" 200 "$(change n1 "{\"view\":\"$(view n1 n2 n3)\",\"force\":true}" | grep -o '...$')"
+    check "force: the rest are balanced" balanced "$(balanced "$(counts n1 n2 n3)")"
+    restart n4
+    await "restarted: it is on its own" "$(view n4)" view_of n4
+    check "restarted: it joins again" 200 "$(change_to n1 n1 n2 n3 n4 | grep -o '...$')"
+    check "restarted: ... balanced" balanced "$(balanced "$(counts n1 n2 n3 n4)")"
+  done
+}
+# own_keys ASKED NODE: how many keys of a node are found through another: answers with its address.
+own_keys() { curl -s -m 40 "${url[$1]}/kv-store/keys/[a-f][1-60]" "${url[$1]}/kv-store/keys/e[61-300]" "${url[$1]}/kv-store/keys/w[1-4]_[1-40]" | grep '"doesExist":true' | grep -c "\"address\":\"${address[$2]}\""; }
+
+test_stale_nodes() {
+  local all
+  change_to n1 n1 n2 n3 >/dev/null
+  all=$(total n1 n2 n3)
+  "kill_$mode" n3
+  check "stale: without force a dead node holds up a view change" 503 "$(change_to n1 n1 n2 | grep -o '...$')"
+  check "stale: with force it is given up" 200 "$(change n1 "{\"view\":\"$(view n1 n2)\",\"force\":true}" | grep -o '...$')"
+  settings[n3]="ADDRESS=${address[n3]} VIEW=$(view n1 n2 n3)"
+  restart n3
+  check "stale: a node with an old view relays by the new one" "201 0" "$(status_of n3 PUT /kv-store/keys/stale "${json[@]}" -d '{"value":1}') $(count n3)"
+  check "stale: ... and says so" "$(view n1 n2)" "$(view_of n3)"
+  change_to n1 n1 n2 n3 >/dev/null
+  "pause_$mode" n3
+  check "asleep: it is given up" 200 "$(change n1 "{\"view\":\"$(view n1 n2)\",\"force\":true}" | grep -o '...$')"
+  status_of n1 PUT /kv-store/keys/stale "${json[@]}" -d '{"value":2}' >/dev/null
+  "resume_$mode" n3
+  check "awake: every answer is the others'" "\"value\":2" "$(ask n3 GET /kv-store/keys/stale | grep -o '"value":2')"
+  await "awake: it holds no keys" 0 count n3
+}
+
+test_first_views_that_differ() {
+  local node
+  for node in u1 u2 u3; do "address_$mode" "$node"; done
+  start_node u3 VIEW="$(view u1 u2 u3)" && start_node u1 VIEW="$(view u1 u2)" && start_node u2 VIEW="$(view u1 u2)"
+  check "first views: the node that the others do not list relays" "60 60 0" "$(write u3 g 60) $(found u1 g 60) $(count u3)"
+  check "first views: the others share the keys" 60 "$(total u1 u2)"
+}
+
 # ---- Settings --------------------------------------------------------------------------------------------------------
 
 # refused WHAT STATUS SETTING: the program ends with the status and one line that has the setting in it.
@@ -532,10 +763,14 @@ test_settings() {
   refused "a main instance that is a URL" 2 FORWARDING_ADDRESS=http://main:8080
   refused "a main instance with a port that is none" 2 MAINIP=main:http
   refused "an address that is none" 2 ADDRESS=:8080
+  refused "a view without an address" 2 VIEW=a:1,b:1
+  refused "a view beside a main instance" 2 VIEW=a:1 ADDRESS=a:1 FORWARDING_ADDRESS=b:1
+  refused "a view with an address that is none" 2 VIEW=a:1,b ADDRESS=a:1
+  refused "a view that names a node twice" 2 VIEW=a:1,a:1 ADDRESS=a:1
   refused "an address that this machine does not have" 1 IP=192.0.2.1
   check "settings: an argument that is none" "status 2" "$("run_$mode" -- --nonsense | tail -n 1)"
   check "--version" "kv-store 1.0.0 status 0" "$("run_$mode" -- --version | xargs)"
-  check "--help names the settings" "status 0 4" "$("run_$mode" -- --help | awk '/^  (PORT|IP|FORWARDING_ADDRESS|ADDRESS) / { n++ } /^status/ { s = $0 } END { print s, n }')"
+  check "--help names the settings" "status 0 6" "$("run_$mode" -- --help | awk '/^  (PORT|IP|FORWARDING_ADDRESS|MAINIP|ADDRESS|VIEW) / { n++ } /^status/ { s = $0 } END { print s, n }')"
 }
 
 test_port_in_use_local() {
@@ -592,6 +827,15 @@ test_main_gone
 test_ring
 test_follower_killed
 test_concurrent_clients
+test_nodes
+test_refused_view_changes
+test_messages
+test_few_keys
+before_writers=$(total n1 n2 n3 n4)
+test_writers_during_changes
+test_node_paused_and_killed
+test_stale_nodes
+test_first_views_that_differ
 [ "$mode" = local ] && test_port_in_use_local
 [ "$mode" = docker ] && test_image_docker
 
