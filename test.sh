@@ -54,7 +54,11 @@ launch_local() {
 }
 
 kill_docker() { docker kill "${process[$1]}" >/dev/null; }
-kill_local() { { kill -KILL "${process[$1]}" && wait "${process[$1]}"; } 2>/dev/null; }
+kill_local() {
+  disown "${process[$1]}" # or bash would report its end
+  kill -KILL "${process[$1]}"
+  while kill -0 "${process[$1]}" 2>/dev/null; do sleep 0.01; done
+}
 pause_docker() { docker pause "${process[$1]}" >/dev/null; }
 pause_local() { kill -STOP "${process[$1]}"; }
 resume_docker() { docker unpause "${process[$1]}" >/dev/null; }
@@ -645,13 +649,16 @@ test_refused_view_changes() {
 test_messages() {
   local type='Content-Type: application/x-kv-store-message'
   check "messages: one that is none" 400 "$(status_of n1 POST /kv-store -H "$type" -d nonsense)"
-  # Commit(version 99, change 5, view [a:1], one range): nobody prepared for it.
-  printf '\x06\x63\x05\x01\x03a:1\x01\x00\x00\x00' >"$work/commit"
-  check "messages: a commit without a prepare" 409 "$(status_of n1 POST /kv-store -H "$type" --data-binary "@$work/commit")"
-  # Prepare(id 7, version 0, decider a:1, members [a:1])
-  printf '\x01\x07\x00\x03a:1\x01\x03a:1' >"$work/prepare"
-  check "messages: a version from the past" 409 "$(status_of n1 POST /kv-store -H "$type" --data-binary "@$work/prepare")"
-  check "messages: to an instance that is no node" 400 "$(status_of main POST /kv-store -H "$type" --data-binary "@$work/commit")"
+  # say NAME BYTES: sends a message, the id of a view change before it; prints the status.
+  say() { printf '%b' "$2" >"$work/message" && status_of "$1" POST /kv-store -H "$type" --data-binary "@$work/message"; }
+  local commit='\x05\x04\x63\x05\x01\x03a:1\x01\x00\x00\x00' # table: version 99, change 5, view [a:1], one range
+  check "messages: a commit without a prepare" 409 "$(say n1 "$commit")"
+  check "messages: a version from the past" 409 "$(say n1 '\x07\x01\x00\x03a:1\x03a:1')"
+  check "messages: a prepare" 200 "$(say n1 '\x07\x01\x63\x03a:1\x03a:1')"
+  check "messages: ... and another one meanwhile" 409 "$(say n1 '\x08\x01\x63\x03a:1\x03a:1')"
+  check "messages: ... and a table that does not cover the hash space" 409 "$(say n1 '\x07\x04\x63\x07\x01\x03a:1\x00')"
+  check "messages: ... and the abort" 200 "$(say n1 '\x07\x05')"
+  check "messages: to an instance that is no node" 400 "$(say main "$commit")"
   check "messages: an exchange that is none" 400 "$(status_of n1 POST /kv-store -H 'Content-Type: application/x-kv-store-exchange' -d nonsense)"
   check "messages: the view is what it was" "$(view n1 n2 n3)" "$(view_of n1)"
 }
@@ -672,24 +679,26 @@ test_writers_during_changes() {
   check "writers: every view change is done" 0 "$bad"
   check "writers: no request failed" "40 40 20" "$(paste -sd' ' "$work/writers.1")"
   check "writers: ... of the others neither" "$(cat "$work/writers.1")" "$(cat "$work/writers.2")"
-  check "writers: what was acknowledged is there" "20 20 20 20" "$(for n in 1 2 3 4; do found n1 "w${n}_" 40; done | paste -sd' ')"
+  check "writers: what was acknowledged is there" "20 20 20 20" "$(found n1 w1_ 40) $(found n1 w2_ 40) $(found n1 w3_ 40) $(found n1 w4_ 40)"
   check "writers: each key is on one node" "$((before_writers + 80))" "$(total n1 n2 n3 n4)"
 }
 write_through() { # NUMBER: puts 40 keys, replaces them, deletes the first 20
   write "n$1" "w$1_" 40
   write "n$(($1 % 4 + 1))" "w$1_" 40
-  curl -s -m 40 -X DELETE "${url[n$((5 - $1))]}/kv-store/keys/w$1_[1-20]" | grep -c Deleted
+  curl -s -m 40 -X DELETE "${url[n$((5 - $1))]}/kv-store/keys/w${1}_[1-20]" | grep -c Deleted
 }
 
 test_node_paused_and_killed() {
-  local all began
+  local all began keys
   all=$(total n1 n2 n3)
+  mapfile -t keys < <(keys_of n1 n3)
+  check "paused: (keys that n1 has)" "$(count n1)" "${#keys[@]}"
   "pause_$mode" n2
   began=$(now)
   check "paused: a view change is refused" "{\"error\":\"Node ${address[n2]} is down\",\"message\":\"Error in PUT\"} 503" "$(change_to n1 n1 n2 n3 n4)"
   check_that "paused: ... soon (ms)" "$(now) - $began < 5000"
   check "paused: the others keep the view" "$(view n1 n2 n3) $(view n1 n2 n3)" "$(view_of n1) $(view_of n3)"
-  check "paused: their keys are found" "$(counts n1 n3)" "$(own_keys n3 n1) $(own_keys n1 n3)"
+  check "paused: their keys are found" "${#keys[@]}" "$(found_of n1 n3 "${keys[@]}")"
   "resume_$mode" n2
   await "resumed: no key moved" "$all" total n1 n2 n3
   check "resumed: a view change works" 200 "$(change_to n1 n1 n2 n3 n4 | grep -o '...$')"
@@ -703,7 +712,7 @@ test_node_paused_and_killed() {
     "kill_$mode" n4
     wait "${clients[@]}"
     await "killed in a view change: the living nodes agree on a view" agreed agreement n1 n2 n3
-    check "killed in a view change: their keys are found" "$(counts n1 n2 n3)" "$(own_keys n2 n1) $(own_keys n3 n2) $(own_keys n1 n3)"
+    check "killed in a view change: their keys are found" "$(counts n1 n2 n3)" "$(keys_of n1 n2 | wc -l) $(keys_of n2 n3 | wc -l) $(keys_of n3 n1 | wc -l)"
     check_that "killed in a view change: ... within 5 s (ms)" "$(now) - $began < 10000"
     check "force: it is given up" 200 "$(change n1 "{\"view\":\"$(view n1 n2 n3)\",\"force\":true}" | grep -o '...$')"
     check "force: the rest are balanced" balanced "$(balanced "$(counts n1 n2 n3)")"
@@ -713,8 +722,17 @@ test_node_paused_and_killed() {
     check "restarted: ... balanced" balanced "$(balanced "$(counts n1 n2 n3 n4)")"
   done
 }
-# own_keys ASKED NODE: how many keys of a node are found through another: answers with its address.
-own_keys() { curl -s -m 40 "${url[$1]}/kv-store/keys/[a-f][1-60]" "${url[$1]}/kv-store/keys/e[61-300]" "${url[$1]}/kv-store/keys/w[1-4]_[1-40]" | grep '"doesExist":true' | grep -c "\"address\":\"${address[$2]}\""; }
+# keys_of NODE ASKED: asks one node for all keys that there may be; prints those that another one answers for.
+keys_of() {
+  curl -s -m 40 -w '%{url_effective}\n' "${url[$2]}/kv-store/keys/e[1-300]" "${url[$2]}/kv-store/keys/w[1-4]_[1-40]" |
+    awk -v node="\"address\":\"${address[$1]}\"" '/^{/ { his = index($0, node) && /"doesExist":true/ } /^http/ && his { sub(/.*\//, ""); print }'
+}
+# found_of NODE ASKED KEY...: how many of these keys a node answers for, asked through another one.
+found_of() {
+  local key
+  for key in "${@:3}"; do printf 'url = "%s/kv-store/keys/%s"\n' "${url[$2]}" "$key"; done |
+    curl -s -m 40 -K - | grep '"doesExist":true' | grep -c "\"address\":\"${address[$1]}\""
+}
 
 test_stale_nodes() {
   local all
