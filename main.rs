@@ -7,13 +7,14 @@
 //!                                         \--- a peer -> relay -> the peer's Answer, unchanged --/
 //! ```
 //!
-//! A main instance owns every key; a follower owns none and relays to its main instance. An `Outcome` (created, found,
-//! missing, refused because ...) knows nothing of HTTP; the contract's two vocabularies are two columns of one table,
-//! `Outcome::row`. The sections below follow the road: settings, requests, outcomes, the store, owners, the relay, and
-//! last the connections, where bytes come from and go to.
+//! A main instance owns every key; a follower owns none and relays to its main instance; a node owns the keys that its table
+//! gives it. An `Outcome` (created, found, missing, refused because ...) knows nothing of HTTP; the contract's two
+//! vocabularies are two columns of one table, `Outcome::row`. The sections below follow the road: settings, requests,
+//! outcomes, the store, owners, shards, the relay, view changes, and last the connections, where bytes come from and go to.
 //!
-//! Two kinds of threads: may's workers run each connection as a coroutine and must never block; the lanes of the relay
-//! are plain threads, because the HTTP client blocks. A coroutine that waits for a lane holds no worker.
+//! may's workers run each connection as a coroutine and must never block. What blocks has threads of its own: the lanes of
+//! the relay (the HTTP client blocks; a coroutine that waits for a lane holds no worker), the watch over connections, and in
+//! a node the two that keep in touch with the others and end view changes that were abandoned.
 
 use std::borrow::{Borrow, Cow};
 use std::cmp::{Ordering, Reverse};
