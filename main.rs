@@ -581,6 +581,9 @@ fn answer(request: Request) -> Answer {
     let (resource, vocabulary) = request.route();
     let arrived = Instant::now();
     let mut deadline = arrived + PATIENCE;
+    let down = |node: String| {
+        Outcome::NodeDown(node.clone()).answer(vocabulary, &request.verb).with_address(&node, vocabulary)
+    };
     let outcome = loop {
         match owner(&resource, &request.verb) {
             Owner::ThisInstance if request.is_between_instances(EXCHANGE_TYPE) => return exchange(&request.body),
@@ -600,7 +603,7 @@ fn answer(request: Request) -> Answer {
                 match Peer::at(&node).relay(Request { from_node: true, ..request.clone() }, patience) {
                     Some(answer) if answer.status != 421 => return answer.with_address(&node, vocabulary),
                     Some(_) => drop(meet(&node)),
-                    None => break Outcome::NodeDown(node),
+                    None => return down(node),
                 }
             }
             _ => {}
@@ -612,7 +615,7 @@ fn answer(request: Request) -> Answer {
         } else if under_way {
             deadline = Instant::now() + PATIENCE;
         } else if Instant::now() > deadline {
-            break Outcome::NodeDown(missing);
+            return down(missing);
         }
         may::coroutine::sleep(Duration::from_millis(5));
     };

@@ -693,7 +693,11 @@ test_node_paused_and_killed() {
   all=$(total n1 n2 n3)
   mapfile -t keys < <(keys_of n1 n3)
   check "paused: (keys that n1 has)" "$(count n1)" "${#keys[@]}"
+  local lost
+  lost=$(keys_of n2 n1 | head -n 1)
   "pause_$mode" n2
+  expect "paused: its own keys are not to be had" "503 {\"error\":\"Node ${address[n2]} is down\",\"message\":\"Error in GET\",\"address\":\"${address[n2]}\"}" n1 GET "/kv-store/keys/$lost"
+  expect "paused: ... in the form vocabulary" "$(form_error 501 'Server unavailable')" n3 DELETE "/kv-store/$lost"
   began=$(now)
   check "paused: a view change is refused" "{\"error\":\"Node ${address[n2]} is down\",\"message\":\"Error in PUT\"} 503" "$(change_to n1 n1 n2 n3 n4)"
   check_that "paused: ... soon (ms)" "$(now) - $began < 5000"
