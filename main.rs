@@ -1193,7 +1193,7 @@ enum Reply {
 fn tell(node: &str, id: u64, message: Message) -> Option<Reply> {
     let limit = match message {
         Message::Meet(..) => MEET_LIMIT,
-        Message::Copy(..) => ANSWER_LIMIT,
+        Message::Copy(..) => LEASE,
         _ => MESSAGE_LIMIT,
     };
     let body = postcard::to_stdvec(&(id, message)).ok()?;
@@ -1378,7 +1378,10 @@ fn coordinate(view: &[String], force: bool) -> Result<Outcome, Outcome> {
         }
     });
     let (table, counts, moved) = copied.inspect_err(|_| {
-        present.iter().for_each(|node| drop(tell(node, id, Message::Abort)));
+        // All at once: one that does not answer must not hold up the others.
+        let abort = |node: String| may::go!(move || tell(&node, id, Message::Abort));
+        let told: Vec<_> = present.iter().cloned().map(abort).collect();
+        told.into_iter().for_each(|told| drop(told.join()));
     })?;
     let mut unreached: Vec<&String> = present.iter().collect();
     for _ in 0..3 {
