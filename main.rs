@@ -1167,7 +1167,7 @@ struct Change {
 enum Message {
     /// This is my address and table; what is yours?
     Meet(String, Table),
-    /// Hold your requests for the view change that makes this version; the coordinator, the decider. Again: renews the lease.
+    /// Hold your requests for the view change that makes this version; the coordinator, the decider.
     Prepare(u64, String, String),
     /// Copy the highest of your keys that you have not copied yet to this node, so many at most.
     Copy(String, usize),
@@ -1176,6 +1176,8 @@ enum Message {
     Commit(Table),
     /// If you have not committed, never do.
     Abort,
+    /// The coordinator is alive. (To prepare again would forget copies where the lease ran out meanwhile.)
+    Renew,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -1273,6 +1275,7 @@ fn act(id: u64, message: Message) -> Reply {
                 _ => Reply::Refused,
             };
         }
+        (Message::Renew, Some(change)) => change.renewed = Instant::now(),
         (Message::Stage(copies), Some(change)) => {
             let Some(copies) = copies.iter().map(|copy| Record::from_bytes(copy)).collect::<Option<Vec<_>>>() else {
                 return Reply::Refused;
@@ -1349,9 +1352,17 @@ fn coordinate(view: &[String], force: bool) -> Result<Outcome, Outcome> {
     let id = RandomState::new().hash_one(Instant::now()).max(1);
     // Not this node if there is another: should this one die, the others learn from the decider how it ended.
     let decider = present.iter().find(|node| *node != own).unwrap_or(&present[0]);
+    // All nodes hold their requests, one after the other, and say how many keys they have.
     let prepared =
-        || prepare(&old, &present, |node| tell(node, id, Message::Prepare(version, own.into(), decider.clone())));
-    let copied = prepared().and_then(|mut counts| {
+        present.iter().map(|node| match tell(node, id, Message::Prepare(version, own.into(), decider.clone())) {
+            Some(Reply::Prepared(count)) if count > 0 && !old.view.contains(node) => {
+                Err(Outcome::HoldsKeys(node.clone()))
+            }
+            Some(Reply::Prepared(count)) => Ok((node.clone(), count)),
+            Some(_) => Err(Outcome::ChangeUnderWay),
+            None => Err(Outcome::NodeDown(node.clone())),
+        });
+    let copied = prepared.collect::<Result<BTreeMap<String, usize>, Outcome>>().and_then(|mut counts| {
         let (moves, mut cuts) = (plan(&mut counts, view), Vec::new());
         for (giver, receiver, count) in &moves {
             let (mut left, mut place) = (*count, Position::default());
@@ -1360,8 +1371,10 @@ fn coordinate(view: &[String], force: bool) -> Result<Outcome, Outcome> {
                     Some(Reply::Copied(copied, lowest)) if copied > 0 => (left, place) = (left - copied, lowest),
                     _ => return Err(Outcome::NodeDown(giver.clone())),
                 }
-                // Renews everybody's lease.
-                prepared()?;
+                let lives = |node: &&String| matches!(tell(node, id, Message::Renew), Some(Reply::Table(..)));
+                if let Some(node) = present.iter().find(|node| !lives(node)) {
+                    return Err(Outcome::NodeDown(node.clone()));
+                }
             }
             cuts.push((giver.clone(), place, receiver.clone()));
         }
@@ -1395,21 +1408,6 @@ fn coordinate(view: &[String], force: bool) -> Result<Outcome, Outcome> {
         nodes => format!(r#","unreached":[{nodes}]"#),
     };
     Ok(Outcome::ViewChanged(format!(r#""moved":{moved},"shards":[{shards}]{unreached}"#)))
-}
-
-/// Has all nodes hold their requests. Returns how many keys each has.
-fn prepare(
-    old: &Table,
-    present: &[String],
-    ask: impl Fn(&str) -> Option<Reply>,
-) -> Result<BTreeMap<String, usize>, Outcome> {
-    let prepared = present.iter().map(|node| match ask(node) {
-        Some(Reply::Prepared(count)) if count > 0 && !old.view.contains(node) => Err(Outcome::HoldsKeys(node.clone())),
-        Some(Reply::Prepared(count)) => Ok((node.clone(), count)),
-        Some(_) => Err(Outcome::ChangeUnderWay),
-        None => Err(Outcome::NodeDown(node.clone())),
-    });
-    prepared.collect()
 }
 
 /// The table that is to be changed, the version of the next, and the nodes of the old and the new view; all must answer,
