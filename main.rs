@@ -1369,7 +1369,9 @@ fn coordinate(view: &[String], force: bool) -> Result<Outcome, Outcome> {
             while left > 0 {
                 match tell(giver, id, Message::Copy(receiver.clone(), left)) {
                     Some(Reply::Copied(copied, lowest)) if copied > 0 => (left, place) = (left - copied, lowest),
-                    _ => return Err(Outcome::NodeDown(giver.clone())),
+                    // The giver did not get through to the receiver.
+                    Some(_) => return Err(Outcome::NodeDown(receiver.clone())),
+                    None => return Err(Outcome::NodeDown(giver.clone())),
                 }
                 let lives = |node: &&String| matches!(tell(node, id, Message::Renew), Some(Reply::Table(..)));
                 if let Some(node) = present.iter().find(|node| !lives(node)) {
