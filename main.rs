@@ -1198,7 +1198,8 @@ fn tell(node: &str, id: u64, message: Message) -> Option<Reply> {
         Message::Copy(..) => LEASE,
         _ => MESSAGE_LIMIT,
     };
-    let body = postcard::to_stdvec(&(id, message)).ok()?;
+    // It names whom it is for. A node by another name, or one behind a follower, would be counted twice or not at all.
+    let body = postcard::to_stdvec(&(node, id, message)).ok()?;
     let answer = match own()? == node {
         true => receive(&body),
         false => Peer::at(node).relay(Request::between_instances(MESSAGE_TYPE, body), limit)?,
@@ -1222,10 +1223,10 @@ fn consider(sender: &str, theirs: &Table) {
     }
 }
 
-/// Answers a message, if it is one.
+/// Answers a message, if it is one and for this node.
 fn receive(body: &[u8]) -> Answer {
-    match postcard::from_bytes(body) {
-        Ok((id, message)) if own().is_some() => {
+    match postcard::from_bytes::<(&str, u64, Message)>(body) {
+        Ok((node, id, message)) if own() == Some(node) => {
             let reply = act(id, message);
             let status = if matches!(reply, Reply::Refused) { 409 } else { 200 };
             let body = postcard::to_stdvec(&reply).unwrap_or_default();

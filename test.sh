@@ -635,6 +635,9 @@ test_refused_view_changes() {
   await "refused: (another store has a key)" 201 status_of other PUT /kv-store/key -d val=1
   expect "refused: a node with keys of another store" "$(json_error 409 "Node ${address[other]} holds keys of another store" PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d "{\"view\":\"$(view n1 n2 n3 other)\"}"
   check "refused: ... which keeps them" "200 $(view other)" "$(status_of other GET /kv-store/key) $(view_of other)"
+  local alias=localhost:${address[n4]##*:}
+  [ "$mode" = local ] || alias=$(docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}' "${process[n4]}"):8080
+  expect "refused: a node by another name than its own" "$(json_error 503 "Node $alias is down" PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d "{\"view\":\"$(view n1 n2 n3),$alias\"}"
   check "refused: nothing has changed" "$before" "$(view_and_counts)"
   for n in 1 2 3 4 5 6; do
     change_to "n$((n % 3 + 1))" n1 n2 n3 >"$work/change.$n" &
@@ -649,8 +652,8 @@ test_refused_view_changes() {
 test_messages() {
   local type='Content-Type: application/x-kv-store-message'
   check "messages: one that is none" 400 "$(status_of n1 POST /kv-store -H "$type" -d nonsense)"
-  # say NAME BYTES: sends a message, the id of a view change before it; prints the status.
-  say() { printf '%b' "$2" | curl -s -m 10 -o /dev/null -w '%{http_code}' -H "$type" --data-binary @- "${url[$1]}/kv-store"; }
+  # say NAME BYTES: sends a message: whom it is for, the id of a view change, what it says; prints the status.
+  say() { printf '%b' "\\x$(printf %02x ${#address[$1]})${address[$1]}$2" | curl -s -m 10 -o /dev/null -w '%{http_code}' -H "$type" --data-binary @- "${url[$1]}/kv-store"; }
   local commit='\x05\x04\x63\x05\x01\x03a:1\x01\x00\x00\x00' # table: version 99, change 5, view [a:1], one range
   check "messages: a commit without a prepare" 409 "$(say n1 "$commit")"
   check "messages: a version from the past" 409 "$(say n1 '\x07\x01\x00\x03a:1\x03a:1')"
