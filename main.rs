@@ -1672,7 +1672,7 @@ fn watch_connections() {
         let mut connections = lock(&CONNECTIONS);
         connections.iter_mut().for_each(|(fd, watched)| watched.look(borrow_socket(*fd)));
         // An endless head grows by a gigabyte a second: look often, as long as there are few to look at.
-        let pause = Duration::from_millis(10) + Duration::from_micros(100) * connections.len() as u32;
+        let pause = Duration::from_millis(10) + Duration::from_micros(20) * connections.len() as u32;
         drop(connections);
         thread::sleep(pause);
     }
