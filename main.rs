@@ -524,7 +524,7 @@ static STORE: LazyLock<Mutex<Store>> = LazyLock::new(Default::default);
 #[derive(Default)]
 struct Store {
     records: HashSet<Record>,
-    /// Only a node of a store of several has any.
+    /// Says something in a node only.
     membership: Membership,
 }
 
@@ -1148,6 +1148,7 @@ const MEET_LIMIT: Duration = Duration::from_millis(700);
 /// A message carries records with this many bytes, and one more.
 const BATCH_BYTES: usize = 2 << 20;
 
+/// When this node began to keep in touch, which is when this is looked at first.
 static STARTED: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 /// A view change that this node is prepared for.

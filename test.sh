@@ -83,7 +83,7 @@ run_local() {
   timeout 10 env "${variables[@]}" target/release/kv-store "${@:2}" 2>&1
   echo "status $?"
 }
-# memory INSTANCE: the most memory the instance ever had, in KiB.
+# status_field INSTANCE FIELD: what the kernel says of the process: VmHWM (the most memory it ever had, in KiB), Threads.
 process_id_docker() { docker inspect -f '{{.State.Pid}}' "${process[$1]}"; }
 process_id_local() { echo "${process[$1]}"; }
 status_field() { awk -v field="$2:" '$1 == field { print $2 }' "/proc/$("process_id_$mode" "$1")/status"; }
@@ -149,7 +149,7 @@ ask() {
 expect() { check "$1" "$2" "$(ask "${@:3}")" "${*:4}"; }
 
 readonly -a json=(-H 'Content-Type: application/json')
-# put, get and their like for checks that are about something else: they print the status alone.
+# status_of: asks, and prints the status alone.
 status_of() { ask "$@" | cut -d ' ' -f 1; }
 
 # now: milliseconds since some moment.
