@@ -10,36 +10,36 @@
 //! A main instance owns every key; a follower owns none and relays to its main instance; a node owns the keys that its table
 //! gives it. An `Outcome` (created, found, missing, refused because ...) knows nothing of HTTP; the contract's two
 //! vocabularies are two columns of one table, `Outcome::row`. The sections below follow the road: settings, requests,
-//! outcomes, the store, owners, shards, the relay, view changes, and last the connections, where bytes come from and go to.
+//! outcomes, the store, owners, shards, membership, the relay, view changes, and last the connections, where bytes come from
+//! and go to.
 //!
 //! may's workers run each connection as a coroutine and must never block. What blocks has threads of its own: the lanes of
-//! the relay (the HTTP client blocks; a coroutine that waits for a lane holds no worker), the watch over connections, and in
-//! a node the two that keep in touch with the others and end view changes that were abandoned.
+//! the relay (the HTTP client blocks; a coroutine that waits for a lane holds no worker), the watches over connections and
+//! over the relay's lines, and in a node the two that keep in touch with the others and end view changes that were abandoned.
 
 use std::borrow::{Borrow, Cow};
 use std::cmp::{Ordering, Reverse};
-use std::collections::hash_map::{HashMap, RandomState};
-use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
-use std::hash::{BuildHasher, Hash, Hasher};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::hash::{BuildHasher, Hash, Hasher, RandomState};
 use std::io::{self, BufRead, Read, Write};
 use std::mem::ManuallyDrop;
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
 use std::process::exit;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use attohttpc::{ErrorKind, Method, ProxySettings, RequestBuilder, StatusCode};
 use httpdate::HttpDate;
+use may::sync::Blocker;
 use may_minihttp::{BodyReader, HttpService, HttpServiceFactory, Request as Parsed, Response};
 use percent_encoding::{AsciiSet, CONTROLS, percent_decode, utf8_percent_encode};
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 use serde_json::value::RawValue;
 use siphasher::sip::SipHasher24;
-use threadpool::ThreadPool;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
@@ -50,7 +50,7 @@ const MAX_BODY: usize = 8 << 20;
 /// The limit of a request's head. The server has none of its own and would collect an endless head in memory.
 const MAX_HEAD: usize = 64 << 10;
 /// The answers that a connection may have waiting for a client that does not read them, in bytes.
-const MAX_UNSENT: usize = 4 << 20;
+const MAX_UNSENT: u64 = 4 << 20;
 /// A connection on which nothing happens for this long is closed.
 const IDLE_LIMIT: Duration = Duration::from_secs(60);
 
@@ -89,61 +89,61 @@ impl Settings {
     fn read(variable: impl Fn(&str) -> Option<String>) -> Result<Settings, String> {
         let get = |name: &str| variable(name).filter(|value| !value.is_empty());
         let address = |name: &str| match get(name) {
-            Some(value) if split_address(&value).is_none() => {
+            Some(value) if port_of(&value).is_none() => {
                 Err(format!("{name}={value}: expected host:port, such as 10.10.0.2:8080 or main:8080"))
             }
             value => Ok(value),
         };
         let own = address("ADDRESS")?;
         let port = match (get("PORT"), &own) {
-            (Some(port), _) => split_address(&format!("localhost:{port}"))
+            (Some(port), _) => port_of(&format!("localhost:{port}"))
                 .ok_or(format!("PORT={port}: expected a number from 1 to 65535"))?,
-            (None, Some(own)) => split_address(own).unwrap_or_default(),
-            (None, None) => (String::new(), 8080),
+            (None, Some(own)) => port_of(own).unwrap_or_default(),
+            (None, None) => 8080,
         };
         let ip = get("IP").unwrap_or("0.0.0.0".into());
         let ip: IpAddr = ip.parse().map_err(|_| format!("IP={ip}: expected an IPv4 or IPv6 address"))?;
         let main = address("FORWARDING_ADDRESS")?.map_or_else(|| address("MAINIP"), |main| Ok(Some(main)))?;
-        let view = get("VIEW").map(|text| match (&own, &main, parse_view(text.split(','))) {
-            (Some(_), None, Ok(view)) => Ok(view),
-            (Some(_), None, Err(why)) => Err(format!("VIEW={text}: expected host:port,host:port,..., but {why}")),
-            (None, ..) => Err(format!("VIEW={text}: expected ADDRESS to be set as well, this node's own host:port")),
-            (_, Some(main), _) => {
-                Err(format!("VIEW={text}: expected no FORWARDING_ADDRESS beside it, but it is {main}"))
-            }
-        });
-        let view = view.transpose()?.or_else(|| own.clone().map(|own| vec![own])).unwrap_or_default();
+        let text = get("VIEW").unwrap_or_default();
+        let view = match (&own, &main) {
+            _ if text.is_empty() => Ok(own.iter().cloned().collect()),
+            (None, _) => Err("ADDRESS to be set as well, this node's own host:port".into()),
+            (_, Some(main)) => Err(format!("no FORWARDING_ADDRESS beside it, but it is {main}")),
+            _ => parse_view(text.split(',')).map_err(|why| format!("host:port,host:port,..., but {why}")),
+        };
+        let view = view.map_err(|expected| format!("VIEW={text}: expected {expected}"))?;
         let role = main.map(Role::Follower).or(own.map(Role::Node)).unwrap_or(Role::Main);
-        Ok(Settings { listen: SocketAddr::new(ip, port.1), role, view })
+        Ok(Settings { listen: SocketAddr::new(ip, port), role, view })
     }
 }
 
 /// Checks the addresses of a view. The error says what is wrong with which.
 fn parse_view<'a>(addresses: impl Iterator<Item = &'a str>) -> Result<Vec<String>, String> {
-    let mut view: Vec<String> = Vec::new();
-    for address in addresses.take(1001) {
-        if split_address(address).is_none() {
+    let view: Vec<String> = addresses.take(1001).map(str::to_owned).collect();
+    for (index, address) in view.iter().enumerate() {
+        if port_of(address).is_none() {
             return Err(format!("{address:?} is not host:port"));
-        } else if view.iter().any(|another| another == address) {
+        } else if view[..index].contains(address) {
             return Err(format!("{address} is given twice"));
         }
-        view.push(address.into());
     }
     if (1..=1000).contains(&view.len()) { Ok(view) } else { Err("it must name 1 to 1000 nodes".into()) }
 }
 
-/// Splits `host:port`, where the host is a name, an IPv4 address or an IPv6 address in brackets: what stands unchanged in
-/// a URL, and nothing else.
-fn split_address(text: &str) -> Option<(String, u16)> {
+/// The port of `host:port`, where the host is a name, an IPv4 address or an IPv6 address in brackets: what stands unchanged
+/// in a URL, and nothing else.
+fn port_of(text: &str) -> Option<u16> {
     let url = url::Url::parse(&format!("http://{text}")).ok()?;
-    let (host, port) = (url.host_str()?.to_owned(), url.port_or_known_default().filter(|port| *port > 0)?);
-    text.eq_ignore_ascii_case(&format!("{host}:{port}")).then_some((host, port))
+    let (host, port) = (url.host_str()?, url.port_or_known_default().filter(|port| *port > 0)?);
+    // The parser takes more characters, such as a quotation mark, than may stand in an answer.
+    let plain = text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte));
+    (plain && text.eq_ignore_ascii_case(&format!("{host}:{port}"))).then_some(port)
 }
 
 // ---- Requests: what a client asks for -------------------------------------------------------------------------------
 
 /// A whole request. HEAD is a GET here: only the connection knows that its answer leaves without the body.
-#[derive(Clone, Serialize, Deserialize)]
+#[derive(Clone, Default, Serialize, Deserialize)]
 struct Request {
     verb: String,
     /// Path and query as they came, percent-encoded.
@@ -151,10 +151,24 @@ struct Request {
     content_type: String,
     /// The instances that relayed this request so far (RFC 9110 section 7.6.3).
     via: String,
-    /// A node sends this to the one that owns the key by its table.
-    from_node: bool,
+    origin: Origin,
     #[serde(with = "serde_bytes")]
     body: Vec<u8>,
+    /// The body is too large to be read.
+    #[serde(skip)]
+    oversized: bool,
+}
+
+/// What a request is between instances, where it travels in an exchange (see the relay).
+#[derive(Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+enum Origin {
+    /// A client's request, relayed or not.
+    #[default]
+    Client,
+    /// A client's request that a node sends to the one that owns the key by its table.
+    Node,
+    /// No client's request: the body is a message of one node to another (see view changes).
+    Message,
 }
 
 /// What the head of a request tells the connection.
@@ -167,14 +181,10 @@ struct Framing {
     expects_continue: bool,
 }
 
-/// Reads the head of a request that httparse took apart; the body is still missing. The error is the refusal of a request
+/// Reads the head of a request that the server took apart; the body is still missing. The error is the refusal of a request
 /// whose body's length cannot be trusted: where the next request begins is not known, so the connection must be closed.
-fn read_head(
-    verb: &str,
-    target: &str,
-    version: u8,
-    headers: &[httparse::Header],
-) -> Result<(Request, Framing), Outcome> {
+fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
+    let (verb, target, headers) = (parsed.method(), parsed.path(), parsed.headers());
     let all = |name: &'static str| headers.iter().filter(move |header| header.name.eq_ignore_ascii_case(name));
     let joined = |name| all(name).map(|it| String::from_utf8_lossy(it.value)).collect::<Vec<_>>().join(", ");
     if all("Transfer-Encoding").next().is_some() {
@@ -190,12 +200,14 @@ fn read_head(
     let framing = Framing {
         length,
         is_head: verb == "HEAD",
-        closing: version == 0 || connection.split(',').any(|option| option.trim() == "close"),
-        expects_continue: version == 1 && length > 0 && joined("Expect").eq_ignore_ascii_case("100-continue"),
+        closing: parsed.version() == 0 || connection.split(',').any(|option| option.trim() == "close"),
+        expects_continue: parsed.version() == 1 && length > 0 && joined("Expect").eq_ignore_ascii_case("100-continue"),
     };
     let (verb, target) = (if verb == "HEAD" { "GET" } else { verb }.into(), origin_form(target));
     let (content_type, via) = (joined("Content-Type"), joined("Via"));
-    Ok((Request { verb, target, content_type, via, from_node: false, body: Vec::new() }, framing))
+    let request = Request { verb, target, content_type, via, ..Request::default() };
+    let oversized = length > MAX_BODY && !request.ignores_body();
+    Ok((Request { oversized, ..request }, framing))
 }
 
 /// Digits only (RFC 9110 section 8.6); Rust's own parser would take a sign as well.
@@ -207,11 +219,11 @@ fn parse_length(value: &[u8]) -> Option<usize> {
 /// Takes scheme and host off a target in absolute form (RFC 9112 section 3.2.2). Any other target that does not begin
 /// with a slash (OPTIONS *, CONNECT host:port) becomes a path that does not exist.
 fn origin_form(target: &str) -> String {
-    match target.split_once("://") {
-        _ if target.starts_with('/') => target.into(),
-        Some((_, rest)) => rest.find('/').map_or("/", |at| &rest[at..]).into(),
-        None => format!("/{target}"),
+    if target.starts_with('/') {
+        return target.into();
     }
+    let after_host = target.split_once("://").map(|(_, rest)| rest.find('/').map_or("/", |at| &rest[at..]));
+    after_host.map_or_else(|| format!("/{target}"), str::to_owned)
 }
 
 #[derive(Clone, Copy)]
@@ -232,31 +244,25 @@ enum Resource<'a> {
 impl Request {
     /// Finds what the request is about, and in which words its answer is due: the whole routing.
     fn route(&self) -> (Resource<'_>, Vocabulary) {
-        let typed = if self.is_of_type("application/json") { Vocabulary::Json } else { Vocabulary::Form };
+        let media_type = self.content_type.split(';').next().unwrap_or_default().trim();
+        let is_json = media_type.eq_ignore_ascii_case("application/json");
+        let typed = if is_json { Vocabulary::Json } else { Vocabulary::Form };
         let path = self.target.split('?').next().unwrap_or_default();
         // A key is one path segment; a slash inside a key arrives as %2F.
         let key = |segment| Resource::Key(percent_decode(str::as_bytes(segment)).into());
-        match path.split('/').collect::<Vec<_>>()[..] {
-            ["", "kv-store"] | ["", "kv-store", ""] => (Resource::Instance, Vocabulary::Json),
-            ["", "kv-store", "key-count"] => (Resource::KeyCount, Vocabulary::Json),
-            ["", "kv-store", "view-change"] => (Resource::ViewChange, Vocabulary::Json),
-            ["", "kv-store", "keys", segment] => (key(segment), Vocabulary::Json),
-            ["", "kv-store", segment] => (key(segment), typed),
+        let mut segments = path.split('/');
+        match [(); 5].map(|()| segments.next()) {
+            [Some(""), Some("kv-store"), None | Some(""), None, _] => (Resource::Instance, Vocabulary::Json),
+            [Some(""), Some("kv-store"), Some("key-count"), None, _] => (Resource::KeyCount, Vocabulary::Json),
+            [Some(""), Some("kv-store"), Some("view-change"), None, _] => (Resource::ViewChange, Vocabulary::Json),
+            [Some(""), Some("kv-store"), Some("keys"), Some(segment), None] => (key(segment), Vocabulary::Json),
+            [Some(""), Some("kv-store"), Some(segment), None, _] => (key(segment), typed),
             _ => (Resource::Unknown, typed),
         }
     }
 
-    fn is_of_type(&self, media_type: &str) -> bool {
-        self.content_type.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case(media_type)
-    }
-
     fn ignores_body(&self) -> bool {
         !matches!(self.verb.as_str(), "PUT" | "POST")
-    }
-
-    /// Whether this is what instances say to one another: an exchange (see the relay) or a message (see view changes).
-    fn is_between_instances(&self, media_type: &str) -> bool {
-        self.verb == "POST" && self.target == INSTANCE_TARGET && self.is_of_type(media_type)
     }
 }
 
@@ -273,6 +279,8 @@ fn is_valid_key(key: &[u8], vocabulary: Vocabulary) -> bool {
 fn record_of(key: &[u8], request: &Request, vocabulary: Vocabulary) -> Result<Record, Outcome> {
     if !is_valid_key(key, vocabulary) {
         return Err(Outcome::KeyInvalid);
+    } else if request.oversized {
+        return Err(Outcome::ValueTooLarge);
     }
     let (form, value) = match vocabulary {
         Vocabulary::Form => (ValueForm::Text, form_value(request)?),
@@ -284,38 +292,41 @@ fn record_of(key: &[u8], request: &Request, vocabulary: Vocabulary) -> Result<Re
 /// The first field `val` of the body, or else of the query, decoded.
 fn form_value(request: &Request) -> Result<Vec<u8>, Outcome> {
     let query = request.target.split_once('?').map_or("", |(_, query)| query).as_bytes();
-    let value = form_field(&request.body, b"val").or_else(|| form_field(query, b"val")).ok_or(Outcome::ValueMissing)?;
+    let value = form_field(&request.body).or_else(|| form_field(query)).ok_or(Outcome::ValueMissing)?;
     String::from_utf8(value).map(String::into_bytes).map_err(|_| Outcome::ValueNotText)
 }
 
-/// Finds a field of an application/x-www-form-urlencoded text. The `form_urlencoded` crate would replace bytes that are
-/// not UTF-8 instead of telling.
-fn form_field(text: &[u8], wanted: &[u8]) -> Option<Vec<u8>> {
+/// Finds the field `val` of an application/x-www-form-urlencoded text. The `form_urlencoded` crate would replace bytes that
+/// are not UTF-8 instead of telling.
+fn form_field(text: &[u8]) -> Option<Vec<u8>> {
     let decode = |part: &[u8]| {
-        let spaced: Vec<u8> = part.iter().map(|byte| if *byte == b'+' { b' ' } else { *byte }).collect();
-        percent_decode(&spaced).collect::<Vec<u8>>()
+        let words = part.split(|byte| *byte == b'+').map(|word| percent_decode(word).into());
+        words.collect::<Vec<Cow<[u8]>>>().join(&b' ')
     };
     text.split(|byte| *byte == b'&').find_map(|field| {
         let (name, value) = field.split_at(field.iter().position(|byte| *byte == b'=').unwrap_or(field.len()));
-        (decode(name) == wanted).then(|| decode(value.get(1..).unwrap_or_default()))
+        (name == b"val" || decode(name) == b"val").then(|| decode(value.get(1..).unwrap_or_default()))
     })
 }
 
 /// The member `value` of a JSON object: a string as its text, anything else as the JSON text it came as, so that it goes
 /// back digit for digit. Nothing here recurses, however deep the value is nested.
 fn json_value(body: &[u8]) -> Result<(ValueForm, Vec<u8>), Outcome> {
-    if body.is_empty() {
-        return Err(Outcome::ValueMissing);
-    }
-    let members: HashMap<String, &RawValue> = serde_json::from_slice(body).map_err(|_| Outcome::BodyNotObject)?;
-    match members.get("value").map(|value| value.get()) {
-        None | Some("null") => Err(Outcome::ValueMissing),
-        Some(json) if json.starts_with('"') => {
+    match member(body, "value")? {
+        "null" => Err(Outcome::ValueMissing),
+        json if json.starts_with('"') => {
             let text: String = serde_json::from_str(json).map_err(|_| Outcome::BodyNotObject)?;
             Ok((ValueForm::Text, text.into_bytes()))
         }
-        Some(json) => Ok((ValueForm::Json, json.as_bytes().to_vec())),
+        json => Ok((ValueForm::Json, json.as_bytes().to_vec())),
     }
+}
+
+/// The JSON text of a member of the JSON object that a body is: `null` if there is no such member, or no body.
+fn member<'a>(body: &'a [u8], name: &str) -> Result<&'a str, Outcome> {
+    let body = if body.is_empty() { b"{}" } else { body };
+    let members: HashMap<String, &RawValue> = serde_json::from_slice(body).map_err(|_| Outcome::BodyNotObject)?;
+    Ok(members.get(name).map_or("null", |value| value.get()))
 }
 
 // ---- Outcomes, and how the two vocabularies say them ----------------------------------------------------------------
@@ -419,13 +430,13 @@ impl Outcome {
 /// The headers that our answers have, beside those that every answer has.
 const JSON: &str = "Content-Type: application/json";
 const EXCHANGE: &str = "Content-Type: application/x-kv-store-exchange";
-const MESSAGE: &str = "Content-Type: application/x-kv-store-message";
+const EXCHANGE_TYPE: &str = EXCHANGE.split_at("Content-Type: ".len()).1;
 const GET_ONLY: &str = "Content-Type: application/json\r\nAllow: GET, HEAD";
 const PUT_ONLY: &str = "Content-Type: application/json\r\nAllow: PUT";
 const KEY_VERBS: &str = "Content-Type: application/json\r\nAllow: GET, HEAD, PUT, DELETE";
 
 /// A status, `Content-Type` and perhaps `Allow`, and a body: what a relay passes on of an answer.
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 struct Answer {
     status: u16,
     header: Cow<'static, str>,
@@ -439,13 +450,21 @@ impl Answer {
         StatusCode::from_u16(self.status).ok().and_then(|status| status.canonical_reason()).unwrap_or("Unknown")
     }
 
-    /// Writes what may_minihttp would write, byte for byte as long: `Connection::settle` counts on it.
+    /// Writes what may_minihttp writes of an answer, byte for byte as long.
     fn write(&self, out: &mut Vec<u8>, connection: &str, without_body: bool) {
         let (status, reason, length, header) = (self.status, self.reason(), self.body.len(), &self.header);
-        let (date, separator) = (HttpDate::from(SystemTime::now()), if connection.is_empty() { "" } else { "\r\n" });
+        let date = HttpDate::from(SystemTime::now());
         let _ = write!(out, "HTTP/1.1 {status} {reason}\r\nServer: M\r\nDate: {date}\r\nContent-Length: {length}\r\n");
-        let _ = write!(out, "{header}{separator}{connection}\r\n\r\n");
+        let _ = write!(out, "{header}\r\n{connection}\r\n");
         out.extend(if without_body { &[] } else { &self.body[..] });
+    }
+
+    /// How many bytes `write` writes, where nothing is said of the connection.
+    fn length(&self) -> usize {
+        const REST: &str =
+            "HTTP/1.1 200 \r\nServer: M\r\nDate: Sun, 06 Nov 1994 08:49:37 GMT\r\nContent-Length: 0\r\n\r\n\r\n";
+        let more_digits = self.body.len().checked_ilog10().unwrap_or(0) as usize;
+        REST.len() + self.reason().len() + more_digits + self.header.len() + self.body.len()
     }
 
     /// Adds which node answered, where there is a place for it.
@@ -460,7 +479,7 @@ impl Answer {
 
 /// Borrows the header of a peer's answer if it is one of ours: the server takes no others.
 fn known_header(header: &str) -> Cow<'static, str> {
-    let known = [JSON, EXCHANGE, MESSAGE, GET_ONLY, PUT_ONLY, KEY_VERBS].into_iter().find(|known| *known == header);
+    let known = [JSON, EXCHANGE, GET_ONLY, PUT_ONLY, KEY_VERBS].into_iter().find(|known| *known == header);
     known.map_or_else(|| Cow::Owned(header.to_owned()), Cow::Borrowed)
 }
 
@@ -578,29 +597,40 @@ fn owner(resource: &Resource, verb: &str) -> Owner {
 
 /// The whole road of a request, from its owner to its answer.
 fn answer(request: Request) -> Answer {
+    if request.origin == Origin::Message {
+        return receive(&request.body);
+    }
     let (resource, vocabulary) = request.route();
+    let outcome = match owner(&resource, &request.verb) {
+        Owner::ThisInstance if request.is_exchange() => return answer_exchange(&request.body),
+        Owner::ThisInstance => perform(&resource, &request, vocabulary),
+        Owner::Main(main) => {
+            let down = Outcome::MainDown.answer(vocabulary, &request.verb);
+            return Peer::at(&main).relay(request, PATIENCE).unwrap_or(down);
+        }
+        Owner::Node(_) | Owner::Unsettled => None,
+    };
+    match outcome {
+        Some(outcome) => outcome.answer(vocabulary, &request.verb),
+        None => find_owner(&resource, &request, vocabulary),
+    }
+}
+
+/// In a node, takes a request to whoever owns its key, as soon as somebody does. (Not part of `answer`: inlined where every
+/// request passes, it would cost each connection another page of its stack.)
+#[inline(never)]
+fn find_owner(resource: &Resource, request: &Request, vocabulary: Vocabulary) -> Answer {
     let arrived = Instant::now();
     let mut deadline = arrived + PATIENCE;
-    let down = |node: String| {
-        Outcome::NodeDown(node.clone()).answer(vocabulary, &request.verb).with_address(&node, vocabulary)
-    };
-    let outcome = loop {
-        match owner(&resource, &request.verb) {
-            Owner::ThisInstance if request.is_between_instances(EXCHANGE_TYPE) => return exchange(&request.body),
-            Owner::ThisInstance if request.is_between_instances(MESSAGE_TYPE) => return receive(&request.body),
-            Owner::ThisInstance => {
-                if let Some(outcome) = perform(&resource, &request, vocabulary) {
-                    break outcome;
-                }
-            }
-            Owner::Main(main) => {
-                let down = Outcome::MainDown.answer(vocabulary, &request.verb);
-                return Peer::at(&main).relay(request, PATIENCE).unwrap_or(down);
-            }
-            Owner::Node(node) if !request.from_node => {
+    let say = |outcome: Outcome| outcome.answer(vocabulary, &request.verb);
+    let down = |node: String| say(Outcome::NodeDown(node.clone())).with_address(&node, vocabulary);
+    loop {
+        match owner(resource, &request.verb) {
+            Owner::ThisInstance if let Some(outcome) = perform(resource, request, vocabulary) => return say(outcome),
+            Owner::Node(node) if request.origin == Origin::Client => {
                 // A request that was held has waited already.
                 let patience = PATIENCE.saturating_sub(arrived.elapsed()).max(MESSAGE_LIMIT);
-                match Peer::at(&node).relay(Request { from_node: true, ..request.clone() }, patience) {
+                match Peer::at(&node).relay(Request { origin: Origin::Node, ..request.clone() }, patience) {
                     Some(answer) if answer.status != 421 => return answer.with_address(&node, vocabulary),
                     Some(_) => drop(meet(&node)),
                     None => return down(node),
@@ -610,54 +640,46 @@ fn answer(request: Request) -> Answer {
         }
         // The owner changed, or is about to. A node that relayed this asks its own table again, and so do we.
         let (under_way, missing) = lock(&STORE).membership.obstacle();
-        if request.from_node {
-            break Outcome::Elsewhere;
+        if request.origin == Origin::Node {
+            return say(Outcome::Elsewhere);
         } else if under_way {
             deadline = Instant::now() + PATIENCE;
         } else if Instant::now() > deadline {
             return down(missing);
         }
         may::coroutine::sleep(Duration::from_millis(5));
-    };
-    outcome.answer(vocabulary, &request.verb)
+    }
 }
 
 /// Does what a request asks of the instance that owns its key; None if that is not (any more) this one.
 fn perform(resource: &Resource, request: &Request, vocabulary: Vocabulary) -> Option<Outcome> {
-    match (resource, request.verb.as_str()) {
-        (Resource::Key(key), "GET") => {
-            on_key(key, |records| records.get(&key[..]).cloned().map_or(Outcome::Missing, Outcome::Found))
-        }
-        (Resource::Key(key), "DELETE") => {
-            on_key(key, |records| if records.remove(&key[..]) { Outcome::Deleted } else { Outcome::Missing })
-        }
+    use Outcome::*;
+    Some(match (resource, request.verb.as_str()) {
+        (Resource::Key(key), "GET") => on_key(key, |records| records.get(&key[..]).cloned().map_or(Missing, Found))?,
+        (Resource::Key(key), "DELETE") => on_key(key, |records| records.take(&key[..]).map_or(Missing, |_| Deleted))?,
         (Resource::Key(key), "PUT") => match record_of(key, request, vocabulary) {
-            Ok(record) => {
-                on_key(key, |records| records.replace(record).map_or(Outcome::Created, |_| Outcome::Replaced))
-            }
-            Err(refusal) => Some(refusal),
+            Ok(record) => on_key(key, |records| records.replace(record).map_or(Created, |_| Replaced))?,
+            Err(refusal) => refusal,
         },
-        (Resource::KeyCount, "GET") => Some(Outcome::KeyCount(lock(&STORE).records.len())),
-        (Resource::ViewChange, "PUT") => Some(change_view(&request.body)),
-        (Resource::Instance, "GET") => Some(Outcome::Instance(describe_instance())),
-        (Resource::Key(_), _) => Some(Outcome::VerbNotAllowed(KEY_VERBS)),
-        (Resource::KeyCount | Resource::Instance, _) => Some(Outcome::VerbNotAllowed(GET_ONLY)),
-        (Resource::ViewChange, _) => Some(Outcome::VerbNotAllowed(PUT_ONLY)),
-        (Resource::Unknown, _) => Some(Outcome::NotFound),
-    }
+        (Resource::KeyCount, "GET") => KeyCount(lock(&STORE).records.len()),
+        (Resource::ViewChange, "PUT") => change_view(&request.body).unwrap_or_else(|failure| failure),
+        (Resource::Instance, "GET") => Instance(describe_instance()),
+        (Resource::Key(_), _) => VerbNotAllowed(KEY_VERBS),
+        (Resource::KeyCount | Resource::Instance, _) => VerbNotAllowed(GET_ONLY),
+        (Resource::ViewChange, _) => VerbNotAllowed(PUT_ONLY),
+        (Resource::Unknown, _) => NotFound,
+    })
 }
 
 fn describe_instance() -> String {
-    let version = format!(r#""version":"{VERSION}""#);
-    match role() {
-        Role::Follower(main) => format!(r#""role":"follower",{version},"forwarding-address":"{main}""#),
-        Role::Main => format!(r#""role":"main",{version},"key-count":{}"#, lock(&STORE).records.len()),
-        Role::Node(address) => {
-            let store = lock(&STORE);
-            let (count, view) = (store.records.len(), store.membership.table.view.join(r#"",""#));
-            format!(r#""role":"node",{version},"address":"{address}","view":["{view}"],"key-count":{count}"#)
-        }
-    }
+    let store = lock(&STORE);
+    let (count, view) = (store.records.len(), store.membership.table.view.join(r#"",""#));
+    let (role, more) = match role() {
+        Role::Main => ("main", format!(r#""key-count":{count}"#)),
+        Role::Follower(main) => ("follower", format!(r#""forwarding-address":"{main}""#)),
+        Role::Node(own) => ("node", format!(r#""address":"{own}","view":["{view}"],"key-count":{count}"#)),
+    };
+    format!(r#""role":"{role}","version":"{VERSION}",{more}"#)
 }
 
 // ---- Shards: which node owns which key ------------------------------------------------------------------------------
@@ -670,9 +692,7 @@ type Position = (u64, Vec<u8>);
 
 /// SipHash-2-4 with a key of zeros (Aumasson and Bernstein, 2012).
 fn hash_of(key: &[u8]) -> u64 {
-    let mut hasher = SipHasher24::new();
-    hasher.write(key);
-    hasher.finish()
+    SipHasher24::new().hash(key)
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -711,22 +731,20 @@ impl Table {
 
     /// The table after a view change in which nodes give up what is above their cuts: the place and the receiver, from the
     /// highest place down. What a node that leaves has not given away holds no keys, and goes to any.
-    fn after(&self, change: u64, view: &[String], cuts: &[(String, Position, String)]) -> Table {
+    fn after(&self, view: &[String], cuts: &[(String, Position, String)]) -> Table {
         let mut places: Vec<&Position> = self.ranges.iter().map(|(first, _)| first).collect();
         places.extend(cuts.iter().map(|(_, place, _)| place));
         places.sort();
         places.dedup();
-        let mut ranges: Vec<(Position, usize)> = Vec::new();
-        for (number, place) in places.into_iter().enumerate() {
+        let range = |(number, place): (usize, &Position)| {
             let old = &self.view[self.index_of(place.0, &place.1)];
             let cut = cuts.iter().find(|(giver, cut, _)| giver == old && cut <= place);
             let owner = cut.map_or(old, |(.., receiver)| receiver);
-            let index = view.iter().position(|node| node == owner).unwrap_or(number % view.len());
-            if ranges.last().is_none_or(|(_, last)| *last != index) {
-                ranges.push((place.clone(), index));
-            }
-        }
-        Table { version: self.version + 1, change, view: view.to_vec(), ranges }
+            (place.clone(), view.iter().position(|node| node == owner).unwrap_or(number % view.len()))
+        };
+        let mut ranges: Vec<(Position, usize)> = places.into_iter().enumerate().map(range).collect();
+        ranges.dedup_by_key(|(_, index)| *index);
+        Table { view: view.to_vec(), ranges, ..Table::default() }
     }
 }
 
@@ -739,8 +757,7 @@ fn plan(counts: &mut BTreeMap<String, usize>, view: &[String]) -> Vec<(String, S
     largest_first.sort_by_key(|node| Reverse(counts[node]));
     // The nodes with most keys take the remainder: that saves them a move.
     let target = |rank| total / view.len() + usize::from(rank < total % view.len());
-    let targets: HashMap<String, usize> =
-        largest_first.into_iter().enumerate().map(|(rank, node)| (node, target(rank))).collect();
+    let targets: HashMap<String, usize> = largest_first.into_iter().zip((0..).map(target)).collect();
     let mut moves = Vec::new();
     for giver in counts.keys().cloned().collect::<Vec<_>>() {
         for receiver in view {
@@ -756,6 +773,20 @@ fn plan(counts: &mut BTreeMap<String, usize>, view: &[String]) -> Vec<(String, S
     moves
 }
 
+// ---- Membership: which table a node goes by -------------------------------------------------------------------------
+//
+// A node answers for a key only by a table that the others go by as well. So the nodes meet several times a second: two that
+// meet tell one another their tables, and one of them gives in where they differ. A node that met nobody for a while may have
+// slept through a change of the table, and holds its requests until it has asked.
+
+/// A node that has not asked the others for this long does not rely on its table.
+const FRESH: Duration = Duration::from_secs(2);
+/// To meet all must take less than FRESH, twice over.
+const MEET_LIMIT: Duration = Duration::from_millis(700);
+
+/// When this node began to keep in touch, which is when this is looked at first.
+static STARTED: LazyLock<Instant> = LazyLock::new(Instant::now);
+
 /// What a node knows of the store it belongs to.
 #[derive(Default)]
 struct Membership {
@@ -766,6 +797,7 @@ struct Membership {
     confirmed: Option<Instant>,
     /// A node of the view that did not answer then.
     silent: Option<String>,
+    /// The view change that this node is prepared for.
     change: Option<Change>,
 }
 
@@ -787,6 +819,13 @@ impl Membership {
     /// What keeps this node from answering: a view change, or a node that does not answer.
     fn obstacle(&self) -> (bool, String) {
         (self.change.is_some(), self.silent.as_ref().or(self.table.view.first()).cloned().unwrap_or_default())
+    }
+
+    /// The view change of this id, if this node is prepared for it: its coordinator is alive.
+    fn prepared(&mut self, id: u64) -> Option<&mut Change> {
+        let change = self.change.as_mut().filter(|change| change.id == id)?;
+        change.renewed = Instant::now();
+        Some(change)
     }
 
     /// Whether to give up this table for that of another node.
@@ -814,46 +853,63 @@ impl Store {
         self.records.shrink_to_fit();
         (self.membership.table, self.membership.agreed) = (table, true);
     }
+
+    /// Takes up the table of another node if it is the better one.
+    fn consider(&mut self, sender: &str, theirs: &Table) {
+        if self.membership.gives_in(sender, theirs) {
+            self.take_up(theirs.clone());
+            self.membership.agreed = theirs.version > 0;
+        }
+    }
 }
 
-/// Asks the other nodes of the view, several times a second, whether there is a newer table.
+/// Tells a node this one's table and hears its own, and takes up the better one. Returns the node's, and whether all agree on it.
+fn meet(node: &str) -> Option<(Table, bool)> {
+    let table = lock(&STORE).membership.table.clone();
+    let Reply::Table(theirs, agreed) = tell(node, 0, Message::Meet(own()?.into(), table))? else { return None };
+    lock(&STORE).consider(node, &theirs);
+    theirs.is_whole().then_some((theirs, agreed))
+}
+
+/// Meets the other nodes of the view.
 fn keep_in_touch() {
-    while let Some(own) = own() {
-        let (view, began) = (lock(&STORE).membership.table.view.clone(), Instant::now());
-        let others = view.iter().filter(|node| *node != own).cloned();
-        let asked: Vec<_> = others.map(|node| (node.clone(), may::go!(move || meet(&node)))).collect();
-        let heard: Vec<_> = asked.into_iter().map(|(node, asked)| (node, asked.join().ok().flatten())).collect();
-        let mut store = lock(&STORE);
-        let membership = &mut store.membership;
-        let same = heard.iter().filter_map(|(_, reply)| reply.as_ref()).filter(|(table, _)| *table == membership.table);
-        let same: Vec<bool> = same.map(|(_, agreed)| *agreed).collect();
-        // A node alone waits for whoever may still count it in.
-        let lonely = heard.is_empty() && membership.confirmed.is_none() && *STARTED + FRESH / 2 > began;
-        membership.agreed |= (same.len() == heard.len() || same.contains(&true)) && membership.table.view == view;
-        membership.silent = heard.into_iter().find(|(_, reply)| reply.is_none()).map(|(node, _)| node);
-        membership.confirmed = if lonely { None } else { Some(began) };
-        drop(store);
-        thread::sleep(Duration::from_millis(100));
-    }
+    let (view, began) = (lock(&STORE).membership.table.view.clone(), Instant::now());
+    let others = view.iter().filter(|node| Some(&***node) != own()).cloned();
+    let asked: Vec<_> = others.map(|node| (node.clone(), may::go!(move || meet(&node)))).collect();
+    let heard: Vec<_> = asked.into_iter().map(|(node, asked)| (node, asked.join().ok().flatten())).collect();
+    let mut store = lock(&STORE);
+    let membership = &mut store.membership;
+    let same = heard.iter().filter_map(|(_, reply)| reply.as_ref()).filter(|(table, _)| *table == membership.table);
+    let same: Vec<bool> = same.map(|(_, agreed)| *agreed).collect();
+    // A node alone waits for whoever may still count it in.
+    let lonely = heard.is_empty() && membership.confirmed.is_none() && *STARTED + FRESH / 2 > began;
+    membership.agreed |= (same.len() == heard.len() || same.contains(&true)) && membership.table.view == view;
+    membership.silent = heard.into_iter().find(|(_, reply)| reply.is_none()).map(|(node, _)| node);
+    membership.confirmed = if lonely { None } else { Some(began) };
 }
 
 // ---- The relay: taking a request to the instance that owns it -------------------------------------------------------
 //
-// attohttpc blocks, and opens a connection for each exchange. So requests to a peer stand in a line, and a lane (a thread)
-// takes them out: one lane, as long as it comes back quickly. What arrives while it is out shares its next exchange; a
-// lone request leaves at once. A shared exchange is one POST with the requests in its body, and its answer has the answers.
-// A peer that does not know exchanges (any other server that speaks the contract) gets its requests one by one.
+// attohttpc blocks, and opens a connection for each HTTP request. So what is to go to a peer stands in a line, and a lane (a
+// thread) takes it out: one lane, as long as it comes back quickly. What arrives while it is out shares its next exchange: one
+// POST with the requests in its body, whose answer has the answers. A lone request leaves at once, as itself. A peer that
+// does not know exchanges (any other server that speaks the contract) gets its requests one by one.
 
 /// A peer that is gone is reported within 1.5 s (the contract, "A follower"): a connection must come about before.
 const CONNECT_LIMIT: Duration = Duration::from_millis(1200);
 /// A peer that accepts and never answers is reported within 5 s. The lane gives up, and a moment later whoever waits.
-const ANSWER_LIMIT: Duration = Duration::from_millis(4500);
-const PATIENCE: Duration = Duration::from_millis(4700);
-/// An exchange that takes longer does not hold up those behind it: another lane goes out beside it.
+const ANSWER_LIMIT: Duration = Duration::from_millis(4200);
+const PATIENCE: Duration = Duration::from_millis(4400);
+/// One slow exchange does not hold up those behind it: after this time, twice at most, another lane goes out beside it.
 const OVERDUE: Duration = Duration::from_millis(5);
-/// The lanes of this process, and those that one peer may occupy.
+/// As many lanes may be out for one peer: a main instance of another kind that is slow gets so many requests at once.
 const MAX_LANES: usize = 64;
-const LANES_OF_A_PEER: usize = 16;
+/// How often a peer is asked whether it knows exchanges by now.
+const PROBE_PAUSE: Duration = Duration::from_secs(1);
+/// How long a lane rests before it ends.
+const REST: Duration = Duration::from_secs(1);
+/// How long a lane that found the line empty looks again. To sleep and be woken takes longer, and as much of the processor.
+const LOOKOUT: Duration = Duration::from_micros(150);
 /// An exchange takes along this many requests, or requests with this many bytes of body; a larger one travels alone.
 const GROUP_REQUESTS: usize = 128;
 const GROUP_BYTES: usize = 256 << 10;
@@ -863,9 +919,6 @@ const EXCHANGE_BYTES: usize = 1 << 20;
 const MAX_ANSWER: u64 = 16 << 20;
 /// For how long a name is taken to stand for the same address.
 const LOOKUP_LIFETIME: Duration = Duration::from_secs(1);
-const INSTANCE_TARGET: &str = "/kv-store";
-const EXCHANGE_TYPE: &str = "application/x-kv-store-exchange";
-const MESSAGE_TYPE: &str = "application/x-kv-store-message";
 /// What the client's URL parser would drop, cut at or rewrite in a target, where it is part of a key.
 #[rustfmt::skip]
 const REWRITTEN: &AsciiSet = &CONTROLS.add(b'"').add(b'\'').add(b'#').add(b'<').add(b'>').add(b'\\').add(b'^').add(b'`')
@@ -874,14 +927,16 @@ const REWRITTEN: &AsciiSet = &CONTROLS.add(b'"').add(b'\'').add(b'#').add(b'<').
 /// This process, in the `Via` of what it relays: a request that comes back with it runs in a ring.
 static VIA: LazyLock<String> = LazyLock::new(|| format!("1.1 kv-store-{:016x}", RandomState::new().hash_one(0)));
 
-/// The lanes of this process. Each call has one of them take out what waits in a peer's line.
-static LANES: LazyLock<Mutex<ThreadPool>> = LazyLock::new(|| Mutex::new(ThreadPool::new(MAX_LANES)));
+static PEERS: LazyLock<Mutex<HashMap<String, Arc<Peer>>>> = LazyLock::new(Default::default);
 
 /// Another instance, and the requests that wait to be taken to it.
+#[derive(Default)]
 struct Peer {
     /// Its `host:port`.
     address: String,
     line: Mutex<Line>,
+    /// Wakes the lane that rests.
+    wake: Condvar,
     /// What the name in the address last stood for.
     lookup: Mutex<Option<(Instant, String)>>,
 }
@@ -889,25 +944,56 @@ struct Peer {
 #[derive(Default)]
 struct Line {
     waiting: VecDeque<Errand>,
-    /// Lanes that are out for this peer, or called.
+    /// Some wait that did so already when the watch last looked.
+    overdue: bool,
+    /// Of those who wait for an answer, and some who have it: the watch ends waiting that lasts too long.
+    tickets: Vec<Arc<Ticket>>,
+    /// Lanes that are out, or called; whether one more rests, or still sleeps; and whether that one is called.
     lanes: usize,
-    /// Whether the peer knows exchanges, if that is known.
-    exchanges: Option<bool>,
+    resting: bool,
+    called: bool,
+    /// The peer is known to know exchanges; and when it was last asked.
+    exchanges: bool,
+    probed: Option<Instant>,
 }
 
-/// A request on its way to a peer. Dropping it tells whoever waits that there is no answer.
+/// A request on its way to a peer. Dropping it tells whoever waits that there will be no answer.
 struct Errand {
     request: Request,
-    /// Nobody waits for longer: what has not been sent by then must not be.
-    deadline: Instant,
-    answer: may::sync::mpsc::Sender<Answer>,
+    ticket: Arc<Ticket>,
 }
 
-static PEERS: LazyLock<Mutex<HashMap<String, Arc<Peer>>>> = LazyLock::new(Default::default);
+/// What a coroutine, or a thread, keeps while it waits for the answer to its errand.
+struct Ticket {
+    /// Nobody waits for longer: what has not been sent by then must not be.
+    deadline: Instant,
+    waiter: Blocker,
+    answer: Mutex<Option<Answer>>,
+}
+
+impl Drop for Errand {
+    fn drop(&mut self) {
+        self.ticket.waiter.unpark();
+    }
+}
+
+impl Errand {
+    fn hand_in(self, answer: Answer) {
+        *lock(&self.ticket.answer) = Some(answer);
+    }
+
+    /// Whether this can only travel in an exchange: between nodes, and with a target that the client would change. (It takes
+    /// the segments `.` and `..` out, which may be keys, and makes something of its own of CONNECT.)
+    fn needs_exchange(&self) -> bool {
+        let (request, url) = (&self.request, self.request.url("peer"));
+        let fits = request.verb != "CONNECT" && url::Url::parse(&url).is_ok_and(|parsed| parsed.as_str() == url);
+        request.origin != Origin::Client || !fits
+    }
+}
 
 impl Peer {
     fn at(address: &str) -> Arc<Peer> {
-        let new = || Arc::new(Peer { address: address.into(), line: Default::default(), lookup: Default::default() });
+        let new = || Arc::new(Peer { address: address.into(), ..Peer::default() });
         lock(&PEERS).entry(address.into()).or_insert_with(new).clone()
     }
 
@@ -918,107 +1004,120 @@ impl Peer {
             return None;
         }
         request.via = if request.via.is_empty() { VIA.clone() } else { format!("{}, {}", request.via, *VIA) };
-        let (sender, answer) = may::sync::mpsc::channel();
-        let errand = Errand { request, deadline: Instant::now() + patience, answer: sender };
+        let (deadline, waiter) = (Instant::now() + patience, Blocker::new(false));
+        let ticket = Arc::new(Ticket { deadline, waiter, answer: Mutex::default() });
         let mut line = lock(&self.line);
-        line.waiting.push_back(errand);
-        if line.lanes == 0 || line.exchanges == Some(false) {
-            self.call_lane(&mut line);
-        }
+        line.tickets.push(ticket.clone());
+        line.waiting.push_back(Errand { request, ticket: ticket.clone() });
+        let another = !line.exchanges && line.waiting.len() > 1;
+        self.call_lane(line, another);
+        // The watch ends this at the deadline: a timer for each request would cost more than the rest of the relay.
+        let _ = ticket.waiter.park(None);
+        lock(&ticket.answer).take()
+    }
+
+    /// Has a lane come if none is out, or else perhaps another one, unless too many are. It is called when the line is free
+    /// again: it wants it at once.
+    fn call_lane(self: &Arc<Peer>, mut line: MutexGuard<Line>, another: bool) {
+        let comes = line.lanes == 0 || (another && line.lanes < MAX_LANES);
+        let rests = comes && line.resting && !line.called;
+        line.called |= rests;
+        line.lanes += usize::from(comes);
         drop(line);
-        match answer.recv_timeout(OVERDUE) {
-            Err(mpsc::RecvTimeoutError::Timeout) => {
-                let mut line = lock(&self.line);
-                if !line.waiting.is_empty() {
-                    self.call_lane(&mut line);
-                }
-                drop(line);
-                answer.recv_timeout(patience - OVERDUE).ok()
-            }
-            result => result.ok(),
+        let peer = self.clone();
+        if rests {
+            self.wake.notify_one();
+        } else if comes && thread::Builder::new().spawn(move || peer.run_lane()).is_err() {
+            lock(&self.line).lanes -= 1;
         }
     }
 
-    fn call_lane(self: &Arc<Peer>, line: &mut Line) {
-        if line.lanes < LANES_OF_A_PEER {
-            line.lanes += 1;
-            let peer = self.clone();
-            lock(&LANES).execute(move || peer.empty_line());
-        }
-    }
-
-    /// A lane's work: takes out what waits, group by group, until nothing does.
-    fn empty_line(&self) {
+    /// A lane: takes out what waits, group by group, until nothing does for a while. Then one lane rests until it is called
+    /// again, if it is soon, and others end.
+    fn run_lane(&self) {
+        let mut since = Instant::now();
         loop {
             let mut line = lock(&self.line);
+            if line.wants_probe() {
+                drop(line);
+                self.probe();
+                continue;
+            }
             let group = line.take_group();
-            if group.is_empty() {
+            if !group.is_empty() {
+                drop(line);
+                // Should this panic, the group is dropped, which answers its requests, and the lane lives on.
+                let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.carry(group)));
+                since = Instant::now();
+            } else if since.elapsed() < LOOKOUT {
+                drop(line);
+                thread::yield_now();
+            } else {
                 line.lanes -= 1;
-                return;
-            }
-            drop(line);
-            // Should this panic, the group is dropped, which answers its requests, and the lane lives on.
-            let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.carry(group)));
-        }
-    }
-
-    /// Takes a group of requests to the peer and hands out the answers.
-    fn carry(&self, group: Vec<Errand>) {
-        let needs_exchange = |request: &Request| request.from_node || !request.fits_a_url();
-        let alone = group.len() == 1;
-        match (!alone || needs_exchange(&group[0].request)).then(|| self.knows_exchanges(alone)) {
-            Some(Some(true)) => self.carry_together(group),
-            // Nobody is there: dropping the group says so.
-            Some(None) => {}
-            None | Some(Some(false)) => {
-                for errand in group.into_iter().filter(|errand| !needs_exchange(&errand.request)) {
-                    self.fetch(&errand.request).map(|answer| errand.answer.send(answer));
+                // Also while the one that rests is called and has not woken: a second one would hide the call from it.
+                if std::mem::replace(&mut line.resting, true) {
+                    return;
                 }
+                let rested = self.wake.wait_timeout_while(line, REST, |line| !line.called);
+                let mut line = rested.unwrap_or_else(PoisonError::into_inner).0;
+                line.resting = false;
+                if !std::mem::take(&mut line.called) {
+                    return;
+                }
+                since = Instant::now();
             }
         }
     }
 
-    fn carry_together(&self, group: Vec<Errand>) {
-        let requests: Vec<&Request> = group.iter().map(|errand| &errand.request).collect();
-        let Some(answer) =
-            self.fetch(&Request::between_instances(EXCHANGE_TYPE, postcard::to_stdvec(&requests).unwrap_or_default()))
-        else {
-            return;
-        };
-        if answer.header != EXCHANGE {
-            // The peer knows nothing of exchanges (any more), and did nothing with this one.
-            lock(&self.line).exchanges = (answer.status != 503).then_some(false);
-            return if answer.status == 503 || group.len() == 1 { drop(group) } else { self.carry(group) };
+    /// Takes a group of requests to the peer and hands in the answers; None if nobody is there, or answers.
+    fn carry(&self, mut group: Vec<Errand>) -> Option<()> {
+        if group.len() > 1 {
+            return self.carry_together(group);
+        } else if group[0].needs_exchange() {
+            return if lock(&self.line).exchanges || self.probe() { self.carry_together(group) } else { None };
         }
-        let answers: Vec<Answer> = postcard::from_bytes(&answer.body).unwrap_or_default();
-        let (answered, mut group) = (answers.len().min(group.len()), VecDeque::from(group));
-        for (errand, answer) in group.drain(..answered).zip(answers) {
-            let _ = errand.answer.send(Answer { header: known_header(&answer.header), ..answer });
-        }
-        // Those left over were not looked at: they are the first of the next group.
-        if answered > 0 {
-            let mut line = lock(&self.line);
-            group.append(&mut line.waiting);
-            line.waiting = group;
-        }
+        let errand = group.pop()?;
+        // The answer goes on before the connection is closed, which takes as long as opening it.
+        let (answer, _connection) = self.fetch(&errand.request)?;
+        errand.hand_in(answer);
+        Some(())
     }
 
-    /// Whether the peer answers an exchange with an exchange: an empty one tells. None if it does not answer. A peer that
-    /// did not know exchanges is asked again where there is no other way.
-    fn knows_exchanges(&self, no_other_way: bool) -> Option<bool> {
-        let known = lock(&self.line).exchanges.filter(|known| *known || !no_other_way);
-        known.or_else(|| {
-            let answer = self.fetch(&Request::between_instances(EXCHANGE_TYPE, Vec::new()))?;
-            // 503 is what a follower says whose own main instance is down: nothing about exchanges.
-            let known = (answer.status != 503).then_some(answer.header == EXCHANGE);
-            lock(&self.line).exchanges = known;
-            known
-        })
+    fn carry_together(&self, mut group: Vec<Errand>) -> Option<()> {
+        let requests: Vec<&Request> = group.iter().map(|errand| &errand.request).collect();
+        let (answer, _connection) = self.fetch(&Request::exchange(&requests))?;
+        if answer.header != EXCHANGE {
+            // What became of the requests is not known, so they are not sent again.
+            lock(&self.line).exchanges = false;
+            return None;
+        }
+        let answers: Vec<Answer> = postcard::from_bytes(&answer.body).ok()?;
+        let left_over = group.split_off(answers.len().min(group.len()));
+        if !answers.is_empty() {
+            // Those left over were not looked at: they are the first of the next group.
+            let mut line = lock(&self.line);
+            left_over.into_iter().rev().for_each(|errand| line.waiting.push_front(errand));
+        }
+        // To wake a coroutine takes a thread a system call, and a coroutine none: one wakes all the others.
+        may::go!(move || {
+            for (errand, answer) in group.into_iter().zip(answers) {
+                errand.hand_in(Answer { header: known_header(&answer.header), ..answer });
+            }
+        });
+        Some(())
+    }
+
+    /// Asks whether the peer knows exchanges: it answers an empty one with an exchange. Nothing is lost if it does not.
+    fn probe(&self) -> bool {
+        lock(&self.line).probed = Some(Instant::now());
+        let knows = self.fetch(&Request::exchange(&[])).is_some_and(|(answer, _)| answer.header == EXCHANGE);
+        lock(&self.line).exchanges = knows;
+        knows
     }
 
     /// Sends one HTTP request and reads its answer; None if there is none. If there is no way to the peer at all, whatever
     /// else waits for it is told so as well.
-    fn fetch(&self, request: &Request) -> Option<Answer> {
+    fn fetch(&self, request: &Request) -> Option<(Answer, impl Read + use<>)> {
         use io::ErrorKind::{AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable, TimedOut};
         let no_way = [AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable, TimedOut];
         let host = self.look_up().ok_or(io::Error::from(HostUnreachable).into());
@@ -1026,7 +1125,7 @@ impl Peer {
         if answer.as_ref().is_err_and(|error| matches!(error.kind(), ErrorKind::Io(it) if no_way.contains(&it.kind())))
         {
             let mut line = lock(&self.line);
-            line.exchanges = None;
+            (line.exchanges, line.probed) = (false, None);
             line.waiting.clear();
         }
         answer.ok()
@@ -1048,27 +1147,55 @@ impl Peer {
 impl Line {
     /// Takes what one exchange can carry off the head of the line; what nobody waits for any more is dropped.
     fn take_group(&mut self) -> Vec<Errand> {
-        let now = Instant::now();
-        self.waiting.retain(|errand| errand.deadline > now);
-        let mut bytes = 0;
-        let mut fits = |errand: &Errand| {
+        let (now, mut bytes) = (Instant::now(), 0);
+        self.overdue = false;
+        self.waiting.retain(|errand| errand.ticket.deadline > now);
+        let mut fits = |Errand { request, .. }: &Errand| {
             // An exchange is not taken into another one, so it travels as if it were too large.
-            bytes += if errand.request.is_between_instances(EXCHANGE_TYPE) {
-                GROUP_BYTES + 1
-            } else {
-                errand.request.body.len()
-            };
-            bytes <= GROUP_BYTES && self.exchanges != Some(false)
+            bytes += if request.is_exchange() { GROUP_BYTES + 1 } else { request.body.len() };
+            bytes <= GROUP_BYTES && self.exchanges
         };
         let count = self.waiting.iter().take(GROUP_REQUESTS).take_while(|errand| fits(errand)).count();
         self.waiting.drain(..count.max(1).min(self.waiting.len())).collect()
     }
+
+    /// Whether there is something to share, and it is time to ask a peer that did not know exchanges so far.
+    fn wants_probe(&self) -> bool {
+        let asked = self.probed.is_some_and(|probed| probed.elapsed() < PROBE_PAUSE);
+        self.waiting.len() > 1 && !self.exchanges && !asked
+    }
+
+    /// Tells those who have waited for too long, and forgets those who have their answer.
+    fn end_waiting(&mut self) {
+        let now = Instant::now();
+        self.tickets.extract_if(.., |ticket| ticket.deadline < now).for_each(|ticket| ticket.waiter.unpark());
+        self.tickets.retain(|ticket| Arc::strong_count(ticket) > 1);
+    }
+}
+
+/// Calls another lane where those that are out do not come back, and ends waiting that is in vain.
+fn watch_lines() {
+    let peers: Vec<Arc<Peer>> = lock(&PEERS).values().cloned().collect();
+    for peer in peers {
+        let mut line = lock(&peer.line);
+        line.end_waiting();
+        let waiting = !line.waiting.is_empty();
+        if std::mem::replace(&mut line.overdue, waiting) && waiting {
+            peer.call_lane(line, true);
+        }
+    }
 }
 
 impl Request {
-    fn between_instances(media_type: &str, body: Vec<u8>) -> Request {
-        let (verb, target) = ("POST".into(), INSTANCE_TARGET.into());
-        Request { verb, target, content_type: media_type.into(), via: String::new(), from_node: false, body }
+    fn exchange(requests: &[&Request]) -> Request {
+        // Writing to a Vec cannot fail.
+        let body = postcard::to_stdvec(requests).unwrap_or_default();
+        let (verb, target, content_type) = ("POST".into(), "/kv-store".into(), EXCHANGE_TYPE.into());
+        Request { verb, target, content_type, body, ..Request::default() }
+    }
+
+    fn is_exchange(&self) -> bool {
+        self.verb == "POST" && self.target == "/kv-store" && self.content_type == EXCHANGE_TYPE
     }
 
     /// The target as it can stand in a URL.
@@ -1076,15 +1203,9 @@ impl Request {
         format!("http://{host}{}", utf8_percent_encode(&self.target, REWRITTEN))
     }
 
-    /// Whether the client can send the request as it is: it would take the segments `.` and `..` out of a target, which may
-    /// be keys, and make something of its own of CONNECT.
-    fn fits_a_url(&self) -> bool {
-        let url = self.url("peer");
-        self.verb != "CONNECT" && url::Url::parse(&url).is_ok_and(|parsed| parsed.as_str() == url)
-    }
-
-    /// Sends the request to a host and reads the answer, of which status, `Content-Type`, `Allow` and body go on.
-    fn send(&self, host: &str) -> attohttpc::Result<Answer> {
+    /// Sends the request to a host and reads the answer, of which status, `Content-Type`, `Allow` and body go on. The
+    /// connection comes with it, to be closed when there is time.
+    fn send(&self, host: &str) -> attohttpc::Result<(Answer, impl Read + use<>)> {
         let method = Method::from_bytes(self.verb.as_bytes()).unwrap_or(Method::GET);
         let mut builder = RequestBuilder::try_new(method, self.url(host))?
             .proxy_settings(ProxySettings::builder().build())
@@ -1099,27 +1220,30 @@ impl Request {
             // What exceeds the socket's buffer waits for the peer to read, and only this (a thread) limits that wait.
             builder = builder.timeout(ANSWER_LIMIT);
         }
-        let (status, headers, reader) = builder.bytes(&self.body).send()?.split();
+        let (status, headers, mut reader) = builder.bytes(&self.body).send()?.split();
         let value = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
         let mut body = Vec::new();
-        let length = reader.take(MAX_ANSWER).read_to_end(&mut body)?;
+        let length = reader.by_ref().take(MAX_ANSWER).read_to_end(&mut body)?;
         if value("Content-Length").is_some_and(|expected| expected.parse() != Ok(length)) {
             return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
         }
         let content_type = value("Content-Type").unwrap_or("application/octet-stream");
         let allow = value("Allow").map_or(String::new(), |verbs| format!("\r\nAllow: {verbs}"));
         let header = known_header(&format!("Content-Type: {content_type}{allow}"));
-        Ok(Answer { status: status.as_u16(), header, body })
+        Ok((Answer { status: status.as_u16(), header, body }, reader))
     }
 }
 
-/// Answers the requests of an exchange in order, until the answer is large enough.
-fn exchange(body: &[u8]) -> Answer {
-    let requests: Vec<Request> = postcard::from_bytes(body).unwrap_or_default();
-    // An exchange inside an exchange would let a client choose how deep this recurses.
-    if (requests.is_empty() && !body.is_empty()) || requests.iter().any(|it| it.is_between_instances(EXCHANGE_TYPE)) {
-        return Outcome::BadRequest.answer(Vocabulary::Form, "POST");
-    }
+/// Answers the requests of an exchange in order, until the answer is large enough. (Not inlined, as `find_owner`.)
+#[inline(never)]
+fn answer_exchange(body: &[u8]) -> Answer {
+    // The number comes first: many small requests would take a multiple of the body's memory. An exchange inside an exchange
+    // would let a client choose how deep this recurses.
+    let few = postcard::take_from_bytes::<usize>(body).is_ok_and(|(count, _)| count <= GROUP_REQUESTS);
+    let requests = match postcard::from_bytes::<Vec<Request>>(if few { body } else { &[] }) {
+        Ok(requests) if !requests.iter().any(Request::is_exchange) => requests,
+        _ => return Outcome::BadRequest.answer(Vocabulary::Form, "POST"),
+    };
     let mut room = EXCHANGE_BYTES as isize;
     let answer_in = |request| {
         let answer = (room > 0).then(|| answer(request))?;
@@ -1138,18 +1262,12 @@ fn exchange(body: &[u8]) -> Answer {
 // dropped and the old table goes on. A node that hears nothing from its coordinator asks the decider, which commits before
 // all others: whether it has committed decides for everyone.
 
-/// A node that has not asked the others for this long does not rely on its table.
-const FRESH: Duration = Duration::from_secs(2);
 /// A prepared node that hears nothing from the coordinator for this long takes it for dead.
 const LEASE: Duration = Duration::from_millis(2500);
-/// A node that does not answer a message in this time is down. To meet all must take less than FRESH, twice over.
+/// A node that does not answer a message in this time is down.
 const MESSAGE_LIMIT: Duration = Duration::from_millis(1500);
-const MEET_LIMIT: Duration = Duration::from_millis(700);
 /// A message carries records with this many bytes, and one more.
 const BATCH_BYTES: usize = 2 << 20;
-
-/// When this node began to keep in touch, which is when this is looked at first.
-static STARTED: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 /// A view change that this node is prepared for.
 struct Change {
@@ -1157,6 +1275,8 @@ struct Change {
     coordinator: String,
     decider: String,
     renewed: Instant,
+    /// This node is the decider, and has asked the coordinator how the change ended: a commit that crosses comes too late.
+    abandoned: bool,
     /// Copies of keys that become this node's.
     staged: Vec<Record>,
     /// The keys that this node keeps so far, in order; those above are copied. None before the first is.
@@ -1183,7 +1303,7 @@ enum Message {
 
 #[derive(Serialize, Deserialize)]
 enum Reply {
-    /// My table, and whether all agree on it.
+    /// Done: my table, and whether all agree on it.
     Table(Table, bool),
     /// So many keys I have.
     Prepared(usize),
@@ -1203,95 +1323,73 @@ fn tell(node: &str, id: u64, message: Message) -> Option<Reply> {
     let body = postcard::to_stdvec(&(node, id, message)).ok()?;
     let answer = match own()? == node {
         true => receive(&body),
-        false => Peer::at(node).relay(Request::between_instances(MESSAGE_TYPE, body), limit)?,
+        false => Peer::at(node).relay(Request { origin: Origin::Message, body, ..Request::default() }, limit)?,
     };
     postcard::from_bytes(&answer.body).ok()
-}
-
-/// Exchanges tables with a node, and takes up the better one.
-fn meet(node: &str) -> Option<(Table, bool)> {
-    let table = lock(&STORE).membership.table.clone();
-    let Reply::Table(theirs, agreed) = tell(node, 0, Message::Meet(own()?.into(), table))? else { return None };
-    consider(node, &theirs);
-    Some((theirs, agreed))
-}
-
-fn consider(sender: &str, theirs: &Table) {
-    let mut store = lock(&STORE);
-    if store.membership.gives_in(sender, theirs) {
-        store.take_up(theirs.clone());
-        store.membership.agreed = theirs.version > 0;
-    }
 }
 
 /// Answers a message, if it is one and for this node.
 fn receive(body: &[u8]) -> Answer {
     match postcard::from_bytes::<(&str, u64, Message)>(body) {
         Ok((node, id, message)) if own() == Some(node) => {
-            let reply = act(id, message);
-            let status = if matches!(reply, Reply::Refused) { 409 } else { 200 };
+            let (status, reply) = act(id, message).map_or((409, Reply::Refused), |reply| (200, reply));
             let body = postcard::to_stdvec(&reply).unwrap_or_default();
-            Answer { status, header: Cow::Borrowed(MESSAGE), body }
+            Answer { status, header: Cow::Borrowed(EXCHANGE), body }
         }
         _ => Outcome::BadRequest.answer(Vocabulary::Form, "POST"),
     }
 }
 
-/// Does what a message asks, if it comes at the right time.
-fn act(id: u64, message: Message) -> Reply {
-    if let Message::Meet(sender, theirs) = &message {
-        consider(sender, theirs);
-    }
+/// Does what a message asks; None if it comes at the wrong time.
+fn act(id: u64, message: Message) -> Option<Reply> {
     let mut store = lock(&STORE);
-    let Store { records, membership: Membership { table, change, .. } } = &mut *store;
-    if let Message::Prepare(version, coordinator, decider) = &message
-        && change.is_none()
-        && *version > table.version
-    {
-        let (coordinator, decider, renewed) = (coordinator.clone(), decider.clone(), Instant::now());
-        *change = Some(Change { id, coordinator, decider, renewed, staged: Vec::new(), kept: None });
-    }
-    let current = change.as_mut().filter(|change| change.id == id);
-    match (message, current) {
-        (Message::Meet(..), _) | (Message::Abort, None) => {}
-        (Message::Prepare(..), Some(change)) => {
-            change.renewed = Instant::now();
-            return Reply::Prepared(records.len());
-        }
-        (Message::Copy(receiver, count), Some(change)) => {
-            change.renewed = Instant::now();
-            let kept = change.kept.get_or_insert_with(|| in_order(records));
-            let (mut batch, mut bytes, mut lowest) = (Vec::new(), 0, Position::default());
-            while batch.len() < count
-                && bytes < BATCH_BYTES
-                && let Some((hash, record)) = kept.pop()
-            {
-                bytes += record.0.len();
-                lowest = (hash, record.key().to_vec());
-                batch.push(ByteBuf::from(&record.0[..]));
-            }
-            drop(store);
+    match message {
+        Message::Meet(sender, theirs) => store.consider(&sender, &theirs),
+        Message::Prepare(version, coordinator, decider) => return store.prepare(id, version, coordinator, decider),
+        Message::Copy(receiver, count) => {
+            let (batch, lowest) = store.next_batch(id, count)?;
             let copied = batch.len();
-            return match tell(&receiver, id, Message::Stage(batch)) {
-                Some(Reply::Table(..)) => Reply::Copied(copied, lowest),
-                _ => Reply::Refused,
-            };
+            drop(store);
+            let staged = tell(&receiver, id, Message::Stage(batch));
+            return matches!(staged, Some(Reply::Table(..))).then_some(Reply::Copied(copied, lowest));
         }
-        (Message::Renew, Some(change)) => change.renewed = Instant::now(),
-        (Message::Stage(copies), Some(change)) => {
-            let Some(copies) = copies.iter().map(|copy| Record::from_bytes(copy)).collect::<Option<Vec<_>>>() else {
-                return Reply::Refused;
-            };
-            change.renewed = Instant::now();
-            change.staged.extend(copies);
+        Message::Stage(copies) => {
+            let copies: Option<Vec<Record>> = copies.iter().map(|copy| Record::from_bytes(copy)).collect();
+            store.membership.prepared(id)?.staged.extend(copies?);
         }
-        (Message::Commit(table), Some(_)) if table.is_whole() => store.take_up(table),
-        // Committed already.
-        (Message::Commit(theirs), None) if theirs.change == table.change => {}
-        (Message::Abort, Some(_)) => *change = None,
-        _ => return Reply::Refused,
+        Message::Commit(table)
+            if table.is_whole() && store.membership.prepared(id).is_some_and(|change| !change.abandoned) =>
+        {
+            store.take_up(table)
+        }
+        // Refused, unless committed already.
+        Message::Commit(table) => drop((table.change == store.membership.table.change).then_some(())?),
+        Message::Abort => drop(store.membership.change.take_if(|change| change.id == id)),
+        Message::Renew => drop(store.membership.prepared(id)?),
     }
-    Reply::Table(store.membership.table.clone(), store.membership.agreed)
+    Some(Reply::Table(store.membership.table.clone(), store.membership.agreed))
+}
+
+impl Store {
+    fn prepare(&mut self, id: u64, version: u64, coordinator: String, decider: String) -> Option<Reply> {
+        if self.membership.change.is_none() && version > self.membership.table.version {
+            let (renewed, abandoned, staged) = (Instant::now(), false, Vec::new());
+            self.membership.change = Some(Change { id, coordinator, decider, renewed, abandoned, staged, kept: None });
+        }
+        self.membership.prepared(id).map(|_| Reply::Prepared(self.records.len()))
+    }
+
+    /// Takes the highest keys that are still kept, and says down to which place.
+    fn next_batch(&mut self, id: u64, count: usize) -> Option<(Vec<ByteBuf>, Position)> {
+        let kept = self.membership.prepared(id)?.kept.get_or_insert_with(|| in_order(&self.records));
+        let (mut batch, mut bytes, mut lowest) = (Vec::new(), 0, Position::default());
+        while let Some((hash, record)) = kept.pop_if(|_| batch.len() < count && bytes < BATCH_BYTES) {
+            bytes += record.0.len();
+            lowest = (hash, record.key().to_vec());
+            batch.push(ByteBuf::from(&record.0[..]));
+        }
+        Some((batch, lowest))
+    }
 }
 
 /// All records with the hashes of their keys, in the order of keys.
@@ -1304,140 +1402,164 @@ fn in_order(records: &HashSet<Record>) -> Vec<(u64, Record)> {
 /// Ends a view change whose coordinator is silent, as the decider has; the decider itself asks the coordinator, which goes
 /// ahead alone if the decider is silent. Whoever is asked and has not committed never will.
 fn end_abandoned_change() {
-    let (id, coordinator, decider, since) = match &lock(&STORE).membership.change {
-        Some(it) if it.renewed.elapsed() > LEASE => (it.id, it.coordinator.clone(), it.decider.clone(), it.renewed),
+    let (id, asked, decides, since) = match &mut lock(&STORE).membership.change {
+        Some(change) if change.renewed.elapsed() > LEASE => {
+            change.abandoned = own() == Some(&change.decider);
+            let asked = if change.abandoned { &change.coordinator } else { &change.decider };
+            (change.id, asked.clone(), change.abandoned, change.renewed)
+        }
         _ => return,
     };
-    let decides = own() == Some(&decider);
-    let table = match tell(if decides { &coordinator } else { &decider }, id, Message::Abort) {
+    let table = match tell(&asked, id, Message::Abort) {
         Some(Reply::Table(table, _)) => Some(table).filter(|table| table.change == id),
         // The coordinator is alive, or both are dead, and then nobody is left to commit.
         _ if !decides && since.elapsed() < LEASE * 2 => return,
         _ => None,
     };
     let mut store = lock(&STORE);
-    if store.membership.change.as_ref().is_some_and(|change| change.id == id) {
-        match table {
-            Some(table) => store.take_up(table),
-            None => store.membership.change = None,
-        }
+    match table {
+        Some(table) if store.membership.prepared(id).is_some() => store.take_up(table),
+        _ => drop(store.membership.change.take_if(|change| change.id == id)),
     }
 }
 
-/// Changes the view, as PUT /kv-store/view-change asks.
-fn change_view(body: &[u8]) -> Outcome {
-    if !matches!(role(), Role::Node(_)) {
-        return Outcome::AddressNotSet;
+/// Changes the view, as PUT /kv-store/view-change asks. (Not inlined, as `find_owner`.)
+#[inline(never)]
+fn change_view(body: &[u8]) -> Result<Outcome, Outcome> {
+    if own().is_none() {
+        return Err(Outcome::AddressNotSet);
     }
-    let Ok(members) = serde_json::from_slice::<HashMap<String, &RawValue>>(body) else {
-        return if body.is_empty() { Outcome::ViewMissing } else { Outcome::BodyNotObject };
+    let view = member(body, "view")?;
+    let view = match (serde_json::from_str::<String>(view), serde_json::from_str::<Vec<String>>(view)) {
+        _ if view == "null" => return Err(Outcome::ViewMissing),
+        (Ok(text), _) => parse_view(text.split(',')),
+        (_, Ok(nodes)) => parse_view(nodes.iter().map(String::as_str)),
+        _ => Err("it is neither a string nor an array of strings".into()),
     };
-    let member = |name| members.get(name).map_or("null", |value| value.get());
-    let view =
-        match (serde_json::from_str::<String>(member("view")), serde_json::from_str::<Vec<String>>(member("view"))) {
-            _ if member("view") == "null" => return Outcome::ViewMissing,
-            (Ok(text), _) => parse_view(text.split(',')),
-            (_, Ok(nodes)) => parse_view(nodes.iter().map(String::as_str)),
-            _ => Err("it is neither a string nor an array of strings".into()),
-        };
-    let force = member("force") == "true";
-    match view {
-        Ok(view) => coordinate(&view, force).unwrap_or_else(|failure| failure),
-        Err(reason) => Outcome::ViewInvalid(reason.replace(['"', '\\'], "'")),
-    }
+    let view = view.map_err(|reason| Outcome::ViewInvalid(reason.replace(['"', '\\'], "'")))?;
+    Coordination::begin(&view, member(body, "force")? == "true")?.run()
 }
 
-/// Runs a view change from beginning to end. The error is an outcome as well, and the old view stays in force.
-fn coordinate(view: &[String], force: bool) -> Result<Outcome, Outcome> {
-    let (old, version, present) = gather(view, force)?;
-    let own = own().ok_or(Outcome::AddressNotSet)?;
-    let id = RandomState::new().hash_one(Instant::now()).max(1);
-    // Not this node if there is another: should this one die, the others learn from the decider how it ended.
-    let decider = present.iter().find(|node| *node != own).unwrap_or(&present[0]);
-    // All nodes hold their requests, one after the other, and say how many keys they have.
-    let prepared =
-        present.iter().map(|node| match tell(node, id, Message::Prepare(version, own.into(), decider.clone())) {
-            Some(Reply::Prepared(count)) if count > 0 && !old.view.contains(node) => {
-                Err(Outcome::HoldsKeys(node.clone()))
-            }
+/// A view change, as its coordinator sees it.
+struct Coordination<'a> {
+    id: u64,
+    view: &'a [String],
+    /// The table in force, and the version of the next.
+    old: Table,
+    version: u64,
+    /// The nodes of both views, but for those that leave by force and do not answer.
+    present: Vec<String>,
+    /// Not this node if there is another: should this one die, the others learn from the decider how it ended.
+    decider: String,
+}
+
+impl Coordination<'_> {
+    /// Asks all nodes of the old and the new view for their tables; only one that leaves by force need not answer.
+    fn begin(view: &[String], force: bool) -> Result<Coordination<'_>, Outcome> {
+        let nodes = || lock(&STORE).membership.table.view.iter().chain(view).cloned().collect::<BTreeSet<String>>();
+        let met: Vec<_> = nodes().into_iter().map(|node| (meet(&node).or_else(|| meet(&node)), node)).collect();
+        let gone: Vec<_> = met.iter().filter(|(reply, _)| reply.is_none()).map(|(_, node)| node).collect();
+        if let Some(node) = gone.iter().find(|node| !force || view.contains(node)) {
+            return Err(Outcome::NodeDown(node.to_string()));
+        } else if !gone.is_empty() {
+            // A node that was stopped and goes on must notice first that it has not asked the others for long.
+            may::coroutine::sleep(FRESH + FRESH / 4);
+        }
+        let tables = || met.iter().filter_map(|(reply, _)| reply.as_ref()).map(|(table, _)| table);
+        let mut store = lock(&STORE);
+        let alone = store.records.is_empty() && store.membership.table.view.iter().all(|node| Some(&**node) == own());
+        if alone && let Some(theirs) = tables().filter(|table| table.view.len() > 1).max_by_key(|table| table.version) {
+            // A node that has nothing of its own and is to join was asked: the store is the others'.
+            store.take_up(theirs.clone());
+        }
+        let old = store.membership.table.clone();
+        drop(store);
+        let version = tables().map(|table| table.version).fold(old.version, u64::max) + 1;
+        let present: Vec<String> = nodes().into_iter().filter(|node| !gone.contains(&node)).collect();
+        let decider = present.iter().find(|node| Some(&***node) != own()).unwrap_or(&present[0]).clone();
+        Ok(Coordination { id: RandomState::new().hash_one(version).max(1), view, old, version, present, decider })
+    }
+
+    /// Runs the change to its end. The error is an outcome as well, and the old view stays in force.
+    fn run(&self) -> Result<Outcome, Outcome> {
+        let decided = self.prepare().and_then(|mut counts| {
+            let moves = plan(&mut counts, self.view);
+            let cuts = self.copy(&moves)?;
+            let table = match counts.values().sum() {
+                0 => Table::first(self.view.to_vec()),
+                _ => self.old.after(self.view, &cuts),
+            };
+            let table = Table { version: self.version, change: self.id, ..table };
+            self.decide(&table).then_some((table, counts, moves)).ok_or(Outcome::ChangeUnderWay)
+        });
+        let (table, counts, moves) = decided.inspect_err(|_| self.abort())?;
+        let shard = |node| format!(r#"{{"address":"{node}","key-count":{}}}"#, counts[node]);
+        let shards = self.view.iter().map(shard).collect::<Vec<_>>().join(",");
+        let moved: usize = moves.iter().map(|(.., count)| count).sum();
+        let nodes = self.commit(&table).join(r#"",""#);
+        let unreached = if nodes.is_empty() { nodes } else { format!(r#","unreached":["{nodes}"]"#) };
+        Ok(Outcome::ViewChanged(format!(r#""moved":{moved},"shards":[{shards}]{unreached}"#)))
+    }
+
+    fn agrees(&self, node: &str, message: Message) -> bool {
+        matches!(tell(node, self.id, message), Some(Reply::Table(..)))
+    }
+
+    /// All nodes hold their requests, one after the other, and say how many keys they have.
+    fn prepare(&self) -> Result<BTreeMap<String, usize>, Outcome> {
+        let (own, joins) = (own().unwrap_or_default(), |node: &String| !self.old.view.contains(node));
+        let prepare = || Message::Prepare(self.version, own.into(), self.decider.clone());
+        let count = |node: &String| match tell(node, self.id, prepare()) {
+            Some(Reply::Prepared(count)) if count > 0 && joins(node) => Err(Outcome::HoldsKeys(node.clone())),
             Some(Reply::Prepared(count)) => Ok((node.clone(), count)),
             Some(_) => Err(Outcome::ChangeUnderWay),
             None => Err(Outcome::NodeDown(node.clone())),
-        });
-    let copied = prepared.collect::<Result<BTreeMap<String, usize>, Outcome>>().and_then(|mut counts| {
-        let (moves, mut cuts) = (plan(&mut counts, view), Vec::new());
-        for (giver, receiver, count) in &moves {
+        };
+        self.present.iter().map(count).collect()
+    }
+
+    /// Has the givers copy what they give, and returns their cuts.
+    fn copy(&self, moves: &[(String, String, usize)]) -> Result<Vec<(String, Position, String)>, Outcome> {
+        let mut cuts = Vec::new();
+        for (giver, receiver, count) in moves {
             let (mut left, mut place) = (*count, Position::default());
             while left > 0 {
-                match tell(giver, id, Message::Copy(receiver.clone(), left)) {
+                match tell(giver, self.id, Message::Copy(receiver.clone(), left)) {
                     Some(Reply::Copied(copied, lowest)) if copied > 0 => (left, place) = (left - copied, lowest),
                     // The giver did not get through to the receiver.
                     Some(_) => return Err(Outcome::NodeDown(receiver.clone())),
                     None => return Err(Outcome::NodeDown(giver.clone())),
                 }
-                let lives = |node: &&String| matches!(tell(node, id, Message::Renew), Some(Reply::Table(..)));
-                if let Some(node) = present.iter().find(|node| !lives(node)) {
+                if let Some(node) = self.present.iter().find(|node| !self.agrees(node, Message::Renew)) {
                     return Err(Outcome::NodeDown(node.clone()));
                 }
             }
             cuts.push((giver.clone(), place, receiver.clone()));
         }
-        let table = match counts.values().sum() {
-            0 => Table { version, change: id, ..Table::first(view.to_vec()) },
-            _ => Table { version, ..old.after(id, view, &cuts) },
-        };
-        // The decider's yes is the point of no return, or this node's own if the decider is silent.
-        let decided =
-            tell(decider, id, Message::Commit(table.clone())).or_else(|| tell(own, id, Message::Commit(table.clone())));
-        match decided {
-            Some(Reply::Table(..)) => Ok((table, counts, moves.iter().map(|(.., count)| count).sum::<usize>())),
-            _ => Err(Outcome::ChangeUnderWay),
-        }
-    });
-    let (table, counts, moved) = copied.inspect_err(|_| {
-        // All at once: one that does not answer must not hold up the others.
-        let abort = |node: String| may::go!(move || tell(&node, id, Message::Abort));
-        let told: Vec<_> = present.iter().cloned().map(abort).collect();
-        told.into_iter().for_each(|told| drop(told.join()));
-    })?;
-    let mut unreached: Vec<&String> = present.iter().collect();
-    for _ in 0..3 {
-        unreached.retain(|node| !matches!(tell(node, id, Message::Commit(table.clone())), Some(Reply::Table(..))));
+        Ok(cuts)
     }
-    let quoted = |node: &&String| format!(r#""{node}""#);
-    let shard = |node| format!(r#"{{"address":"{node}","key-count":{}}}"#, counts[node]);
-    let shards = view.iter().map(shard).collect::<Vec<_>>().join(",");
-    let unreached = match unreached.iter().map(quoted).collect::<Vec<_>>().join(",") {
-        none if none.is_empty() => none,
-        nodes => format!(r#","unreached":[{nodes}]"#),
-    };
-    Ok(Outcome::ViewChanged(format!(r#""moved":{moved},"shards":[{shards}]{unreached}"#)))
-}
 
-/// The table that is to be changed, the version of the next, and the nodes of the old and the new view; all must answer,
-/// except those that leave by force.
-fn gather(view: &[String], force: bool) -> Result<(Table, u64, Vec<String>), Outcome> {
-    let nodes = || lock(&STORE).membership.table.view.iter().chain(view).cloned().collect::<BTreeSet<String>>();
-    let met: Vec<_> = nodes().into_iter().map(|node| (meet(&node).or_else(|| meet(&node)), node)).collect();
-    let gone: Vec<_> = met.iter().filter(|(reply, _)| reply.is_none()).map(|(_, node)| node).collect();
-    if let Some(node) = gone.iter().find(|node| !force || view.contains(node)) {
-        return Err(Outcome::NodeDown(node.to_string()));
-    } else if !gone.is_empty() {
-        // A node that was stopped and goes on must notice first that it has not asked the others for long.
-        may::coroutine::sleep(FRESH + FRESH / 4);
+    /// The decider's yes is the point of no return, or this node's own if the decider is silent.
+    fn decide(&self, table: &Table) -> bool {
+        let commit = |node| tell(node, self.id, Message::Commit(table.clone()));
+        matches!(commit(&self.decider).or_else(|| commit(own()?)), Some(Reply::Table(..)))
     }
-    let tables = || met.iter().filter_map(|(reply, _)| reply.as_ref()).map(|(table, _)| table);
-    let mut store = lock(&STORE);
-    let alone = store.records.is_empty() && store.membership.table.view.iter().all(|node| Some(&**node) == own());
-    if alone && let Some(theirs) = tables().filter(|table| table.view.len() > 1).max_by_key(|table| table.version) {
-        // A node that has nothing of its own and is to join was asked: the store is the others'.
-        store.take_up(theirs.clone());
+
+    /// Tells all nodes, and returns those that did not answer.
+    fn commit(&self, table: &Table) -> Vec<String> {
+        let mut unreached = self.present.clone();
+        for _ in 0..3 {
+            unreached.retain(|node| !self.agrees(node, Message::Commit(table.clone())));
+        }
+        unreached
     }
-    let old = store.membership.table.clone();
-    drop(store);
-    let version = tables().map(|table| table.version).fold(old.version, u64::max) + 1;
-    let present = nodes().into_iter().filter(|node| !gone.contains(&node)).collect();
-    Ok((old, version, present))
+
+    /// Tells all nodes at once: one that does not answer must not hold up the others.
+    fn abort(&self) {
+        let id = self.id;
+        let told = self.present.iter().cloned().map(|node| may::go!(move || tell(&node, id, Message::Abort)));
+        told.collect::<Vec<_>>().into_iter().for_each(|told| drop(told.join()));
+    }
 }
 
 // ---- Connections: where the bytes come from and go to ---------------------------------------------------------------
@@ -1452,10 +1574,12 @@ struct Connection {
     socket: Socket,
     /// Goes up when a request begins to be answered and when it has been: the watch looks at it.
     calls: Arc<AtomicU32>,
-    /// The end of the stream of answers: those that the server may not have written yet.
-    unsent: Vec<u8>,
-    /// The length of that stream so far, in bytes.
+    /// Answers that the server may not have written yet, and where each ends in the stream of answers.
+    unsent: VecDeque<(u64, Answer)>,
+    /// The bytes of that stream: those that the server was handed, and those that the kernel was seen to have.
+    /// What lies between them is what `unsent` covers.
     handed: u64,
+    settled: u64,
     /// The last word is said. What the server still reads is not looked at.
     ended: bool,
     /// The client may still be sending when the connection is closed.
@@ -1478,18 +1602,18 @@ impl HttpServiceFactory for Server {
         if crowded {
             let _ = socket.shutdown(Shutdown::Both);
         }
-        let watched = Watched { calls: calls.clone(), seen: 0, since: Instant::now(), received: 0 };
+        let watched = Watched { calls: calls.clone(), seen: 0, since: Instant::now(), received: None };
         connections.insert(id as RawFd, watched);
-        Connection { socket, calls, unsent: Vec::new(), handed: 0, ended: crowded, lingers: false }
+        Connection { socket, calls, unsent: VecDeque::new(), handed: 0, settled: 0, ended: crowded, lingers: false }
     }
 }
 
 impl HttpService for Connection {
     fn call(&mut self, parsed: Parsed, response: &mut Response) -> io::Result<()> {
         if !self.ended {
-            self.calls.fetch_add(1, Relaxed);
+            self.calls.fetch_add(1, SeqCst);
             self.serve(parsed, response);
-            self.calls.fetch_add(1, Relaxed);
+            self.calls.fetch_add(1, SeqCst);
         }
         Ok(())
     }
@@ -1497,27 +1621,28 @@ impl HttpService for Connection {
 
 impl Connection {
     fn serve(&mut self, parsed: Parsed, response: &mut Response) {
-        let head = read_head(parsed.method(), parsed.path(), parsed.version(), parsed.headers());
-        let (mut request, framing) = match head {
-            Ok((request, framing)) if framing.length > MAX_BODY && !request.ignores_body() => {
-                return self.refuse(too_large(&request));
-            }
+        let (mut request, framing) = match read_head(&parsed) {
             Ok(head) => head,
             Err(refusal) => return self.refuse(refusal.answer(Vocabulary::Form, "GET")),
         };
+        if request.oversized {
+            let (resource, vocabulary) = request.route();
+            let refusal = perform(&resource, &request, vocabulary).unwrap_or(Outcome::BadRequest);
+            return self.refuse(refusal.answer(vocabulary, &request.verb));
+        }
         if framing.expects_continue {
             self.send_continue();
         }
         if request.ignores_body() {
             // Dropping the reader reads it to its end.
             drop(parsed.body());
-        } else if framing.length > 0 && self.read_body(parsed.body(), framing.length, &mut request.body).is_err() {
+        } else if framing.length > 0 && !self.read_body(parsed.body(), framing.length, &mut request.body) {
             return self.end();
         }
         let answer = answer(request);
         // The server takes only headers that live forever: those of a foreign main instance go out as a last word. And it
         // would collect answers without end for a client that does not read them.
-        let unfit = matches!(answer.header, Cow::Owned(_)) || self.unsent.len() > MAX_UNSENT;
+        let unfit = matches!(answer.header, Cow::Owned(_)) || self.handed - self.settled > MAX_UNSENT;
         if framing.closing || framing.is_head || unfit {
             self.lingers = !framing.closing;
             self.say_last_word(&answer, framing.is_head);
@@ -1526,48 +1651,37 @@ impl Connection {
         }
     }
 
-    /// Reads a whole body. The error is a client that left before it was complete: its request never happened.
-    fn read_body(&self, mut reader: BodyReader, length: usize, body: &mut Vec<u8>) -> io::Result<()> {
-        while body.len() < length {
-            let chunk = reader.fill_buf()?;
-            let taken = chunk.len();
-            body.extend(chunk);
-            reader.consume(taken);
-            if taken == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            } else if taken < length && body.len() == length {
-                signal_again(&self.socket);
-            }
+    /// Reads a whole body. False is a client that left before it was complete: its request never happened.
+    fn read_body(&self, mut reader: BodyReader, length: usize, body: &mut Vec<u8>) -> bool {
+        let in_one_piece = reader.fill_buf().map_or(0, <[u8]>::len) == length;
+        let complete = reader.read_to_end(body).is_ok_and(|taken| taken == length);
+        if !in_one_piece {
+            signal_again(&self.socket);
         }
-        Ok(())
+        complete
     }
 
     /// Gives an answer to the server, which sends it when it has looked at all that it has read.
     fn hand_over(&mut self, answer: Answer, response: &mut Response) {
-        self.append(&answer, "", false);
+        self.handed += answer.length() as u64;
+        self.unsent.push_back((self.handed, answer.clone()));
         response.status_code(answer.status.into(), answer.reason());
         if let Cow::Borrowed(header) = answer.header {
             response.header(header);
         }
         response.body_vec(answer.body);
-        if self.unsent.len() > 8 << 10 {
+        if self.handed - self.settled > 4 << 10 {
             self.settle();
             may::coroutine::yield_now();
         }
-    }
-
-    fn append(&mut self, answer: &Answer, connection: &str, without_body: bool) {
-        let before = self.unsent.len();
-        answer.write(&mut self.unsent, connection, without_body);
-        self.handed += (self.unsent.len() - before) as u64;
     }
 
     /// Forgets the answers that the kernel has. It counts what it was given, and it is given nothing but answers.
     fn settle(&mut self) {
         let Some(info) = info(&self.socket) else { return };
         let given = info.tcpi_bytes_sent - info.tcpi_bytes_retrans + u64::from(info.tcpi_notsent_bytes);
-        let missing = self.handed.saturating_sub(given) as usize;
-        self.unsent.drain(..self.unsent.len().saturating_sub(missing));
+        self.settled = given.min(self.handed);
+        while self.unsent.pop_front_if(|(end, _)| *end <= self.settled).is_some() {}
     }
 
     /// Tells a client that asked first that it may send its body. While answers before this one are on their way nothing
@@ -1575,16 +1689,8 @@ impl Connection {
     fn send_continue(&mut self) {
         self.settle();
         if self.unsent.is_empty() {
-            let sent = (&*self.socket).write(b"HTTP/1.1 100 Continue\r\n\r\n").unwrap_or(0);
-            self.handed += sent as u64;
+            self.handed += (&*self.socket).write(b"HTTP/1.1 100 Continue\r\n\r\n").unwrap_or(0) as u64;
         }
-    }
-
-    /// Sends an answer directly, after those before it, and closes the connection.
-    fn say_last_word(&mut self, answer: &Answer, without_body: bool) {
-        self.append(answer, "Connection: close", without_body);
-        self.settle();
-        self.send_unsent();
     }
 
     /// Answers a request whose end is not known or not worth waiting for.
@@ -1593,16 +1699,18 @@ impl Connection {
         self.say_last_word(&answer, false);
     }
 
-    /// Sends what the server has not sent, and ends the connection.
-    fn send_unsent(&mut self) {
-        let sent = send_held(&self.socket, &self.unsent).unwrap_or(0);
-        if sent < self.unsent.len()
-            && !thread::panicking()
-            && let Ok(mut stream) = waiting_stream(&self.socket, IDLE_LIMIT)
-        {
-            let _ = stream.write_all(&self.unsent[sent..]);
+    /// Sends an answer directly, after what the server has not sent of those before it, and closes the connection.
+    fn say_last_word(&mut self, answer: &Answer, without_body: bool) {
+        let mut bytes = Vec::new();
+        self.settle();
+        self.unsent.drain(..).for_each(|(_, answer)| answer.write(&mut bytes, "", false));
+        let missing = (self.handed - self.settled) as usize;
+        bytes.drain(..bytes.len().saturating_sub(missing));
+        answer.write(&mut bytes, "Connection: close\r\n", without_body);
+        let sent = send_held(&self.socket, &bytes).unwrap_or(0);
+        if sent < bytes.len() {
+            let _ = waiting_stream(&self.socket, IDLE_LIMIT).and_then(|mut stream| stream.write_all(&bytes[sent..]));
         }
-        self.unsent = Vec::new();
         self.end();
     }
 
@@ -1612,14 +1720,6 @@ impl Connection {
     fn end(&mut self) {
         self.ended = true;
         let _ = self.socket.shutdown(Shutdown::Write);
-    }
-
-    /// Reads and forgets what the client still sends. Closing a socket with unread input resets the connection, and the
-    /// reset may reach the client before it has read its answer.
-    fn linger(&self) {
-        let deadline = Instant::now() + Duration::from_secs(5);
-        let Ok(mut stream) = waiting_stream(&self.socket, Duration::from_secs(1)) else { return };
-        while Instant::now() < deadline && stream.read(&mut [0; 4096]).is_ok_and(|count| count > 0) {}
     }
 }
 
@@ -1631,73 +1731,73 @@ impl Drop for Connection {
         let received = info(&self.socket).map_or(0, |info| info.tcpi_bytes_received);
         let left = matches!(self.socket.peek(&mut [0]), Ok(0));
         // The server does not look at what it read if it came together with the end of the stream (which counts as a byte).
-        let unheard = received > 1 && self.calls.load(Relaxed) == 0;
+        let unheard = received > 1 && self.calls.load(SeqCst) == 0;
         if !self.ended && (!left || unheard) {
             self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "GET"));
         }
-        if self.lingers && !thread::panicking() {
-            self.linger();
+        // Closing a socket with unread input resets the connection, and the reset may reach the client before it has read its
+        // answer: what it still sends is read and forgotten.
+        if self.lingers
+            && let Ok(mut stream) = waiting_stream(&self.socket, Duration::from_secs(1))
+        {
+            let deadline = Instant::now() + Duration::from_secs(5);
+            while Instant::now() < deadline && stream.read(&mut [0; 512]).is_ok_and(|count| count > 0) {}
         }
     }
-}
-
-/// The answer to a request with a body that is too large to be read.
-fn too_large(request: &Request) -> Answer {
-    let (resource, vocabulary) = request.route();
-    let outcome = match resource {
-        Resource::Key(key) if request.verb == "PUT" && is_valid_key(&key, vocabulary) => Outcome::ValueTooLarge,
-        Resource::Key(_) if request.verb == "PUT" => Outcome::KeyInvalid,
-        _ => Outcome::BadRequest,
-    };
-    outcome.answer(vocabulary, &request.verb)
 }
 
 /// What the watch remembers of a connection.
 struct Watched {
     calls: Arc<AtomicU32>,
-    /// The calls when last seen: odd while a request is being answered. Since when, and what had been received by then.
+    /// The calls when last seen: odd while a request is being answered. Since when.
     seen: u32,
     since: Instant,
-    received: u64,
+    /// What had been received when they were seen to stay the same.
+    received: Option<u64>,
 }
 
 static CONNECTIONS: LazyLock<Mutex<HashMap<RawFd, Watched>>> = LazyLock::new(Default::default);
-/// The files that the system lets this process open, less some for everything else.
+/// The files that the system lets this process open, less some for everything else; and half the mappings that Linux lets a
+/// process have: a coroutine's stack takes two, and without one the server ends.
 static MAX_CONNECTIONS: LazyLock<usize> =
-    LazyLock::new(|| rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024).saturating_sub(200) as usize);
+    LazyLock::new(|| rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024).saturating_sub(200).min(30_000) as usize);
 
 /// Ends connections that do nothing for a minute, and those with an endless head. This is a thread and no coroutine: a
 /// client that never stops sending a head keeps a worker busy.
 fn watch_connections() {
-    loop {
-        let mut connections = lock(&CONNECTIONS);
-        connections.iter_mut().for_each(|(fd, watched)| watched.look(borrow_socket(*fd)));
-        // An endless head grows by a gigabyte a second: look often, as long as there are few to look at.
-        let pause = Duration::from_millis(10) + Duration::from_micros(20) * connections.len() as u32;
-        drop(connections);
-        thread::sleep(pause);
-    }
+    let mut connections = lock(&CONNECTIONS);
+    connections.iter_mut().for_each(|(fd, watched)| watched.look(borrow_socket(*fd)));
+    // An endless head grows by a gigabyte a second: look often, as long as there are few to look at.
+    let more = Duration::from_micros(20) * connections.len() as u32;
+    drop(connections);
+    thread::sleep(more);
 }
 
 impl Watched {
     fn look(&mut self, socket: Socket) {
-        let Some(info) = info(&socket) else { return };
-        let calls = self.calls.load(Relaxed);
+        let calls = self.calls.load(SeqCst);
         if self.seen != calls {
-            (self.seen, self.since, self.received) = (calls, Instant::now(), info.tcpi_bytes_received);
+            // A connection that gets on costs nothing here.
+            (self.seen, self.since, self.received) = (calls, Instant::now(), None);
+            return;
         }
+        let Some(info) = info(&socket) else { return };
+        let received = *self.received.get_or_insert(info.tcpi_bytes_received);
         let (answering, limit) = (calls % 2 == 1, IDLE_LIMIT.as_millis() as u32);
         let sending = info.tcpi_notsent_bytes + info.tcpi_unacked > 0 && info.tcpi_last_ack_recv < limit;
         let receiving = answering && info.tcpi_last_data_recv < limit;
-        let head = if answering { 0 } else { info.tcpi_bytes_received - self.received };
         let unread = unread(&socket);
+        // What was just learned is of different moments. If a request began or ended meanwhile, it says nothing.
+        if self.calls.load(SeqCst) != calls {
+            return;
+        }
         if !answering && unread > 0 {
             signal_again(&socket);
         }
-        if head.saturating_sub(unread) > MAX_HEAD as u64 {
+        if !answering && info.tcpi_bytes_received - received > MAX_HEAD as u64 + unread {
             // The server has nothing to send here, so this answer is in nobody's way.
             let mut refusal = Vec::new();
-            Outcome::BadRequest.answer(Vocabulary::Form, "GET").write(&mut refusal, "Connection: close", false);
+            Outcome::BadRequest.answer(Vocabulary::Form, "GET").write(&mut refusal, "Connection: close\r\n", false);
             let _ = send_held(&socket, &refusal);
         } else if self.since.elapsed() < IDLE_LIMIT || sending || receiving {
             return;
@@ -1723,11 +1823,14 @@ fn send_held(socket: &Socket, bytes: &[u8]) -> io::Result<usize> {
     socket2::SockRef::from(&**socket).send_with_flags(bytes, libc::MSG_MORE | libc::MSG_NOSIGNAL)
 }
 
-/// The same socket as a stream that makes the coroutine wait, and not its worker: for `limit` at most.
+/// The same socket as a stream that makes the coroutine wait, and not its worker: for `limit` at most. While a panic ends
+/// the coroutine there is none: it cannot wait any more.
 fn waiting_stream(socket: &Socket, limit: Duration) -> io::Result<may::net::TcpStream> {
-    let fd = socket.try_clone()?.into_raw_fd();
+    if thread::panicking() {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
     // SAFETY: the descriptor is a fresh one, and the stream becomes its only owner.
-    let stream = unsafe { may::net::TcpStream::from_raw_fd(fd) };
+    let stream = unsafe { may::net::TcpStream::from_raw_fd(socket.try_clone()?.into_raw_fd()) };
     stream.set_read_timeout(Some(limit))?;
     stream.set_write_timeout(Some(limit))?;
     Ok(stream)
@@ -1777,8 +1880,7 @@ fn main() {
 fn serve(Settings { listen, role, view }: Settings) {
     // As PID 1 of a container a process ignores these signals unless it says otherwise. There is nothing to save.
     for signal in [libc::SIGTERM, libc::SIGINT] {
-        let always = Arc::new(AtomicBool::new(true));
-        let _ = signal_hook::flag::register_conditional_shutdown(signal, 0, always);
+        let _ = signal_hook::flag::register_conditional_shutdown(signal, 0, Arc::new(AtomicBool::new(true)));
     }
     let description = match &role {
         Role::Main => "main instance".into(),
@@ -1787,27 +1889,32 @@ fn serve(Settings { listen, role, view }: Settings) {
     };
     if let Role::Node(_) = ROLE.get_or_init(|| role) {
         lock(&STORE).membership.table = Table::first(view);
-        thread::spawn(keep_in_touch);
-        thread::spawn(|| {
-            loop {
-                thread::sleep(Duration::from_millis(100));
-                end_abandoned_change();
-            }
-        });
+        repeat(Duration::from_millis(100), keep_in_touch);
+        repeat(Duration::from_millis(100), end_abandoned_change);
     }
     may::config().set_stack_size(16 << 10).set_worker_pin(false);
     // may shares a port with whoever else does (SO_REUSEPORT), and two stores would share the clients: ask without first.
-    match TcpListener::bind(listen).map(drop).and_then(|()| Server.start(listen)) {
-        Ok(server) => {
-            say(&format!("{description}, version {VERSION}, listening on {listen}"));
-            thread::spawn(watch_connections);
-            let _ = server.join();
-        }
-        Err(error) => {
-            let (ip, port) = (listen.ip(), listen.port());
-            fail(1, &format!("IP={ip} PORT={port}: expected an address and port that can be listened on: {error}"));
-        }
+    let server = TcpListener::bind(listen).map(drop).and_then(|()| Server.start(listen)).unwrap_or_else(|error| {
+        let (ip, port) = (listen.ip(), listen.port());
+        fail(1, &format!("IP={ip} PORT={port}: expected an address and port that can be listened on: {error}"))
+    });
+    say(&format!("{description}, version {VERSION}, listening on {listen}"));
+    repeat(Duration::from_millis(5), watch_connections);
+    if !matches!(self::role(), Role::Main) {
+        repeat(OVERDUE, watch_lines);
     }
+    let _ = server.join();
+    fail(1, &format!("IP={} PORT={}: expected to go on listening, but the server ended", listen.ip(), listen.port()))
+}
+
+/// Has a thread of its own do something again and again.
+fn repeat(pause: Duration, work: fn()) {
+    thread::spawn(move || {
+        loop {
+            work();
+            thread::sleep(pause);
+        }
+    });
 }
 
 fn read_settings() -> Settings {
@@ -1825,12 +1932,11 @@ fn fail(status: i32, line: &str) -> ! {
     exit(status)
 }
 
-/// Asks an instance on this machine whether it answers, as Docker's health check does. (A connection to 0.0.0.0 or [::] is one
+/// Asks the instance on this machine whether it answers, as Docker's health check does. (A connection to 0.0.0.0 or [::] is one
 /// to this machine.)
 fn is_healthy(listen: SocketAddr) -> bool {
-    let request = RequestBuilder::new(Method::GET, format!("http://{listen}/kv-store"));
-    let request = request.proxy_settings(ProxySettings::builder().build()).timeout(Duration::from_secs(2));
-    request.send().is_ok_and(|response| response.is_success())
+    let request = Request { verb: "GET".into(), target: "/kv-store".into(), ..Request::default() };
+    request.send(&listen.to_string()).is_ok_and(|(answer, _)| answer.status == 200)
 }
 
 #[cfg(test)]
@@ -1882,7 +1988,7 @@ mod tests {
             cuts.push((giver.clone(), (given[0].0, given[0].1.key().to_vec()), receiver.clone()));
             copies.extend(given.into_iter().map(|(_, record)| (record, receiver.clone())));
         }
-        let next = table.after(1, view, &cuts);
+        let next = table.after(view, &cuts);
         for (copy, receiver) in copies {
             shards.entry(receiver).or_default().insert(copy);
         }
