@@ -35,11 +35,12 @@ use attohttpc::{ErrorKind, Method, ProxySettings, RequestBuilder, StatusCode};
 use httpdate::HttpDate;
 use may::sync::Blocker;
 use may_minihttp::{BodyReader, HttpService, HttpServiceFactory, Request as Parsed, Response};
-use percent_encoding::{AsciiSet, CONTROLS, percent_decode, utf8_percent_encode};
+use percent_encoding::percent_decode;
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 use serde_json::value::RawValue;
 use siphasher::sip::SipHasher24;
+use url::{Position as Part, Url};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
@@ -133,7 +134,7 @@ fn parse_view<'a>(addresses: impl Iterator<Item = &'a str>) -> Result<Vec<String
 /// The port of `host:port`, where the host is a name, an IPv4 address or an IPv6 address in brackets: what stands unchanged
 /// in a URL, and nothing else.
 fn port_of(text: &str) -> Option<u16> {
-    let url = url::Url::parse(&format!("http://{text}")).ok()?;
+    let url = Url::parse(&format!("http://{text}")).ok()?;
     let (host, port) = (url.host_str()?, url.port_or_known_default().filter(|port| *port > 0)?);
     // The parser takes more characters, such as a quotation mark, than may stand in an answer.
     let plain = text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte));
@@ -431,6 +432,7 @@ impl Outcome {
 const JSON: &str = "Content-Type: application/json";
 const EXCHANGE: &str = "Content-Type: application/x-kv-store-exchange";
 const EXCHANGE_TYPE: &str = EXCHANGE.split_at("Content-Type: ".len()).1;
+const CLOSE: &str = "Connection: close\r\n";
 const GET_ONLY: &str = "Content-Type: application/json\r\nAllow: GET, HEAD";
 const PUT_ONLY: &str = "Content-Type: application/json\r\nAllow: PUT";
 const KEY_VERBS: &str = "Content-Type: application/json\r\nAllow: GET, HEAD, PUT, DELETE";
@@ -599,10 +601,11 @@ fn owner(resource: &Resource, verb: &str) -> Owner {
 fn answer(request: Request) -> Answer {
     if request.origin == Origin::Message {
         return receive(&request.body);
+    } else if request.is_exchange() {
+        return answer_exchange(&request.body);
     }
     let (resource, vocabulary) = request.route();
     let outcome = match owner(&resource, &request.verb) {
-        Owner::ThisInstance if request.is_exchange() => return answer_exchange(&request.body),
         Owner::ThisInstance => perform(&resource, &request, vocabulary),
         Owner::Main(main) => {
             let down = Outcome::MainDown.answer(vocabulary, &request.verb);
@@ -892,8 +895,9 @@ fn keep_in_touch() {
 //
 // attohttpc blocks, and opens a connection for each HTTP request. So what is to go to a peer stands in a line, and a lane (a
 // thread) takes it out: one lane, as long as it comes back quickly. What arrives while it is out shares its next exchange: one
-// POST with the requests in its body, whose answer has the answers. A lone request leaves at once, as itself. A peer that
-// does not know exchanges (any other server that speaks the contract) gets its requests one by one.
+// POST with the requests in its body, whose answer has the answers. A lone request leaves at once, as itself. Only who owns
+// what is asked for takes exchanges: a node from another, and a main instance, which says so in its answers. Any other peer
+// (another server that speaks the contract, a follower) gets its requests one by one.
 
 /// A peer that is gone is reported within 1.5 s (the contract, "A follower"): a connection must come about before.
 const CONNECT_LIMIT: Duration = Duration::from_millis(1200);
@@ -904,10 +908,6 @@ const PATIENCE: Duration = Duration::from_millis(4400);
 const OVERDUE: Duration = Duration::from_millis(5);
 /// As many lanes may be out for one peer: a main instance of another kind that is slow gets so many requests at once.
 const MAX_LANES: usize = 64;
-/// How often a peer is asked whether it knows exchanges by now.
-const PROBE_PAUSE: Duration = Duration::from_secs(1);
-/// How long a lane rests before it ends.
-const REST: Duration = Duration::from_secs(1);
 /// How long a lane that found the line empty looks again. To sleep and be woken takes longer, and as much of the processor.
 const LOOKOUT: Duration = Duration::from_micros(150);
 /// An exchange takes along this many requests, or requests with this many bytes of body; a larger one travels alone.
@@ -919,10 +919,6 @@ const EXCHANGE_BYTES: usize = 1 << 20;
 const MAX_ANSWER: u64 = 16 << 20;
 /// For how long a name is taken to stand for the same address.
 const LOOKUP_LIFETIME: Duration = Duration::from_secs(1);
-/// What the client's URL parser would drop, cut at or rewrite in a target, where it is part of a key.
-#[rustfmt::skip]
-const REWRITTEN: &AsciiSet = &CONTROLS.add(b'"').add(b'\'').add(b'#').add(b'<').add(b'>').add(b'\\').add(b'^').add(b'`')
-    .add(b'{').add(b'|').add(b'}');
 
 /// This process, in the `Via` of what it relays: a request that comes back with it runs in a ring.
 static VIA: LazyLock<String> = LazyLock::new(|| format!("1.1 kv-store-{:016x}", RandomState::new().hash_one(0)));
@@ -935,7 +931,7 @@ struct Peer {
     /// Its `host:port`.
     address: String,
     line: Mutex<Line>,
-    /// Wakes the lane that rests.
+    /// Wakes a lane that rests.
     wake: Condvar,
     /// What the name in the address last stood for.
     lookup: Mutex<Option<(Instant, String)>>,
@@ -948,13 +944,12 @@ struct Line {
     overdue: bool,
     /// Of those who wait for an answer, and some who have it: the watch ends waiting that lasts too long.
     tickets: Vec<Arc<Ticket>>,
-    /// Lanes that are out, or called; whether one more rests, or still sleeps; and whether that one is called.
+    /// How many lanes there are; how many of them are out, or called; and how many calls no lane has heard yet.
     lanes: usize,
-    resting: bool,
-    called: bool,
-    /// The peer is known to know exchanges; and when it was last asked.
+    out: usize,
+    called: usize,
+    /// The peer is known to take exchanges.
     exchanges: bool,
-    probed: Option<Instant>,
 }
 
 /// A request on its way to a peer. Dropping it tells whoever waits that there will be no answer.
@@ -986,14 +981,15 @@ impl Errand {
     /// the segments `.` and `..` out, which may be keys, and makes something of its own of CONNECT.)
     fn needs_exchange(&self) -> bool {
         let (request, url) = (&self.request, self.request.url("peer"));
-        let fits = request.verb != "CONNECT" && url::Url::parse(&url).is_ok_and(|parsed| parsed.as_str() == url);
-        request.origin != Origin::Client || !fits
+        let same = |sent: Url| percent_decode(sent[..Part::AfterQuery].as_bytes()).eq(percent_decode(url.as_bytes()));
+        request.origin != Origin::Client || request.verb == "CONNECT" || !Url::parse(&url).is_ok_and(same)
     }
 }
 
 impl Peer {
     fn at(address: &str) -> Arc<Peer> {
-        let new = || Arc::new(Peer { address: address.into(), ..Peer::default() });
+        let line = || Mutex::new(Line { exchanges: own().is_some(), ..Line::default() });
+        let new = || Arc::new(Peer { address: address.into(), line: line(), ..Peer::default() });
         lock(&PEERS).entry(address.into()).or_insert_with(new).clone()
     }
 
@@ -1019,62 +1015,50 @@ impl Peer {
     /// Has a lane come if none is out, or else perhaps another one, unless too many are. It is called when the line is free
     /// again: it wants it at once.
     fn call_lane(self: &Arc<Peer>, mut line: MutexGuard<Line>, another: bool) {
-        let comes = line.lanes == 0 || (another && line.lanes < MAX_LANES);
-        let rests = comes && line.resting && !line.called;
-        line.called |= rests;
-        line.lanes += usize::from(comes);
+        if line.out > 0 && (!another || line.out == MAX_LANES) {
+            return;
+        }
+        let rests = line.out < line.lanes;
+        line.out += 1;
+        line.called += usize::from(rests);
+        line.lanes += usize::from(!rests);
         drop(line);
         let peer = self.clone();
         if rests {
             self.wake.notify_one();
-        } else if comes && thread::Builder::new().spawn(move || peer.run_lane()).is_err() {
-            lock(&self.line).lanes -= 1;
+        } else if thread::Builder::new().spawn(move || peer.run_lane()).is_err() {
+            let mut line = lock(&self.line);
+            (line.out, line.lanes) = (line.out - 1, line.lanes - 1);
         }
     }
 
-    /// A lane: takes out what waits, group by group, until nothing does for a while. Then one lane rests until it is called
-    /// again, if it is soon, and others end.
+    /// A lane: takes out what waits, group by group, until nothing does for a moment; then it rests until it is called.
     fn run_lane(&self) {
         let mut since = Instant::now();
         loop {
             let mut line = lock(&self.line);
-            if line.wants_probe() {
-                drop(line);
-                self.probe();
-                continue;
-            }
             let group = line.take_group();
             if !group.is_empty() {
                 drop(line);
                 // Should this panic, the group is dropped, which answers its requests, and the lane lives on.
                 let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.carry(group)));
-                since = Instant::now();
             } else if since.elapsed() < LOOKOUT {
                 drop(line);
                 thread::yield_now();
+                continue;
             } else {
-                line.lanes -= 1;
-                // Also while the one that rests is called and has not woken: a second one would hide the call from it.
-                if std::mem::replace(&mut line.resting, true) {
-                    return;
-                }
-                let rested = self.wake.wait_timeout_while(line, REST, |line| !line.called);
-                let mut line = rested.unwrap_or_else(PoisonError::into_inner).0;
-                line.resting = false;
-                if !std::mem::take(&mut line.called) {
-                    return;
-                }
-                since = Instant::now();
+                line.out -= 1;
+                let called = self.wake.wait_while(line, |line| line.called == 0);
+                called.unwrap_or_else(PoisonError::into_inner).called -= 1;
             }
+            since = Instant::now();
         }
     }
 
     /// Takes a group of requests to the peer and hands in the answers; None if nobody is there, or answers.
     fn carry(&self, mut group: Vec<Errand>) -> Option<()> {
-        if group.len() > 1 {
+        if group.len() > 1 || group[0].needs_exchange() {
             return self.carry_together(group);
-        } else if group[0].needs_exchange() {
-            return if lock(&self.line).exchanges || self.probe() { self.carry_together(group) } else { None };
         }
         let errand = group.pop()?;
         // The answer goes on before the connection is closed, which takes as long as opening it.
@@ -1086,12 +1070,8 @@ impl Peer {
     fn carry_together(&self, mut group: Vec<Errand>) -> Option<()> {
         let requests: Vec<&Request> = group.iter().map(|errand| &errand.request).collect();
         let (answer, _connection) = self.fetch(&Request::exchange(&requests))?;
-        if answer.header != EXCHANGE {
-            // What became of the requests is not known, so they are not sent again.
-            lock(&self.line).exchanges = false;
-            return None;
-        }
-        let answers: Vec<Answer> = postcard::from_bytes(&answer.body).ok()?;
+        // If this is no exchange, what became of the requests is not known: they are not sent again.
+        let answers: Vec<Answer> = (answer.header == EXCHANGE).then(|| postcard::from_bytes(&answer.body).ok())??;
         let left_over = group.split_off(answers.len().min(group.len()));
         if !answers.is_empty() {
             // Those left over were not looked at: they are the first of the next group.
@@ -1107,28 +1087,24 @@ impl Peer {
         Some(())
     }
 
-    /// Asks whether the peer knows exchanges: it answers an empty one with an exchange. Nothing is lost if it does not.
-    fn probe(&self) -> bool {
-        lock(&self.line).probed = Some(Instant::now());
-        let knows = self.fetch(&Request::exchange(&[])).is_some_and(|(answer, _)| answer.header == EXCHANGE);
-        lock(&self.line).exchanges = knows;
-        knows
-    }
-
     /// Sends one HTTP request and reads its answer; None if there is none. If there is no way to the peer at all, whatever
     /// else waits for it is told so as well.
     fn fetch(&self, request: &Request) -> Option<(Answer, impl Read + use<>)> {
         use io::ErrorKind::{AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable, TimedOut};
-        let no_way = [AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable, TimedOut];
         let host = self.look_up().ok_or(io::Error::from(HostUnreachable).into());
         let answer = host.and_then(|host| request.send(&host));
-        if answer.as_ref().is_err_and(|error| matches!(error.kind(), ErrorKind::Io(it) if no_way.contains(&it.kind())))
+        let mut line = lock(&self.line);
+        line.exchanges = own().is_some() || answer.as_ref().is_ok_and(|(_, takes_exchanges, _)| *takes_exchanges);
+        if let Err(error) = &answer
+            && let ErrorKind::Io(error) = error.kind()
+            && matches!(
+                error.kind(),
+                AddrNotAvailable | ConnectionRefused | HostUnreachable | NetworkUnreachable | TimedOut
+            )
         {
-            let mut line = lock(&self.line);
-            (line.exchanges, line.probed) = (false, None);
             line.waiting.clear();
         }
-        answer.ok()
+        answer.ok().map(|(answer, _, connection)| (answer, connection))
     }
 
     /// The peer's `host:port` with the name looked up, which the client would do for each request. A name that stands for
@@ -1150,19 +1126,12 @@ impl Line {
         let (now, mut bytes) = (Instant::now(), 0);
         self.overdue = false;
         self.waiting.retain(|errand| errand.ticket.deadline > now);
-        let mut fits = |Errand { request, .. }: &Errand| {
-            // An exchange is not taken into another one, so it travels as if it were too large.
-            bytes += if request.is_exchange() { GROUP_BYTES + 1 } else { request.body.len() };
+        let mut fits = |errand: &Errand| {
+            bytes += errand.request.body.len();
             bytes <= GROUP_BYTES && self.exchanges
         };
         let count = self.waiting.iter().take(GROUP_REQUESTS).take_while(|errand| fits(errand)).count();
         self.waiting.drain(..count.max(1).min(self.waiting.len())).collect()
-    }
-
-    /// Whether there is something to share, and it is time to ask a peer that did not know exchanges so far.
-    fn wants_probe(&self) -> bool {
-        let asked = self.probed.is_some_and(|probed| probed.elapsed() < PROBE_PAUSE);
-        self.waiting.len() > 1 && !self.exchanges && !asked
     }
 
     /// Tells those who have waited for too long, and forgets those who have their answer.
@@ -1190,8 +1159,8 @@ impl Request {
     fn exchange(requests: &[&Request]) -> Request {
         // Writing to a Vec cannot fail.
         let body = postcard::to_stdvec(requests).unwrap_or_default();
-        let (verb, target, content_type) = ("POST".into(), "/kv-store".into(), EXCHANGE_TYPE.into());
-        Request { verb, target, content_type, body, ..Request::default() }
+        let (verb, target, content_type, via) = ("POST".into(), "/kv-store".into(), EXCHANGE_TYPE.into(), VIA.clone());
+        Request { verb, target, content_type, via, body, ..Request::default() }
     }
 
     fn is_exchange(&self) -> bool {
@@ -1200,12 +1169,12 @@ impl Request {
 
     /// The target as it can stand in a URL.
     fn url(&self, host: &str) -> String {
-        format!("http://{host}{}", utf8_percent_encode(&self.target, REWRITTEN))
+        format!("http://{host}{}", self.target)
     }
 
-    /// Sends the request to a host and reads the answer, of which status, `Content-Type`, `Allow` and body go on. The
-    /// connection comes with it, to be closed when there is time.
-    fn send(&self, host: &str) -> attohttpc::Result<(Answer, impl Read + use<>)> {
+    /// Sends the request to a host and reads the answer, of which status, `Content-Type`, `Allow` and body go on. With it
+    /// come whether the host takes exchanges, and the connection, to be closed when there is time.
+    fn send(&self, host: &str) -> attohttpc::Result<(Answer, bool, impl Read + use<>)> {
         let method = Method::from_bytes(self.verb.as_bytes()).unwrap_or(Method::GET);
         let mut builder = RequestBuilder::try_new(method, self.url(host))?
             .proxy_settings(ProxySettings::builder().build())
@@ -1230,7 +1199,8 @@ impl Request {
         let content_type = value("Content-Type").unwrap_or("application/octet-stream");
         let allow = value("Allow").map_or(String::new(), |verbs| format!("\r\nAllow: {verbs}"));
         let header = known_header(&format!("Content-Type: {content_type}{allow}"));
-        Ok((Answer { status: status.as_u16(), header, body }, reader))
+        let takes_exchanges = value("Accept-Post") == Some(EXCHANGE_TYPE);
+        Ok((Answer { status: status.as_u16(), header, body }, takes_exchanges, reader))
     }
 }
 
@@ -1584,6 +1554,8 @@ struct Connection {
     ended: bool,
     /// The client may still be sending when the connection is closed.
     lingers: bool,
+    /// The last request came by way of another instance.
+    relayed: bool,
 }
 
 struct Server;
@@ -1604,7 +1576,8 @@ impl HttpServiceFactory for Server {
         }
         let watched = Watched { calls: calls.clone(), seen: 0, since: Instant::now(), received: None };
         connections.insert(id as RawFd, watched);
-        Connection { socket, calls, unsent: VecDeque::new(), handed: 0, settled: 0, ended: crowded, lingers: false }
+        let (unsent, lingers, relayed) = (VecDeque::new(), false, false);
+        Connection { socket, calls, unsent, handed: 0, settled: 0, ended: crowded, lingers, relayed }
     }
 }
 
@@ -1625,6 +1598,7 @@ impl Connection {
             Ok(head) => head,
             Err(refusal) => return self.refuse(refusal.answer(Vocabulary::Form, "GET")),
         };
+        self.relayed = !request.via.is_empty();
         if request.oversized {
             let (resource, vocabulary) = request.route();
             let refusal = perform(&resource, &request, vocabulary).unwrap_or(Outcome::BadRequest);
@@ -1706,7 +1680,10 @@ impl Connection {
         self.unsent.drain(..).for_each(|(_, answer)| answer.write(&mut bytes, "", false));
         let missing = (self.handed - self.settled) as usize;
         bytes.drain(..bytes.len().saturating_sub(missing));
-        answer.write(&mut bytes, "Connection: close\r\n", without_body);
+        // Followers ask one thing a connection, so this reaches them (W3C, Linked Data Platform, section 7.1).
+        let takes_exchanges = self.relayed && matches!(role(), Role::Main);
+        let accepts = if takes_exchanges { "Accept-Post: application/x-kv-store-exchange\r\n" } else { "" };
+        answer.write(&mut bytes, &format!("{CLOSE}{accepts}"), without_body);
         let sent = send_held(&self.socket, &bytes).unwrap_or(0);
         if sent < bytes.len() {
             let _ = waiting_stream(&self.socket, IDLE_LIMIT).and_then(|mut stream| stream.write_all(&bytes[sent..]));
@@ -1797,7 +1774,7 @@ impl Watched {
         if !answering && info.tcpi_bytes_received - received > MAX_HEAD as u64 + unread {
             // The server has nothing to send here, so this answer is in nobody's way.
             let mut refusal = Vec::new();
-            Outcome::BadRequest.answer(Vocabulary::Form, "GET").write(&mut refusal, "Connection: close\r\n", false);
+            Outcome::BadRequest.answer(Vocabulary::Form, "GET").write(&mut refusal, CLOSE, false);
             let _ = send_held(&socket, &refusal);
         } else if self.since.elapsed() < IDLE_LIMIT || sending || receiving {
             return;
@@ -1936,7 +1913,7 @@ fn fail(status: i32, line: &str) -> ! {
 /// to this machine.)
 fn is_healthy(listen: SocketAddr) -> bool {
     let request = Request { verb: "GET".into(), target: "/kv-store".into(), ..Request::default() };
-    request.send(&listen.to_string()).is_ok_and(|(answer, _)| answer.status == 200)
+    request.send(&listen.to_string()).is_ok_and(|(answer, ..)| answer.status == 200)
 }
 
 #[cfg(test)]
