@@ -192,7 +192,9 @@ fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
         return Err(Outcome::LengthRequired);
     }
     let size: usize = headers.iter().map(|header| header.name.len() + header.value.len()).sum();
-    let mut lengths = all("Content-Length").map(|header| parse_length(header.value));
+    // Digits only (RFC 9110 section 8.6); Rust's own parser would take a sign as well.
+    let digits = |value| std::str::from_utf8(value).ok().filter(|text| !text.starts_with('+'));
+    let mut lengths = all("Content-Length").map(|header| digits(header.value)?.parse().ok());
     let length = lengths.next().unwrap_or(Some(0)).ok_or(Outcome::BadRequest)?;
     if lengths.any(|another| another != Some(length)) || size + target.len() > MAX_HEAD {
         return Err(Outcome::BadRequest);
@@ -204,27 +206,17 @@ fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
         closing: parsed.version() == 0 || connection.split(',').any(|option| option.trim() == "close"),
         expects_continue: parsed.version() == 1 && length > 0 && joined("Expect").eq_ignore_ascii_case("100-continue"),
     };
-    let (verb, target) = (if verb == "HEAD" { "GET" } else { verb }.into(), origin_form(target));
+    // In absolute form, scheme and host stand before the path (RFC 9112 section 3.2.2). Whatever else does not begin with a
+    // slash (OPTIONS *, CONNECT host:port) is a path that does not exist.
+    let target = match target.split_once("://") {
+        Some((_, rest)) if !target.starts_with('/') => rest.find('/').map_or("/", |at| &rest[at..]),
+        _ => target,
+    };
+    let (verb, target) = (if framing.is_head { "GET" } else { verb }.into(), target.into());
     let (content_type, via) = (joined("Content-Type"), joined("Via"));
     let request = Request { verb, target, content_type, via, ..Request::default() };
     let oversized = length > MAX_BODY && !request.ignores_body();
     Ok((Request { oversized, ..request }, framing))
-}
-
-/// Digits only (RFC 9110 section 8.6); Rust's own parser would take a sign as well.
-fn parse_length(value: &[u8]) -> Option<usize> {
-    let digits = std::str::from_utf8(value).ok().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()))?;
-    digits.parse().ok()
-}
-
-/// Takes scheme and host off a target in absolute form (RFC 9112 section 3.2.2). Any other target that does not begin
-/// with a slash (OPTIONS *, CONNECT host:port) becomes a path that does not exist.
-fn origin_form(target: &str) -> String {
-    if target.starts_with('/') {
-        return target.into();
-    }
-    let after_host = target.split_once("://").map(|(_, rest)| rest.find('/').map_or("/", |at| &rest[at..]));
-    after_host.map_or_else(|| format!("/{target}"), str::to_owned)
 }
 
 #[derive(Clone, Copy)]
@@ -874,12 +866,23 @@ fn meet(node: &str) -> Option<(Table, bool)> {
     theirs.is_whole().then_some((theirs, agreed))
 }
 
+/// Asks nodes something side by side: one that does not answer does not hold up the others.
+fn ask_all<T: Send + 'static>(
+    nodes: Vec<String>,
+    ask: impl Fn(&str) -> Option<T> + Clone + Send + 'static,
+) -> Vec<(String, Option<T>)> {
+    let go = |node: String| {
+        let ask = ask.clone();
+        (node.clone(), may::go!(move || ask(&node)))
+    };
+    let asked: Vec<_> = nodes.into_iter().map(go).collect();
+    asked.into_iter().map(|(node, asked)| (node, asked.join().ok().flatten())).collect()
+}
+
 /// Meets the other nodes of the view.
 fn keep_in_touch() {
     let (view, began) = (lock(&STORE).membership.table.view.clone(), Instant::now());
-    let others = view.iter().filter(|node| Some(&***node) != own()).cloned();
-    let asked: Vec<_> = others.map(|node| (node.clone(), may::go!(move || meet(&node)))).collect();
-    let heard: Vec<_> = asked.into_iter().map(|(node, asked)| (node, asked.join().ok().flatten())).collect();
+    let heard = ask_all(view.iter().filter(|node| Some(&***node) != own()).cloned().collect(), meet);
     let mut store = lock(&STORE);
     let membership = &mut store.membership;
     let same = heard.iter().filter_map(|(_, reply)| reply.as_ref()).filter(|(table, _)| *table == membership.table);
@@ -1126,9 +1129,10 @@ impl Line {
         let (now, mut bytes) = (Instant::now(), 0);
         self.overdue = false;
         self.waiting.retain(|errand| errand.ticket.deadline > now);
-        let mut fits = |errand: &Errand| {
-            bytes += errand.request.body.len();
-            bytes <= GROUP_BYTES && self.exchanges
+        // A message may take long (to copy keys does), and travels alone.
+        let mut fits = |Errand { request, .. }: &Errand| {
+            bytes += request.body.len();
+            bytes <= GROUP_BYTES && self.exchanges && request.origin != Origin::Message
         };
         let count = self.waiting.iter().take(GROUP_REQUESTS).take_while(|errand| fits(errand)).count();
         self.waiting.drain(..count.max(1).min(self.waiting.len())).collect()
@@ -1254,7 +1258,7 @@ struct Change {
 }
 
 /// What nodes say to one another, beside the requests that they relay. All but Meet go with the id of a view change.
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 enum Message {
     /// This is my address and table; what is yours?
     Meet(String, Table),
@@ -1427,15 +1431,15 @@ impl Coordination<'_> {
     /// Asks all nodes of the old and the new view for their tables; only one that leaves by force need not answer.
     fn begin(view: &[String], force: bool) -> Result<Coordination<'_>, Outcome> {
         let nodes = || lock(&STORE).membership.table.view.iter().chain(view).cloned().collect::<BTreeSet<String>>();
-        let met: Vec<_> = nodes().into_iter().map(|node| (meet(&node).or_else(|| meet(&node)), node)).collect();
-        let gone: Vec<_> = met.iter().filter(|(reply, _)| reply.is_none()).map(|(_, node)| node).collect();
+        let met = ask_all(nodes().into_iter().collect(), |node| meet(node).or_else(|| meet(node)));
+        let gone: Vec<_> = met.iter().filter(|(_, reply)| reply.is_none()).map(|(node, _)| node).collect();
         if let Some(node) = gone.iter().find(|node| !force || view.contains(node)) {
             return Err(Outcome::NodeDown(node.to_string()));
         } else if !gone.is_empty() {
             // A node that was stopped and goes on must notice first that it has not asked the others for long.
             may::coroutine::sleep(FRESH + FRESH / 4);
         }
-        let tables = || met.iter().filter_map(|(reply, _)| reply.as_ref()).map(|(table, _)| table);
+        let tables = || met.iter().filter_map(|(_, reply)| reply.as_ref()).map(|(table, _)| table);
         let mut store = lock(&STORE);
         let alone = store.records.is_empty() && store.membership.table.view.iter().all(|node| Some(&**node) == own());
         if alone && let Some(theirs) = tables().filter(|table| table.view.len() > 1).max_by_key(|table| table.version) {
@@ -1462,7 +1466,7 @@ impl Coordination<'_> {
             let table = Table { version: self.version, change: self.id, ..table };
             self.decide(&table).then_some((table, counts, moves)).ok_or(Outcome::ChangeUnderWay)
         });
-        let (table, counts, moves) = decided.inspect_err(|_| self.abort())?;
+        let (table, counts, moves) = decided.inspect_err(|_| drop(self.tell_all(&self.present, Message::Abort)))?;
         let shard = |node| format!(r#"{{"address":"{node}","key-count":{}}}"#, counts[node]);
         let shards = self.view.iter().map(shard).collect::<Vec<_>>().join(",");
         let moved: usize = moves.iter().map(|(.., count)| count).sum();
@@ -1471,8 +1475,12 @@ impl Coordination<'_> {
         Ok(Outcome::ViewChanged(format!(r#""moved":{moved},"shards":[{shards}]{unreached}"#)))
     }
 
-    fn agrees(&self, node: &str, message: Message) -> bool {
-        matches!(tell(node, self.id, message), Some(Reply::Table(..)))
+    /// Tells nodes the same, and returns those that did not agree.
+    fn tell_all(&self, nodes: &[String], message: Message) -> Vec<String> {
+        let id = self.id;
+        let mut told = ask_all(nodes.to_vec(), move |node| tell(node, id, message.clone()));
+        told.retain(|(_, reply)| !matches!(reply, Some(Reply::Table(..))));
+        told.into_iter().map(|(node, _)| node).collect()
     }
 
     /// All nodes hold their requests, one after the other, and say how many keys they have.
@@ -1500,8 +1508,8 @@ impl Coordination<'_> {
                     Some(_) => return Err(Outcome::NodeDown(receiver.clone())),
                     None => return Err(Outcome::NodeDown(giver.clone())),
                 }
-                if let Some(node) = self.present.iter().find(|node| !self.agrees(node, Message::Renew)) {
-                    return Err(Outcome::NodeDown(node.clone()));
+                if let Some(node) = self.tell_all(&self.present, Message::Renew).pop() {
+                    return Err(Outcome::NodeDown(node));
                 }
             }
             cuts.push((giver.clone(), place, receiver.clone()));
@@ -1515,20 +1523,9 @@ impl Coordination<'_> {
         matches!(commit(&self.decider).or_else(|| commit(own()?)), Some(Reply::Table(..)))
     }
 
-    /// Tells all nodes, and returns those that did not answer.
+    /// Returns the nodes that did not answer.
     fn commit(&self, table: &Table) -> Vec<String> {
-        let mut unreached = self.present.clone();
-        for _ in 0..3 {
-            unreached.retain(|node| !self.agrees(node, Message::Commit(table.clone())));
-        }
-        unreached
-    }
-
-    /// Tells all nodes at once: one that does not answer must not hold up the others.
-    fn abort(&self) {
-        let id = self.id;
-        let told = self.present.iter().cloned().map(|node| may::go!(move || tell(&node, id, Message::Abort)));
-        told.collect::<Vec<_>>().into_iter().for_each(|told| drop(told.join()));
+        (0..3).fold(self.present.clone(), |unreached, _| self.tell_all(&unreached, Message::Commit(table.clone())))
     }
 }
 

@@ -15,7 +15,6 @@ cd "$(dirname "$0")" || exit 2
 readonly LIMIT=1048576 # bytes of a value
 readonly IDLE_CLIENTS=500
 name=kv-test-$$-$RANDOM
-work=$(mktemp -d)
 passed=0 failed=0
 declare -A url=()     # instance -> where curl reaches it
 declare -A address=() # instance -> where other instances reach it, host:port
@@ -1205,6 +1204,7 @@ case $mode in
     exit 2
     ;;
 esac
+work=$(mktemp -d)
 trap clean EXIT
 trap 'exit 130' INT TERM HUP
 
