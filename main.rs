@@ -187,7 +187,8 @@ struct Framing {
 fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
     let (verb, target, headers) = (parsed.method(), parsed.path(), parsed.headers());
     let all = |name: &'static str| headers.iter().filter(move |header| header.name.eq_ignore_ascii_case(name));
-    let joined = |name| all(name).map(|it| String::from_utf8_lossy(it.value)).collect::<Vec<_>>().join(", ");
+    let join = |list: String, next: String| if list.is_empty() { next } else { list + ", " + &next };
+    let joined = |name| all(name).map(|it| String::from_utf8_lossy(it.value).into_owned()).fold(String::new(), join);
     if all("Transfer-Encoding").next().is_some() {
         return Err(Outcome::LengthRequired);
     }
@@ -208,9 +209,9 @@ fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
     };
     // In absolute form, scheme and host stand before the path (RFC 9112 section 3.2.2). Whatever else does not begin with a
     // slash (OPTIONS *, CONNECT host:port) is a path that does not exist.
-    let target = match target.split_once("://") {
-        Some((_, rest)) if !target.starts_with('/') => rest.find('/').map_or("/", |at| &rest[at..]),
-        _ => target,
+    let target = match (!target.starts_with('/')).then(|| target.split_once("://")).flatten() {
+        Some((_, rest)) => rest.find('/').map_or("/", |at| &rest[at..]),
+        None => target,
     };
     let (verb, target) = (if framing.is_head { "GET" } else { verb }.into(), target.into());
     let (content_type, via) = (joined("Content-Type"), joined("Via"));
@@ -292,10 +293,8 @@ fn form_value(request: &Request) -> Result<Vec<u8>, Outcome> {
 /// Finds the field `val` of an application/x-www-form-urlencoded text. The `form_urlencoded` crate would replace bytes that
 /// are not UTF-8 instead of telling.
 fn form_field(text: &[u8]) -> Option<Vec<u8>> {
-    let decode = |part: &[u8]| {
-        let words = part.split(|byte| *byte == b'+').map(|word| percent_decode(word).into());
-        words.collect::<Vec<Cow<[u8]>>>().join(&b' ')
-    };
+    let spaced = |part: &[u8]| part.iter().map(|byte| if *byte == b'+' { b' ' } else { *byte }).collect::<Vec<u8>>();
+    let decode = |part| percent_decode(&spaced(part)).collect::<Vec<u8>>();
     text.split(|byte| *byte == b'&').find_map(|field| {
         let (name, value) = field.split_at(field.iter().position(|byte| *byte == b'=').unwrap_or(field.len()));
         (name == b"val" || decode(name) == b"val").then(|| decode(value.get(1..).unwrap_or_default()))
@@ -1624,6 +1623,7 @@ impl Connection {
 
     /// Reads a whole body. False is a client that left before it was complete: its request never happened.
     fn read_body(&self, mut reader: BodyReader, length: usize, body: &mut Vec<u8>) -> bool {
+        body.reserve(length.min(64 << 10));
         let in_one_piece = reader.fill_buf().map_or(0, <[u8]>::len) == length;
         let complete = reader.read_to_end(body).is_ok_and(|taken| taken == length);
         if !in_one_piece {
