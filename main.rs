@@ -21,13 +21,14 @@ use std::borrow::{Borrow, Cow};
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::hash::{BuildHasher, Hash, Hasher, RandomState};
+use std::io::ErrorKind::{AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable, TimedOut};
 use std::io::{self, BufRead, Read, Write};
 use std::mem::ManuallyDrop;
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
 use std::process::exit;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
-use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -48,6 +49,8 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 const MAX_VALUE: usize = 1 << 20;
 /// The limit of a body: a value at its limit fits in however it is escaped (JSON's \u0041 takes 6 bytes for 1).
 const MAX_BODY: usize = 8 << 20;
+/// The limit of an exchange's body, in which a request with all that leads to it travels.
+const MAX_EXCHANGE: usize = MAX_BODY + 2 * MAX_HEAD;
 /// The limit of a request's head. The server has none of its own and would collect an endless head in memory.
 const MAX_HEAD: usize = 64 << 10;
 /// The answers that a connection may have waiting for a client that does not read them, in bytes.
@@ -84,6 +87,11 @@ struct Settings {
     /// The first view of a node.
     view: Vec<String>,
 }
+
+static SETTINGS: LazyLock<Settings> = LazyLock::new(|| {
+    let variable = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
+    Settings::read(variable).unwrap_or_else(|line| fail(2, &line))
+});
 
 impl Settings {
     /// Reads the variables through `variable`. The error is a line for stderr: variable, value, what was expected.
@@ -216,7 +224,8 @@ fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
     let (verb, target) = (if framing.is_head { "GET" } else { verb }.into(), target.into());
     let (content_type, via) = (joined("Content-Type"), joined("Via"));
     let request = Request { verb, target, content_type, via, ..Request::default() };
-    let oversized = length > MAX_BODY && !request.ignores_body();
+    let most = if request.is_exchange() { MAX_EXCHANGE } else { MAX_BODY };
+    let oversized = length > most && !request.ignores_body();
     Ok((Request { oversized, ..request }, framing))
 }
 
@@ -328,7 +337,7 @@ fn member<'a>(body: &'a [u8], name: &str) -> Result<&'a str, Outcome> {
 enum Outcome {
     Created, Replaced, Found(Record), Deleted, Missing,
     KeyInvalid, ValueMissing, ValueTooLarge, ValueNotText, BodyNotObject,
-    MainDown, NotFound, BadRequest, LengthRequired, AddressNotSet, ViewMissing, ChangeUnderWay, Elsewhere,
+    MainDown, NotFound, BadRequest, LengthRequired, AddressNotSet, ViewMissing, ChangeUnderWay, Elsewhere, Held,
     /// With the header that tells which verbs the path takes.
     VerbNotAllowed(&'static str),
     KeyCount(usize),
@@ -342,22 +351,9 @@ enum Outcome {
     ViewChanged(String),
 }
 
-/// An error in the words of the form vocabulary.
-macro_rules! refused {
-    ($status:literal, $msg:literal) => {
-        ($status, concat!(r#"{"result":"Error","msg":""#, $msg, r#""}"#))
-    };
-}
-/// An error in the words of the JSON vocabulary.
-macro_rules! failed {
-    ($status:literal, $error:literal) => {
-        ($status, concat!(r#"{"error":""#, $error, r#"","message":"Error in <verb>"}"#))
-    };
-}
-
 impl Outcome {
-    /// The answers of the contract: status and body in the form vocabulary, and in the JSON vocabulary. `answer` fills in
-    /// what stands in angle brackets. What only one vocabulary can say stands in both columns alike.
+    /// The answers of the contract: status and body in the form vocabulary, and in the JSON vocabulary; of an error, only
+    /// what is wrong. `answer` fills in what stands in angle brackets. What only one vocabulary can say stands there twice.
     #[rustfmt::skip]
     fn row(&self) -> [(u16, &'static str); 2] {
         use Outcome::*;
@@ -370,35 +366,41 @@ impl Outcome {
                           (200, r#"{"doesExist":true,"message":"Retrieved successfully","value":<value>}"#)],
             Deleted   => [(200, r#"{"result":"Success"}"#),
                           (200, r#"{"doesExist":true,"message":"Deleted successfully"}"#)],
-            Missing   => [refused!(404, "Key does not exist"),
+            Missing   => [(404, "Key does not exist"),
                           (404, r#"{"doesExist":false,"error":"Key does not exist","message":"Error in <verb>"}"#)],
-            KeyInvalid        => [refused!(403, "Key not valid"),        failed!(400, "Key is too long")],
-            ValueMissing      => [refused!(403, "No value provided"),    failed!(400, "Value is missing")],
-            ValueTooLarge     => [refused!(403, "Object too large. Size limit is 1MB"), failed!(413, "Value is too large")],
-            ValueNotText      => [refused!(403, "Value is not valid UTF-8"); 2],
-            BodyNotObject     => [failed!(400, "Body is not a JSON object"); 2],
-            MainDown          => [refused!(501, "Server unavailable"),   failed!(503, "Main instance is down")],
-            NotFound          => [refused!(404, "Not found"),            failed!(404, "Not found")],
-            VerbNotAllowed(_) => [refused!(405, "Method not allowed"),   failed!(405, "Method not allowed")],
-            BadRequest        => [refused!(400, "Bad request"); 2],
-            LengthRequired    => [refused!(411, "Length required"); 2],
+            KeyInvalid        => [(403, "Key not valid"),        (400, "Key is too long")],
+            ValueMissing      => [(403, "No value provided"),    (400, "Value is missing")],
+            ValueTooLarge     => [(403, "Object too large. Size limit is 1MB"), (413, "Value is too large")],
+            ValueNotText      => [(403, "Value is not valid UTF-8"); 2],
+            BodyNotObject     => [(400, "Body is not a JSON object"); 2],
+            MainDown          => [(501, "Server unavailable"),   (503, "Main instance is down")],
+            NotFound          => [(404, "Not found"); 2],
+            VerbNotAllowed(_) => [(405, "Method not allowed"); 2],
+            BadRequest        => [(400, "Bad request"); 2],
+            LengthRequired    => [(411, "Length required"); 2],
             KeyCount(_)       => [(200, r#"{"message":"Key count retrieved successfully","key-count":<count>}"#); 2],
             Instance(_)       => [(200, r#"{"result":"Success",<instance>}"#); 2],
-            AddressNotSet     => [failed!(400, "ADDRESS is not set"); 2],
-            NodeDown(_)       => [refused!(501, "Server unavailable"),   failed!(503, "Node <node> is down")],
-            ViewMissing       => [failed!(400, "View is missing"); 2],
-            ViewInvalid(_)    => [failed!(400, "View is not valid: <reason>"); 2],
-            ChangeUnderWay    => [failed!(409, "Another view change is in progress"); 2],
-            HoldsKeys(_)      => [failed!(409, "Node <node> holds keys of another store"); 2],
+            AddressNotSet     => [(400, "ADDRESS is not set"); 2],
+            NodeDown(_)       => [(501, "Server unavailable"),   (503, "Node <node> is down")],
+            ViewMissing       => [(400, "View is missing"); 2],
+            ViewInvalid(_)    => [(400, "View is not valid: <reason>"); 2],
+            ChangeUnderWay    => [(409, "Another view change is in progress"); 2],
+            HoldsKeys(_)      => [(409, "Node <node> holds keys of another store"); 2],
             ViewChanged(_)    => [(200, r#"{"message":"View change successful",<shards>}"#); 2],
             // Only between nodes: the owner is another one by now, or none until a view change is over.
-            Elsewhere         => [refused!(421, "Not the owner"); 2],
+            Elsewhere         => [(421, "Not the owner"); 2],
+            Held              => [(423, "A view change is under way"); 2],
         }
     }
 
     /// Says the outcome in a vocabulary.
     fn answer(&self, vocabulary: Vocabulary, verb: &str) -> Answer {
-        let (status, template) = self.row()[vocabulary as usize];
+        let (status, text) = self.row()[vocabulary as usize];
+        let template = match vocabulary {
+            _ if text.starts_with('{') => Cow::Borrowed(text),
+            Vocabulary::Form => format!(r#"{{"result":"Error","msg":"{text}"}}"#).into(),
+            Vocabulary::Json => format!(r#"{{"error":"{text}","message":"Error in <verb>"}}"#).into(),
+        };
         let mut body = Vec::with_capacity(template.len() + 64);
         for part in template.split_inclusive('>') {
             let (text, blank) = part.split_once('<').unwrap_or((part, ""));
@@ -458,6 +460,12 @@ impl Answer {
             "HTTP/1.1 200 \r\nServer: M\r\nDate: Sun, 06 Nov 1994 08:49:37 GMT\r\nContent-Length: 0\r\n\r\n\r\n";
         let more_digits = self.body.len().checked_ilog10().unwrap_or(0) as usize;
         REST.len() + self.reason().len() + more_digits + self.header.len() + self.body.len()
+    }
+
+    /// What instances say to one another, as bytes.
+    fn exchange(status: u16, content: &impl Serialize) -> Answer {
+        // Writing to a Vec cannot fail.
+        Answer { status, header: EXCHANGE.into(), body: postcard::to_stdvec(content).unwrap_or_default() }
     }
 
     /// Adds which node answered, where there is a place for it.
@@ -555,15 +563,13 @@ enum Role {
     Node(String),
 }
 
-static ROLE: OnceLock<Role> = OnceLock::new();
-
-fn role() -> &'static Role {
-    ROLE.get().unwrap_or(&Role::Main)
-}
-
 /// This node's own address; None for a main instance and a follower.
 fn own() -> Option<&'static str> {
-    if let Role::Node(own) = role() { Some(own) } else { None }
+    if let Role::Node(own) = &SETTINGS.role { Some(own) } else { None }
+}
+
+fn is_own(node: &str) -> bool {
+    own() == Some(node)
 }
 
 /// Who owns what a request is about.
@@ -578,7 +584,7 @@ enum Owner {
 }
 
 fn owner(resource: &Resource, verb: &str) -> Owner {
-    match (role(), resource) {
+    match (&SETTINGS.role, resource) {
         // What an instance is, only that instance can say.
         (_, Resource::Instance) if verb == "GET" => Owner::ThisInstance,
         (Role::Follower(main), _) => Owner::Main(main.clone()),
@@ -625,17 +631,19 @@ fn find_owner(resource: &Resource, request: &Request, vocabulary: Vocabulary) ->
                 // A request that was held has waited already.
                 let patience = PATIENCE.saturating_sub(arrived.elapsed()).max(MESSAGE_LIMIT);
                 match Peer::at(&node).relay(Request { origin: Origin::Node, ..request.clone() }, patience) {
-                    Some(answer) if answer.status != 421 => return answer.with_address(&node, vocabulary),
-                    Some(_) => drop(meet(&node)),
+                    Some(answer) if answer.status == 423 => deadline = Instant::now() + PATIENCE,
+                    // Its table is not ours: one of us learns which is newer.
+                    Some(answer) if answer.status == 421 => drop(meet(&node)),
+                    Some(answer) => return answer.with_address(&node, vocabulary),
                     None => return down(node),
                 }
             }
             _ => {}
         }
-        // The owner changed, or is about to. A node that relayed this asks its own table again, and so do we.
+        // The owner changed, or is about to. A client's request waits here; a node looks at its own table again.
         let (under_way, missing) = lock(&STORE).membership.obstacle();
         if request.origin == Origin::Node {
-            return say(Outcome::Elsewhere);
+            return say(if under_way { Outcome::Held } else { Outcome::Elsewhere });
         } else if under_way {
             deadline = Instant::now() + PATIENCE;
         } else if Instant::now() > deadline {
@@ -668,7 +676,7 @@ fn perform(resource: &Resource, request: &Request, vocabulary: Vocabulary) -> Op
 fn describe_instance() -> String {
     let store = lock(&STORE);
     let (count, view) = (store.records.len(), store.membership.table.view.join(r#"",""#));
-    let (role, more) = match role() {
+    let (role, more) = match &SETTINGS.role {
         Role::Main => ("main", format!(r#""key-count":{count}"#)),
         Role::Follower(main) => ("follower", format!(r#""forwarding-address":"{main}""#)),
         Role::Node(own) => ("node", format!(r#""address":"{own}","view":["{view}"],"key-count":{count}"#)),
@@ -793,6 +801,8 @@ struct Membership {
     silent: Option<String>,
     /// The view change that this node is prepared for.
     change: Option<Change>,
+    /// The copies of one that this node gave up, not knowing how it ended: should it have been committed, they count.
+    orphans: Option<(u64, Vec<Record>)>,
 }
 
 impl Membership {
@@ -825,7 +835,7 @@ impl Membership {
     /// Whether to give up this table for that of another node.
     fn gives_in(&self, sender: &str, theirs: &Table) -> bool {
         let ours = &self.table;
-        let listed = theirs.view.iter().any(|node| Some(&**node) == own());
+        let listed = theirs.view.iter().any(|node| is_own(node));
         let known = ours.view.iter().any(|node| node == sender);
         let smaller = (theirs.view.len(), &theirs.view) < (ours.view.len(), &ours.view);
         theirs.is_whole()
@@ -841,8 +851,9 @@ impl Membership {
 impl Store {
     /// Goes over to a table: what was staged for it counts from now on, and what others own by it goes.
     fn take_up(&mut self, table: Table) {
-        let staged = self.membership.change.take().filter(|change| change.id == table.change);
-        self.records.extend(staged.into_iter().flat_map(|change| change.staged));
+        let staged = self.membership.change.take().map(|change| (change.id, change.staged));
+        let staged = [staged, self.membership.orphans.take()].into_iter().flatten();
+        self.records.extend(staged.filter(|(id, _)| *id == table.change).flat_map(|(_, records)| records));
         self.records.retain(|record| own().is_none_or(|own| table.owner(record.key()) == own));
         self.records.shrink_to_fit();
         (self.membership.table, self.membership.agreed) = (table, true);
@@ -866,22 +877,21 @@ fn meet(node: &str) -> Option<(Table, bool)> {
 }
 
 /// Asks nodes something side by side: one that does not answer does not hold up the others.
-fn ask_all<T: Send + 'static>(
-    nodes: Vec<String>,
-    ask: impl Fn(&str) -> Option<T> + Clone + Send + 'static,
-) -> Vec<(String, Option<T>)> {
-    let go = |node: String| {
-        let ask = ask.clone();
-        (node.clone(), may::go!(move || ask(&node)))
-    };
-    let asked: Vec<_> = nodes.into_iter().map(go).collect();
-    asked.into_iter().map(|(node, asked)| (node, asked.join().ok().flatten())).collect()
+fn ask_all<T: Send>(nodes: Vec<String>, ask: impl Fn(&str) -> Option<T> + Sync) -> Vec<(String, Option<T>)> {
+    let mut asked: Vec<(String, Option<T>)> = nodes.into_iter().map(|node| (node, None)).collect();
+    may::coroutine::scope(|scope| {
+        for (node, reply) in &mut asked {
+            let ask = &ask;
+            may::go!(scope, move || *reply = ask(node));
+        }
+    });
+    asked
 }
 
 /// Meets the other nodes of the view.
 fn keep_in_touch() {
     let (view, began) = (lock(&STORE).membership.table.view.clone(), Instant::now());
-    let heard = ask_all(view.iter().filter(|node| Some(&***node) != own()).cloned().collect(), meet);
+    let heard = ask_all(view.iter().filter(|node| !is_own(node)).cloned().collect(), meet);
     let mut store = lock(&STORE);
     let membership = &mut store.membership;
     let same = heard.iter().filter_map(|(_, reply)| reply.as_ref()).filter(|(table, _)| *table == membership.table);
@@ -910,6 +920,8 @@ const PATIENCE: Duration = Duration::from_millis(4400);
 const OVERDUE: Duration = Duration::from_millis(5);
 /// As many lanes may be out for one peer: a main instance of another kind that is slow gets so many requests at once.
 const MAX_LANES: usize = 64;
+/// How long a lane rests before it ends.
+const REST: Duration = Duration::from_secs(1);
 /// How long a lane that found the line empty looks again. To sleep and be woken takes longer, and as much of the processor.
 const LOOKOUT: Duration = Duration::from_micros(150);
 /// An exchange takes along this many requests, or requests with this many bytes of body; a larger one travels alone.
@@ -919,6 +931,8 @@ const GROUP_BYTES: usize = 256 << 10;
 const EXCHANGE_BYTES: usize = 1 << 20;
 /// More is no answer to any request of the contract.
 const MAX_ANSWER: u64 = 16 << 20;
+/// What is said of a connection that does not come about.
+const NO_WAY: [io::ErrorKind; 5] = [AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable, TimedOut];
 /// For how long a name is taken to stand for the same address.
 const LOOKUP_LIFETIME: Duration = Duration::from_secs(1);
 
@@ -946,9 +960,9 @@ struct Line {
     overdue: bool,
     /// Of those who wait for an answer, and some who have it: the watch ends waiting that lasts too long.
     tickets: Vec<Arc<Ticket>>,
-    /// How many lanes there are; how many of them are out, or called; and how many calls no lane has heard yet.
+    /// Lanes that are at work or called to it, those that rest, and the calls that none of them has heard yet.
     lanes: usize,
-    out: usize,
+    resting: usize,
     called: usize,
     /// The peer is known to take exchanges.
     exchanges: bool,
@@ -984,7 +998,9 @@ impl Errand {
     fn needs_exchange(&self) -> bool {
         let (request, url) = (&self.request, self.request.url("peer"));
         let same = |sent: Url| percent_decode(sent[..Part::AfterQuery].as_bytes()).eq(percent_decode(url.as_bytes()));
-        request.origin != Origin::Client || request.verb == "CONNECT" || !Url::parse(&url).is_ok_and(same)
+        // A target that is no path would go on with the host: `@another:80/`.
+        let is_path = request.target.starts_with('/') && request.verb != "CONNECT";
+        request.origin != Origin::Client || !is_path || !Url::parse(&url).is_ok_and(same)
     }
 }
 
@@ -1014,27 +1030,25 @@ impl Peer {
         lock(&ticket.answer).take()
     }
 
-    /// Has a lane come if none is out, or else perhaps another one, unless too many are. It is called when the line is free
-    /// again: it wants it at once.
+    /// Has a lane come if none is at work, or else perhaps another one, unless too many are. Takes the guard, so that the lane,
+    /// which needs the line first of all, is called when it is free again.
     fn call_lane(self: &Arc<Peer>, mut line: MutexGuard<Line>, another: bool) {
-        if line.out > 0 && (!another || line.out == MAX_LANES) {
+        if line.lanes > 0 && (!another || line.lanes == MAX_LANES) {
             return;
         }
-        let rests = line.out < line.lanes;
-        line.out += 1;
-        line.called += usize::from(rests);
-        line.lanes += usize::from(!rests);
+        line.lanes += 1;
+        let rests = line.resting > 0;
+        (line.resting, line.called) = (line.resting - usize::from(rests), line.called + usize::from(rests));
         drop(line);
         let peer = self.clone();
         if rests {
             self.wake.notify_one();
         } else if thread::Builder::new().spawn(move || peer.run_lane()).is_err() {
-            let mut line = lock(&self.line);
-            (line.out, line.lanes) = (line.out - 1, line.lanes - 1);
+            lock(&self.line).lanes -= 1;
         }
     }
 
-    /// A lane: takes out what waits, group by group, until nothing does for a moment; then it rests until it is called.
+    /// A lane: takes out what waits, group by group, until nothing does for a moment. Then it rests, and ends if it is not called.
     fn run_lane(&self) {
         let mut since = Instant::now();
         loop {
@@ -1049,37 +1063,36 @@ impl Peer {
                 thread::yield_now();
                 continue;
             } else {
-                line.out -= 1;
-                let called = self.wake.wait_while(line, |line| line.called == 0);
-                called.unwrap_or_else(PoisonError::into_inner).called -= 1;
+                (line.lanes, line.resting) = (line.lanes - 1, line.resting + 1);
+                let rested = self.wake.wait_timeout_while(line, REST, |line| line.called == 0);
+                line = rested.unwrap_or_else(PoisonError::into_inner).0;
+                if line.called == 0 {
+                    line.resting -= 1;
+                    return;
+                }
+                line.called -= 1;
             }
             since = Instant::now();
         }
     }
 
-    /// Takes a group of requests to the peer and hands in the answers; None if nobody is there, or answers.
+    /// Takes a group of requests to the peer, in an exchange unless it is one that can go by itself, and hands in the answers.
+    /// None if nobody is there, or answers.
     fn carry(&self, mut group: Vec<Errand>) -> Option<()> {
-        if group.len() > 1 || group[0].needs_exchange() {
-            return self.carry_together(group);
-        }
-        let errand = group.pop()?;
-        // The answer goes on before the connection is closed, which takes as long as opening it.
-        let (answer, _connection) = self.fetch(&errand.request)?;
-        errand.hand_in(answer);
-        Some(())
-    }
-
-    fn carry_together(&self, mut group: Vec<Errand>) -> Option<()> {
-        let requests: Vec<&Request> = group.iter().map(|errand| &errand.request).collect();
-        let (answer, _connection) = self.fetch(&Request::exchange(&requests))?;
-        // If this is no exchange, what became of the requests is not known: they are not sent again.
-        let answers: Vec<Answer> = (answer.header == EXCHANGE).then(|| postcard::from_bytes(&answer.body).ok())??;
+        let together = group.len() > 1 || group[0].needs_exchange();
+        let exchange = together.then(|| Request::exchange(&group));
+        // The answers go on before the connection is closed, which takes as long as opening it.
+        let (answer, _connection) = self.fetch(exchange.as_ref().unwrap_or(&group[0].request))?;
+        // If the answer to an exchange is none, what became of the requests is not known: they are not sent again.
+        let answers: Vec<Answer> = match together {
+            true => (answer.header == EXCHANGE).then(|| postcard::from_bytes(&answer.body).ok())??,
+            false => vec![answer],
+        };
+        // Those left over were not looked at: they are the first of the next group.
         let left_over = group.split_off(answers.len().min(group.len()));
-        if !answers.is_empty() {
-            // Those left over were not looked at: they are the first of the next group.
-            let mut line = lock(&self.line);
-            left_over.into_iter().rev().for_each(|errand| line.waiting.push_front(errand));
-        }
+        let mut line = lock(&self.line);
+        left_over.into_iter().rev().for_each(|errand| line.waiting.push_front(errand));
+        drop(line);
         // To wake a coroutine takes a thread a system call, and a coroutine none: one wakes all the others.
         may::go!(move || {
             for (errand, answer) in group.into_iter().zip(answers) {
@@ -1092,18 +1105,12 @@ impl Peer {
     /// Sends one HTTP request and reads its answer; None if there is none. If there is no way to the peer at all, whatever
     /// else waits for it is told so as well.
     fn fetch(&self, request: &Request) -> Option<(Answer, impl Read + use<>)> {
-        use io::ErrorKind::{AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable, TimedOut};
         let host = self.look_up().ok_or(io::Error::from(HostUnreachable).into());
-        let answer = host.and_then(|host| request.send(&host));
+        let (began, answer) = (Instant::now(), host.and_then(|host| request.send(&host)));
         let mut line = lock(&self.line);
         line.exchanges = own().is_some() || answer.as_ref().is_ok_and(|(_, takes_exchanges, _)| *takes_exchanges);
-        if let Err(error) = &answer
-            && let ErrorKind::Io(error) = error.kind()
-            && matches!(
-                error.kind(),
-                AddrNotAvailable | ConnectionRefused | HostUnreachable | NetworkUnreachable | TimedOut
-            )
-        {
+        let cause = answer.as_ref().err().map(attohttpc::Error::kind).filter(|_| began.elapsed() < ANSWER_LIMIT);
+        if matches!(cause, Some(ErrorKind::Io(error)) if NO_WAY.contains(&error.kind())) {
             line.waiting.clear();
         }
         answer.ok().map(|(answer, _, connection)| (answer, connection))
@@ -1136,21 +1143,20 @@ impl Line {
         let count = self.waiting.iter().take(GROUP_REQUESTS).take_while(|errand| fits(errand)).count();
         self.waiting.drain(..count.max(1).min(self.waiting.len())).collect()
     }
-
-    /// Tells those who have waited for too long, and forgets those who have their answer.
-    fn end_waiting(&mut self) {
-        let now = Instant::now();
-        self.tickets.extract_if(.., |ticket| ticket.deadline < now).for_each(|ticket| ticket.waiter.unpark());
-        self.tickets.retain(|ticket| Arc::strong_count(ticket) > 1);
-    }
 }
 
 /// Calls another lane where those that are out do not come back, and ends waiting that is in vain.
 fn watch_lines() {
-    let peers: Vec<Arc<Peer>> = lock(&PEERS).values().cloned().collect();
-    for peer in peers {
+    let (mut peers, now) = (lock(&PEERS), Instant::now());
+    // Those that nobody asks any more have no lane either. (Any client can name a thousand in a view.)
+    peers.retain(|_, peer| Arc::strong_count(peer) > 1);
+    let asked: Vec<Arc<Peer>> = peers.values().cloned().collect();
+    drop(peers);
+    for peer in asked {
         let mut line = lock(&peer.line);
-        line.end_waiting();
+        line.tickets.extract_if(.., |ticket| ticket.deadline < now).for_each(|ticket| ticket.waiter.unpark());
+        // Who has the answer has let go of the ticket.
+        line.tickets.retain(|ticket| Arc::strong_count(ticket) > 1);
         let waiting = !line.waiting.is_empty();
         if std::mem::replace(&mut line.overdue, waiting) && waiting {
             peer.call_lane(line, true);
@@ -1159,9 +1165,10 @@ fn watch_lines() {
 }
 
 impl Request {
-    fn exchange(requests: &[&Request]) -> Request {
+    fn exchange(group: &[Errand]) -> Request {
+        let requests: Vec<&Request> = group.iter().map(|errand| &errand.request).collect();
         // Writing to a Vec cannot fail.
-        let body = postcard::to_stdvec(requests).unwrap_or_default();
+        let body = postcard::to_stdvec(&requests).unwrap_or_default();
         let (verb, target, content_type, via) = ("POST".into(), "/kv-store".into(), EXCHANGE_TYPE.into(), VIA.clone());
         Request { verb, target, content_type, via, body, ..Request::default() }
     }
@@ -1224,7 +1231,7 @@ fn answer_exchange(body: &[u8]) -> Answer {
         Some(answer)
     };
     let answers: Vec<Answer> = requests.into_iter().map_while(answer_in).collect();
-    Answer { status: 200, header: Cow::Borrowed(EXCHANGE), body: postcard::to_stdvec(&answers).unwrap_or_default() }
+    Answer::exchange(200, &answers)
 }
 
 // ---- View changes: another view, the same keys ----------------------------------------------------------------------
@@ -1249,7 +1256,7 @@ struct Change {
     decider: String,
     renewed: Instant,
     /// This node is the decider, and has asked the coordinator how the change ended: a commit that crosses comes too late.
-    abandoned: bool,
+    refuses_commit: bool,
     /// Copies of keys that become this node's.
     staged: Vec<Record>,
     /// The keys that this node keeps so far, in order; those above are copied. None before the first is.
@@ -1304,11 +1311,10 @@ fn tell(node: &str, id: u64, message: Message) -> Option<Reply> {
 /// Answers a message, if it is one and for this node.
 fn receive(body: &[u8]) -> Answer {
     match postcard::from_bytes::<(&str, u64, Message)>(body) {
-        Ok((node, id, message)) if own() == Some(node) => {
-            let (status, reply) = act(id, message).map_or((409, Reply::Refused), |reply| (200, reply));
-            let body = postcard::to_stdvec(&reply).unwrap_or_default();
-            Answer { status, header: Cow::Borrowed(EXCHANGE), body }
-        }
+        Ok((node, id, message)) if is_own(node) => match act(id, message) {
+            Some(reply) => Answer::exchange(200, &reply),
+            None => Answer::exchange(409, &Reply::Refused),
+        },
         _ => Outcome::BadRequest.answer(Vocabulary::Form, "POST"),
     }
 }
@@ -1330,13 +1336,12 @@ fn act(id: u64, message: Message) -> Option<Reply> {
             let copies: Option<Vec<Record>> = copies.iter().map(|copy| Record::from_bytes(copy)).collect();
             store.membership.prepared(id)?.staged.extend(copies?);
         }
-        Message::Commit(table)
-            if table.is_whole() && store.membership.prepared(id).is_some_and(|change| !change.abandoned) =>
-        {
-            store.take_up(table)
+        // Committed already.
+        Message::Commit(table) if table.change == store.membership.table.change => {}
+        Message::Commit(table) => {
+            store.membership.prepared(id).filter(|change| !change.refuses_commit && table.is_whole())?;
+            store.take_up(table);
         }
-        // Refused, unless committed already.
-        Message::Commit(table) => drop((table.change == store.membership.table.change).then_some(())?),
         Message::Abort => drop(store.membership.change.take_if(|change| change.id == id)),
         Message::Renew => drop(store.membership.prepared(id)?),
     }
@@ -1346,8 +1351,9 @@ fn act(id: u64, message: Message) -> Option<Reply> {
 impl Store {
     fn prepare(&mut self, id: u64, version: u64, coordinator: String, decider: String) -> Option<Reply> {
         if self.membership.change.is_none() && version > self.membership.table.version {
-            let (renewed, abandoned, staged) = (Instant::now(), false, Vec::new());
-            self.membership.change = Some(Change { id, coordinator, decider, renewed, abandoned, staged, kept: None });
+            let (renewed, refuses_commit, staged) = (Instant::now(), false, Vec::new());
+            self.membership.change =
+                Some(Change { id, coordinator, decider, renewed, refuses_commit, staged, kept: None });
         }
         self.membership.prepared(id).map(|_| Reply::Prepared(self.records.len()))
     }
@@ -1372,27 +1378,28 @@ fn in_order(records: &HashSet<Record>) -> Vec<(u64, Record)> {
     order
 }
 
-/// Ends a view change whose coordinator is silent, as the decider has; the decider itself asks the coordinator, which goes
-/// ahead alone if the decider is silent. Whoever is asked and has not committed never will.
+/// Ends a view change whose coordinator has been silent for a lease. The decider refuses from now on to commit and asks the
+/// coordinator, which may have gone ahead alone; any other node asks the decider. Who is asked answers with its table, and if it
+/// has not committed, never will.
 fn end_abandoned_change() {
     let (id, asked, decides, since) = match &mut lock(&STORE).membership.change {
         Some(change) if change.renewed.elapsed() > LEASE => {
-            change.abandoned = own() == Some(&change.decider);
-            let asked = if change.abandoned { &change.coordinator } else { &change.decider };
-            (change.id, asked.clone(), change.abandoned, change.renewed)
+            change.refuses_commit = is_own(&change.decider);
+            let asked = if change.refuses_commit { &change.coordinator } else { &change.decider };
+            (change.id, asked.clone(), change.refuses_commit, change.renewed)
         }
         _ => return,
     };
-    let table = match tell(&asked, id, Message::Abort) {
-        Some(Reply::Table(table, _)) => Some(table).filter(|table| table.change == id),
-        // The coordinator is alive, or both are dead, and then nobody is left to commit.
-        _ if !decides && since.elapsed() < LEASE * 2 => return,
-        _ => None,
-    };
+    let reply = tell(&asked, id, Message::Abort);
     let mut store = lock(&STORE);
-    match table {
-        Some(table) if store.membership.prepared(id).is_some() => store.take_up(table),
-        _ => drop(store.membership.change.take_if(|change| change.id == id)),
+    match reply {
+        // The coordinator may be alive: it may find that only the decider is silent, and go ahead.
+        None if !decides && since.elapsed() < LEASE * 2 => {}
+        // Meanwhile it ended.
+        _ if store.membership.prepared(id).is_none() => {}
+        Some(Reply::Table(table, _)) if table.change == id => store.take_up(table),
+        Some(_) => store.membership.change = None,
+        None => store.membership.orphans = store.membership.change.take().map(|change| (id, change.staged)),
     }
 }
 
@@ -1427,29 +1434,45 @@ struct Coordination<'a> {
 }
 
 impl Coordination<'_> {
-    /// Asks all nodes of the old and the new view for their tables; only one that leaves by force need not answer.
+    /// Asks all nodes of the old and the new view for their tables; only one that leaves by force need not answer. This node
+    /// takes part in any case: it decides if the decider is silent.
     fn begin(view: &[String], force: bool) -> Result<Coordination<'_>, Outcome> {
-        let nodes = || lock(&STORE).membership.table.view.iter().chain(view).cloned().collect::<BTreeSet<String>>();
-        let met = ask_all(nodes().into_iter().collect(), |node| meet(node).or_else(|| meet(node)));
+        let old = lock(&STORE).membership.table.clone();
+        let nodes: BTreeSet<&str> = old.view.iter().chain(view).map(String::as_str).chain(own()).collect();
+        let met =
+            ask_all(nodes.iter().map(|node| node.to_string()).collect(), |node| meet(node).or_else(|| meet(node)));
         let gone: Vec<_> = met.iter().filter(|(_, reply)| reply.is_none()).map(|(node, _)| node).collect();
         if let Some(node) = gone.iter().find(|node| !force || view.contains(node)) {
             return Err(Outcome::NodeDown(node.to_string()));
         } else if !gone.is_empty() {
-            // A node that was stopped and goes on must notice first that it has not asked the others for long.
+            // The silent node may only be stopped. Once its table is no longer FRESH, it asks before it answers by it.
             may::coroutine::sleep(FRESH + FRESH / 4);
         }
-        let tables = || met.iter().filter_map(|(_, reply)| reply.as_ref()).map(|(table, _)| table);
+        let tables = || met.iter().filter_map(|(node, reply)| Some((node, &reply.as_ref()?.0)));
+        let newest =
+            tables().map(|(_, table)| table).filter(|table| table.view.len() > 1).max_by_key(|table| table.version);
         let mut store = lock(&STORE);
-        let alone = store.records.is_empty() && store.membership.table.view.iter().all(|node| Some(&**node) == own());
-        if alone && let Some(theirs) = tables().filter(|table| table.view.len() > 1).max_by_key(|table| table.version) {
+        if let Some(theirs) = newest
+            && store.records.is_empty()
+            && old.view.iter().all(|node| is_own(node))
+        {
             // A node that has nothing of its own and is to join was asked: the store is the others'.
             store.take_up(theirs.clone());
         }
-        let old = store.membership.table.clone();
+        if store.membership.table != old {
+            drop(store);
+            return Coordination::begin(view, force);
+        }
         drop(store);
-        let version = tables().map(|table| table.version).fold(old.version, u64::max) + 1;
-        let present: Vec<String> = nodes().into_iter().filter(|node| !gone.contains(&node)).collect();
-        let decider = present.iter().find(|node| Some(&***node) != own()).unwrap_or(&present[0]).clone();
+        // A node that is taken out of another store would still meet the rest of it, and take their keys for its own.
+        let elsewhere = |table: &Table| table.view.iter().any(|node| !nodes.contains(&**node));
+        if let Some((node, _)) = tables().find(|(node, table)| !old.view.contains(node) && elsewhere(table)) {
+            return Err(Outcome::HoldsKeys(node.clone()));
+        }
+        let version = tables().map(|(_, table)| table.version).fold(old.version, u64::max) + 1;
+        let present: Vec<String> =
+            met.iter().filter(|(_, reply)| reply.is_some()).map(|(node, _)| node.clone()).collect();
+        let decider = present.iter().find(|node| !is_own(node)).unwrap_or(&present[0]).clone();
         Ok(Coordination { id: RandomState::new().hash_one(version).max(1), view, old, version, present, decider })
     }
 
@@ -1469,15 +1492,15 @@ impl Coordination<'_> {
         let shard = |node| format!(r#"{{"address":"{node}","key-count":{}}}"#, counts[node]);
         let shards = self.view.iter().map(shard).collect::<Vec<_>>().join(",");
         let moved: usize = moves.iter().map(|(.., count)| count).sum();
-        let nodes = self.commit(&table).join(r#"",""#);
+        let commit = |nodes: Vec<String>, _| self.tell_all(&nodes, Message::Commit(table.clone()));
+        let nodes = (0..3).fold(self.present.clone(), commit).join(r#"",""#);
         let unreached = if nodes.is_empty() { nodes } else { format!(r#","unreached":["{nodes}"]"#) };
         Ok(Outcome::ViewChanged(format!(r#""moved":{moved},"shards":[{shards}]{unreached}"#)))
     }
 
     /// Tells nodes the same, and returns those that did not agree.
     fn tell_all(&self, nodes: &[String], message: Message) -> Vec<String> {
-        let id = self.id;
-        let mut told = ask_all(nodes.to_vec(), move |node| tell(node, id, message.clone()));
+        let mut told = ask_all(nodes.to_vec(), |node| tell(node, self.id, message.clone()));
         told.retain(|(_, reply)| !matches!(reply, Some(Reply::Table(..))));
         told.into_iter().map(|(node, _)| node).collect()
     }
@@ -1516,15 +1539,13 @@ impl Coordination<'_> {
         Ok(cuts)
     }
 
-    /// The decider's yes is the point of no return, or this node's own if the decider is silent.
+    /// The decider's yes is the point of no return. If the decider is silent, it is this node's own, as long as all others are
+    /// prepared: nobody then has heard from the decider that it will not commit.
     fn decide(&self, table: &Table) -> bool {
         let commit = |node| tell(node, self.id, Message::Commit(table.clone()));
-        matches!(commit(&self.decider).or_else(|| commit(own()?)), Some(Reply::Table(..)))
-    }
-
-    /// Returns the nodes that did not answer.
-    fn commit(&self, table: &Table) -> Vec<String> {
-        (0..3).fold(self.present.clone(), |unreached, _| self.tell_all(&unreached, Message::Commit(table.clone())))
+        let others: Vec<String> = self.present.iter().filter(|node| **node != self.decider).cloned().collect();
+        let alone = || self.tell_all(&others, Message::Renew).is_empty().then(|| commit(own()?)).flatten();
+        matches!(commit(&self.decider).or_else(alone), Some(Reply::Table(..)))
     }
 }
 
@@ -1678,7 +1699,7 @@ impl Connection {
         let missing = (self.handed - self.settled) as usize;
         bytes.drain(..bytes.len().saturating_sub(missing));
         // Followers ask one thing a connection, so this reaches them (W3C, Linked Data Platform, section 7.1).
-        let takes_exchanges = self.relayed && matches!(role(), Role::Main);
+        let takes_exchanges = self.relayed && matches!(SETTINGS.role, Role::Main);
         let accepts = if takes_exchanges { "Accept-Post: application/x-kv-store-exchange\r\n" } else { "" };
         answer.write(&mut bytes, &format!("{CLOSE}{accepts}"), without_body);
         let sent = send_held(&self.socket, &bytes).unwrap_or(0);
@@ -1843,26 +1864,26 @@ fn unread(socket: &Socket) -> u64 {
 fn main() {
     let arguments: Vec<String> = std::env::args_os().skip(1).map(|it| it.to_string_lossy().into_owned()).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        [] => serve(read_settings()),
+        [] => serve(&SETTINGS),
         ["--help" | "-h"] => drop(write!(io::stdout(), "{HELP}")),
         ["--version" | "-V"] => drop(writeln!(io::stdout(), "kv-store {VERSION}")),
-        ["--health"] => exit(if is_healthy(read_settings().listen) { 0 } else { 1 }),
+        ["--health"] => exit(if is_healthy(SETTINGS.listen) { 0 } else { 1 }),
         _ => fail(2, &format!("{}: expected --help, --version, --health or nothing", arguments.join(" "))),
     }
 }
 
-fn serve(Settings { listen, role, view }: Settings) {
+fn serve(Settings { listen, role, view }: &'static Settings) {
     // As PID 1 of a container a process ignores these signals unless it says otherwise. There is nothing to save.
     for signal in [libc::SIGTERM, libc::SIGINT] {
         let _ = signal_hook::flag::register_conditional_shutdown(signal, 0, Arc::new(AtomicBool::new(true)));
     }
-    let description = match &role {
+    let description = match role {
         Role::Main => "main instance".into(),
         Role::Follower(main) => format!("follower of {main}"),
         Role::Node(address) => format!("node {address} of {}", view.join(",")),
     };
-    if let Role::Node(_) = ROLE.get_or_init(|| role) {
-        lock(&STORE).membership.table = Table::first(view);
+    if let Role::Node(_) = role {
+        lock(&STORE).membership.table = Table::first(view.clone());
         repeat(Duration::from_millis(100), keep_in_touch);
         repeat(Duration::from_millis(100), end_abandoned_change);
     }
@@ -1874,9 +1895,7 @@ fn serve(Settings { listen, role, view }: Settings) {
     });
     say(&format!("{description}, version {VERSION}, listening on {listen}"));
     repeat(Duration::from_millis(5), watch_connections);
-    if !matches!(self::role(), Role::Main) {
-        repeat(OVERDUE, watch_lines);
-    }
+    repeat(OVERDUE, watch_lines);
     let _ = server.join();
     fail(1, &format!("IP={} PORT={}: expected to go on listening, but the server ended", listen.ip(), listen.port()))
 }
@@ -1889,11 +1908,6 @@ fn repeat(pause: Duration, work: fn()) {
             thread::sleep(pause);
         }
     });
-}
-
-fn read_settings() -> Settings {
-    let variable = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
-    Settings::read(variable).unwrap_or_else(|line| fail(2, &line))
 }
 
 /// Writes a line to stderr. The program goes on if it cannot, where eprintln! would not.
