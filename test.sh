@@ -339,6 +339,7 @@ test_http() { # INSTANCE
   expect "$p a body of 20 MB on GET is read and ignored" "$found" "$i" GET /kv-store/h -H Expect: -d "@$work/huge"
   expect "$p a head of 70,000 bytes" "$bad" "$i" GET /kv-store/h -H "X: $(head -c 70000 /dev/zero | tr '\0' x)"
   expect_raw "$p OPTIONS *" '404 {"result":"Error","msg":"Not found"}' "$i" 'OPTIONS * HTTP/1.1\r\nConnection: close\r\n\r\n'
+  expect_raw "$p a target that would go on with the host" '404 {"result":"Error","msg":"Not found"}' "$i" "GET @${address[main]}/kv-store HTTP/1.1\r\nConnection: close\r\n\r\n"
   expect_raw "$p asked to continue" "100 $set" "$i" "${put}Expect: 100-continue\r\nContent-Length: 5\r\nConnection: close\r\n\r\nval=1"
   expect_raw "$p HEAD after another request" "$found 200" "$i" "$get\r\nHEAD /kv-store/h HTTP/1.1\r\n\r\n"
   check "$p HEAD gives the length that GET has" "$(curl -s -o /dev/null -w '%header{content-length}' "${url[$i]}/kv-store/h")" \
@@ -579,6 +580,9 @@ test_nodes() {
   check "nodes: errors of the owner are passed on, with its address" "$(count n2) n2" \
     "$(curl -s -X PUT "${json[@]}" -d '{}' "${url[n1]}/kv-store/keys/[a-b][1-60]" | grep -c "Value is missing.*${address[n2]}") n2"
   check "nodes: a relayed key may be odd" "201 200 200" "$(for verb in PUT GET DELETE; do status_of n1 "$verb" /kv-store/keys/.. --path-as-is "${json[@]}" -d '{"value":1}'; done | paste -sd' ')"
+  (printf '{"value":1' && head -c 8388597 /dev/zero | tr '\0' ' ' && printf '}') >"$work/padded"
+  check "nodes: a body of 8 MiB reaches the owner through another node" "201 200" "$(for node in n1 n2; do status_of "$node" PUT /kv-store/keys/padded "${json[@]}" -d "@$work/padded"; done | paste -sd' ')"
+  check "nodes: ... and is deleted" 200 "$(status_of n1 DELETE /kv-store/keys/padded)"
 
   answer=$(change_to n1 n1 n2 n3)
   in_order="{\"message\":\"View change successful\",\"moved\":$(moved "$answer"),\"shards\":[{\"address\":\"${address[n1]}\",\"key-count\":40},{\"address\":\"${address[n2]}\",\"key-count\":40},{\"address\":\"${address[n3]}\",\"key-count\":40}]} 200"
@@ -640,6 +644,9 @@ test_refused_view_changes() {
   await "refused: (another store has a key)" 201 status_of other PUT /kv-store/key -d val=1
   expect "refused: a node with keys of another store" "$(json_error 409 "Node ${address[other]} holds keys of another store" PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d "{\"view\":\"$(view n1 n2 n3 other)\"}"
   check "refused: ... which keeps them" "200 $(view other)" "$(status_of other GET /kv-store/key) $(view_of other)"
+  "address_$mode" fellow && start_node fellow
+  check "refused: (the other store grows)" "1 0" "$(shards "$(change_to other other fellow)")"
+  expect "refused: a node of another store that goes on without it" "$(json_error 409 "Node ${address[fellow]} holds keys of another store" PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d "{\"view\":\"$(view n1 n2 n3 fellow)\"}"
   local alias=localhost:${address[n4]##*:}
   [ "$mode" = local ] || alias=$(docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}' "${process[n4]}"):8080
   expect "refused: a node by another name than its own" "$(json_error 503 "Node $alias is down" PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d "{\"view\":\"$(view n1 n2 n3),$alias\"}"
@@ -782,6 +789,15 @@ test_first_views_that_differ() {
   start_node u3 VIEW="$(view u1 u2 u3)" && start_node u1 VIEW="$(view u1 u2)" && start_node u2 VIEW="$(view u1 u2)"
   check "first views: the node that the others do not list relays" "60 60 0" "$(write u3 g 60) $(found u1 g 60) $(count u3)"
   check "first views: the others share the keys" 60 "$(total u1 u2)"
+}
+
+test_force_by_a_blank_node() {
+  local kept
+  kept=$(count u1)
+  "address_$mode" u4 && start_node u4
+  "kill_$mode" u2
+  check "force, asked of the node that joins: done at once" 200 "$(change u4 "{\"view\":\"$(view u1 u4)\",\"force\":true}" | grep -o '...$')"
+  check "... what a living node had is there" "$kept" "$(total u1 u4)"
 }
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
@@ -1247,6 +1263,7 @@ test_writers_during_changes
 test_node_paused_and_killed
 test_stale_nodes
 test_first_views_that_differ
+test_force_by_a_blank_node
 [ "$mode" = local ] && test_port_in_use_local
 [ "$mode" = docker ] && test_image_docker
 
