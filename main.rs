@@ -732,7 +732,7 @@ impl Table {
     }
 
     /// The table after a view change in which nodes give up what is above their cuts: the place and the receiver, from the
-    /// highest place down. What a node that leaves has not given away holds no keys, and goes to any.
+    /// highest place down. Ranges left to a node that leaves hold no keys; they are dealt out among the view.
     fn after(&self, view: &[String], cuts: &[(String, Position, String)]) -> Table {
         let mut places: Vec<&Position> = self.ranges.iter().map(|(first, _)| first).collect();
         places.extend(cuts.iter().map(|(_, place, _)| place));
@@ -783,7 +783,7 @@ fn plan(counts: &mut BTreeMap<String, usize>, view: &[String]) -> Vec<(String, S
 
 /// A node that has not asked the others for this long does not rely on its table.
 const FRESH: Duration = Duration::from_secs(2);
-/// To meet all must take less than FRESH, twice over.
+/// The nodes are met side by side, so this is how long a round takes at most; two must fit into FRESH.
 const MEET_LIMIT: Duration = Duration::from_millis(700);
 
 /// When this node began to keep in touch, which is when this is looked at first.
@@ -907,16 +907,17 @@ fn keep_in_touch() {
 //
 // attohttpc blocks, and opens a connection for each HTTP request. So what is to go to a peer stands in a line, and a lane (a
 // thread) takes it out: one lane, as long as it comes back quickly. What arrives while it is out shares its next exchange: one
-// POST with the requests in its body, whose answer has the answers. A lone request leaves at once, as itself. Only who owns
-// what is asked for takes exchanges: a node from another, and a main instance, which says so in its answers. Any other peer
-// (another server that speaks the contract, a follower) gets its requests one by one.
+// POST with the requests in its body, whose answer has the answers. A lone request leaves at once, as itself. Requests share an
+// exchange only on their way to who owns what they ask for: from node to node, and to a main instance, which says in its
+// answers that it takes exchanges (Accept-Post). Any other peer (another server that speaks the contract, a follower) gets them
+// one by one, on a lane each; what plain HTTP cannot carry goes in an exchange of its own.
 
 /// A peer that is gone is reported within 1.5 s (the contract, "A follower"): a connection must come about before.
 const CONNECT_LIMIT: Duration = Duration::from_millis(1200);
 /// A peer that accepts and never answers is reported within 5 s. The lane gives up, and a moment later whoever waits.
 const ANSWER_LIMIT: Duration = Duration::from_millis(4200);
 const PATIENCE: Duration = Duration::from_millis(4400);
-/// One slow exchange does not hold up those behind it: after this time, twice at most, another lane goes out beside it.
+/// One slow exchange does not hold up those behind it: after one to two times this, another lane goes out beside it.
 const OVERDUE: Duration = Duration::from_millis(5);
 /// As many lanes may be out for one peer: a main instance of another kind that is slow gets so many requests at once.
 const MAX_LANES: usize = 64;
@@ -927,7 +928,7 @@ const LOOKOUT: Duration = Duration::from_micros(150);
 /// An exchange takes along this many requests, or requests with this many bytes of body; a larger one travels alone.
 const GROUP_REQUESTS: usize = 128;
 const GROUP_BYTES: usize = 256 << 10;
-/// An exchange is answered up to this many bytes. The requests that get no answer then were not looked at.
+/// An answer to an exchange ends after this many bytes. Requests past that are not looked at, and go again.
 const EXCHANGE_BYTES: usize = 1 << 20;
 /// More is no answer to any request of the contract.
 const MAX_ANSWER: u64 = 16 << 20;
@@ -1077,7 +1078,7 @@ impl Peer {
     }
 
     /// Takes a group of requests to the peer, in an exchange unless it is one that can go by itself, and hands in the answers.
-    /// None if nobody is there, or answers.
+    /// None is just the way out: whoever waits is told when the group is dropped.
     fn carry(&self, mut group: Vec<Errand>) -> Option<()> {
         let together = group.len() > 1 || group[0].needs_exchange();
         let exchange = together.then(|| Request::exchange(&group));
@@ -1217,8 +1218,8 @@ impl Request {
 /// Answers the requests of an exchange in order, until the answer is large enough. (Not inlined, as `find_owner`.)
 #[inline(never)]
 fn answer_exchange(body: &[u8]) -> Answer {
-    // The number comes first: many small requests would take a multiple of the body's memory. An exchange inside an exchange
-    // would let a client choose how deep this recurses.
+    // The number comes first, and is looked at first: tiny requests take many times the memory of their bytes. An exchange
+    // inside an exchange would let a client choose how deep this recurses.
     let few = postcard::take_from_bytes::<usize>(body).is_ok_and(|(count, _)| count <= GROUP_REQUESTS);
     let requests = match postcard::from_bytes::<Vec<Request>>(if few { body } else { &[] }) {
         Ok(requests) if !requests.iter().any(Request::is_exchange) => requests,
@@ -1238,9 +1239,9 @@ fn answer_exchange(body: &[u8]) -> Answer {
 //
 // The node that is asked coordinates, in two phases. Prepare: every node of the old and the new view holds its requests and
 // says how many keys it has; keys above the cuts are copied to their new nodes. Commit: every node takes up the new table,
-// which makes the copies count and the originals go. Whatever fails before the first commit ends in abort: the copies are
-// dropped and the old table goes on. A node that hears nothing from its coordinator asks the decider, which commits before
-// all others: whether it has committed decides for everyone.
+// which makes the copies count and the originals go. What fails before that ends in abort: the copies are dropped and the old
+// table goes on. One node, the decider, commits before all others: whether it has decides for everyone, and a node that hears
+// nothing from its coordinator asks it.
 
 /// A prepared node that hears nothing from the coordinator for this long takes it for dead.
 const LEASE: Duration = Duration::from_millis(2500);
@@ -1299,7 +1300,7 @@ fn tell(node: &str, id: u64, message: Message) -> Option<Reply> {
         Message::Copy(..) => LEASE,
         _ => MESSAGE_LIMIT,
     };
-    // It names whom it is for. A node by another name, or one behind a follower, would be counted twice or not at all.
+    // The message names its addressee. A node by another name, or one behind a follower, would be counted twice or not at all.
     let body = postcard::to_stdvec(&(node, id, message)).ok()?;
     let answer = match own()? == node {
         true => receive(&body),
@@ -1478,17 +1479,27 @@ impl Coordination<'_> {
 
     /// Runs the change to its end. The error is an outcome as well, and the old view stays in force.
     fn run(&self) -> Result<Outcome, Outcome> {
-        let decided = self.prepare().and_then(|mut counts| {
+        let planned = self.prepare().and_then(|mut counts| {
             let moves = plan(&mut counts, self.view);
             let cuts = self.copy(&moves)?;
             let table = match counts.values().sum() {
                 0 => Table::first(self.view.to_vec()),
                 _ => self.old.after(self.view, &cuts),
             };
-            let table = Table { version: self.version, change: self.id, ..table };
-            self.decide(&table).then_some((table, counts, moves)).ok_or(Outcome::ChangeUnderWay)
+            Ok((Table { version: self.version, change: self.id, ..table }, counts, moves))
         });
-        let (table, counts, moves) = decided.inspect_err(|_| drop(self.tell_all(&self.present, Message::Abort)))?;
+        let abort = || drop(self.tell_all(&self.present, Message::Abort));
+        let (table, counts, moves) = planned.inspect_err(|_| abort())?;
+        match self.decide(&table) {
+            Some(Reply::Table(..)) => {}
+            // It had not heard from this node for long, and gave the change up.
+            Some(_) => {
+                abort();
+                return Err(Outcome::ChangeUnderWay);
+            }
+            // It may have committed, so this must not abort: whoever is prepared will ask it.
+            None => return Err(Outcome::NodeDown(self.decider.clone())),
+        }
         let shard = |node| format!(r#"{{"address":"{node}","key-count":{}}}"#, counts[node]);
         let shards = self.view.iter().map(shard).collect::<Vec<_>>().join(",");
         let moved: usize = moves.iter().map(|(.., count)| count).sum();
@@ -1505,7 +1516,8 @@ impl Coordination<'_> {
         told.into_iter().map(|(node, _)| node).collect()
     }
 
-    /// All nodes hold their requests, one after the other, and say how many keys they have.
+    /// All nodes hold their requests, and say how many keys they have. They are asked in order, so that of two coordinators
+    /// one fails at the first node that both ask, and does not hold nodes that the other needs.
     fn prepare(&self) -> Result<BTreeMap<String, usize>, Outcome> {
         let (own, joins) = (own().unwrap_or_default(), |node: &String| !self.old.view.contains(node));
         let prepare = || Message::Prepare(self.version, own.into(), self.decider.clone());
@@ -1540,12 +1552,12 @@ impl Coordination<'_> {
     }
 
     /// The decider's yes is the point of no return. If the decider is silent, it is this node's own, as long as all others are
-    /// prepared: nobody then has heard from the decider that it will not commit.
-    fn decide(&self, table: &Table) -> bool {
+    /// prepared: nobody then has heard from the decider that it will not commit. None if that cannot be known.
+    fn decide(&self, table: &Table) -> Option<Reply> {
         let commit = |node| tell(node, self.id, Message::Commit(table.clone()));
         let others: Vec<String> = self.present.iter().filter(|node| **node != self.decider).cloned().collect();
         let alone = || self.tell_all(&others, Message::Renew).is_empty().then(|| commit(own()?)).flatten();
-        matches!(commit(&self.decider).or_else(alone), Some(Reply::Table(..)))
+        commit(&self.decider).or_else(alone)
     }
 }
 
@@ -1566,7 +1578,7 @@ struct Connection {
     /// The bytes of that stream: those that the server was handed, and those that the kernel was seen to have.
     /// What lies between them is what `unsent` covers.
     handed: u64,
-    settled: u64,
+    taken: u64,
     /// The last word is said. What the server still reads is not looked at.
     ended: bool,
     /// The client may still be sending when the connection is closed.
@@ -1594,7 +1606,7 @@ impl HttpServiceFactory for Server {
         let watched = Watched { calls: calls.clone(), seen: 0, since: Instant::now(), received: None };
         connections.insert(id as RawFd, watched);
         let (unsent, lingers, relayed) = (VecDeque::new(), false, false);
-        Connection { socket, calls, unsent, handed: 0, settled: 0, ended: crowded, lingers, relayed }
+        Connection { socket, calls, unsent, handed: 0, taken: 0, ended: crowded, lingers, relayed }
     }
 }
 
@@ -1633,7 +1645,7 @@ impl Connection {
         let answer = answer(request);
         // The server takes only headers that live forever: those of a foreign main instance go out as a last word. And it
         // would collect answers without end for a client that does not read them.
-        let unfit = matches!(answer.header, Cow::Owned(_)) || self.handed - self.settled > MAX_UNSENT;
+        let unfit = matches!(answer.header, Cow::Owned(_)) || self.handed - self.taken > MAX_UNSENT;
         if framing.closing || framing.is_head || unfit {
             self.lingers = !framing.closing;
             self.say_last_word(&answer, framing.is_head);
@@ -1662,24 +1674,24 @@ impl Connection {
             response.header(header);
         }
         response.body_vec(answer.body);
-        if self.handed - self.settled > 4 << 10 {
-            self.settle();
+        if self.handed - self.taken > 4 << 10 {
+            self.forget_taken();
             may::coroutine::yield_now();
         }
     }
 
     /// Forgets the answers that the kernel has. It counts what it was given, and it is given nothing but answers.
-    fn settle(&mut self) {
+    fn forget_taken(&mut self) {
         let Some(info) = info(&self.socket) else { return };
         let given = info.tcpi_bytes_sent - info.tcpi_bytes_retrans + u64::from(info.tcpi_notsent_bytes);
-        self.settled = given.min(self.handed);
-        while self.unsent.pop_front_if(|(end, _)| *end <= self.settled).is_some() {}
+        self.taken = given.min(self.handed);
+        while self.unsent.pop_front_if(|(end, _)| *end <= self.taken).is_some() {}
     }
 
     /// Tells a client that asked first that it may send its body. While answers before this one are on their way nothing
     /// is said: such a client sends its body unasked after a moment (RFC 9110 section 10.1.1).
     fn send_continue(&mut self) {
-        self.settle();
+        self.forget_taken();
         if self.unsent.is_empty() {
             self.handed += (&*self.socket).write(b"HTTP/1.1 100 Continue\r\n\r\n").unwrap_or(0) as u64;
         }
@@ -1694,9 +1706,9 @@ impl Connection {
     /// Sends an answer directly, after what the server has not sent of those before it, and closes the connection.
     fn say_last_word(&mut self, answer: &Answer, without_body: bool) {
         let mut bytes = Vec::new();
-        self.settle();
+        self.forget_taken();
         self.unsent.drain(..).for_each(|(_, answer)| answer.write(&mut bytes, "", false));
-        let missing = (self.handed - self.settled) as usize;
+        let missing = (self.handed - self.taken) as usize;
         bytes.drain(..bytes.len().saturating_sub(missing));
         // Followers ask one thing a connection, so this reaches them (W3C, Linked Data Platform, section 7.1).
         let takes_exchanges = self.relayed && matches!(SETTINGS.role, Role::Main);
