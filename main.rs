@@ -285,18 +285,18 @@ fn record_of(key: &[u8], request: &Request, vocabulary: Vocabulary) -> Result<Re
     } else if request.oversized {
         return Err(Outcome::ValueTooLarge);
     }
-    let (form, value) = match vocabulary {
-        Vocabulary::Form => (ValueForm::Text, form_value(request)?),
+    let value = match vocabulary {
+        Vocabulary::Form => json_of(&form_value(request)?)?,
         Vocabulary::Json => json_value(&request.body)?,
     };
-    (value.len() <= MAX_VALUE).then(|| Record::new(key, form, &value)).ok_or(Outcome::ValueTooLarge)
+    Ok(Record::new(key, &value))
 }
 
 /// The first field `val` of the body, or else of the query, decoded.
-fn form_value(request: &Request) -> Result<Vec<u8>, Outcome> {
+fn form_value(request: &Request) -> Result<String, Outcome> {
     let query = request.target.split_once('?').map_or("", |(_, query)| query).as_bytes();
     let value = form_field(&request.body).or_else(|| form_field(query)).ok_or(Outcome::ValueMissing)?;
-    String::from_utf8(value).map(String::into_bytes).map_err(|_| Outcome::ValueNotText)
+    String::from_utf8(value).map_err(|_| Outcome::ValueNotText)
 }
 
 /// Finds the field `val` of an application/x-www-form-urlencoded text. The `form_urlencoded` crate would replace bytes that
@@ -310,16 +310,26 @@ fn form_field(text: &[u8]) -> Option<Vec<u8>> {
     })
 }
 
-/// The member `value` of a JSON object: a string as its text, anything else as the JSON text it came as, so that it goes
-/// back digit for digit. Nothing here recurses, however deep the value is nested.
-fn json_value(body: &[u8]) -> Result<(ValueForm, Vec<u8>), Outcome> {
+/// The member `value` of a JSON object, as the JSON text it came as, so that it goes back digit for digit; only a string is
+/// written anew, as short as can be. Nothing here recurses, however deep the value is nested.
+fn json_value(body: &[u8]) -> Result<String, Outcome> {
     match member(body, "value")? {
         "null" => Err(Outcome::ValueMissing),
         json if json.starts_with('"') => {
-            let text: String = serde_json::from_str(json).map_err(|_| Outcome::BodyNotObject)?;
-            Ok((ValueForm::Text, text.into_bytes()))
+            json_of(&serde_json::from_str::<String>(json).map_err(|_| Outcome::BodyNotObject)?)
         }
-        json => Ok((ValueForm::Json, json.as_bytes().to_vec())),
+        json if json.len() > MAX_VALUE => Err(Outcome::ValueTooLarge),
+        json => Ok(json.to_owned()),
+    }
+}
+
+/// A text as a JSON string. The limit is that of the text: escapes make up to six bytes of one.
+fn json_of(text: &str) -> Result<String, Outcome> {
+    // Writing to a String cannot fail.
+    if text.len() > MAX_VALUE {
+        Err(Outcome::ValueTooLarge)
+    } else {
+        Ok(serde_json::to_string(text).unwrap_or_default())
     }
 }
 
@@ -408,7 +418,7 @@ impl Outcome {
             match (self, blank) {
                 (_, "") => {}
                 (_, "verb>") => body.extend(verb.as_bytes()),
-                (Outcome::Found(record), _) => record.write_value(&mut body),
+                (Outcome::Found(record), _) => body.extend(record.value()),
                 (Outcome::KeyCount(count), _) => body.extend(count.to_string().as_bytes()),
                 (Outcome::Instance(text) | Outcome::NodeDown(text) | Outcome::HoldsKeys(text), _)
                 | (Outcome::ViewInvalid(text) | Outcome::ViewChanged(text), _) => body.extend(text.as_bytes()),
@@ -486,45 +496,29 @@ fn known_header(header: &str) -> Cow<'static, str> {
 
 // ---- The store: one map behind one lock -----------------------------------------------------------------------------
 
-/// A key and its value in one allocation: a byte with the key's length, a byte with the value's form, the key, the value.
-/// Cloning one copies a pointer, so that a value is made JSON of after the lock on the map is gone.
+/// A key and its value in one allocation: a byte with the key's length, the key, and the value as JSON text, as it goes back.
+/// Cloning one copies a pointer, so that an answer is made of it after the lock on the map is gone.
 #[derive(Clone)]
 struct Record(Arc<[u8]>);
 
-#[derive(Clone, Copy)]
-enum ValueForm {
-    /// A string, kept as its text.
-    Text,
-    /// Any other JSON value, kept as the JSON text it came as.
-    Json,
-}
-
 impl Record {
     /// The key must be valid, which keeps it to 200 bytes in either vocabulary.
-    fn new(key: &[u8], form: ValueForm, value: &[u8]) -> Record {
-        Record([&[key.len() as u8, form as u8], key, value].concat().into())
-    }
-
-    fn key(&self) -> &[u8] {
-        &self.0[2..2 + self.0[0] as usize]
+    fn new(key: &[u8], value: &str) -> Record {
+        Record([&[key.len() as u8], key, value.as_bytes()].concat().into())
     }
 
     /// A record as it travels between nodes, if that is what it is.
     fn from_bytes(bytes: &[u8]) -> Option<Record> {
-        let (length, form) = (*bytes.first()? as usize, *bytes.get(1)?);
-        let value = std::str::from_utf8(bytes.get(2 + length..)?).ok()?;
-        let is_json = || serde_json::from_str::<&RawValue>(value).is_ok();
-        (form == ValueForm::Text as u8 || (form == ValueForm::Json as u8 && is_json())).then(|| Record(bytes.into()))
+        let value = bytes.get(1 + *bytes.first()? as usize..)?;
+        serde_json::from_slice::<&RawValue>(value).is_ok().then(|| Record(bytes.into()))
     }
 
-    /// Appends the value as JSON.
-    fn write_value(&self, out: &mut Vec<u8>) {
-        let value = &self.0[2 + self.0[0] as usize..];
-        match self.0[1] == ValueForm::Text as u8 {
-            // Writing to a Vec cannot fail.
-            true => serde_json::to_writer(out, &String::from_utf8_lossy(value)).unwrap_or_default(),
-            false => out.extend(value),
-        }
+    fn key(&self) -> &[u8] {
+        &self.0[1..1 + self.0[0] as usize]
+    }
+
+    fn value(&self) -> &[u8] {
+        &self.0[1 + self.0[0] as usize..]
     }
 }
 
@@ -1247,8 +1241,8 @@ fn answer_exchange(body: &[u8]) -> Answer {
 const LEASE: Duration = Duration::from_millis(2500);
 /// A node that does not answer a message in this time is down.
 const MESSAGE_LIMIT: Duration = Duration::from_millis(1500);
-/// A message carries records with this many bytes, and one more.
-const BATCH_BYTES: usize = 2 << 20;
+/// A message carries records with this many bytes, and one more: together no more than MAX_EXCHANGE.
+const BATCH_BYTES: usize = 1 << 20;
 
 /// A view change that this node is prepared for.
 struct Change {
@@ -1961,7 +1955,7 @@ mod tests {
     }
 
     fn record(key: &str) -> Record {
-        Record::new(key.as_bytes(), ValueForm::Text, b"value")
+        Record::new(key.as_bytes(), r#""value""#)
     }
 
     /// A whole store in one place: what each node holds, and the table.
