@@ -117,7 +117,7 @@ impl Settings {
         let view = match (&own, &main) {
             _ if text.is_empty() => Ok(own.iter().cloned().collect()),
             (None, _) => Err("ADDRESS to be set as well, this node's own host:port".into()),
-            (_, Some(main)) => Err(format!("no FORWARDING_ADDRESS beside it, but it is {main}")),
+            (_, Some(main)) => Err(format!("no FORWARDING_ADDRESS or MAINIP beside it, but one is {main}")),
             _ => parse_view(text.split(',')).map_err(|why| format!("host:port,host:port,..., but {why}")),
         };
         let view = view.map_err(|expected| format!("VIEW={text}: expected {expected}"))?;
@@ -832,7 +832,9 @@ impl Membership {
         let listed = theirs.view.iter().any(|node| is_own(node));
         let known = ours.view.iter().any(|node| node == sender);
         let smaller = (theirs.view.len(), &theirs.view) < (ours.view.len(), &ours.view);
+        // While prepared, only for the one that the view change makes: any other would cost this node its copies.
         theirs.is_whole()
+            && self.change.as_ref().is_none_or(|change| change.id == theirs.change)
             && match theirs.version.cmp(&ours.version) {
                 Ordering::Greater => listed || known,
                 // First views that differ: the node that the other does not list gives in, or else the larger view.
@@ -945,7 +947,7 @@ struct Peer {
     /// Wakes a lane that rests.
     wake: Condvar,
     /// What the name in the address last stood for.
-    lookup: Mutex<Option<(Instant, String)>>,
+    lookup: Mutex<Option<(Instant, Option<String>)>>,
 }
 
 #[derive(Default)]
@@ -1114,13 +1116,17 @@ impl Peer {
     /// The peer's `host:port` with the name looked up, which the client would do for each request. A name that stands for
     /// several addresses is left to it, since it tries them side by side.
     fn look_up(&self) -> Option<String> {
+        let asked = Instant::now();
         let mut lookup = lock(&self.lookup);
-        if lookup.as_ref().is_none_or(|(since, _)| since.elapsed() > LOOKUP_LIFETIME) {
-            let addresses: Vec<SocketAddr> = self.address.to_socket_addrs().ok()?.collect();
+        // What another lane learned while this one waited for it is as good, also that there is no such name.
+        let fresh =
+            |(at, host): &(Instant, Option<String>)| *at >= asked || host.is_some() && at.elapsed() < LOOKUP_LIFETIME;
+        if !lookup.as_ref().is_some_and(fresh) {
+            let addresses = self.address.to_socket_addrs().map_or(Vec::new(), Iterator::collect);
             let host = if let [one] = addresses[..] { one.to_string() } else { self.address.clone() };
-            *lookup = Some((Instant::now(), host));
+            *lookup = Some((Instant::now(), Some(host).filter(|_| !addresses.is_empty())));
         }
-        lookup.as_ref().map(|(_, host)| host.clone())
+        lookup.clone()?.1
     }
 }
 
@@ -1447,7 +1453,9 @@ impl Coordination<'_> {
         let newest =
             tables().map(|(_, table)| table).filter(|table| table.view.len() > 1).max_by_key(|table| table.version);
         let mut store = lock(&STORE);
-        if let Some(theirs) = newest
+        if store.membership.change.is_some() {
+            return Err(Outcome::ChangeUnderWay);
+        } else if let Some(theirs) = newest
             && store.records.is_empty()
             && old.view.iter().all(|node| is_own(node))
         {
@@ -1460,8 +1468,10 @@ impl Coordination<'_> {
         }
         drop(store);
         // A node that is taken out of another store would still meet the rest of it, and take their keys for its own.
-        let elsewhere = |table: &Table| table.view.iter().any(|node| !nodes.contains(&**node));
-        if let Some((node, _)) = tables().find(|(node, table)| !old.view.contains(node) && elsewhere(table)) {
+        let torn = |node: &String, view: &[String]| {
+            view.contains(node) && !old.view.contains(node) && view.iter().any(|other| !nodes.contains(&**other))
+        };
+        if let Some((node, _)) = tables().find(|(node, table)| torn(node, &table.view)) {
             return Err(Outcome::HoldsKeys(node.clone()));
         }
         let version = tables().map(|(_, table)| table.version).fold(old.version, u64::max) + 1;
