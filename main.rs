@@ -250,16 +250,16 @@ impl Request {
         let media_type = self.content_type.split(';').next().unwrap_or_default().trim();
         let is_json = media_type.eq_ignore_ascii_case("application/json");
         let typed = if is_json { Vocabulary::Json } else { Vocabulary::Form };
-        let path = self.target.split('?').next().unwrap_or_default();
+        let path = self.target.as_bytes().split(|byte| *byte == b'?').next().unwrap_or_default();
         // A key is one path segment; a slash inside a key arrives as %2F.
-        let key = |segment| Resource::Key(percent_decode(str::as_bytes(segment)).into());
-        let mut segments = path.split('/');
+        let key = |segment| Resource::Key(percent_decode(segment).into());
+        let mut segments = path.split(|byte| *byte == b'/');
         match [(); 5].map(|()| segments.next()) {
-            [Some(""), Some("kv-store"), None | Some(""), None, _] => (Resource::Instance, Vocabulary::Json),
-            [Some(""), Some("kv-store"), Some("key-count"), None, _] => (Resource::KeyCount, Vocabulary::Json),
-            [Some(""), Some("kv-store"), Some("view-change"), None, _] => (Resource::ViewChange, Vocabulary::Json),
-            [Some(""), Some("kv-store"), Some("keys"), Some(segment), None] => (key(segment), Vocabulary::Json),
-            [Some(""), Some("kv-store"), Some(segment), None, _] => (key(segment), typed),
+            [Some(b""), Some(b"kv-store"), None | Some(b""), None, _] => (Resource::Instance, Vocabulary::Json),
+            [Some(b""), Some(b"kv-store"), Some(b"key-count"), None, _] => (Resource::KeyCount, Vocabulary::Json),
+            [Some(b""), Some(b"kv-store"), Some(b"view-change"), None, _] => (Resource::ViewChange, Vocabulary::Json),
+            [Some(b""), Some(b"kv-store"), Some(b"keys"), Some(segment), None] => (key(segment), Vocabulary::Json),
+            [Some(b""), Some(b"kv-store"), Some(segment), None, _] => (key(segment), typed),
             _ => (Resource::Unknown, typed),
         }
     }
@@ -303,7 +303,10 @@ fn form_value(request: &Request) -> Result<String, Outcome> {
 /// are not UTF-8 instead of telling.
 fn form_field(text: &[u8]) -> Option<Vec<u8>> {
     let spaced = |part: &[u8]| part.iter().map(|byte| if *byte == b'+' { b' ' } else { *byte }).collect::<Vec<u8>>();
-    let decode = |part| percent_decode(&spaced(part)).collect::<Vec<u8>>();
+    let decode = |part| match spaced(part) {
+        plain if !plain.contains(&b'%') => plain,
+        encoded => percent_decode(&encoded).collect(),
+    };
     text.split(|byte| *byte == b'&').find_map(|field| {
         let (name, value) = field.split_at(field.iter().position(|byte| *byte == b'=').unwrap_or(field.len()));
         (name == b"val" || decode(name) == b"val").then(|| decode(value.get(1..).unwrap_or_default()))
@@ -1660,12 +1663,14 @@ impl Connection {
 
     /// Reads a whole body. False is a client that left before it was complete: its request never happened.
     fn read_body(&self, mut reader: BodyReader, length: usize, body: &mut Vec<u8>) -> bool {
-        body.reserve(length.min(64 << 10));
-        let in_one_piece = reader.fill_buf().map_or(0, <[u8]>::len) == length;
-        let complete = reader.read_to_end(body).is_ok_and(|taken| taken == length);
-        if !in_one_piece {
-            signal_again(&self.socket);
+        let arrived = reader.fill_buf().unwrap_or_default();
+        if arrived.len() == length {
+            // Dropping the reader takes them out of the server's buffer.
+            body.extend(arrived);
+            return true;
         }
+        let complete = reader.read_to_end(body).is_ok_and(|taken| taken == length);
+        signal_again(&self.socket);
         complete
     }
 
