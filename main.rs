@@ -45,7 +45,7 @@ use url::{Position as Part, Url};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// The limit of a value, in bytes as stored (the contract, "Size limit").
+/// The limit of a value, in bytes: of a string its UTF-8, of anything else its JSON text (the contract, "Size limit").
 const MAX_VALUE: usize = 1 << 20;
 /// The limit of a body: a value at its limit fits in however it is escaped (JSON's \u0041 takes 6 bytes for 1).
 const MAX_BODY: usize = 8 << 20;
@@ -573,7 +573,7 @@ fn is_own(node: &str) -> bool {
 enum Owner {
     ThisInstance,
     /// The main instance of this follower, by its address.
-    Main(String),
+    Main(&'static str),
     /// Another node, by its address.
     Node(String),
     /// Nobody knows right now: a view change is under way, or this node has not heard what the others' view is.
@@ -584,7 +584,7 @@ fn owner(resource: &Resource, verb: &str) -> Owner {
     match (&SETTINGS.role, resource) {
         // What an instance is, only that instance can say.
         (_, Resource::Instance) if verb == "GET" => Owner::ThisInstance,
-        (Role::Follower(main), _) => Owner::Main(main.clone()),
+        (Role::Follower(main), _) => Owner::Main(main),
         (Role::Node(_), Resource::Key(key)) => lock(&STORE).membership.owner(key),
         (Role::Node(_), Resource::KeyCount) if !lock(&STORE).membership.is_settled() => Owner::Unsettled,
         (Role::Node(_) | Role::Main, _) => Owner::ThisInstance,
@@ -602,8 +602,9 @@ fn answer(request: Request) -> Answer {
     let outcome = match owner(&resource, &request.verb) {
         Owner::ThisInstance => perform(&resource, &request, vocabulary),
         Owner::Main(main) => {
-            let down = Outcome::MainDown.answer(vocabulary, &request.verb);
-            return Peer::at(&main).relay(request, PATIENCE).unwrap_or(down);
+            let verb = request.verb.clone();
+            let down = || Outcome::MainDown.answer(vocabulary, &verb);
+            return Peer::at(main).relay(request, PATIENCE).unwrap_or_else(down);
         }
         Owner::Node(_) | Owner::Unsettled => None,
     };
@@ -853,7 +854,7 @@ impl Store {
         let staged = self.membership.change.take().map(|change| (change.id, change.staged));
         let staged = [staged, self.membership.orphans.take()].into_iter().flatten();
         self.records.extend(staged.filter(|(id, _)| *id == table.change).flat_map(|(_, records)| records));
-        self.records.retain(|record| own().is_none_or(|own| table.owner(record.key()) == own));
+        self.records.retain(|record| is_own(table.owner(record.key())));
         self.records.shrink_to_fit();
         (self.membership.table, self.membership.agreed) = (table, true);
     }
@@ -894,10 +895,11 @@ fn keep_in_touch() {
     let mut store = lock(&STORE);
     let membership = &mut store.membership;
     let same = heard.iter().filter_map(|(_, reply)| reply.as_ref()).filter(|(table, _)| *table == membership.table);
-    let same: Vec<bool> = same.map(|(_, agreed)| *agreed).collect();
+    let agreements: Vec<bool> = same.map(|(_, agreed)| *agreed).collect();
     // A node alone waits for whoever may still count it in.
     let lonely = heard.is_empty() && membership.confirmed.is_none() && *STARTED + FRESH / 2 > began;
-    membership.agreed |= (same.len() == heard.len() || same.contains(&true)) && membership.table.view == view;
+    membership.agreed |=
+        (agreements.len() == heard.len() || agreements.contains(&true)) && membership.table.view == view;
     membership.silent = heard.into_iter().find(|(_, reply)| reply.is_none()).map(|(node, _)| node);
     membership.confirmed = if lonely { None } else { Some(began) };
 }
@@ -1181,7 +1183,7 @@ impl Request {
         self.verb == "POST" && self.target == "/kv-store" && self.content_type == EXCHANGE_TYPE
     }
 
-    /// The target as it can stand in a URL.
+    /// The target on a host. What of it the client would change is for `needs_exchange` to tell.
     fn url(&self, host: &str) -> String {
         format!("http://{host}{}", self.target)
     }
@@ -1212,7 +1214,7 @@ impl Request {
         }
         let content_type = value("Content-Type").unwrap_or("application/octet-stream");
         let allow = value("Allow").map_or(String::new(), |verbs| format!("\r\nAllow: {verbs}"));
-        let header = known_header(&format!("Content-Type: {content_type}{allow}"));
+        let header = format!("Content-Type: {content_type}{allow}").into();
         let takes_exchanges = value("Accept-Post") == Some(EXCHANGE_TYPE);
         Ok((Answer { status: status.as_u16(), header, body }, takes_exchanges, reader))
     }
@@ -1305,7 +1307,7 @@ fn tell(node: &str, id: u64, message: Message) -> Option<Reply> {
     };
     // The message names its addressee. A node by another name, or one behind a follower, would be counted twice or not at all.
     let body = postcard::to_stdvec(&(node, id, message)).ok()?;
-    let answer = match own()? == node {
+    let answer = match is_own(node) {
         true => receive(&body),
         false => Peer::at(node).relay(Request { origin: Origin::Message, body, ..Request::default() }, limit)?,
     };
@@ -1721,7 +1723,7 @@ impl Connection {
         bytes.drain(..bytes.len().saturating_sub(missing));
         // Followers ask one thing a connection, so this reaches them (W3C, Linked Data Platform, section 7.1).
         let takes_exchanges = self.relayed && matches!(SETTINGS.role, Role::Main);
-        let accepts = if takes_exchanges { "Accept-Post: application/x-kv-store-exchange\r\n" } else { "" };
+        let accepts = if takes_exchanges { format!("Accept-Post: {EXCHANGE_TYPE}\r\n") } else { String::new() };
         answer.write(&mut bytes, &format!("{CLOSE}{accepts}"), without_body);
         let sent = send_held(&self.socket, &bytes).unwrap_or(0);
         if sent < bytes.len() {
