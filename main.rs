@@ -30,7 +30,7 @@ use std::ops::Bound::{Excluded, Unbounded};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
 use std::process::exit;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
-use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
@@ -291,7 +291,8 @@ impl Request {
 
 /// The index of a shard by its id, which counts from 1; one that no shard has for what is no id.
 fn shard_index(id: &[u8]) -> usize {
-    let number = str::from_utf8(id).ok().filter(|text| !text.starts_with(['0', '+'])).and_then(|text| text.parse().ok());
+    let number =
+        str::from_utf8(id).ok().filter(|text| !text.starts_with(['0', '+'])).and_then(|text| text.parse().ok());
     number.map_or(usize::MAX, |number: usize| number - 1)
 }
 
@@ -659,7 +660,9 @@ mod records {
         fn split(&mut self, first: u64) {
             let last = self.buckets.range((Excluded(first), Unbounded)).next().map_or(u64::MAX, |(next, _)| next - 1);
             let middle = first + (last - first) / 2 + 1;
-            let Some(bucket) = self.buckets.get_mut(&first).filter(|_| middle > first && middle <= last) else { return };
+            let Some(bucket) = self.buckets.get_mut(&first).filter(|_| middle > first && middle <= last) else {
+                return;
+            };
             let mut upper = HashTable::with_capacity(bucket.len() / 2);
             for record in bucket.extract_if(|record| hash_of(record.key()) >= middle) {
                 let hash = hash_of(record.key());
@@ -720,7 +723,8 @@ mod records {
         /// Drops the records of a span, of which there are no more than an answer of `first_of` had.
         pub fn forget(&mut self, span: &Span) {
             let start = self.buckets.range(..=span.from.0).next_back().map_or(0, |(first, _)| *first);
-            let firsts: Vec<u64> = self.buckets.range(start..).map(|(first, _)| *first).take_while(|first| *first <= span.to.0).collect();
+            let firsts: Vec<u64> =
+                self.buckets.range(start..).map(|(first, _)| *first).take_while(|first| *first <= span.to.0).collect();
             for first in firsts {
                 let Some(bucket) = self.buckets.get_mut(&first) else { continue };
                 let before = bucket.len();
@@ -779,8 +783,8 @@ fn answer(request: Request) -> Answer {
         (_, Resource::Key(key)) => {
             let (hash, action) = (hash_of(key), Action::of(key, &request, vocabulary));
             match Live.with(|node| perform(node, hash, key, action)) {
-                Ok(outcome) => outcome.answer(vocabulary, &request.verb),
-                Err((_, action)) => wait_for_owner(key, action, &request, vocabulary),
+                Tried::Done(outcome) => outcome.answer(vocabulary, &request.verb),
+                Tried::NotHere(_, action) => wait_for_owner(key, action, &request, vocabulary),
             }
         }
         _ => answer_about(&resource, &request, vocabulary),
@@ -812,14 +816,20 @@ impl Action {
     }
 }
 
-/// Does what a request wants if this instance has the key. The error is who has it instead.
-fn perform(node: &mut Node, hash: u64, key: &[u8], action: Action) -> Result<Outcome, (Place, Action)> {
+enum Tried {
+    Done(Outcome),
+    /// With who has the key instead, and what is still to be done.
+    NotHere(Place, Action),
+}
+
+/// Does what a request wants if this instance has the key.
+fn perform(node: &mut Node, hash: u64, key: &[u8], action: Action) -> Tried {
     use Outcome::*;
     let place = node.place(hash, key);
     if place != Place::Here {
-        return Err((place, action));
+        return Tried::NotHere(place, action);
     }
-    Ok(match action {
+    Tried::Done(match action {
         Action::Get => node.records.get(hash, key).cloned().map_or(Missing, Found),
         Action::Delete => node.records.remove(hash, key).map_or(Missing, |_| Deleted),
         Action::Put(record) => node.put(hash, record).map_or(Created, |_| Replaced),
@@ -936,7 +946,13 @@ mod table {
             let ranges = (0..view.len()).map(range).collect();
             let coordinator = (view.len() as u64) << 48 | hash_of(view.join(",").as_bytes()) >> 16;
             let version = Version { coordinator, ..Version::default() };
-            Table { version, base: Version::default(), shards: (0..view.len()).map(|index| vec![index]).collect(), view, ranges }
+            Table {
+                version,
+                base: Version::default(),
+                shards: (0..view.len()).map(|index| vec![index]).collect(),
+                view,
+                ranges,
+            }
         }
 
         /// Checks a table from outside.
@@ -990,7 +1006,14 @@ mod table {
         /// The table after this one, in which nodes give up what is above their cuts (the place and the receiver, from the highest
         /// place down). Sources are whoever owned a place in this table, and whoever was its source already where `complete` does
         /// not say that these have nothing left; but not the nodes that are given up.
-        pub fn next(&self, version: Version, view: &[String], cuts: &[Cut], given_up: &[String], complete: bool) -> Table {
+        pub fn next(
+            &self,
+            version: Version,
+            view: &[String],
+            cuts: &[Cut],
+            given_up: &[String],
+            complete: bool,
+        ) -> Table {
             let mut places: Vec<&Position> = self.ranges.iter().map(|range| &range.from).collect();
             places.extend(cuts.iter().map(|cut| &cut.place));
             self.over(places, version, view, |number, place, old| {
@@ -1011,7 +1034,13 @@ mod table {
         }
 
         /// A table whose ranges begin at these places; `owner` tells the shard by the number of the range, its place and who has it now.
-        fn over(&self, mut places: Vec<&Position>, version: Version, view: &[String], owner: impl Fn(usize, &Position, &str) -> usize) -> Table {
+        fn over(
+            &self,
+            mut places: Vec<&Position>,
+            version: Version,
+            view: &[String],
+            owner: impl Fn(usize, &Position, &str) -> usize,
+        ) -> Table {
             places.sort();
             places.dedup();
             let range = |(number, place): (usize, &Position)| {
@@ -1031,7 +1060,8 @@ mod table {
                 let unfinished = if complete { &[] } else { &before.sources[..] };
                 let mut sources: BTreeSet<&String> = unfinished.iter().collect();
                 sources.extend(old.shards[before.shard].iter().map(|index| &old.view[*index]));
-                range.sources = sources.into_iter().filter(|it| **it != owner && !given_up.contains(it)).cloned().collect();
+                range.sources =
+                    sources.into_iter().filter(|it| **it != owner && !given_up.contains(it)).cloned().collect();
             }
             self.ranges.dedup_by(|next, one| (next.shard, &next.sources) == (one.shard, &one.sources));
             self
@@ -1110,7 +1140,7 @@ mod node {
         pub coordinated: Version,
         pub coordinating: bool,
         pub promises: Vec<Promise>,
-        /// Its `VIEW`, and how often it has asked others, as long as it is blank.
+        /// Its `VIEW`, and for how many rounds it has been up.
         pub first_view: Vec<String>,
         pub rounds: u32,
         /// The table itself, in a reply to one that does not have it. A table comes in replies only, since these are awaited: in a
@@ -1156,6 +1186,14 @@ mod node {
         Give(Version, Span, usize),
     }
 
+    impl Message {
+        /// A node that does not answer in this time is silent. A round of meetings must fit into the second that one which starts
+        /// waits to hear of the others.
+        pub fn limit(&self) -> Duration {
+            Duration::from_millis(if matches!(self, Message::Meet) { 700 } else { 1500 })
+        }
+    }
+
     #[derive(Clone, Debug, Serialize, Deserialize)]
     pub enum Reply {
         Done,
@@ -1194,7 +1232,7 @@ mod node {
     const LOCK: Duration = Duration::from_secs(10);
     /// A node that has met nobody for so long was asleep, and meets others before it answers.
     const ASLEEP: Duration = Duration::from_millis(2500);
-    /// A first table counts, and any other that none of its other nodes goes by, when each of them has asked so often, in a second:
+    /// A first table counts, and any other that none of its other nodes goes by, when each of them has been up for so many rounds, a second:
     /// whoever lives by a newer one has knocked at one of them by then. (Rounds and not time: nobody can knock at a node that sleeps.)
     const FIRST: u32 = 5;
 
@@ -1205,9 +1243,10 @@ mod node {
         first_view: Vec<String>,
         /// The time, since 1970, as of the last look. It never goes back.
         pub now: Duration,
-        /// How often it has asked others, as long as it is blank.
+        /// How often it has looked whether there is somebody to meet or to ask, and when it last asked.
         rounds: u32,
         is_asking: bool,
+        asked: Duration,
         /// When the last meeting with another node began that has ended.
         pub met: Duration,
         /// The highest stamp so far.
@@ -1249,6 +1288,7 @@ mod node {
                 now,
                 rounds: 0,
                 is_asking: false,
+                asked: Duration::ZERO,
                 met: now,
                 clock: 0,
                 records: Records::default(),
@@ -1376,10 +1416,14 @@ mod node {
                 Message::Meet => Reply::Done,
                 Message::Lock(..) => granted,
                 Message::Cut(version, counts) if self.promises.iter().any(|promise| promise.version == version) => {
-                    Reply::Places(counts.iter().take(1000).map(|count| self.records.nth_highest((*count).max(1))).collect())
+                    Reply::Places(
+                        counts.iter().take(1000).map(|count| self.records.nth_highest((*count).max(1))).collect(),
+                    )
                 }
                 // Not if it was asked by one that has started again since, and now has nothing.
-                Message::Forget(version, span) if self.gives(version, &span) && self.takers.get(&from) == Some(&taker) => {
+                Message::Forget(version, span)
+                    if self.gives(version, &span) && self.takers.get(&from) == Some(&taker) =>
+                {
                     self.records.forget(&span);
                     Reply::Done
                 }
@@ -1411,7 +1455,8 @@ mod node {
             }
             // What its coordinator does not pursue any more, and does not go by, will never be a table.
             self.promises.retain(|promise| {
-                let pursued = promise.version > status.coordinated || promise.version == status.coordinated && status.coordinating;
+                let pursued = promise.version > status.coordinated
+                    || promise.version == status.coordinated && status.coordinating;
                 promise.version.coordinator != status.incarnation || pursued || status.version >= Some(promise.version)
             });
             if let Some(table) = status.table.filter(Table::is_valid) {
@@ -1479,9 +1524,11 @@ mod node {
             // A lock binds: its coordinator counts on what this node told it. It may itself bring a table from before its lock, since
             // it asks again. (One that has no keys, and gets none, cannot do harm.)
             let matters = mine.lists(&self.own) || table.lists(&self.own);
-            let barred = matters && self.promises.iter().any(|promise| {
-                promise.version > table.version && ![incarnation, self.incarnation].contains(&promise.version.coordinator)
-            });
+            let barred = matters
+                && self.promises.iter().any(|promise| {
+                    promise.version > table.version
+                        && ![incarnation, self.incarnation].contains(&promise.version.coordinator)
+                });
             let newer = table.version > mine.version;
             if newer && concerns && !barred {
                 self.adopt(table);
@@ -1507,7 +1554,8 @@ mod node {
             let given = table.ranges.iter().filter(|range| range.sources.contains(&self.own));
             let gives: BTreeSet<&str> = given.map(|range| table.node_of(range.shard)).collect();
             let list = |nodes: Vec<&str>| if nodes.is_empty() { "nobody".to_owned() } else { nodes.join(", ") };
-            let (gains, gives) = (list(gains.iter().map(|it| it.as_str()).collect()), list(gives.into_iter().collect()));
+            let (gains, gives) =
+                (list(gains.iter().map(|it| it.as_str()).collect()), list(gives.into_iter().collect()));
             let (version, count) = (table.version, table.view.len());
             self.lines.push(format!("table {version} of {count} nodes: fetches from {gains}, gives to {gives}"));
             self.complete = false;
@@ -1548,16 +1596,19 @@ mod node {
             if self.version() != Some(version) {
                 return false;
             }
-            let overlaps = self.incoming.iter().filter(|(from, (to, sources))| {
-                **from < span.to && span.from < *to && sources.contains(source)
-            });
-            let spans: Vec<Span> = overlaps.map(|(from, (to, _))| Span { from: from.clone(), to: to.clone() }).collect();
+            let overlaps = self
+                .incoming
+                .iter()
+                .filter(|(from, (to, sources))| **from < span.to && span.from < *to && sources.contains(source));
+            let spans: Vec<Span> =
+                overlaps.map(|(from, (to, _))| Span { from: from.clone(), to: to.clone() }).collect();
             for record in records {
                 let hash = hash_of(record.key());
                 let awaited = spans.iter().any(|span| span.contains((hash, record.key())));
                 let order = |record: &Record| (record.stamp(), record.value().to_vec());
                 let known = self.records.get(hash, record.key());
-                if awaited && known.is_none_or(|known| known.stamp() <= record.stamp() && order(known) < order(&record)) {
+                if awaited && known.is_none_or(|known| known.stamp() <= record.stamp() && order(known) < order(&record))
+                {
                     self.clock = self.clock.max(record.stamp());
                     self.records.insert(hash, record);
                 }
@@ -1637,9 +1688,15 @@ mod node {
 
         // -- Starting
 
-        /// Begins a round of asking, if this node is blank and not at it.
+        /// Begins a round of asking, if this node is blank and a round is due: all ask all, so large stores ask less often.
         pub fn begin_round(&mut self) -> bool {
-            self.table.is_none() && !std::mem::replace(&mut self.is_asking, true)
+            self.rounds += 1;
+            let pause = Duration::from_millis(20) * self.first_view.len() as u32;
+            let due = self.table.is_none() && !self.is_asking && self.now >= self.asked + pause;
+            if due {
+                (self.is_asking, self.asked) = (true, self.now);
+            }
+            due
         }
 
         /// Whom a blank node asks: everybody who may know a table, or a node that does.
@@ -1662,7 +1719,6 @@ mod node {
             if self.table.is_some() {
                 return;
             }
-            self.rounds += 1;
             for promise in answers.values().flat_map(|status| &status.promises) {
                 if !self.promises.iter().any(|it| it.version == promise.version) {
                     self.promises.push(Promise { granted: self.now, ..promise.clone() });
@@ -1688,7 +1744,8 @@ mod node {
                     || known.iter().any(|it| it.version == promise.version) && promise.nodes.iter().all(answered)
             };
             let others: Vec<&String> = table.view.iter().filter(|node| **node != self.own).collect();
-            let by_it = |node: &&&String| answers.get(**node).is_some_and(|status| status.version == Some(table.version));
+            let by_it =
+                |node: &&&String| answers.get(**node).is_some_and(|status| status.version == Some(table.version));
             let blank = |node: &&&String| answers.get(**node).is_some_and(|status| status.version.is_none());
             let (by_it, blank) = (others.iter().filter(by_it).count(), others.iter().filter(blank).count());
             let asked = |node: &&String| answers.get(*node).is_none_or(|status| status.rounds >= FIRST);
@@ -1696,7 +1753,8 @@ mod node {
             let newer = |version: Version| version > table.version && !(version.is_first() && table.version.is_first());
             let known_to_enough = 2 * by_it > others.len() || by_it + blank == others.len();
             // What nobody goes by any more was lost with its nodes.
-            let lives = table.version.is_first() || answers.values().any(|status| status.version == Some(table.version));
+            let lives =
+                table.version.is_first() || answers.values().any(|status| status.version == Some(table.version));
             known_to_enough
                 && lives
                 && (by_it > 0 || self.rounds >= FIRST && others.iter().all(asked))
@@ -1718,9 +1776,7 @@ mod node {
             let kept: Vec<&String> = self.first_view.iter().filter(listed).collect();
             let lowest = kept.iter().copied().min().filter(|_| kept.contains(&&self.own))?;
             let view: Vec<String> = view_of(lowest)?.iter().filter(|node| kept.contains(node)).cloned().collect();
-            let agrees = |node: &&String| {
-                view_of(node).is_some_and(|theirs| view.iter().all(|it| theirs.contains(it)))
-            };
+            let agrees = |node: &&String| view_of(node).is_some_and(|theirs| view.iter().all(|it| theirs.contains(it)));
             kept.iter().all(agrees).then(|| Table::first(view))
         }
 
@@ -1732,7 +1788,8 @@ mod node {
             let newest = self.promises.iter().map(|promise| promise.version).max().unwrap_or_default();
             let known = [table.version, newest, self.coordinated, least];
             let (epoch, number) = known.iter().fold((0, 0), |(e, n), it| (it.epoch.max(e), it.number.max(n)));
-            self.coordinated = Version { epoch: epoch + u64::from(force), number: number + 1, coordinator: self.incarnation };
+            self.coordinated =
+                Version { epoch: epoch + u64::from(force), number: number + 1, coordinator: self.incarnation };
             self.coordinating = true;
             Some(self.coordinated)
         }
@@ -1823,7 +1880,11 @@ mod protocol {
     const SIDE_BY_SIDE: usize = 16;
 
     /// Says something to nodes, hears what they tell, and returns their replies.
-    async fn ask(world: &impl World, nodes: &[String], message: impl Fn(&str) -> Message) -> Vec<Option<(Status, Reply)>> {
+    async fn ask(
+        world: &impl World,
+        nodes: &[String],
+        message: impl Fn(&str) -> Message,
+    ) -> Vec<Option<(Status, Reply)>> {
         let mut replies = Vec::new();
         for group in nodes.chunks(SIDE_BY_SIDE) {
             let compose = |node: &mut Node| group.iter().map(|it| node.compose(it, message(it))).collect();
@@ -1876,17 +1937,19 @@ mod protocol {
         loop {
             let place;
             match world.with(|node| perform(node, hash, key, action)) {
-                Ok(outcome) => return say(outcome),
-                Err(elsewhere) => (place, action) = elsewhere,
+                Tried::Done(outcome) => return say(outcome),
+                Tried::NotHere(whose, what) => (place, action) = (whose, what),
             }
             match place {
                 Place::Node(_) if request.origin == Origin::Node => return say(Outcome::Elsewhere),
-                Place::Node(owner) => match world.relay(&owner, Request { origin: Origin::Node, ..request.clone() }).await {
-                    // Its table is not ours: one of us learns which is newer.
-                    Some(answer) if answer.status == 421 => drop(ask_one(world, &owner, Message::Meet).await),
-                    Some(answer) => return answer.with_address(&owner, vocabulary),
-                    None => return down(&owner),
-                },
+                Place::Node(owner) => {
+                    match world.relay(&owner, Request { origin: Origin::Node, ..request.clone() }).await {
+                        // Its table is not ours: one of us learns which is newer.
+                        Some(answer) if answer.status == 421 => drop(ask_one(world, &owner, Message::Meet).await),
+                        Some(answer) => return answer.with_address(&owner, vocabulary),
+                        None => return down(&owner),
+                    }
+                }
                 Place::Incoming(source, version, span) => {
                     if fetch(world, &source, version, &span, ON_DEMAND).await.is_none() {
                         if world.with(|node| node.silent().contains(&source)) {
@@ -2047,8 +2110,11 @@ mod protocol {
         let others = if member { view } else { &table.view };
         let others: Vec<String> = others.iter().filter(|node| **node != own).cloned().collect();
         let replies = ask(world, &others, |_| Message::Meet).await;
-        let fits = |status: &Status| !member || status.keys > 0 || status.members > 1 || status.version.is_some() && !status.is_member;
-        let mut answering = others.into_iter().zip(replies).filter(|(_, reply)| reply.as_ref().is_some_and(|(it, _)| fits(it)));
+        let fits = |status: &Status| {
+            !member || status.keys > 0 || status.members > 1 || status.version.is_some() && !status.is_member
+        };
+        let mut answering =
+            others.into_iter().zip(replies).filter(|(_, reply)| reply.as_ref().is_some_and(|(it, _)| fits(it)));
         answering.next().map(|(node, _)| node)
     }
 
@@ -2062,7 +2128,10 @@ mod protocol {
     impl Changed {
         fn outcome(&self) -> Outcome {
             let shard = |(index, (node, count)): (usize, &(String, usize))| {
-                format!(r#"{{"shard-id":"{}","address":"{node}","replicas":["{node}"],"key-count":{count}}}"#, index + 1)
+                format!(
+                    r#"{{"shard-id":"{}","address":"{node}","replicas":["{node}"],"key-count":{count}}}"#,
+                    index + 1
+                )
             };
             let shards = self.counts.iter().enumerate().map(shard).collect::<Vec<_>>().join(",");
             let nodes = self.unreached.join(r#"",""#);
@@ -2091,7 +2160,9 @@ mod protocol {
         let deadline = world.with(|node| node.now) + TRIES;
         let (mut least, mut extra, mut void) = (Version::default(), BTreeSet::new(), BTreeSet::new());
         loop {
-            let Some(version) = world.with(|node| node.begin(least, force)) else { return Err(Outcome::ChangeUnderWay) };
+            let Some(version) = world.with(|node| node.begin(least, force)) else {
+                return Err(Outcome::ChangeUnderWay);
+            };
             let attempt = Attempt { world, version, wanted, force, extra: &extra, void: &void };
             let result = attempt.run().await;
             world.with(|node| node.end());
@@ -2134,7 +2205,9 @@ mod protocol {
     impl<W: World> Attempt<'_, W> {
         /// Locks all nodes, makes the next table and adopts it, which is the change. With an error come the nodes that may be locked.
         async fn run(&self) -> Result<Made, (Vec<String>, Failure)> {
-            let Some(base) = self.world.with(|node| node.table()) else { return Err((Vec::new(), self.again(Outcome::ChangeUnderWay))) };
+            let Some(base) = self.world.with(|node| node.table()) else {
+                return Err((Vec::new(), self.again(Outcome::ChangeUnderWay)));
+            };
             let view = self.wanted.unwrap_or(&base.view);
             let mut named: BTreeSet<String> = base.view.iter().chain(view).chain(self.extra).cloned().collect();
             if !self.world.with(|node| node.is_complete()) {
@@ -2146,7 +2219,9 @@ mod protocol {
                 return Err((Vec::new(), failure));
             }
             match self.lock_and_make(&base, view, &named).await {
-                Ok((table, moved, counts)) if self.world.with(|node| node.adopt_own(table.clone())) => Ok((table, moved, counts, named)),
+                Ok((table, moved, counts)) if self.world.with(|node| node.adopt_own(table.clone())) => {
+                    Ok((table, moved, counts, named))
+                }
                 Ok(_) => Err((named, self.again(Outcome::ChangeUnderWay))),
                 Err(failure) => Err((named, failure)),
             }
@@ -2163,7 +2238,9 @@ mod protocol {
                     };
                     match reply {
                         None => return Err(Failure::Refused(Outcome::NodeDown(node.clone()))),
-                        Some((status, _)) if status.version.is_none() => return Err(self.again(Outcome::NodeDown(node.clone()))),
+                        Some((status, _)) if status.version.is_none() => {
+                            return Err(self.again(Outcome::NodeDown(node.clone())));
+                        }
                         _ => {}
                     }
                 }
@@ -2175,12 +2252,19 @@ mod protocol {
             Failure::Again(self.version, BTreeSet::new(), BTreeSet::new(), outcome)
         }
 
-        async fn lock_and_make(&self, base: &Table, view: &[String], named: &[String]) -> Result<(Table, usize, Vec<(String, usize)>), Failure> {
+        async fn lock_and_make(
+            &self,
+            base: &Table,
+            view: &[String],
+            named: &[String],
+        ) -> Result<(Table, usize, Vec<(String, usize)>), Failure> {
             let granted = self.lock(view, named).await?;
             let given_up: Vec<String> = named.iter().filter(|node| !granted.contains_key(*node)).cloned().collect();
             let complete = self.check(base, view, &granted, &given_up)?;
             let members = |node: &&String| base.lists(node) && granted.contains_key(*node);
-            let count = |node: &String| (node.clone(), granted.get(node).filter(|_| base.lists(node)).map_or(0, |status| status.keys));
+            let count = |node: &String| {
+                (node.clone(), granted.get(node).filter(|_| base.lists(node)).map_or(0, |status| status.keys))
+            };
             let mut counts: BTreeMap<String, usize> = named.iter().filter(members).chain(view).map(count).collect();
             let moves = if self.wanted.is_some() { table::plan(&mut counts, view) } else { Vec::new() };
             let cuts = self.cut(&moves, granted.into_keys().collect()).await?;
@@ -2214,7 +2298,12 @@ mod protocol {
                     match reply.take() {
                         Some((status, Reply::Done)) => drop(granted.insert(name.clone(), status)),
                         Some((_, Reply::Outdated(newest))) => {
-                            return Err(Failure::Again(newest, BTreeSet::new(), BTreeSet::new(), Outcome::ChangeUnderWay));
+                            return Err(Failure::Again(
+                                newest,
+                                BTreeSet::new(),
+                                BTreeSet::new(),
+                                Outcome::ChangeUnderWay,
+                            ));
                         }
                         Some(_) => return Err(Failure::Refused(Outcome::ChangeUnderWay)),
                         None if self.force && !view.contains(name) => {}
@@ -2227,11 +2316,22 @@ mod protocol {
 
         /// Checks that all go by the same table and wait for nothing, and that no earlier lock is open. Returns whether no source has
         /// anything left.
-        fn check(&self, base: &Table, view: &[String], granted: &BTreeMap<String, Status>, given_up: &[String]) -> Result<bool, Failure> {
-            let promises = granted.values().flat_map(|status| &status.promises).filter(|it| it.version.coordinator != self.version.coordinator);
+        fn check(
+            &self,
+            base: &Table,
+            view: &[String],
+            granted: &BTreeMap<String, Status>,
+            given_up: &[String],
+        ) -> Result<bool, Failure> {
+            let promises = granted
+                .values()
+                .flat_map(|status| &status.promises)
+                .filter(|it| it.version.coordinator != self.version.coordinator);
             let (mut newest, mut nodes, mut void) = (self.version, BTreeSet::new(), BTreeSet::new());
             for promise in promises {
-                let bound = |node: &String| granted.get(node).map_or(given_up.contains(node), |it| it.version < Some(promise.version));
+                let bound = |node: &String| {
+                    granted.get(node).map_or(given_up.contains(node), |it| it.version < Some(promise.version))
+                };
                 // By force, the new epoch must be above any that another has begun.
                 newest.epoch = newest.epoch.max(promise.version.epoch);
                 nodes.extend(promise.nodes.iter().cloned());
@@ -2258,7 +2358,9 @@ mod protocol {
                 } else if view.contains(node) && !joins(status, base) {
                     return Err(Failure::Refused(Outcome::HoldsKeys(node.clone())));
                 }
-                if self.wanted.is_some() && let Some(source) = status.incoming.iter().find(|it| !given_up.contains(it)) {
+                if self.wanted.is_some()
+                    && let Some(source) = status.incoming.iter().find(|it| !given_up.contains(it))
+                {
                     return Err(self.again(match granted.contains_key(source) {
                         true => Outcome::ChangeUnderWay,
                         false => Outcome::NodeDown(source.clone()),
@@ -2274,7 +2376,12 @@ mod protocol {
             let counts = |giver: &str| {
                 let mut sum = 0;
                 let moves = moves.iter().filter(|(from, ..)| from == giver);
-                moves.map(|(.., count)| { sum += count; sum }).collect()
+                moves
+                    .map(|(.., count)| {
+                        sum += count;
+                        sum
+                    })
+                    .collect()
             };
             let replies = ask(self.world, &nodes, |giver| Message::Cut(self.version, counts(giver))).await;
             let mut cuts = Vec::new();
@@ -2283,7 +2390,11 @@ mod protocol {
                     return Err(self.again(Outcome::NodeDown(giver.clone())));
                 };
                 let moves = moves.iter().filter(|(from, ..)| from == giver);
-                cuts.extend(moves.zip(places).map(|((giver, receiver, _), place)| Cut { giver: giver.clone(), place, receiver: receiver.clone() }));
+                cuts.extend(moves.zip(places).map(|((giver, receiver, _), place)| Cut {
+                    giver: giver.clone(),
+                    place,
+                    receiver: receiver.clone(),
+                }));
             }
             Ok(cuts)
         }
@@ -2319,16 +2430,22 @@ mod protocol {
                 needed.insert(node.clone(), status.incoming);
             }
             if waiting.is_empty() {
-                world.with(|node| if node.version() == Some(table.version) { node.set_complete() });
+                world.with(|node| {
+                    if node.version() == Some(table.version) {
+                        node.set_complete()
+                    }
+                });
                 ask(world, &table.view, |_| Message::Meet).await;
                 return waiting;
             }
             let silent = |node: &String| heard.get(node).is_some_and(|since| *since + UNREACHED < now());
             let stuck = |node: &String| {
-                silent(node) || needed.get(node).is_some_and(|from: &Vec<String>| !from.is_empty() && from.iter().all(silent))
+                silent(node)
+                    || needed.get(node).is_some_and(|from: &Vec<String>| !from.is_empty() && from.iter().all(silent))
             };
             if waiting.iter().all(stuck) {
-                let named: BTreeSet<&String> = waiting.iter().chain(needed.values().flatten()).filter(|node| silent(node)).collect();
+                let named: BTreeSet<&String> =
+                    waiting.iter().chain(needed.values().flatten()).filter(|node| silent(node)).collect();
                 return named.into_iter().cloned().collect();
             }
             world.sleep(Duration::from_millis(pause)).await;
@@ -2348,13 +2465,12 @@ static NODE: LazyLock<Mutex<Node>> = LazyLock::new(|| {
 
 /// The time since 1970 at the start, and since then by a clock that nobody sets.
 fn now() -> Duration {
-    static START: LazyLock<(Instant, Duration)> =
-        LazyLock::new(|| (Instant::now(), SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()));
+    static START: LazyLock<(Instant, Duration)> = LazyLock::new(|| {
+        (Instant::now(), SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default())
+    });
     START.1 + START.0.elapsed()
 }
 
-/// A node that does not answer a message in this time is silent.
-const MESSAGE_LIMIT: Duration = Duration::from_millis(1500);
 /// A view change that is passed on to a node of the store may take as long as it takes.
 const CHANGE_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -2422,7 +2538,8 @@ fn deliver_one(envelope: &Envelope) -> Option<(Status, Reply)> {
         return Some(receive(&Live, envelope.clone()));
     }
     let body = postcard::to_stdvec(envelope).ok()?;
-    let answer = Peer::at(&envelope.to).relay(Request { origin: Origin::Message, body, ..Request::default() }, MESSAGE_LIMIT)?;
+    let message = Request { origin: Origin::Message, body, ..Request::default() };
+    let answer = Peer::at(&envelope.to).relay(message, envelope.message.limit())?;
     postcard::from_bytes(&answer.body).ok()
 }
 
@@ -2456,7 +2573,7 @@ const OVERDUE: Duration = Duration::from_millis(5);
 /// As many lanes may be out for one peer: a main instance of another kind that is slow gets so many requests at once.
 const MAX_LANES: usize = 64;
 /// How long a lane rests before it ends.
-const REST: Duration = Duration::from_secs(1);
+const REST: Duration = Duration::from_millis(300);
 /// How long a lane that found the line empty looks again. To sleep and be woken takes longer, and as much of the processor.
 const LOOKOUT: Duration = Duration::from_micros(150);
 /// An exchange takes along this many requests, or requests with this many bytes of body; a larger one travels alone.
@@ -2560,6 +2677,11 @@ impl Peer {
         line.waiting.push_back(Errand { request, ticket: ticket.clone() });
         let another = !line.exchanges && line.waiting.len() > 1;
         self.call_lane(line, another);
+        if WATCH_RESTS.swap(false, SeqCst)
+            && let Some(watch) = LINES_WATCH.get()
+        {
+            watch.unpark();
+        }
         // The watch ends this at the deadline: a timer for each request would cost more than the rest of the relay.
         let _ = ticket.waiter.park(None);
         lock(&ticket.answer).take()
@@ -2585,15 +2707,17 @@ impl Peer {
 
     /// A lane: takes out what waits, group by group, until nothing does for a moment. Then it rests, and ends if it is not called.
     fn run_lane(&self) {
-        let mut since = Instant::now();
+        let (mut since, mut lookout) = (Instant::now(), LOOKOUT);
         loop {
             let mut line = lock(&self.line);
             let group = line.take_group();
             if !group.is_empty() {
                 drop(line);
+                // What nodes say to one another comes one by one.
+                lookout = if group[0].request.origin == Origin::Message { Duration::ZERO } else { LOOKOUT };
                 // Should this panic, the group is dropped, which answers its requests, and the lane lives on.
                 let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.carry(group)));
-            } else if since.elapsed() < LOOKOUT {
+            } else if since.elapsed() < lookout {
                 drop(line);
                 thread::yield_now();
                 continue;
@@ -2686,9 +2810,17 @@ impl Line {
     }
 }
 
+/// The watch over the lines, which rests as long as nobody waits in one: an idle instance should not wake 200 times a second.
+static LINES_WATCH: OnceLock<thread::Thread> = OnceLock::new();
+static WATCH_RESTS: AtomicBool = AtomicBool::new(false);
+
 /// Calls another lane where those that are out do not come back, and ends waiting that is in vain.
 fn watch_lines() {
+    LINES_WATCH.get_or_init(thread::current);
+    // Said before it looks: who comes after the look wakes it.
+    WATCH_RESTS.store(true, SeqCst);
     let (mut peers, now) = (lock(&PEERS), Instant::now());
+    let mut rests = true;
     // Those that nobody asks any more have no lane either. (Any client can name a thousand in a view.)
     peers.retain(|_, peer| Arc::strong_count(peer) > 1);
     let asked: Vec<Arc<Peer>> = peers.values().cloned().collect();
@@ -2698,10 +2830,14 @@ fn watch_lines() {
         line.tickets.extract_if(.., |ticket| ticket.deadline < now).for_each(|ticket| ticket.waiter.unpark());
         // Who has the answer has let go of the ticket.
         line.tickets.retain(|ticket| Arc::strong_count(ticket) > 1);
+        rests &= line.tickets.is_empty();
         let waiting = !line.waiting.is_empty();
         if std::mem::replace(&mut line.overdue, waiting) && waiting {
             peer.call_lane(line, true);
         }
+    }
+    if rests {
+        thread::park_timeout(Duration::from_secs(1));
     }
 }
 
@@ -2797,7 +2933,9 @@ fn answer_exchange(body: &[u8]) -> Answer {
 fn has_to_wait(request: &Request) -> bool {
     own().is_some()
         && match request.route().0 {
-            Resource::Key(key) => !matches!(Live.with(|node| node.place(hash_of(&key), &key)), Place::Here | Place::Node(_)),
+            Resource::Key(key) => {
+                !matches!(Live.with(|node| node.place(hash_of(&key), &key)), Place::Here | Place::Node(_))
+            }
             _ => false,
         }
 }
@@ -2812,8 +2950,8 @@ fn has_to_wait(request: &Request) -> bool {
 /// One client connection: the server's service.
 struct Connection {
     socket: Socket,
-    /// Goes up when a request begins to be answered and when it has been: the watch looks at it.
-    calls: Arc<AtomicU32>,
+    /// What the watch looks at.
+    progress: Arc<Progress>,
     /// Answers that the server may not have written yet, and where each ends in the stream of answers.
     unsent: VecDeque<(u64, Answer)>,
     /// The bytes of that stream: those that the server was handed, and those that the kernel was seen to have.
@@ -2828,6 +2966,15 @@ struct Connection {
     relayed: bool,
 }
 
+/// How far a connection has got.
+#[derive(Default)]
+struct Progress {
+    /// Goes up when a request begins to be dealt with and when it has been.
+    calls: AtomicU32,
+    /// The whole request is there, and its answer is not yet: that may take as long as a view change.
+    answering: AtomicBool,
+}
+
 struct Server;
 
 impl HttpServiceFactory for Server {
@@ -2835,7 +2982,7 @@ impl HttpServiceFactory for Server {
 
     /// Called once for each connection. `id` is the descriptor of its socket, open until after the service is dropped.
     fn new_service(&self, id: usize) -> Connection {
-        let (socket, calls) = (borrow_socket(id as RawFd), Arc::<AtomicU32>::default());
+        let (socket, progress) = (borrow_socket(id as RawFd), Arc::<Progress>::default());
         // Without this, an answer that leaves in two writes waits 40 ms for the client's delayed acknowledgement.
         let _ = socket.set_nodelay(true);
         let mut connections = lock(&CONNECTIONS);
@@ -2844,19 +2991,19 @@ impl HttpServiceFactory for Server {
         if crowded {
             let _ = socket.shutdown(Shutdown::Both);
         }
-        let watched = Watched { calls: calls.clone(), seen: 0, since: Instant::now(), received: None };
+        let watched = Watched { progress: progress.clone(), seen: 0, since: Instant::now(), received: None };
         connections.insert(id as RawFd, watched);
         let (unsent, lingers, relayed) = (VecDeque::new(), false, false);
-        Connection { socket, calls, unsent, handed: 0, taken: 0, ended: crowded, lingers, relayed }
+        Connection { socket, progress, unsent, handed: 0, taken: 0, ended: crowded, lingers, relayed }
     }
 }
 
 impl HttpService for Connection {
     fn call(&mut self, parsed: Parsed, response: &mut Response) -> io::Result<()> {
         if !self.ended {
-            self.calls.fetch_add(1, SeqCst);
+            self.progress.calls.fetch_add(1, SeqCst);
             self.serve(parsed, response);
-            self.calls.fetch_add(1, SeqCst);
+            self.progress.calls.fetch_add(1, SeqCst);
         }
         Ok(())
     }
@@ -2886,7 +3033,9 @@ impl Connection {
         } else if framing.length > 0 && !self.read_body(parsed.body(), framing.length, &mut request.body) {
             return self.end();
         }
+        self.progress.answering.store(true, SeqCst);
         let answer = answer(request);
+        self.progress.answering.store(false, SeqCst);
         // The server takes only headers that live forever: those of a foreign main instance go out as a last word. And it
         // would collect answers without end for a client that does not read them.
         let unfit = matches!(answer.header, Cow::Owned(_)) || self.handed - self.taken > MAX_UNSENT;
@@ -2984,7 +3133,7 @@ impl Drop for Connection {
         let received = info(&self.socket).map_or(0, |info| info.tcpi_bytes_received);
         let left = matches!(self.socket.peek(&mut [0]), Ok(0));
         // The server does not look at what it read if it came together with the end of the stream (which counts as a byte).
-        let unheard = received > 1 && self.calls.load(SeqCst) == 0;
+        let unheard = received > 1 && self.progress.calls.load(SeqCst) == 0;
         if !self.ended && (!left || unheard) {
             self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "GET"));
         }
@@ -3001,8 +3150,8 @@ impl Drop for Connection {
 
 /// What the watch remembers of a connection.
 struct Watched {
-    calls: Arc<AtomicU32>,
-    /// The calls when last seen: odd while a request is being answered. Since when.
+    progress: Arc<Progress>,
+    /// The calls when last seen: odd while a request is being dealt with. Since when.
     seen: u32,
     since: Instant,
     /// What had been received when they were seen to stay the same.
@@ -3021,15 +3170,19 @@ fn watch_connections() {
     let mut connections = lock(&CONNECTIONS);
     connections.iter_mut().for_each(|(fd, watched)| watched.look(borrow_socket(*fd)));
     // An endless head grows by a gigabyte a second: look often, as long as there are few to look at.
-    let more = Duration::from_micros(20) * connections.len() as u32;
+    let more = if connections.is_empty() {
+        Duration::from_millis(15)
+    } else {
+        Duration::from_micros(20) * connections.len() as u32
+    };
     drop(connections);
     thread::sleep(more);
 }
 
 impl Watched {
     fn look(&mut self, socket: Socket) {
-        let calls = self.calls.load(SeqCst);
-        if self.seen != calls {
+        let calls = self.progress.calls.load(SeqCst);
+        if self.seen != calls || self.progress.answering.load(SeqCst) {
             // A connection that gets on costs nothing here.
             (self.seen, self.since, self.received) = (calls, Instant::now(), None);
             return;
@@ -3041,7 +3194,7 @@ impl Watched {
         let receiving = answering && info.tcpi_last_data_recv < limit;
         let unread = unread(&socket);
         // What was just learned is of different moments. If a request began or ended meanwhile, it says nothing.
-        if self.calls.load(SeqCst) != calls {
+        if self.progress.calls.load(SeqCst) != calls {
             return;
         }
         if !answering && unread > 0 {
@@ -3146,6 +3299,8 @@ fn serve(Settings { listen, role, view }: &'static Settings) {
     if let Role::Node(_) = role {
         repeat(MEETINGS, || keep_in_touch(&Live));
     }
+    // An idle worker looks up once a second, and not a hundred times: whoever has something for it wakes it.
+    may::config().set_timeout_ns(1_000_000_000);
     may::config().set_stack_size(16 << 10).set_worker_pin(false);
     // may shares a port with whoever else does (SO_REUSEPORT), and two stores would share the clients: ask without first.
     let server = TcpListener::bind(listen).map(drop).and_then(|()| Server.start(listen)).unwrap_or_else(|error| {
@@ -3212,18 +3367,33 @@ mod simulation {
 
     enum Event {
         Poll(usize),
-        Message { to: usize, envelope: Box<Envelope>, call: usize },
-        Relay { to: usize, request: Request, call: usize },
+        Message {
+            to: usize,
+            envelope: Box<Envelope>,
+            call: usize,
+        },
+        Relay {
+            to: usize,
+            request: Request,
+            call: usize,
+        },
         /// A call ends at the node that made it.
-        Result { call: usize, result: Outcome2 },
-        Spawn { on: usize, life: u64, activity: Activity },
+        Result {
+            call: usize,
+            result: Ending,
+        },
+        Spawn {
+            on: usize,
+            life: u64,
+            activity: Activity,
+        },
         Wake(usize),
         Start(usize),
         Quiet,
     }
 
     /// How a call ended.
-    enum Outcome2 {
+    enum Ending {
         Nothing,
         Reply(Box<(Status, Reply)>),
         Answer(Answer),
@@ -3280,7 +3450,7 @@ mod simulation {
         current: usize,
         /// The task that waits for a call, its machine and life, and what it was answered.
         calls: HashMap<usize, (usize, usize, u64)>,
-        results: HashMap<usize, Outcome2>,
+        results: HashMap<usize, Ending>,
         cut: HashSet<(usize, usize)>,
         /// Of a hundred messages so many are lost, late, or come twice.
         trouble: u64,
@@ -3294,8 +3464,10 @@ mod simulation {
         lineage: HashSet<Version>,
     }
 
+    const ADDRESSES: [&str; 5] = ["n0:1", "n1:1", "n2:1", "n3:1", "n4:1"];
+
     fn address(machine: usize) -> String {
-        format!("n{machine}:1")
+        ADDRESSES[machine].to_owned()
     }
 
     fn machine_of(address: &str) -> usize {
@@ -3328,7 +3500,12 @@ mod simulation {
 
         /// How long a message takes; None if it is lost.
         fn way(&mut self, from: usize, to: usize) -> Option<Duration> {
-            let lost = from != to && (self.cut.contains(&(from, to)) || !self.quiet && { let trouble = self.trouble; self.percent(trouble) });
+            let lost = from != to
+                && (self.cut.contains(&(from, to))
+                    || !self.quiet && {
+                        let trouble = self.trouble;
+                        self.percent(trouble)
+                    });
             let most = match self.below(100) {
                 0 if !self.quiet => 9_000_000,
                 1..5 if !self.quiet => 1_000_000,
@@ -3340,7 +3517,7 @@ mod simulation {
         /// Where a process is dead, its machine may still refuse connections.
         fn refuse(&mut self, call: usize) {
             if self.percent(50) {
-                self.at(Duration::from_millis(1), Event::Result { call, result: Outcome2::Nothing });
+                self.at(Duration::from_millis(1), Event::Result { call, result: Ending::Nothing });
             }
         }
 
@@ -3349,7 +3526,7 @@ mod simulation {
             self.sequence += 1;
             let (id, life) = (self.sequence as usize, self.machines[machine].life);
             self.calls.insert(id, (self.current, machine, life));
-            self.at(limit, Event::Result { call: id, result: Outcome2::Nothing });
+            self.at(limit, Event::Result { call: id, result: Ending::Nothing });
             id
         }
 
@@ -3373,7 +3550,10 @@ mod simulation {
             let first: Vec<String> = self.first_view().into_iter().map(address).collect();
             for machine in 0..self.machines.len() {
                 let Some(table) = self.table(machine) else { continue };
-                if table.version.is_first() && (table.view == first || table.view.len() > 1) || self.lineage.contains(&table.base) || self.machines[machine].seen.is_some_and(|seen| self.lineage.contains(&seen)) {
+                if table.version.is_first() && (table.view == first || table.view.len() > 1)
+                    || self.lineage.contains(&table.base)
+                    || self.machines[machine].seen.is_some_and(|seen| self.lineage.contains(&seen))
+                {
                     self.lineage.insert(table.version);
                 }
                 self.machines[machine].seen = table.lists(&address(machine)).then_some(table.version);
@@ -3407,8 +3587,8 @@ mod simulation {
     struct Wait<'a>(&'a There, usize);
 
     impl Future for Wait<'_> {
-        type Output = Outcome2;
-        fn poll(self: Pin<&mut Self>, _: &mut Context) -> Poll<Outcome2> {
+        type Output = Ending;
+        fn poll(self: Pin<&mut Self>, _: &mut Context) -> Poll<Ending> {
             let mut state = self.0.state.borrow_mut();
             match state.results.remove(&self.1) {
                 Some(result) => Poll::Ready(result),
@@ -3438,8 +3618,11 @@ mod simulation {
             for envelope in envelopes {
                 let mut state = self.state.borrow_mut();
                 let to = machine_of(&envelope.to);
-                let call = state.call(self.machine, Duration::from_millis(1500));
-                if state.trouble > 0 && state.percent(3) && let Some(way) = state.way(self.machine, to) {
+                let call = state.call(self.machine, envelope.message.limit());
+                if state.trouble > 0
+                    && state.percent(3)
+                    && let Some(way) = state.way(self.machine, to)
+                {
                     state.at(way, Event::Message { to, envelope: Box::new(envelope.clone()), call });
                 }
                 if let Some(way) = state.way(self.machine, to) {
@@ -3449,7 +3632,7 @@ mod simulation {
             }
             let mut answers = Vec::new();
             for call in calls {
-                answers.push(if let Outcome2::Reply(reply) = Wait(self, call).await { Some(*reply) } else { None });
+                answers.push(if let Ending::Reply(reply) = Wait(self, call).await { Some(*reply) } else { None });
             }
             answers
         }
@@ -3464,7 +3647,7 @@ mod simulation {
                 }
                 call
             };
-            if let Outcome2::Answer(answer) = Wait(self, call).await { Some(answer) } else { None }
+            if let Ending::Answer(answer) = Wait(self, call).await { Some(answer) } else { None }
         }
 
         async fn sleep(&self, time: Duration) {
@@ -3506,7 +3689,8 @@ mod simulation {
                 lineage: HashSet::new(),
             };
             let count = 2 + state.below(4);
-            let machine = |_| Machine { node: None, life: 0, asleep: false, backlog: Vec::new(), outlawed: None, seen: None };
+            let machine =
+                |_| Machine { node: None, life: 0, asleep: false, backlog: Vec::new(), outlawed: None, seen: None };
             state.machines = (0..count).map(machine).collect();
             Simulation { seed, state: Rc::new(RefCell::new(state)) }
         }
@@ -3573,7 +3757,12 @@ mod simulation {
                 Did::Get => ("GET", String::new()),
                 _ => ("DELETE", String::new()),
             };
-            let request = Request { verb: verb.into(), target: format!("/kv-store/{}", name(key)), body: body.into(), ..Request::default() };
+            let request = Request {
+                verb: verb.into(),
+                target: format!("/kv-store/{}", name(key)),
+                body: body.into(),
+                ..Request::default()
+            };
             let (index, start) = {
                 let mut state = self.state.borrow_mut();
                 let start = state.now;
@@ -3586,7 +3775,15 @@ mod simulation {
                 let answer = answer_for_key(&there, name.as_bytes(), action, &request, Vocabulary::Form).await;
                 let mut state = there.state.borrow_mut();
                 let text = String::from_utf8_lossy(&answer.body).into_owned();
-                state.tell(|| format!("n{} answers {} {name} {did:?}: {} {}", there.machine, request.verb, answer.status, text.trim()));
+                state.tell(|| {
+                    format!(
+                        "n{} answers {} {name} {did:?}: {} {}",
+                        there.machine,
+                        request.verb,
+                        answer.status,
+                        text.trim()
+                    )
+                });
                 let value = text.split('"').nth(7).and_then(|value| value.parse().ok());
                 let saw = match answer.status {
                     404 | 201 => Seen::Nothing,
@@ -3629,12 +3826,15 @@ mod simulation {
                     Event::Spawn { on, .. } => Some(*on),
                     _ => None,
                 };
-                if let Some(on) = on && state.machines[on].asleep {
+                if let Some(on) = on
+                    && state.machines[on].asleep
+                {
                     state.machines[on].backlog.push(event);
                     return true;
                 }
                 event
             };
+            let changes = !matches!(event, Event::Result { .. } | Event::Spawn { .. });
             match event {
                 Event::Poll(id) => self.poll(id),
                 Event::Message { to, envelope, call } => self.message(to, *envelope, call),
@@ -3658,7 +3858,9 @@ mod simulation {
                     state.quiet = state.now < state.quiet_until;
                 }
             }
-            self.check_owners();
+            if changes {
+                self.check_owners();
+            }
             true
         }
 
@@ -3694,7 +3896,7 @@ mod simulation {
             let reply = receive(&self.there(to), envelope);
             let mut state = self.state.borrow_mut();
             if let Some(way) = state.way(to, from) {
-                state.at(way, Event::Result { call, result: Outcome2::Reply(Box::new(reply)) });
+                state.at(way, Event::Result { call, result: Ending::Reply(Box::new(reply)) });
             }
         }
 
@@ -3718,26 +3920,30 @@ mod simulation {
                 let from = state.calls.get(&call).map_or(to, |(_, machine, _)| *machine);
                 let trusted = state.machines[to].outlawed.is_none();
                 if let Some(way) = state.way(to, from).filter(|_| trusted) {
-                    state.at(way, Event::Result { call, result: Outcome2::Answer(answer) });
+                    state.at(way, Event::Result { call, result: Ending::Answer(answer) });
                 }
             });
         }
 
         /// No key is answered for by two nodes.
         fn check_owners(&self) {
-            let mut state = self.state.borrow_mut();
-            let state = &mut *state;
+            let state = &mut *self.state.borrow_mut();
             state.note_tables();
             self.outlaw(state);
+            let counts = |machine: &usize| state.machines[*machine].outlawed.is_none() && state.is_member(*machine);
+            let machines: Vec<usize> = (0..state.machines.len()).filter(counts).collect();
             for key in 0..KEYS {
                 let name = name(key);
-                let has = |machine: &usize| {
-                    let it = &state.machines[*machine];
-                    let here = |node: &Node| node.place_by_table(hash_of(name.as_bytes()), name.as_bytes()) == Place::Here;
-                    state.is_member(*machine) && it.outlawed.is_none() && it.node.as_ref().is_some_and(here)
-                };
-                let owners: Vec<usize> = (0..state.machines.len()).filter(has).collect();
-                assert!(owners.len() < 2, "SEED={}: at {:.3} {name} is answered for by {owners:?}", self.seed, state.now.as_secs_f64());
+                let hash = hash_of(name.as_bytes());
+                let here = |node: &Node| node.place_by_table(hash, name.as_bytes()) == Place::Here;
+                let has = |machine: &usize| state.machines[*machine].node.as_ref().is_some_and(here);
+                let owners: Vec<usize> = machines.iter().copied().filter(has).collect();
+                assert!(
+                    owners.len() < 2,
+                    "SEED={}: at {:.3} {name} is answered for by {owners:?}",
+                    self.seed,
+                    state.now.as_secs_f64()
+                );
             }
         }
 
@@ -3747,9 +3953,14 @@ mod simulation {
             for machine in 0..state.machines.len() {
                 let Some(version) = state.machines[machine].node.as_ref().map(Node::version) else { continue };
                 let own = address(machine);
-                let lives_by_it = state.is_member(machine) && state.table(machine).is_some_and(|table| table.lists(&own));
-                let left_out = lives_by_it && version.is_some_and(|version| version.epoch < newest.version.epoch)
-                    && !newest.lists(&own) && !newest.sources().contains(&own);
+                let lives_by_it = state.is_member(machine)
+                    && state
+                        .table(machine)
+                        .is_some_and(|table| table.ranges.iter().any(|range| table.node_of(range.shard) == own));
+                let left_out = lives_by_it
+                    && version.is_some_and(|version| version.epoch < newest.version.epoch)
+                    && !newest.lists(&own)
+                    && !newest.sources().contains(&own);
                 if left_out && state.machines[machine].outlawed.is_none() {
                     state.tell(|| format!("n{machine} is left out by force"));
                     state.vanish(machine, None);
@@ -3825,19 +4036,24 @@ mod simulation {
             }
             let (view, must_meet) = {
                 let mut state = self.state.borrow_mut();
-                let present = state.newest().map(|table| table.view.iter().map(|it| machine_of(it)).collect::<Vec<_>>());
+                let present =
+                    state.newest().map(|table| table.view.iter().map(|it| machine_of(it)).collect::<Vec<_>>());
                 let first = state.first_view();
                 let known = present.as_ref().is_some_and(|view| view.contains(&machine));
                 let view = match state.below(4) {
                     0 if known => vec![machine],
                     // Nodes that left, and ask none that stayed, are a store of their own.
-                    1 | 2 if present.as_ref().is_none_or(|present| first.iter().any(|it| present.contains(it))) => first,
+                    1 | 2 if present.as_ref().is_none_or(|present| first.iter().any(|it| present.contains(it))) => {
+                        first
+                    }
                     _ => present.unwrap_or(first),
                 };
                 let newest = state.newest();
-                let knows = |it: &usize| newest.as_ref().is_some_and(|table| {
-                    table.lists(&address(*it)) && state.table(*it).is_some_and(|it| it.version == table.version)
-                });
+                let knows = |it: &usize| {
+                    newest.as_ref().is_some_and(|table| {
+                        table.lists(&address(*it)) && state.table(*it).is_some_and(|it| it.version == table.version)
+                    })
+                };
                 let must_meet = !view.iter().any(|it| *it != machine && knows(it));
                 (view, must_meet)
             };
@@ -3855,7 +4071,7 @@ mod simulation {
 
         fn run(&self) {
             let (count, first) = {
-                let mut state = self.state.borrow_mut();
+                let state = self.state.borrow_mut();
                 (state.machines.len(), state.first_view())
             };
             for machine in 0..count {
@@ -3912,17 +4128,34 @@ mod simulation {
                     break;
                 }
             }
-            assert!(self.is_settled(), "SEED={}: the nodes do not come to go by one table: {}", self.seed, self.describe());
+            assert!(
+                self.is_settled(),
+                "SEED={}: the nodes do not come to go by one table: {}",
+                self.seed,
+                self.describe()
+            );
             let members: Vec<usize> = (0..count).filter(|it| self.state.borrow().is_member(*it)).collect();
             let before: Vec<usize> = self.state.borrow().history.iter().map(Vec::len).collect();
             for machine in members {
                 (0..KEYS).for_each(|key| self.ask(self.there(machine), key, Did::Get));
             }
-            self.for_a_while(Duration::from_millis(5000), |_| {});
+            let answered =
+                |key: usize| self.state.borrow().history[key][before[key]..].iter().all(|op| op.end.is_some());
+            for _ in 0..100 {
+                self.for_a_while(Duration::from_millis(50), |_| {});
+                if (0..KEYS).all(answered) {
+                    break;
+                }
+            }
             let state = self.state.borrow();
             for (key, history) in state.history.iter().enumerate() {
-                let answered = history[before[key]..].iter().all(|op| op.did == Did::Vanish || op.end.is_some());
-                assert!(answered, "SEED={}: {} is not answered for at the end: {}", self.seed, name(key), self.describe());
+                assert!(
+                    answered(key),
+                    "SEED={}: {} is not answered for at the end: {}",
+                    self.seed,
+                    name(key),
+                    self.describe()
+                );
                 assert!(is_linearizable(history), "SEED={}: {} was not kept: {history:#?}", self.seed, name(key));
             }
         }
@@ -3937,17 +4170,26 @@ mod simulation {
             let newest = state.newest().unwrap_or_default();
             (0..state.machines.len()).all(|machine| {
                 let Some(node) = &state.machines[machine].node else { return false };
-                let has_all = node.version() == Some(newest.version) && node.is_settled() && node.status().incoming.is_empty();
+                let has_all =
+                    node.version() == Some(newest.version) && node.is_settled() && node.status().incoming.is_empty();
                 has_all || node.version().is_some() && !newest.lists(&address(machine))
             })
         }
 
         fn describe(&self) -> String {
             let state = self.state.borrow();
-            let describe = |it: &Machine| it.node.as_ref().map_or("dead".into(), |node| {
-                let status = node.status();
-                format!("{} {:?} incoming {:?} promises {:?}\n", node.own(), status.version, status.incoming, status.promises)
-            });
+            let describe = |it: &Machine| {
+                it.node.as_ref().map_or("dead".into(), |node| {
+                    let status = node.status();
+                    format!(
+                        "{} {:?} incoming {:?} promises {:?}\n",
+                        node.own(),
+                        status.version,
+                        status.incoming,
+                        status.promises
+                    )
+                })
+            };
             state.machines.iter().map(describe).collect()
         }
     }
@@ -3979,7 +4221,8 @@ mod simulation {
                 continue;
             }
             let left = |index: usize| done & 1 << index == 0;
-            let first_end = (0..ops.len()).filter(|it| left(*it) && must & 1 << it != 0).filter_map(|it| ops[it].end).min();
+            let first_end =
+                (0..ops.len()).filter(|it| left(*it) && must & 1 << it != 0).filter_map(|it| ops[it].end).min();
             let last_start = (0..ops.len()).filter(|it| !left(*it)).map(|it| ops[it].start).max();
             for (index, op) in ops.iter().enumerate().filter(|(index, _)| left(*index)) {
                 let after = first_end.is_some_and(|end| op.start > end);
@@ -4032,7 +4275,10 @@ mod simulation {
                         }
                         let state = simulation.state.borrow();
                         changes.fetch_add(state.changes as u32, SeqCst);
-                        requests.fetch_add(state.history.iter().flatten().filter(|op| op.end.is_some()).count() as u32, SeqCst);
+                        requests.fetch_add(
+                            state.history.iter().flatten().filter(|op| op.end.is_some()).count() as u32,
+                            SeqCst,
+                        );
                     }
                 });
             }
@@ -4040,6 +4286,266 @@ mod simulation {
         assert!(!failed.load(SeqCst), "a schedule failed: its seed is above");
         println!("{schedules} schedules: {changes:?} view changes, {requests:?} requests answered");
         // A simulation in which nothing happens would pass as well.
-        assert!(schedules < 1000 || changes.load(SeqCst) as u64 > schedules && requests.load(SeqCst) as u64 > 10 * schedules);
+        assert!(
+            schedules < 1000
+                || 2 * changes.load(SeqCst) as u64 > schedules && requests.load(SeqCst) as u64 > 10 * schedules
+        );
+    }
+}
+
+// ---- Unit tests -----------------------------------------------------------------------------------------------------------
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers that look random and are the same in every run.
+    struct Numbers(u64);
+    impl Numbers {
+        fn below(&mut self, limit: usize) -> usize {
+            self.0 += 1;
+            (hash_of(&self.0.to_be_bytes()) % limit as u64) as usize
+        }
+        fn nodes(&mut self, least: usize) -> Vec<String> {
+            let mut nodes: Vec<String> = (1..=9).map(|number| format!("n{number}:1")).collect();
+            let count = least + self.below(6);
+            while nodes.len() > count {
+                nodes.remove(self.below(nodes.len()));
+            }
+            nodes
+        }
+    }
+
+    fn put(records: &mut Records, key: &str) {
+        records.insert(hash_of(key.as_bytes()), Record::new(key.as_bytes(), r#""value""#));
+    }
+
+    /// A whole store in one place: the table, and what each node has.
+    type Store = (Table, BTreeMap<String, Records>);
+
+    fn put_at_owner(store: &mut Store, key: &str) {
+        let (hash, name) = (hash_of(key.as_bytes()), key.as_bytes());
+        let owner = store.0.node_of(store.0.shard_at(hash, name)).to_owned();
+        put(store.1.entry(owner).or_default(), key);
+    }
+
+    /// Gives all records of some ranges to their owners, from whoever has them.
+    fn settle(store: &mut Store) {
+        for (span, range) in store.0.spans() {
+            for source in &range.sources {
+                let mut span = span.clone();
+                while span.from < span.to {
+                    let giver = store.1.entry(source.clone()).or_default();
+                    let (records, to) = giver.first_of(&span, 100);
+                    let given = Span { from: span.from.clone(), to: to.clone() };
+                    giver.forget(&given);
+                    let owner = store.1.entry(store.0.node_of(range.shard).to_owned()).or_default();
+                    records.into_iter().for_each(|record| drop(owner.insert(hash_of(record.key()), record)));
+                    span.from = to;
+                }
+            }
+        }
+    }
+
+    /// What a view change does, without the network. Returns how many keys moved.
+    fn change(store: &mut Store, view: &[String]) -> usize {
+        let (table, shards) = &*store;
+        let count = |node: &String| (node.clone(), shards.get(node).map_or(0, Records::len));
+        let mut counts: BTreeMap<String, usize> = table.view.iter().chain(view).map(count).collect();
+        let moves = table::plan(&mut counts, view);
+        let mut given: HashMap<&String, usize> = HashMap::new();
+        let mut cuts = Vec::new();
+        for (giver, receiver, count) in &moves {
+            let sum = given.entry(giver).or_default();
+            *sum += count;
+            cuts.push(Cut { giver: giver.clone(), place: shards[giver].nth_highest(*sum), receiver: receiver.clone() });
+        }
+        let version = Version { number: table.version.number + 1, ..Version::default() };
+        store.0 = table.next(version, view, &cuts, &[], true);
+        assert!(store.0.is_valid(), "{:?}", store.0);
+        settle(store);
+        moves.iter().map(|(.., count)| count).sum()
+    }
+
+    #[test]
+    fn shards_differ_by_one_key_and_no_key_moves_without_need() {
+        let mut numbers = Numbers(1);
+        for case in 0..300 {
+            let view = numbers.nodes(1);
+            let mut store: Store = (Table::first(view), BTreeMap::new());
+            let keys = [0, 1, 2, 3, 7, 10, 100, 1000][case % 8];
+            (0..keys).for_each(|number| put_at_owner(&mut store, &format!("{case} {number}")));
+            for round in 0..4 {
+                let view = numbers.nodes(1);
+                let total: usize = store.1.values().map(Records::len).sum();
+                let (least, rest) = (total / view.len(), total % view.len());
+                // What nodes have above their target, if those with most keys may keep one more.
+                let mut held: Vec<usize> = view.iter().map(|node| store.1.get(node).map_or(0, Records::len)).collect();
+                held.sort_by_key(|count| Reverse(*count));
+                let stays: usize =
+                    held.iter().enumerate().map(|(rank, count)| (*count).min(least + usize::from(rank < rest))).sum();
+                assert_eq!(change(&mut store, &view), total - stays, "case {case}, round {round}");
+                let sizes: Vec<usize> = view.iter().map(|node| store.1.get(node).map_or(0, Records::len)).collect();
+                assert_eq!(sizes.iter().sum::<usize>(), total, "case {case}, round {round}: keys got lost");
+                assert!(
+                    sizes.iter().all(|size| (least..=least + 1).contains(size)),
+                    "case {case}: {sizes:?} of {total}"
+                );
+                assert_eq!(change(&mut store, &view), 0, "case {case}: the same view again");
+                (0..numbers.below(20)).for_each(|number| put_at_owner(&mut store, &format!("{case} {round} {number}")));
+            }
+        }
+    }
+
+    #[test]
+    fn a_fourth_node_takes_a_quarter() {
+        let node = |number| format!("n{number}:1");
+        let mut store: Store = (Table::first((1..=3).map(node).collect()), BTreeMap::new());
+        (0..100_001).for_each(|number| put_at_owner(&mut store, &number.to_string()));
+        change(&mut store, &(1..=3).map(node).collect::<Vec<_>>());
+        assert_eq!(change(&mut store, &(1..=4).map(node).collect::<Vec<_>>()), 25_000);
+    }
+
+    #[test]
+    fn buckets_are_a_map_in_the_order_of_keys() {
+        let mut numbers = Numbers(7);
+        let (mut records, mut model) = (Records::default(), BTreeMap::new());
+        for round in 0..60_000 {
+            let key = numbers.below(40_000).to_string();
+            let position = (hash_of(key.as_bytes()), key.clone().into_bytes());
+            if numbers.below(3) > 0 {
+                let value = round.to_string();
+                let old = records.insert(position.0, Record::new(key.as_bytes(), &value));
+                let before = model.insert(position, value);
+                assert_eq!(old.map(|record| record.value().to_vec()), before.map(String::into_bytes));
+            } else {
+                assert_eq!(records.remove(position.0, key.as_bytes()).is_some(), model.remove(&position).is_some());
+            }
+        }
+        assert_eq!(records.len(), model.len());
+        for n in [1, 2, 100, model.len() / 2, model.len()] {
+            assert_eq!(Some(&records.nth_highest(n)), model.keys().rev().nth(n - 1));
+        }
+        assert_eq!(records.nth_highest(model.len() + 1), Position::default());
+        for _ in 0..100 {
+            let (one, other) = (numbers.below(usize::MAX) as u64, numbers.below(usize::MAX) as u64);
+            let span = Span { from: (one.min(other), b"5".to_vec()), to: (one.max(other), Vec::new()) };
+            let (given, to) = records.first_of(&span, numbers.below(100_000));
+            let expected: Vec<_> = model.range(span.from.clone()..to.clone()).map(|(place, _)| place.clone()).collect();
+            let mut places: Vec<Position> = given.iter().map(|it| (hash_of(it.key()), it.key().to_vec())).collect();
+            places.sort();
+            assert_eq!(places, expected);
+            assert!(to > span.from && to <= span.to, "no progress");
+        }
+        let all = Span { from: Position::default(), to: end_of_order() };
+        records.forget(&Span { to: (1 << 63, Vec::new()), ..all.clone() });
+        assert_eq!(records.len(), model.range((1 << 63, Vec::new())..).count());
+        records.forget(&all);
+        assert_eq!(records.len(), 0);
+    }
+
+    #[test]
+    fn keys_with_the_same_hash_are_told_apart() {
+        let range = |from, shard| Range { from, shard, sources: Vec::new() };
+        let mut table = Table::first(vec!["a:1".into(), "b:1".into()]);
+        table.ranges = vec![range(Position::default(), 0), range((7, b"m".to_vec()), 1), range((8, Vec::new()), 0)];
+        assert!(table.is_valid());
+        assert_eq!((table.shard_at(7, b"l"), table.shard_at(7, b"m"), table.shard_at(8, b"")), (0, 1, 0));
+    }
+
+    /// A node that goes by a table of two nodes, and a table that could follow.
+    fn node_and_next_table() -> (Node, Table) {
+        let view = vec!["a:1".to_owned(), "b:1".to_owned()];
+        let mut node = Node::new("a:1".into(), view.clone(), 1, Duration::ZERO);
+        let blank = Node::new("b:1".into(), view.clone(), 2, Duration::ZERO).status();
+        for _ in 0..5 {
+            node.begin_round();
+            let answers = [("b:1".to_owned(), Status { rounds: 5, ..blank.clone() })].into();
+            node.let_in(&[], &answers);
+        }
+        let table = node.table().expect("both agree on the first table");
+        let version = Version { epoch: 0, number: 1, coordinator: 2 };
+        (node, table.next(version, &["b:1".to_owned()], &[], &[], true))
+    }
+
+    fn tell(node: &mut Node, table: &Table) -> Option<Version> {
+        let other = Node::new("b:1".into(), Vec::new(), 2, Duration::ZERO);
+        node.hear("b:1", Status { version: Some(table.version), table: Some(table.clone()), ..other.status() });
+        node.version()
+    }
+
+    #[test]
+    fn a_table_from_outside_that_is_none_is_not_adopted() {
+        let (mut node, table) = node_and_next_table();
+        let before = node.version();
+        let named = |name: &str| vec![name.to_owned()];
+        let mut with = |spoil: &dyn Fn(&mut Table)| {
+            let mut spoiled = table.clone();
+            spoil(&mut spoiled);
+            assert_eq!(tell(&mut node, &spoiled), before, "{spoiled:?}");
+        };
+        with(&|table| table.view = named("no address"));
+        with(&|table| table.view = (0..33_000).map(|number| format!("n{number}:1")).collect());
+        with(&|table| table.view = vec!["b:1".into(), "b:1".into()]);
+        with(&|table| table.view = Vec::new());
+        with(&|table| table.shards = Vec::new());
+        with(&|table| table.shards = vec![vec![7]]);
+        with(&|table| table.shards = vec![Vec::new()]);
+        with(&|table| table.ranges = Vec::new());
+        with(&|table| table.ranges[0].from.0 = 1);
+        with(&|table| table.ranges[0].shard = 7);
+        with(&|table| table.ranges[0].sources = named("no address"));
+        with(&|table| table.ranges = vec![table.ranges[0].clone(); 200_000]);
+        with(&|table| table.version.number = u64::MAX);
+        with(&|table| table.version.number = 0);
+        assert_eq!(tell(&mut node, &table), Some(table.version), "one that is whole is adopted");
+    }
+
+    #[test]
+    fn a_table_at_the_wrong_time_is_not_adopted() {
+        let (mut node, table) = node_and_next_table();
+        let before = node.version();
+        // A lock of a later epoch has been granted: its coordinator counts on what this node told it.
+        let lock = Message::Lock(Version { epoch: 1, number: 9, coordinator: 3 }, vec!["a:1".into()], Vec::new());
+        let other = Node::new("b:1".into(), Vec::new(), 3, Duration::ZERO);
+        assert!(matches!(node.receive(other.compose("a:1", lock)), (_, Reply::Done)));
+        assert_eq!(tell(&mut node, &table), before);
+    }
+
+    #[test]
+    fn the_hash_is_the_published_one() {
+        // The first test vector of the authors' reference code is for a key of 00 to 0f; these are for one of zeros.
+        assert_eq!(hash_of(b""), 0x1e924b9d737700d7);
+        let shares = (0..30_000).fold([0; 3], |mut shares, number: u32| {
+            let view = (0..3).map(|number| format!("n{number}:1")).collect();
+            shares[Table::first(view).shard_at(hash_of(number.to_string().as_bytes()), b"")] += 1;
+            shares
+        });
+        assert!(shares.iter().all(|share| (9_700..10_300).contains(share)), "{shares:?}");
+    }
+
+    #[test]
+    fn settings_name_what_is_wrong() {
+        let read = |text: &str| {
+            let variables: HashMap<_, _> =
+                text.split_whitespace().filter_map(|setting| setting.split_once('=')).collect();
+            Settings::read(|name| variables.get(name).map(|value| value.to_string()))
+        };
+        let wrong = ["PORT=abc", "PORT=0", "PORT=65536", "PORT=+1", "IP=localhost", "FORWARDING_ADDRESS=nohost"];
+        let wrong_too =
+            ["MAINIP=a:b", "ADDRESS=[::1:80", "VIEW=a:1", "ADDRESS=a:1 VIEW=a:1,a:1", "ADDRESS=a:1 VIEW=a:1,b"];
+        for setting in wrong.into_iter().chain(wrong_too).chain(["ADDRESS=a:1 FORWARDING_ADDRESS=b:1 VIEW=a:1"]) {
+            assert!(read(setting).is_err(), "{setting}");
+        }
+        for (setting, listen) in [
+            ("", "0.0.0.0:8080"),
+            ("PORT= IP=", "0.0.0.0:8080"),
+            ("PORT=9 IP=::1", "[::1]:9"),
+            ("ADDRESS=n:99", "0.0.0.0:99"),
+            ("ADDRESS=n:99 PORT=5 VIEW=a:1,n:99", "0.0.0.0:5"),
+            ("FORWARDING_ADDRESS=[::1]:80", "0.0.0.0:8080"),
+        ] {
+            assert_eq!(read(setting).map(|settings| settings.listen.to_string()), Ok(listen.to_string()), "{setting}");
+        }
     }
 }
