@@ -7,15 +7,19 @@
 //!                                         \--- a peer -> relay -> the peer's Answer, unchanged --/
 //! ```
 //!
-//! A main instance owns every key; a follower owns none and relays to its main instance; a node owns the keys that its table
-//! gives it. An `Outcome` (created, found, missing, refused because ...) knows nothing of HTTP; the contract's two
-//! vocabularies are two columns of one table, `Outcome::row`. The sections below follow the road: settings, requests,
-//! outcomes, the store, owners, shards, membership, the relay, view changes, and last the connections, where bytes come from
-//! and go to.
+//! A main instance has every key; a follower has none and relays to its main instance; a node has the keys that its table gives
+//! it, as far as it has fetched them. An `Outcome` (created, found, missing, refused because ...) knows nothing of HTTP; the
+//! contract's two vocabularies are two columns of one table, `Outcome::row`. The sections below follow the road: settings,
+//! requests, outcomes, records, owners, tables, the node, what it does, the relay, and last the connections, where bytes come
+//! from and go to.
+//!
+//! In a store of several nodes each key is answered for by the one node that has it, until that one hands it on. Where that is
+//! decided is `Node::place`; where a key changes hands is `Node::adopt` (who gives stops answering), `fetch` (who gets asks for it)
+//! and `Node::arrived` (who gets begins to answer).
 //!
 //! may's workers run each connection as a coroutine and must never block. What blocks has threads of its own: the lanes of
 //! the relay (the HTTP client blocks; a coroutine that waits for a lane holds no worker), the watches over connections and
-//! over the relay's lines, and in a node the two that keep in touch with the others and end view changes that were abandoned.
+//! over the relay's lines, and in a node the one that keeps in touch with the others.
 
 use std::borrow::Cow;
 use std::cmp::Reverse;
@@ -2356,7 +2360,11 @@ mod protocol {
                         return Err(self.again(Outcome::NodeDown(node.clone())));
                     }
                 } else if view.contains(node) && !joins(status, base) {
-                    return Err(Failure::Refused(Outcome::HoldsKeys(node.clone())));
+                    // One that left some changes ago may still have to hear of the last ones.
+                    return Err(match status.is_member {
+                        true => Failure::Refused(Outcome::HoldsKeys(node.clone())),
+                        false => self.again(Outcome::ChangeUnderWay),
+                    });
                 }
                 if self.wanted.is_some()
                     && let Some(source) = status.incoming.iter().find(|it| !given_up.contains(it))
@@ -2435,7 +2443,8 @@ mod protocol {
                         node.set_complete()
                     }
                 });
-                ask(world, &table.view, |_| Message::Meet).await;
+                let all: BTreeSet<String> = table.view.iter().chain(table.sources()).cloned().collect();
+                ask(world, &all.into_iter().collect::<Vec<_>>(), |_| Message::Meet).await;
                 return waiting;
             }
             let silent = |node: &String| heard.get(node).is_some_and(|since| *since + UNREACHED < now());

@@ -84,6 +84,8 @@ run_local() {
   echo "status $?"
 }
 # status_field INSTANCE FIELD: what the kernel says of the process: VmHWM (the most memory it ever had, in KiB), Threads.
+log_docker() { docker logs "${process[$1]}" 2>&1; }
+log_local() { cat "$work/$1.log"; }
 process_id_docker() { docker inspect -f '{{.State.Pid}}' "${process[$1]}"; }
 process_id_local() { echo "${process[$1]}"; }
 status_field() { awk -v field="$2:" '$1 == field { print $2 }' "/proc/$("process_id_$mode" "$1")/status"; }
@@ -228,6 +230,8 @@ test_json_vocabulary() { # INSTANCE
   expect "$p a verb that the count does not take" "$(json_error 405 'Method not allowed' PUT)" "$i" PUT /kv-store/key-count -d val=1
   expect "$p a verb that the view change does not take" "$(json_error 405 'Method not allowed' GET)" "$i" GET /kv-store/view-change
   expect "$p a verb that the instance does not take" "$(json_error 405 'Method not allowed' DELETE)" "$i" DELETE /kv-store
+  expect "$p shards without ADDRESS" "$(json_error 400 'ADDRESS is not set' GET)" "$i" GET /kv-store/shards
+  expect "$p a shard without ADDRESS" "$(json_error 400 'ADDRESS is not set' GET)" "$i" GET /kv-store/shards/1
   expect "$p a view change without ADDRESS" "$(json_error 400 'ADDRESS is not set' PUT)" "$i" PUT /kv-store/view-change "${json[@]}" -d '{"view":"a:1"}'
   local allow='curl -s -o /dev/null -w %{http_code}_%header{allow} -X'
   check "$p 405 of a key says what it takes" '405_GET, HEAD, PUT, DELETE' "$($allow POST "${url[$i]}/kv-store/foo")"
@@ -563,7 +567,7 @@ await() {
 }
 
 test_nodes() {
-  local node answer in_order
+  local node answer in_order id
   for node in n1 n2 n3 n4; do "address_$mode" "$node"; done
   start_node n1 VIEW="$(view n1 n2)"
   status_of n1 PUT /kv-store/keys/early "${json[@]}" -d '{"value":1}' >"$work/early" &
@@ -590,6 +594,16 @@ test_nodes() {
   in_order="{\"message\":\"View change successful\",\"moved\":40,\"shards\":[$(shard 1 n1 40),$(shard 2 n2 40),$(shard 3 n3 40)]} 200"
   check "join: the answer" "$in_order" "$answer"
   check "join: the nodes have what the answer says" "40 40 40" "$(counts n1 n2 n3)"
+  expect "shards: all of them" '200 {"message":"Shard membership retrieved successfully","shards":["1","2","3"]}' n3 GET /kv-store/shards
+  expect "shards: one, asked through another node" "200 {\"message\":\"Shard information retrieved successfully\",\"shard-id\":\"2\",\"key-count\":40,\"replicas\":[\"${address[n2]}\"]}" n1 GET /kv-store/shards/2
+  expect "shards: ... through its own node" "200 {\"message\":\"Shard information retrieved successfully\",\"shard-id\":\"2\",\"key-count\":40,\"replicas\":[\"${address[n2]}\"]}" n2 GET /kv-store/shards/2
+  for id in 0 4 02 +2 x ''; do
+    expect "shards: no shard '$id'" "$(json_error 404 'Shard does not exist' GET)" n1 GET "/kv-store/shards/$id"
+  done
+  expect "shards: a verb that they do not take" "$(json_error 405 'Method not allowed' PUT)" n1 PUT /kv-store/shards -d val=1
+  expect "shards: the count says whose it is" '200 {"message":"Key count retrieved successfully","key-count":40,"shard-id":"3"}' n3 GET /kv-store/key-count
+  check "log: a node says which table it adopts" 1 "$("log_$mode" n3 | grep -c 'table 0.1 of 3 nodes: fetches from .*, gives to nobody')"
+  check "log: ... and when it has everything" 1 "$("log_$mode" n3 | grep -c 'table 0.1: everything is fetched')"
   check "join: only the joining node's keys moved" 40 "$(moved "$answer")"
   check "join: every key is found through every node" "60 60 60 60 60 60" "$(for node in n1 n2 n3; do found "$node" a 60 && found "$node" b 60; done | paste -sd' ')"
   check "join: every node has the view" "$(view n1 n2 n3) $(view n1 n2 n3) $(view n1 n2 n3)" "$(view_of n1) $(view_of n2) $(view_of n3)"
@@ -597,6 +611,7 @@ test_nodes() {
   answer=$(change n2 "{\"view\":[\"${address[n4]}\",\"${address[n3]}\",\"${address[n2]}\"]}")
   check "one leaves, one joins, as a JSON array: 40 keys move" 40 "$(moved "$answer")"
   check "one leaves, one joins: the counts" "0 40 40 40" "$(counts n1 n2 n3 n4)"
+  expect "one leaves, one joins: the one that left has no shard" '200 {"message":"Key count retrieved successfully","key-count":0}' n1 GET /kv-store/key-count
   check "one leaves, one joins: the one that left relays" "60 60" "$(found n1 a 60) $(found n1 b 60)"
   check "one leaves, one joins: it can be asked for a view change" "30 30 30 30" "$(shards "$(change_to n1 n1 n2 n3 n4)")"
   check "deletes: 50 keys go" 50 "$(curl -s -X DELETE "${url[n3]}/kv-store/keys/a[1-50]" | grep -c Deleted)"
@@ -640,6 +655,7 @@ test_refused_view_changes() {
   expect "refused: an address given twice" "$(json_error 400 'View is not valid: a:1 is given twice' PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d '{"view":"a:1,a:1"}'
   expect "refused: an empty view" "$(json_error 400 "View is not valid: '' is not host:port" PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d '{"view":""}'
   expect "refused: a view that is a number" "$(json_error 400 'View is not valid: it is neither a string nor an array of strings' PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d '{"view":1}'
+  expect "refused: force that is no boolean" "$(json_error 400 "View is not valid: force is 'true', neither true nor false" PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d "{\"view\":\"$(view n1 n2 n3)\",\"force\":\"true\"}"
   expect "refused: not JSON" "$(json_error 400 'Body is not a JSON object' PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d 'view'
   expect "refused: a node that is not there" "$(json_error 503 'Node 127.0.0.1:1 is down' PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d "{\"view\":\"$(view n1),127.0.0.1:1\"}"
   "address_$mode" other && start_node other
@@ -674,7 +690,7 @@ test_messages() {
   # name TEXT: as it stands in a message.
   name() { printf '\\x%02x%s' "${#1}" "$1"; }
   # greeting FROM TO: who says it and to whom; a blank node's status (incarnation 1); and nothing but that.
-  greeting() { echo "$(name "$1")$(name "$2")\\x01\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00"; }
+  greeting() { printf '%s' "$(name "$1")$(name "$2")\x01" && printf '\\x00%.0s' {1..16}; }
   local own=${address[n1]} before
   before=$(view_and_counts)
   check "messages: a greeting" 200 "$(deliver n1 "$(greeting a:1 "$own")")"
@@ -688,22 +704,37 @@ test_messages() {
 
 # Writers put, replace and delete through all nodes while nodes join and leave.
 test_writers_during_changes() {
-  local n round bad=0
+  local n round bad=0 reader
+  write n1 r 100 >/dev/null
   for n in 1 2 3 4; do
     write_through "$n" >"$work/writers.$n" &
     clients[n]=$!
   done
+  read_until "$work/written" >"$work/read" &
+  reader=$!
   for round in 'n1 n2 n3 n4' 'n2 n4' 'n1 n2 n3' 'n3' 'n4 n3 n2 n1' 'n1 n2 n3'; do
     # shellcheck disable=SC2086 # a round is a list of nodes
     [[ $(change_to "n$((RANDOM % 4 + 1))" $round) == *200 ]] || bad=$((bad + 1))
     sleep 0.1
   done
   wait "${clients[@]}"
+  touch "$work/written" && wait "$reader"
   check "writers: every view change is done" 0 "$bad"
+  check "readers: no request failed meanwhile, none took a second" "0 0" "$(awk '$1 != 200 { bad++ } $2 > 1 { slow++ } END { print bad + 0, slow + 0 }' "$work/read")"
+  check_that "readers: (there were some)" "$(wc -l <"$work/read") > 100"
+  check "readers: (their keys go)" 100 "$(curl -s -X DELETE "${url[n1]}/kv-store/keys/r[1-100]" | grep -c Deleted)"
   check "writers: no request failed" "40 40 20" "$(paste -sd' ' "$work/writers.1")"
   check "writers: ... of the others neither" "$(cat "$work/writers.1")" "$(cat "$work/writers.2")"
   check "writers: what was acknowledged is there" "20 20 20 20" "$(found n1 w1_ 40) $(found n1 w2_ 40) $(found n1 w3_ 40) $(found n1 w4_ 40)"
   check "writers: each key is on one node" "$((before_writers + 80))" "$(total n1 n2 n3 n4)"
+}
+# read_until FILE: reads 100 keys through all nodes, again and again until there is a file; prints status and time of each answer.
+read_until() {
+  local round
+  for round in {1..1000}; do
+    curl -s -m 40 -w '%{http_code} %{time_total}\n' -o /dev/null "${url[n$((round % 4 + 1))]}/kv-store/keys/r[1-100]"
+    [ ! -e "$1" ] || break
+  done
 }
 write_through() { # NUMBER: puts 40 keys, replaces them, deletes the first 20
   write "n$1" "w$1_" 40
@@ -785,12 +816,83 @@ test_stale_nodes() {
   await "awake: it holds no keys" 0 count n3
 }
 
+# Nodes that start again know nothing, and must not go by what they are started with while others know better.
+test_nodes_that_start_again() {
+  local all n
+  change_to n1 n1 n2 n3 >/dev/null
+  all=$(keys_of n3 n1 | wc -l)
+  "kill_$mode" n1 && "kill_$mode" n2
+  settings[n1]="ADDRESS=${address[n1]} VIEW=$(view n1 n2)" settings[n2]=${settings[n1]/${address[n1]}/${address[n2]}}
+  restart n1 && restart n2
+  await "start again: all nodes of the first view take up the present one" "$(view n1 n2 n3) $(view n1 n2 n3)" views n1 n2
+  check "start again: ... and what the third one has is still there" "$all" "$(keys_of n3 n1 | wc -l)"
+  check "start again: 60 new keys through one of them" 60 "$(write n2 e 60)"
+  check "start again: ... are found through the others" "60 60" "$(found n1 e 60) $(found n3 e 60)"
+  "kill_$mode" n2
+  settings[n2]="ADDRESS=${address[n2]}"
+  restart n2
+  await "start again: a node without a VIEW takes up the present one" "$(view n1 n2 n3)" view_of n2
+  check "start again: ... and answers for its keys" 60 "$(write n2 e 60)"
+  for n in 1 2 3; do
+    (sleep "0.0$n" && "pause_$mode" n2 && sleep 0.3 && "resume_$mode" n2) &
+    clients=($!)
+    check "paused in a view change: it is done all the same, or refused" "200" "$(change_to n1 n1 n2 n3 n4 | grep -o '...$' | sed 's/503/200/')"
+    wait "${clients[@]}"
+    await "paused in a view change: all agree" agreed agreement n1 n2 n3
+    await "paused in a view change: no key is lost" 60 found n3 e 60
+    await "paused in a view change: (back)" "200" back_to_three
+  done
+}
+views() {
+  local node list=()
+  for node in "$@"; do list+=("$(view_of "$node")"); done
+  echo "${list[*]}"
+}
+back_to_three() { change_to n3 n1 n2 n3 | grep -o '...$'; }
+
+test_rival_changes() {
+  local n answer nodes
+  write n1 e 60 >/dev/null
+  for n in {1..8}; do
+    if ((n % 2)); then nodes=(n1 n2 n3 n4); else nodes=(n3 n2 n1); fi
+    change_to "n$((n % 3 + 1))" "${nodes[@]}" >"$work/rival.$n" &
+    clients[n]=$!
+  done
+  wait "${clients[@]}"
+  answer=$(grep -h -o '...$' "$work"/rival.* | sort -u | paste -sd' ')
+  check "rivals: each is done or told that another is in progress" "200" "${answer% 409}"
+  await "rivals: all agree in the end" agreed agreement n1 n2 n3 n4
+  check "rivals: no key is lost" "60 60" "$(found n1 e 60) $(found n4 e 60)"
+}
+
+# Whoever names dead nodes gets an error, however many, and the node goes on.
+test_dead_addresses() {
+  local n dead
+  dead=$(printf ',127.0.0.1:%d' {1..999})
+  for n in {1..50}; do
+    change n1 "{\"view\":\"$(view n1)$dead\"}" >"$work/dead.$n" &
+    clients[n]=$!
+  done
+  wait "${clients[@]}"
+  check "1,000 dead addresses, 50 times at once: errors" 50 "$(grep -l -E ' (503|409)$' "$work"/dead.* | wc -l)"
+  check "1,000 dead addresses: the node goes on" 60 "$(found n1 e 60)"
+  check_that "1,000 dead addresses: its threads are bounded" "$(status_field n1 Threads) < 100"
+}
+
 test_first_views_that_differ() {
   local node
   for node in u1 u2 u3; do "address_$mode" "$node"; done
   start_node u3 VIEW="$(view u1 u2 u3)" && start_node u1 VIEW="$(view u1 u2)" && start_node u2 VIEW="$(view u1 u2)"
   check "first views: the node that the others do not list relays" "60 60 0" "$(write u3 g 60) $(found u1 g 60) $(count u3)"
   check "first views: the others share the keys" 60 "$(total u1 u2)"
+}
+
+test_blank_node_joins_one() {
+  local node
+  for node in one blank; do "address_$mode" "$node" && start_node "$node"; done
+  await "blank: (a store of one has a key)" 201 status_of one PUT /kv-store/key -d val=1
+  check "blank: a node without keys may be asked to join it" "1" "$(change_to blank blank one | grep -o '"moved":.*' | grep -c ' 200')"
+  check "blank: ... and the key is found through it" 200 "$(status_of blank GET /kv-store/key)"
 }
 
 test_force_by_a_blank_node() {
@@ -1264,6 +1366,10 @@ before_writers=$(total n1 n2 n3 n4)
 test_writers_during_changes
 test_node_paused_and_killed
 test_stale_nodes
+test_nodes_that_start_again
+test_rival_changes
+test_dead_addresses
+test_blank_node_joins_one
 test_first_views_that_differ
 test_force_by_a_blank_node
 [ "$mode" = local ] && test_port_in_use_local
