@@ -32,6 +32,7 @@ use std::mem::ManuallyDrop;
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::ops::Bound::{Excluded, Unbounded};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
+use std::pin::Pin;
 use std::process::exit;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -933,6 +934,8 @@ mod table {
         pub version: Version,
         /// The table that this one was made from.
         pub base: Version,
+        /// What is the same in all tables that come from one first table, and differs in another store's.
+        pub store: u64,
         pub view: Vec<String>,
         /// The nodes of each shard, by their indices in the view.
         pub shards: Vec<Vec<usize>>,
@@ -953,6 +956,7 @@ mod table {
             Table {
                 version,
                 base: Version::default(),
+                store: coordinator,
                 shards: (0..view.len()).map(|index| vec![index]).collect(),
                 view,
                 ranges,
@@ -1053,7 +1057,7 @@ mod table {
             };
             let ranges = places.into_iter().enumerate().map(range).collect();
             let shards = (0..view.len()).map(|index| vec![index]).collect();
-            Table { version, base: self.version, view: view.to_vec(), shards, ranges }
+            Table { version, base: self.version, store: self.store, view: view.to_vec(), shards, ranges }
         }
 
         fn with_sources(mut self, old: &Table, given_up: &[String], complete: bool) -> Table {
@@ -1133,6 +1137,8 @@ mod node {
         pub incarnation: u64,
         /// The table that it goes by; none yet if it is blank.
         pub version: Option<Version>,
+        /// The store that this table is of.
+        pub store: Option<u64>,
         pub complete: bool,
         /// Whether that table lists it, how many nodes it lists, and how many keys this one has.
         pub is_member: bool,
@@ -1158,6 +1164,8 @@ mod node {
     #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
     pub struct Promise {
         pub version: Version,
+        /// The store that the coordinator's table is of.
+        pub store: Option<u64>,
         pub coordinator: String,
         /// All nodes that the change names: one of them may go by its table when nobody else knows of it.
         pub nodes: Vec<String>,
@@ -1232,8 +1240,6 @@ mod node {
         turn: Duration,
     }
 
-    /// How long a granted lock keeps off other coordinators. It is remembered for longer.
-    const LOCK: Duration = Duration::from_secs(10);
     /// A node that has met nobody for so long was asleep, and meets others before it answers.
     const ASLEEP: Duration = Duration::from_millis(2500);
     /// A first table counts, and any other that none of its other nodes goes by, when each of them has been up for so many rounds, a second:
@@ -1245,6 +1251,8 @@ mod node {
         own: String,
         pub incarnation: u64,
         first_view: Vec<String>,
+        /// How long a granted lock keeps off other coordinators. It is remembered for longer, and nothing but comfort depends on this.
+        pub lease: Duration,
         /// The time, since 1970, as of the last look. It never goes back.
         pub now: Duration,
         /// How often it has looked whether there is somebody to meet or to ask, and when it last asked.
@@ -1286,6 +1294,7 @@ mod node {
     impl Node {
         pub fn new(own: String, first_view: Vec<String>, incarnation: u64, now: Duration) -> Node {
             Node {
+                lease: Duration::from_secs(10),
                 own,
                 incarnation,
                 first_view,
@@ -1376,6 +1385,7 @@ mod node {
             Status {
                 incarnation: self.incarnation,
                 version: self.version(),
+                store: self.table.as_ref().map(|table| table.store),
                 complete: self.complete,
                 is_member: self.table.as_ref().is_some_and(|table| table.lists(&self.own)),
                 members: self.table.as_ref().map_or(0, |table| table.view.len()),
@@ -1408,7 +1418,7 @@ mod node {
             let theirs = status.version;
             // The lock comes first: its holder may bring a table that no one else may.
             let granted = match &message {
-                Message::Lock(version, nodes, void) => self.grant(*version, &from, nodes.clone(), void),
+                Message::Lock(version, nodes, void) => self.grant(*version, status.store, &from, nodes.clone(), void),
                 _ => Reply::Refused,
             };
             let taker = status.incarnation;
@@ -1505,12 +1515,14 @@ mod node {
         /// Looks at a table that another node sent, and adopts it if it is newer and concerns this one.
         fn consider(&mut self, from: &str, tellers: BTreeSet<String>, incarnation: u64, table: Table) {
             let promised = self.promises.iter().any(|promise| promise.version == table.version);
+            let wants = table.lists(&self.own) || self.records.len() == 0 && table.sources().contains(&self.own);
             let Some(mine) = &self.table else {
-                // The first table of a store that this node's VIEW does not name is another store's.
-                let ours = table.lists(&self.own) || self.first_view.iter().any(|node| node == from);
-                if promised {
+                // A table that does not name this node, told by one that its VIEW does not name, is another store's.
+                let known = self.heard.as_ref().is_some_and(|(heard, _)| heard.store == table.store);
+                let ours = wants || known || self.first_view.iter().any(|node| node == from);
+                if promised && table.lists(&self.own) {
                     self.adopt(table);
-                } else if ours || !table.version.is_first() {
+                } else if ours {
                     match &mut self.heard {
                         Some((heard, known)) if heard.version == table.version => known.extend(tellers),
                         Some((heard, _)) if heard.version > table.version => {}
@@ -1519,12 +1531,10 @@ mod node {
                 }
                 return;
             };
-            let concerns = match table.version.is_first() {
-                true => table.lists(&self.own),
-                false => {
-                    table.lists(&self.own) || mine.lists(from) || !mine.lists(&self.own) || table.base == mine.version
-                }
-            };
+            // A node goes over to another store only where it leaves nobody: it was alone, or has left already, or agreed to join.
+            let is_free = promised || mine.view == [self.own.as_str()] || !mine.lists(&self.own);
+            let follows = !mine.lists(&self.own) && mine.lists(from);
+            let concerns = table.store == mine.store || wants && is_free || follows;
             // A lock binds: its coordinator counts on what this node told it. It may itself bring a table from before its lock, since
             // it asks again. (One that has no keys, and gets none, cannot do harm.)
             let matters = mine.lists(&self.own) || table.lists(&self.own);
@@ -1537,8 +1547,9 @@ mod node {
             if newer && concerns && !barred {
                 self.adopt(table);
             } else if !concerns {
-                // The lock has come to a table, and that to nothing here.
-                self.promises.retain(|promise| promise.version != table.version);
+                // The locks of that store have come to tables, and these to nothing here.
+                let settled = |it: &Promise| it.store == Some(table.store) && it.version <= table.version;
+                self.promises.retain(|promise| !settled(promise));
             }
         }
 
@@ -1753,8 +1764,7 @@ mod node {
             let blank = |node: &&&String| answers.get(**node).is_some_and(|status| status.version.is_none());
             let (by_it, blank) = (others.iter().filter(by_it).count(), others.iter().filter(blank).count());
             let asked = |node: &&String| answers.get(*node).is_none_or(|status| status.rounds >= FIRST);
-            // A larger first table that does not list this node is another store's.
-            let newer = |version: Version| version > table.version && !(version.is_first() && table.version.is_first());
+            let newer = |status: &Status| status.store == Some(table.store) && status.version > Some(table.version);
             let known_to_enough = 2 * by_it > others.len() || by_it + blank == others.len();
             // What nobody goes by any more was lost with its nodes.
             let lives =
@@ -1762,7 +1772,7 @@ mod node {
             known_to_enough
                 && lives
                 && (by_it > 0 || self.rounds >= FIRST && others.iter().all(asked))
-                && !answers.values().any(|status| status.coordinating || status.version.is_some_and(newer))
+                && !answers.values().any(|status| status.coordinating || newer(status))
                 && self.promises.iter().all(settled)
         }
 
@@ -1803,27 +1813,40 @@ mod node {
         }
 
         /// Grants a lock to a coordinator, or says why not.
-        fn grant(&mut self, version: Version, coordinator: &str, nodes: Vec<String>, void: &[Version]) -> Reply {
+        fn grant(
+            &mut self,
+            version: Version,
+            store: Option<u64>,
+            coordinator: &str,
+            nodes: Vec<String>,
+            void: &[Version],
+        ) -> Reply {
             let newest = self.promises.iter().map(|promise| promise.version).chain(self.version()).max();
             let others = |promise: &Promise| promise.version.coordinator != version.coordinator;
             if let Some(newest) = newest.filter(|newest| version <= *newest) {
                 return Reply::Outdated(newest);
             } else if version.number > u64::MAX / 2 || version.epoch > u64::MAX / 2 || self.promises.len() > 100 {
                 return Reply::Refused;
-            } else if self.promises.iter().any(|promise| others(promise) && promise.granted + LOCK > self.now) {
+            } else if self.promises.iter().any(|promise| others(promise) && promise.granted + self.lease > self.now) {
                 return Reply::Busy;
             }
-            self.promises.retain(|promise| others(promise) && !void.contains(&promise.version));
-            self.promises.push(Promise { version, coordinator: coordinator.to_owned(), nodes, granted: self.now });
+            self.promises.retain(|promise| !void.contains(&promise.version));
+            self.promises.push(Promise {
+                version,
+                store,
+                coordinator: coordinator.to_owned(),
+                nodes,
+                granted: self.now,
+            });
             Reply::Done
         }
 
         /// Whether a lock was never followed by a table, nor by the word that there will be none: somebody has to find out. True at
         /// most once in a while.
         pub fn has_forgotten_lock(&mut self) -> bool {
-            let forgotten = self.promises.iter().any(|promise| promise.granted + LOCK * 3 / 2 < self.now);
+            let forgotten = self.promises.iter().any(|promise| promise.granted + self.lease * 3 / 2 < self.now);
             let is_member = self.table.as_ref().is_some_and(|table| table.lists(&self.own));
-            let due = forgotten && is_member && self.settled_locks + LOCK < self.now;
+            let due = forgotten && is_member && self.settled_locks + self.lease < self.now;
             if due {
                 self.settled_locks = self.now;
             }
@@ -1883,31 +1906,40 @@ mod protocol {
     /// So many are asked at a time: a view of a thousand names costs no more threads than one of ten.
     const SIDE_BY_SIDE: usize = 16;
 
-    /// Says something to nodes, hears what they tell, and returns their replies.
-    async fn ask(
-        world: &impl World,
-        nodes: &[String],
-        message: impl Fn(&str) -> Message,
-    ) -> Vec<Option<(Status, Reply)>> {
-        let mut replies = Vec::new();
-        for group in nodes.chunks(SIDE_BY_SIDE) {
-            let compose = |node: &mut Node| group.iter().map(|it| node.compose(it, message(it))).collect();
-            let answers = world.deliver(world.with(compose)).await;
-            world.with(|node| {
-                for (name, answer) in group.iter().zip(&answers) {
-                    match answer {
-                        Some((status, _)) => node.hear(name, status.clone()),
-                        None => node.note_silence(name),
+    type Replies = Vec<Option<(Status, Reply)>>;
+
+    /// Says something to each of some nodes, hears what they tell, and returns their replies. (Boxed: there are many callers, and
+    /// the compiler would put all of this into each of them.)
+    fn ask_each<'a>(
+        world: &'a impl World,
+        messages: Vec<(String, Message)>,
+    ) -> Pin<Box<dyn Future<Output = Replies> + 'a>> {
+        Box::pin(async move {
+            let mut replies = Vec::new();
+            for group in messages.chunks(SIDE_BY_SIDE) {
+                let compose = |node: &mut Node| group.iter().map(|(to, it)| node.compose(to, it.clone())).collect();
+                let answers = world.deliver(world.with(compose)).await;
+                world.with(|node| {
+                    for ((name, _), answer) in group.iter().zip(&answers) {
+                        match answer {
+                            Some((status, _)) => node.hear(name, status.clone()),
+                            None => node.note_silence(name),
+                        }
                     }
-                }
-            });
-            replies.extend(answers);
-        }
-        replies
+                });
+                replies.extend(answers);
+            }
+            replies
+        })
     }
 
-    async fn ask_one(world: &impl World, node: &String, message: Message) -> Option<Reply> {
-        ask(world, std::slice::from_ref(node), |_| message.clone()).await.pop()?.map(|(_, reply)| reply)
+    /// Says the same to some nodes.
+    async fn ask(world: &impl World, nodes: &[String], message: Message) -> Replies {
+        ask_each(world, nodes.iter().map(|node| (node.clone(), message.clone())).collect()).await
+    }
+
+    async fn ask_one(world: &impl World, node: &str, message: Message) -> Option<(Status, Reply)> {
+        ask_each(world, vec![(node.to_owned(), message)]).await.pop()?
     }
 
     /// Answers what another node says.
@@ -2006,7 +2038,7 @@ mod protocol {
         let Some(shard) = table.shards.get(index) else { return Outcome::NoShard };
         let replicas: Vec<&str> = shard.iter().map(|index| table.view[*index].as_str()).collect();
         let node = table.node_of(index).to_owned();
-        let Some((status, _)) = ask(world, std::slice::from_ref(&node), |_| Message::Meet).await.pop().flatten() else {
+        let Some((status, _)) = ask_one(world, &node, Message::Meet).await else {
             return Outcome::NodeDown(node);
         };
         let (id, count, replicas) = (index + 1, status.keys, replicas.join(r#"",""#));
@@ -2022,7 +2054,7 @@ mod protocol {
     /// Fetches the first records of a span from a source, and has them forgotten there: from then on they are here. Until then
     /// nobody answers for them: if a write were acknowledged before, and this node started again, it would fetch the old value.
     async fn fetch(world: &impl World, source: &String, version: Version, span: &Span, limit: usize) -> Option<()> {
-        let reply = ask_one(world, source, Message::Give(version, span.clone(), limit)).await?;
+        let (_, reply) = ask_one(world, source, Message::Give(version, span.clone(), limit)).await?;
         let Reply::Records(records, to) = reply else { return None };
         let records: Option<Vec<Record>> = records.iter().map(Record::from_message).collect();
         let span = Span { from: span.from.clone(), to };
@@ -2030,7 +2062,7 @@ mod protocol {
         if !world.with(|node| node.merge(version, source, &span, records)) {
             return None;
         }
-        let reply = ask_one(world, source, Message::Forget(version, span.clone())).await?;
+        let (_, reply) = ask_one(world, source, Message::Forget(version, span.clone())).await?;
         matches!(reply, Reply::Done).then(|| world.with(|node| node.arrived(version, source, &span)))
     }
 
@@ -2071,13 +2103,13 @@ mod protocol {
     /// A round of a blank node's asking.
     async fn start(world: &impl World) {
         let (nodes, known) = world.with(|node| (node.to_ask(), node.promised()));
-        let replies = ask(world, &nodes, |_| Message::Meet).await;
+        let replies = ask(world, &nodes, Message::Meet).await;
         let answers = nodes.into_iter().zip(replies).filter_map(|(node, reply)| Some((node, reply?.0))).collect();
         world.with(|node| node.let_in(&known, &answers));
         start_fetching(world);
     }
 
-    async fn meet(world: &impl World, other: &String) {
+    async fn meet(world: &impl World, other: &str) {
         let began = world.with(|node| node.now);
         ask_one(world, other, Message::Meet).await;
         world.with(|node| node.met = node.met.max(began));
@@ -2113,7 +2145,7 @@ mod protocol {
         }
         let others = if member { view } else { &table.view };
         let others: Vec<String> = others.iter().filter(|node| **node != own).cloned().collect();
-        let replies = ask(world, &others, |_| Message::Meet).await;
+        let replies = ask(world, &others, Message::Meet).await;
         let fits = |status: &Status| {
             !member || status.keys > 0 || status.members > 1 || status.version.is_some() && !status.is_member
         };
@@ -2172,14 +2204,14 @@ mod protocol {
             world.with(|node| node.end());
             match result {
                 Ok((table, moved, counts, named)) => {
-                    ask(world, &named, |_| Message::Meet).await;
+                    ask(world, &named, Message::Meet).await;
                     start_fetching(world);
                     let unreached = await_arrival(world, &table).await;
                     return Ok(Changed { moved, counts, unreached });
                 }
                 Err((named, failure)) => {
                     // Tells all that nothing will come of this lock.
-                    ask(world, &named, |_| Message::Meet).await;
+                    ask(world, &named, Message::Meet).await;
                     match failure {
                         Failure::Again(newest, nodes, versions, _) if world.with(|node| node.now) < deadline => {
                             least = least.max(newest);
@@ -2235,9 +2267,9 @@ mod protocol {
         /// has not heard of yet.
         async fn meet_joining(&self, joining: &[String]) -> Result<(), Failure> {
             for group in joining.chunks(SIDE_BY_SIDE) {
-                for (node, reply) in group.iter().zip(ask(self.world, group, |_| Message::Meet).await) {
+                for (node, reply) in group.iter().zip(ask(self.world, group, Message::Meet).await) {
                     let reply = match reply {
-                        None => ask(self.world, std::slice::from_ref(node), |_| Message::Meet).await.pop().flatten(),
+                        None => ask_one(self.world, node, Message::Meet).await,
                         reply => reply,
                     };
                     match reply {
@@ -2285,15 +2317,15 @@ mod protocol {
         async fn lock(&self, view: &[String], named: &[String]) -> Result<BTreeMap<String, Status>, Failure> {
             let mut granted = BTreeMap::new();
             let void: Vec<Version> = self.void.iter().copied().collect();
-            let lock = |_: &str| Message::Lock(self.version, named.to_vec(), void.clone());
+            let lock = Message::Lock(self.version, named.to_vec(), void);
             let (lowest, rest) = named.split_at(1);
             for group in [lowest].into_iter().chain(rest.chunks(SIDE_BY_SIDE)) {
-                let mut replies = ask(self.world, group, lock).await;
+                let mut replies = ask(self.world, group, lock.clone()).await;
                 for (name, reply) in group.iter().zip(&mut replies) {
                     if matches!(reply, Some((_, Reply::Refused))) {
                         return Err(self.again(Outcome::ChangeUnderWay));
                     } else if reply.is_none() {
-                        *reply = ask(self.world, std::slice::from_ref(name), |_| Message::Meet).await.pop().flatten();
+                        *reply = ask_one(self.world, name, Message::Meet).await;
                         if reply.is_some() {
                             // Alive: the lock, or its reply, got lost.
                             return Err(self.again(Outcome::NodeDown(name.clone())));
@@ -2332,9 +2364,13 @@ mod protocol {
                 .flat_map(|status| &status.promises)
                 .filter(|it| it.version.coordinator != self.version.coordinator);
             let (mut newest, mut nodes, mut void) = (self.version, BTreeSet::new(), BTreeSet::new());
+            // What another store's nodes go by says nothing here.
+            let store = Some(base.store);
             for promise in promises {
                 let bound = |node: &String| {
-                    granted.get(node).map_or(given_up.contains(node), |it| it.version < Some(promise.version))
+                    granted.get(node).map_or(given_up.contains(node), |it| {
+                        it.store != promise.store || it.version < Some(promise.version)
+                    })
                 };
                 // By force, the new epoch must be above any that another has begun.
                 newest.epoch = newest.epoch.max(promise.version.epoch);
@@ -2343,8 +2379,7 @@ mod protocol {
                     void.insert(promise.version);
                 }
             }
-            let known = |node: &String| base.lists(node) || self.extra.contains(node);
-            let outdated = granted.iter().any(|(node, status)| known(node) && status.version > Some(base.version));
+            let outdated = granted.values().any(|status| status.store == store && status.version > Some(base.version));
             let open = !nodes.is_empty() || outdated || self.world.with(|node| node.version()) != Some(base.version);
             if open {
                 return Err(Failure::Again(newest, nodes, void, Outcome::ChangeUnderWay));
@@ -2391,7 +2426,8 @@ mod protocol {
                     })
                     .collect()
             };
-            let replies = ask(self.world, &nodes, |giver| Message::Cut(self.version, counts(giver))).await;
+            let message = |node: &String| (node.clone(), Message::Cut(self.version, counts(node)));
+            let replies = ask_each(self.world, nodes.iter().map(message).collect()).await;
             let mut cuts = Vec::new();
             for (giver, reply) in nodes.iter().zip(replies) {
                 let Some((_, Reply::Places(places))) = reply else {
@@ -2424,7 +2460,7 @@ mod protocol {
         loop {
             let nodes: BTreeSet<String> = waiting.iter().chain(table.sources()).cloned().collect();
             let nodes: Vec<String> = nodes.into_iter().collect();
-            let replies = ask(world, &nodes, |_| Message::Meet).await;
+            let replies = ask(world, &nodes, Message::Meet).await;
             let mut needed = BTreeMap::new();
             for (node, reply) in nodes.iter().zip(replies) {
                 let since = heard.entry(node.clone()).or_insert_with(now);
@@ -2444,7 +2480,7 @@ mod protocol {
                     }
                 });
                 let all: BTreeSet<String> = table.view.iter().chain(table.sources()).cloned().collect();
-                ask(world, &all.into_iter().collect::<Vec<_>>(), |_| Message::Meet).await;
+                ask(world, &all.into_iter().collect::<Vec<_>>(), Message::Meet).await;
                 return waiting;
             }
             let silent = |node: &String| heard.get(node).is_some_and(|since| *since + UNREACHED < now());
@@ -2483,25 +2519,35 @@ fn now() -> Duration {
 /// A view change that is passed on to a node of the store may take as long as it takes.
 const CHANGE_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
 
+fn lock_node() -> MutexGuard<'static, Node> {
+    let mut node = lock(&NODE);
+    node.now = now();
+    node
+}
+
+/// Lets go of the node, and then prints the lines and drops the records that it wants to be rid of, which may take a while.
+#[inline(never)]
+fn hand_out(mut node: MutexGuard<Node>) {
+    let (lines, garbage) = (std::mem::take(&mut node.lines), std::mem::take(&mut node.garbage));
+    drop(node);
+    // Without a thread, the lines are lost, which is better than the node.
+    let _ = thread::Builder::new().spawn(move || {
+        lines.iter().for_each(|line| say(line));
+        drop(garbage);
+    });
+}
+
 /// The world that this program runs in, as opposed to the one of the simulation.
 #[derive(Clone, Copy)]
 struct Live;
 
 impl World for Live {
     fn with<T>(&self, action: impl FnOnce(&mut Node) -> T) -> T {
-        let mut node = lock(&NODE);
-        node.now = now();
+        let mut node = lock_node();
         let result = action(&mut node);
-        if node.lines.is_empty() && node.garbage.is_empty() {
-            return result;
+        if !node.lines.is_empty() || !node.garbage.is_empty() {
+            hand_out(node);
         }
-        let (lines, garbage) = (std::mem::take(&mut node.lines), std::mem::take(&mut node.garbage));
-        drop(node);
-        // To write a line, or to drop millions of records, may take a while.
-        thread::spawn(move || {
-            lines.iter().for_each(|line| say(line));
-            drop(garbage);
-        });
         result
     }
 
@@ -3469,6 +3515,8 @@ mod simulation {
         value: u32,
         told: bool,
         changes: usize,
+        /// How long the nodes' locks keep off others.
+        lease: Duration,
         /// The versions of the store's tables.
         lineage: HashSet<Version>,
     }
@@ -3695,9 +3743,11 @@ mod simulation {
                 value: 0,
                 told,
                 changes: 0,
+                lease: Duration::from_millis(0),
                 lineage: HashSet::new(),
             };
             let count = 2 + state.below(4);
+            state.lease = Duration::from_millis([100, 500, 2000, 10_000][state.below(4)]);
             let machine =
                 |_| Machine { node: None, life: 0, asleep: false, backlog: Vec::new(), outlawed: None, seen: None };
             state.machines = (0..count).map(machine).collect();
@@ -3722,7 +3772,9 @@ mod simulation {
                 let (incarnation, now) = (state.random.wrapping_add(state.sequence) | 1, state.now);
                 let view: Vec<String> = view.iter().map(|it| address(*it)).collect();
                 state.tell(|| format!("n{machine} starts with {view:?}"));
-                state.machines[machine].node = Some(Node::new(address(machine), view, incarnation, now));
+                let mut node = Node::new(address(machine), view, incarnation, now);
+                node.lease = state.lease;
+                state.machines[machine].node = Some(node);
                 state.machines[machine].outlawed = None;
             }
             let there = self.there(machine);
