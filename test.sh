@@ -956,6 +956,7 @@ test_image_docker() {
 
 readonly ROUNDS=3
 readonly PIPELINED=16 # requests in one write, where they are pipelined
+readonly IDLE_NODES=10
 readonly VIEW_KEYS=300000 MEMORY_KEYS=1000000 MEMORY_CLIENTS=1000
 declare -A workers=() # instance -> the processes that its clients talk to
 
@@ -1135,20 +1136,43 @@ fill() {
   [ "$(count "$2")" = "$1" ] || wrong "$2 has $(count "$2") keys of $1"
 }
 
-# measure_view_change: a fourth node joins three, ROUNDS times; $keys_a_second is the median.
+# measure_view_change: a fourth node joins three, ROUNDS times; $keys_a_second is the median, $longest_wait that of one client that
+# reads meanwhile, through two nodes, in milliseconds.
 measure_view_change() {
-  local round answer
-  keys_a_second=error
+  local round answer reader
+  keys_a_second=error longest_wait=error
   ask n1 DELETE "/kv-store/$key" >/dev/null
   start_node n3 && start_node n4 && change_to n1 n1 >/dev/null && fill "$VIEW_KEYS" n1 || return
   for ((round = 1; round <= ROUNDS; round++)); do
     change_to n1 n1 n2 n3 >/dev/null
+    rm -f "$work/changed"
+    read_until "$work/changed" >>"$work/waits" &
+    reader=$!
     answer=$(curl -s -m 40 -X PUT -w ' %{http_code} %{time_total}' "${json[@]}" -d "{\"view\":\"$(view n1 n2 n3 n4)\"}" "${url[n1]}/kv-store/view-change" | tr -d '\n')
+    touch "$work/changed" && wait "$reader"
     [[ $answer == *' 200 '* && $(moved "$answer") = $((VIEW_KEYS / 4)) && $(total n1 n2 n3 n4) = "$VIEW_KEYS" ]] ||
       wrong "the view change: $answer" || return
     awk -v moved="$(moved "$answer")" '{ printf "%.0f\n", moved / $NF }' <<<"$answer"
   done >"$work/changes"
   keys_a_second=$(sort -n "$work/changes" | awk '{ all[NR] = $1 } END { print all[int((NR + 1) / 2)] }')
+  longest_wait=$(awk '$2 > most { most = $2 } END { printf "%.0f", most * 1000 }' "$work/waits")
+}
+
+# measure_idle_store: $idle_cpu is the share of one core that a store of IDLE_NODES takes in all when nobody asks it anything.
+measure_idle_store() {
+  local node nodes=() before
+  idle_cpu=error
+  for ((node = 1; node <= IDLE_NODES; node++)); do
+    nodes+=("idle$node")
+    address_local "idle$node"
+  done
+  for node in "${nodes[@]}"; do start_node "$node" VIEW="$(view "${nodes[@]}")" || return; done
+  ask idle1 PUT /kv-store/key -d val=1 >/dev/null # which waits until all nodes have found one another
+  workers[idle]=
+  for node in "${nodes[@]}"; do workers[idle]+="${process[$node]} "; done
+  before=$(ticks idle)
+  sleep 5 # is what is measured
+  idle_cpu=$(awk -v ticks=$(($(ticks idle) - before)) -v hz="$(getconf CLK_TCK)" 'BEGIN { printf "%.1f", ticks / hz / 5 * 100 }')
 }
 
 # measure_key_memory: $key_bytes and $redis_bytes are what one of a million keys takes, key and value included.
@@ -1276,7 +1300,7 @@ print_table() {
 }
 
 bench() {
-  local key nginx redis keys_a_second key_bytes redis_bytes connection_kib
+  local key nginx redis idle_cpu longest_wait keys_a_second key_bytes redis_bytes connection_kib
   export LC_ALL=C # numbers with a point
   nginx=$(PATH=$PATH:/usr/local/sbin:/usr/sbin command -v nginx)
   redis=$(command -v redis-server)
@@ -1285,6 +1309,7 @@ bench() {
   measure_all
   echo "test.sh: a view change, memory" >&2
   measure_view_change
+  measure_idle_store
   measure_key_memory
   measure_connection_memory
 
@@ -1296,13 +1321,15 @@ bench() {
   printf '\n\n'
   local complete=true
   print_table || complete=false
-  [[ "$keys_a_second $key_bytes $redis_bytes $connection_kib" != *error* ]] || complete=false
+  [[ "$keys_a_second $longest_wait $idle_cpu $key_bytes $redis_bytes $connection_kib" != *error* ]] || complete=false
   cat <<END
 
 compared: "1.20 x keepalive, 0.90 x its CPU" is 1.20 times the requests/s of that row of nginx, with 0.90 times its CPU a request:
 the median of what each round, a second for each row, gives by itself. The other numbers are medians over the $ROUNDS rounds too.
 CPU us: microseconds of CPU time a request, of the process that the client talks to (nginx: of its 2 workers).
 "x $PIPELINED": pipelined, $PIPELINED requests in one write; p99 is that of the $PIPELINED together.
+The longest wait of a client that reads during the view changes, new connections included: $longest_wait ms.
+CPU of an idle store of $IDLE_NODES nodes: $idle_cpu% of one core in all.
 Memory of a key: $key_bytes bytes ($MEMORY_KEYS keys of 10 bytes with values of 10 bytes), Redis: $redis_bytes.
 Memory of an idle connection: $connection_kib ($MEMORY_CLIENTS of them).
 END
