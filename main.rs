@@ -1802,8 +1802,11 @@ mod node {
             let newest = self.promises.iter().map(|promise| promise.version).max().unwrap_or_default();
             let known = [table.version, newest, self.coordinated, least];
             let (epoch, number) = known.iter().fold((0, 0), |(e, n), it| (it.epoch.max(e), it.number.max(n)));
-            self.coordinated =
-                Version { epoch: epoch + u64::from(force), number: number + 1, coordinator: self.incarnation };
+            self.coordinated = Version {
+                epoch: epoch.saturating_add(force.into()),
+                number: number.saturating_add(1),
+                coordinator: self.incarnation,
+            };
             self.coordinating = true;
             Some(self.coordinated)
         }
@@ -1825,7 +1828,12 @@ mod node {
             let others = |promise: &Promise| promise.version.coordinator != version.coordinator;
             if let Some(newest) = newest.filter(|newest| version <= *newest) {
                 return Reply::Outdated(newest);
-            } else if version.number > u64::MAX / 2 || version.epoch > u64::MAX / 2 || self.promises.len() > 100 {
+            } else if nodes.len() > 3000
+                || nodes.iter().any(|node| port_of(node).is_none())
+                || version.number > u64::MAX / 2
+                || version.epoch > u64::MAX / 2
+                || self.promises.len() > 100
+            {
                 return Reply::Refused;
             } else if self.promises.iter().any(|promise| others(promise) && promise.granted + self.lease > self.now) {
                 return Reply::Busy;
