@@ -154,14 +154,18 @@ fn parse_view<'a>(addresses: impl Iterator<Item = &'a str>) -> Result<Vec<String
     if (1..=1000).contains(&view.len()) { Ok(view) } else { Err("it must name 1 to 1000 nodes".into()) }
 }
 
+/// Whether a text has only what an address has: the URL parser takes more characters, such as a quotation mark, than may stand in
+/// an answer.
+fn is_plain(text: &str) -> bool {
+    text.len() <= 300 && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte))
+}
+
 /// The port of `host:port`, where the host is a name, an IPv4 address or an IPv6 address in brackets: what stands unchanged
 /// in a URL, and nothing else.
 fn port_of(text: &str) -> Option<u16> {
     let url = Url::parse(&format!("http://{text}")).ok()?;
     let (host, port) = (url.host_str()?, url.port_or_known_default().filter(|port| *port > 0)?);
-    // The parser takes more characters, such as a quotation mark, than may stand in an answer.
-    let plain = text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte));
-    (plain && text.eq_ignore_ascii_case(&format!("{host}:{port}"))).then_some(port)
+    (is_plain(text) && text.eq_ignore_ascii_case(&format!("{host}:{port}"))).then_some(port)
 }
 
 // ---- Requests: what a client asks for -------------------------------------------------------------------------------
@@ -1122,7 +1126,7 @@ mod node {
     //! - Who adopts a newer table answers from then on for nothing that it gives to others, and keeps those records until the
     //!   new owner has them (`adopt`).
     //! - The new owner fetches them, from nodes that go by its table only. It answers for a key once the source has
-    //!   forgotten it (`take`, `arrived`). A node that does not know the newer table goes on answering, and rightly: nobody can
+    //!   forgotten it (`merge`, `arrived`). A node that does not know the newer table goes on answering, and rightly: nobody can
     //!   have fetched from it.
     //!
     //! This type is a value that gets messages and the time, and gives answers: no statics, no clock, no network. What it does
@@ -1158,6 +1162,15 @@ mod node {
         pub table: Option<Table>,
         /// Who goes by that table: itself or, if it is blank, those it heard it from.
         pub tellers: BTreeSet<String>,
+    }
+
+    impl Status {
+        /// Checks the names in what comes from outside.
+        pub fn is_plain(&self) -> bool {
+            let promises = self.promises.iter().flat_map(|promise| promise.nodes.iter().chain([&promise.coordinator]));
+            let mut names = self.incoming.iter().chain(&self.first_view).chain(&self.tellers).chain(promises);
+            names.all(|name| is_plain(name))
+        }
     }
 
     /// A lock that this node granted: it takes part in a change whose table will have this version.
@@ -1514,7 +1527,8 @@ mod node {
 
         /// Looks at a table that another node sent, and adopts it if it is newer and concerns this one.
         fn consider(&mut self, from: &str, tellers: BTreeSet<String>, incarnation: u64, table: Table) {
-            let promised = self.promises.iter().any(|promise| promise.version == table.version);
+            let granted = |promise: &Promise| promise.version == table.version && promise.granted > Duration::ZERO;
+            let promised = self.promises.iter().any(granted);
             let wants = table.lists(&self.own) || self.records.len() == 0 && table.sources().contains(&self.own);
             let Some(mine) = &self.table else {
                 // A table that does not name this node, told by one that its VIEW does not name, is another store's.
@@ -1736,7 +1750,8 @@ mod node {
             }
             for promise in answers.values().flat_map(|status| &status.promises) {
                 if !self.promises.iter().any(|it| it.version == promise.version) {
-                    self.promises.push(Promise { granted: self.now, ..promise.clone() });
+                    // Not granted by this life: it is no leave to adopt that table.
+                    self.promises.push(Promise { granted: Duration::ZERO, ..promise.clone() });
                 }
             }
             // A table that nobody goes by any more was lost with its nodes.
@@ -1989,7 +2004,10 @@ mod protocol {
                 Place::Node(owner) => {
                     match world.relay(&owner, Request { origin: Origin::Node, ..request.clone() }).await {
                         // Its table is not ours: one of us learns which is newer.
-                        Some(answer) if answer.status == 421 => drop(ask_one(world, &owner, Message::Meet).await),
+                        Some(answer) if answer.status == 421 => {
+                            ask_one(world, &owner, Message::Meet).await;
+                            world.sleep(Duration::from_millis(1)).await;
+                        }
                         Some(answer) => return answer.with_address(&owner, vocabulary),
                         None => return down(&owner),
                     }
@@ -2065,7 +2083,10 @@ mod protocol {
         let (_, reply) = ask_one(world, source, Message::Give(version, span.clone(), limit)).await?;
         let Reply::Records(records, to) = reply else { return None };
         let records: Option<Vec<Record>> = records.iter().map(Record::from_message).collect();
-        let span = Span { from: span.from.clone(), to };
+        let span = Span { from: span.from.clone(), to: to.min(span.to.clone()) };
+        if span.to <= span.from {
+            return None;
+        }
         let records = records?;
         if !world.with(|node| node.merge(version, source, &span, records)) {
             return None;
@@ -2259,7 +2280,7 @@ mod protocol {
             }
             let named: Vec<String> = named.into_iter().collect();
             let joining: Vec<String> = view.iter().filter(|node| !base.lists(node)).cloned().collect();
-            if let Err(failure) = self.meet_joining(&joining).await {
+            if let Err(failure) = self.meet_joining(&joining, &base).await {
                 return Err((Vec::new(), failure));
             }
             match self.lock_and_make(&base, view, &named).await {
@@ -2273,7 +2294,7 @@ mod protocol {
 
         /// Before anything is locked, sees that those who join are there. One that has just started may belong to a store that it
         /// has not heard of yet.
-        async fn meet_joining(&self, joining: &[String]) -> Result<(), Failure> {
+        async fn meet_joining(&self, joining: &[String], base: &Table) -> Result<(), Failure> {
             for group in joining.chunks(SIDE_BY_SIDE) {
                 for (node, reply) in group.iter().zip(ask(self.world, group, Message::Meet).await) {
                     let reply = match reply {
@@ -2282,14 +2303,27 @@ mod protocol {
                     };
                     match reply {
                         None => return Err(Failure::Refused(Outcome::NodeDown(node.clone()))),
-                        Some((status, _)) if status.version.is_none() => {
-                            return Err(self.again(Outcome::NodeDown(node.clone())));
-                        }
-                        _ => {}
+                        Some((status, _)) => self.check_joining(node, &status, base)?,
                     }
                 }
             }
             Ok(())
+        }
+
+        /// Whether a node may join: it goes by our table, which does not list it; or it has left a store that wants nothing of it any
+        /// more; or it is a store of one without keys.
+        fn check_joining(&self, node: &str, status: &Status, base: &Table) -> Result<(), Failure> {
+            let is_free = if status.is_member { status.members == 1 } else { status.complete };
+            if status.version.is_none() {
+                Err(self.again(Outcome::NodeDown(node.to_owned())))
+            } else if status.version == Some(base.version) || is_free && status.keys == 0 {
+                Ok(())
+            } else if status.is_member {
+                Err(Failure::Refused(Outcome::HoldsKeys(node.to_owned())))
+            } else {
+                // One that left some changes ago may still have to hear of the last ones.
+                Err(self.again(Outcome::ChangeUnderWay))
+            }
         }
 
         fn again(&self, outcome: Outcome) -> Failure {
@@ -2392,22 +2426,24 @@ mod protocol {
             if open {
                 return Err(Failure::Again(newest, nodes, void, Outcome::ChangeUnderWay));
             }
+            // A source that has not heard of the base would drop what it has when it hears of the next table.
+            let behind = |source: &&&String| {
+                granted.get(**source).is_some_and(|it| it.version.is_some_and(|version| version != base.version))
+            };
+            let sources = if self.world.with(|node| node.is_complete()) { BTreeSet::new() } else { base.sources() };
+            if let Some(source) = sources.iter().find(behind) {
+                return Err(self.again(Outcome::NodeDown(source.to_string())));
+            }
             let mut blank = !given_up.is_empty();
             for (node, status) in granted {
-                if view.contains(node) && !base.lists(node) && status.version.is_none() {
-                    return Err(self.again(Outcome::NodeDown(node.clone())));
-                } else if base.lists(node) {
+                if base.lists(node) {
                     // One that was let in by nobody yet has lost what it had, and will go by the next table.
                     blank |= status.version.is_none();
                     if status.version.is_some_and(|version| version != base.version) {
                         return Err(self.again(Outcome::NodeDown(node.clone())));
                     }
-                } else if view.contains(node) && !joins(status, base) {
-                    // One that left some changes ago may still have to hear of the last ones.
-                    return Err(match status.is_member {
-                        true => Failure::Refused(Outcome::HoldsKeys(node.clone())),
-                        false => self.again(Outcome::ChangeUnderWay),
-                    });
+                } else if view.contains(node) {
+                    self.check_joining(node, status, base)?;
                 }
                 if self.wanted.is_some()
                     && let Some(source) = status.incoming.iter().find(|it| !given_up.contains(it))
@@ -2450,13 +2486,6 @@ mod protocol {
             }
             Ok(cuts)
         }
-    }
-
-    /// Whether a node may join: it goes by our table, which does not list it; or it has left a store that wants nothing of it any
-    /// more; or it is a store of one without keys.
-    fn joins(status: &Status, base: &Table) -> bool {
-        let is_free = if status.is_member { status.members == 1 } else { status.complete };
-        status.version == Some(base.version) || is_free && status.keys == 0
     }
 
     /// Waits until all nodes have fetched what a table gives them. Returns the nodes that are not reached: that have not answered
@@ -2603,14 +2632,16 @@ fn deliver_one(envelope: &Envelope) -> Option<(Status, Reply)> {
     let body = postcard::to_stdvec(envelope).ok()?;
     let message = Request { origin: Origin::Message, body, ..Request::default() };
     let answer = Peer::at(&envelope.to).relay(message, envelope.message.limit())?;
-    postcard::from_bytes(&answer.body).ok()
+    postcard::from_bytes(&answer.body).ok().filter(|(status, _): &(Status, Reply)| status.is_plain())
 }
 
 /// Answers a message, if it is one and for this node. (Not inlined, as `wait_for_owner`.)
 #[inline(never)]
 fn answer_message(body: &[u8]) -> Answer {
     match postcard::from_bytes::<Envelope>(body) {
-        Ok(envelope) if own() == Some(&envelope.to) && port_of(&envelope.from).is_some() => {
+        Ok(envelope)
+            if own() == Some(&envelope.to) && port_of(&envelope.from).is_some() && envelope.status.is_plain() =>
+        {
             Answer::exchange(200, &receive(&Live, envelope))
         }
         _ => Outcome::BadRequest.answer(Vocabulary::Form, "POST"),
