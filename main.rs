@@ -1840,7 +1840,11 @@ mod node {
             void: &[Version],
         ) -> Reply {
             let newest = self.promises.iter().map(|promise| promise.version).chain(self.version()).max();
-            let others = |promise: &Promise| promise.version.coordinator != version.coordinator;
+            // A coordinator that is known to be silent holds nobody up: nothing but comfort depends on who is refused here.
+            let holds = |promise: &Promise| {
+                let silent = self.peers.get(&promise.coordinator).is_some_and(|peer| peer.silent);
+                promise.version.coordinator != version.coordinator && !silent && promise.granted + self.lease > self.now
+            };
             if let Some(newest) = newest.filter(|newest| version <= *newest) {
                 return Reply::Outdated(newest);
             } else if nodes.len() > 3000
@@ -1850,7 +1854,7 @@ mod node {
                 || self.promises.len() > 100
             {
                 return Reply::Refused;
-            } else if self.promises.iter().any(|promise| others(promise) && promise.granted + self.lease > self.now) {
+            } else if self.promises.iter().any(holds) {
                 return Reply::Busy;
             }
             self.promises.retain(|promise| !void.contains(&promise.version));
@@ -2155,7 +2159,12 @@ mod protocol {
         }
         if let Some(node) = better_coordinator(world, view).await {
             let passed = world.relay(&node, Request { origin: Origin::Node, ..request.clone() }).await;
-            return passed.unwrap_or_else(|| say(Outcome::NodeDown(node)));
+            return match passed {
+                Some(answer) => answer,
+                // It may be there, and have passed the request back, since the view is changing.
+                None if ask_one(world, &node, Message::Meet).await.is_some() => say(Outcome::ChangeUnderWay),
+                None => say(Outcome::NodeDown(node)),
+            };
         }
         match change_view(world, Some(view), force).await {
             Ok(changed) => say(changed.outcome()),
@@ -2370,7 +2379,7 @@ mod protocol {
                         *reply = ask_one(self.world, name, Message::Meet).await;
                         if reply.is_some() {
                             // Alive: the lock, or its reply, got lost.
-                            return Err(self.again(Outcome::NodeDown(name.clone())));
+                            return Err(self.again(Outcome::ChangeUnderWay));
                         }
                     }
                     match reply.take() {
@@ -2427,12 +2436,12 @@ mod protocol {
                 return Err(Failure::Again(newest, nodes, void, Outcome::ChangeUnderWay));
             }
             // A source that has not heard of the base would drop what it has when it hears of the next table.
-            let behind = |source: &&&String| {
-                granted.get(**source).is_some_and(|it| it.version.is_some_and(|version| version != base.version))
+            let behind = |source: &&String| {
+                granted.get(*source).is_some_and(|it| it.version.is_some_and(|version| version != base.version))
             };
             let sources = if self.world.with(|node| node.is_complete()) { BTreeSet::new() } else { base.sources() };
-            if let Some(source) = sources.iter().find(behind) {
-                return Err(self.again(Outcome::NodeDown(source.to_string())));
+            if sources.iter().any(behind) {
+                return Err(self.again(Outcome::ChangeUnderWay));
             }
             let mut blank = !given_up.is_empty();
             for (node, status) in granted {
@@ -2440,7 +2449,7 @@ mod protocol {
                     // One that was let in by nobody yet has lost what it had, and will go by the next table.
                     blank |= status.version.is_none();
                     if status.version.is_some_and(|version| version != base.version) {
-                        return Err(self.again(Outcome::NodeDown(node.clone())));
+                        return Err(self.again(Outcome::ChangeUnderWay));
                     }
                 } else if view.contains(node) {
                     self.check_joining(node, status, base)?;
@@ -2474,8 +2483,10 @@ mod protocol {
             let replies = ask_each(self.world, nodes.iter().map(message).collect()).await;
             let mut cuts = Vec::new();
             for (giver, reply) in nodes.iter().zip(replies) {
-                let Some((_, Reply::Places(places))) = reply else {
-                    return Err(self.again(Outcome::NodeDown(giver.clone())));
+                let places = match reply {
+                    Some((_, Reply::Places(places))) => places,
+                    Some(_) => return Err(self.again(Outcome::ChangeUnderWay)),
+                    None => return Err(self.again(Outcome::NodeDown(giver.clone()))),
                 };
                 let moves = moves.iter().filter(|(from, ..)| from == giver);
                 cuts.extend(moves.zip(places).map(|((giver, receiver, _), place)| Cut {
