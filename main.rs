@@ -193,8 +193,9 @@ enum Origin {
     /// A client's request, relayed or not.
     #[default]
     Client,
-    /// A client's request that a node sends to the one that owns the key by its table.
-    Node,
+    /// A client's request that a node sends to the one that owns the key by its table, which is of this store: the owner may have
+    /// started again since, and be a store of its own.
+    Node(u64),
     /// No client's request: the body is a message of one node to another (see view changes).
     Message,
 }
@@ -791,7 +792,7 @@ fn answer(request: Request) -> Answer {
         }
         (_, Resource::Key(key)) => {
             let (hash, action) = (hash_of(key), Action::of(key, &request, vocabulary));
-            match Live.with(|node| perform(node, hash, key, action)) {
+            match Live.with(|node| perform(node, hash, key, action, request.origin)) {
                 Tried::Done(outcome) => outcome.answer(vocabulary, &request.verb),
                 Tried::NotHere(_, action) => wait_for_owner(key, action, &request, vocabulary),
             }
@@ -832,8 +833,13 @@ enum Tried {
 }
 
 /// Does what a request wants if this instance has the key.
-fn perform(node: &mut Node, hash: u64, key: &[u8], action: Action) -> Tried {
+fn perform(node: &mut Node, hash: u64, key: &[u8], action: Action, origin: Origin) -> Tried {
     use Outcome::*;
+    if let Origin::Node(store) = origin
+        && node.store().is_some_and(|own| own != store)
+    {
+        return Tried::Done(Outcome::Elsewhere);
+    }
     let place = node.place(hash, key);
     if place != Place::Here {
         return Tried::NotHere(place, action);
@@ -1398,7 +1404,7 @@ mod node {
             Status {
                 incarnation: self.incarnation,
                 version: self.version(),
-                store: self.table.as_ref().map(|table| table.store),
+                store: self.store(),
                 complete: self.complete,
                 is_member: self.table.as_ref().is_some_and(|table| table.lists(&self.own)),
                 members: self.table.as_ref().map_or(0, |table| table.view.len()),
@@ -1511,6 +1517,10 @@ mod node {
 
         pub fn table(&self) -> Option<Arc<Table>> {
             self.table.clone()
+        }
+
+        pub fn store(&self) -> Option<u64> {
+            self.table.as_ref().map(|table| table.store)
         }
 
         pub fn is_complete(&self) -> bool {
@@ -1999,14 +2009,15 @@ mod protocol {
         let down = |node: &String| say(Outcome::NodeDown(node.clone())).with_address(node, vocabulary);
         loop {
             let place;
-            match world.with(|node| perform(node, hash, key, action)) {
+            match world.with(|node| perform(node, hash, key, action, request.origin)) {
                 Tried::Done(outcome) => return say(outcome),
                 Tried::NotHere(whose, what) => (place, action) = (whose, what),
             }
             match place {
-                Place::Node(_) if request.origin == Origin::Node => return say(Outcome::Elsewhere),
+                Place::Node(_) if request.origin != Origin::Client => return say(Outcome::Elsewhere),
                 Place::Node(owner) => {
-                    match world.relay(&owner, Request { origin: Origin::Node, ..request.clone() }).await {
+                    let origin = Origin::Node(world.with(|node| node.store().unwrap_or_default()));
+                    match world.relay(&owner, Request { origin, ..request.clone() }).await {
                         // Its table is not ours: one of us learns which is newer.
                         Some(answer) if answer.status == 421 => {
                             ask_one(world, &owner, Message::Meet).await;
@@ -2158,7 +2169,8 @@ mod protocol {
             return say(outcome);
         }
         if let Some(node) = better_coordinator(world, view).await {
-            let passed = world.relay(&node, Request { origin: Origin::Node, ..request.clone() }).await;
+            let origin = Origin::Node(world.with(|node| node.store().unwrap_or_default()));
+            let passed = world.relay(&node, Request { origin, ..request.clone() }).await;
             return match passed {
                 Some(answer) => answer,
                 // It may be there, and have passed the request back, since the view is changing.
@@ -2846,7 +2858,7 @@ impl Peer {
         let together = group.len() > 1 || group[0].needs_exchange();
         let exchange = together.then(|| Request::exchange(&group));
         // The answers go on before the connection is closed, which takes as long as opening it.
-        let passed_on = group[0].request.origin == Origin::Node && group[0].request.is_view_change();
+        let passed_on = matches!(group[0].request.origin, Origin::Node(_)) && group[0].request.is_view_change();
         let limit = if passed_on { CHANGE_LIMIT } else { ANSWER_LIMIT };
         let (answer, _connection) = self.fetch(exchange.as_ref().unwrap_or(&group[0].request), limit)?;
         // If the answer to an exchange is none, what became of the requests is not known: they are not sent again.
