@@ -1882,8 +1882,7 @@ mod node {
         /// most once in a while.
         pub fn has_forgotten_lock(&mut self) -> bool {
             let forgotten = self.promises.iter().any(|promise| promise.granted + self.lease * 3 / 2 < self.now);
-            let is_member = self.table.as_ref().is_some_and(|table| table.lists(&self.own));
-            let due = forgotten && is_member && self.settled_locks + self.lease < self.now;
+            let due = forgotten && self.table.is_some() && self.settled_locks + self.lease < self.now;
             if due {
                 self.settled_locks = self.now;
             }
@@ -2296,6 +2295,8 @@ mod protocol {
             };
             let view = self.wanted.unwrap_or(&base.view);
             let mut named: BTreeSet<String> = base.view.iter().chain(view).chain(self.extra).cloned().collect();
+            // Of two coordinators, each must be asked by the other, member or not.
+            named.insert(self.world.with(|node| node.own().to_owned()));
             if !self.world.with(|node| node.is_complete()) {
                 named.extend(base.sources().into_iter().cloned());
             }
@@ -3651,7 +3652,13 @@ mod simulation {
 
         /// Whether a machine goes by a table of the store: any other is a store of its own, which nobody asks.
         fn is_member(&self, machine: usize) -> bool {
-            self.table(machine).is_some_and(|table| self.lineage.contains(&table.version))
+            // One that left, and started again alone, is a store of its own again.
+            let apart = |table: &Table| {
+                let newest =
+                    self.newest().is_some_and(|newest| newest.version.number > 0 && !newest.lists(&address(machine)));
+                table.version.is_first() && table.view.len() == 1 && self.machines[machine].life > 0 && newest
+            };
+            self.table(machine).is_some_and(|table| self.lineage.contains(&table.version) && !apart(&table))
         }
 
         fn table(&self, machine: usize) -> Option<Arc<Table>> {
