@@ -1293,6 +1293,8 @@ mod node {
         promises: Vec<Promise>,
         coordinated: Version,
         coordinating: bool,
+        /// The newest lock that it ever granted, also if nothing came of that.
+        newest_grant: Version,
         /// When this node last tried to settle a forgotten lock.
         settled_locks: Duration,
         /// The newest table that a blank node has heard of, and who went by it then.
@@ -1331,6 +1333,7 @@ mod node {
                 promises: Vec::new(),
                 coordinated: Version::default(),
                 coordinating: false,
+                newest_grant: Version::default(),
                 settled_locks: now,
                 heard: None,
                 peers: BTreeMap::new(),
@@ -1849,7 +1852,13 @@ mod node {
             nodes: Vec<String>,
             void: &[Version],
         ) -> Reply {
-            let newest = self.promises.iter().map(|promise| promise.version).chain(self.version()).max();
+            let newest = self
+                .promises
+                .iter()
+                .map(|promise| promise.version)
+                .chain(self.version())
+                .chain([self.newest_grant])
+                .max();
             // A coordinator that is known to be silent holds nobody up: nothing but comfort depends on who is refused here.
             let holds = |promise: &Promise| {
                 let silent = self.peers.get(&promise.coordinator).is_some_and(|peer| peer.silent);
@@ -1867,6 +1876,7 @@ mod node {
             } else if self.promises.iter().any(holds) {
                 return Reply::Busy;
             }
+            self.newest_grant = version;
             self.promises.retain(|promise| !void.contains(&promise.version));
             self.promises.push(Promise {
                 version,
@@ -1891,8 +1901,7 @@ mod node {
 
         /// The coordinator adopts the table that it made, if its lock is still the newest that it granted. This step is the change.
         pub fn adopt_own(&mut self, table: Table) -> bool {
-            let newest = self.promises.iter().map(|promise| promise.version).max();
-            let may = newest == Some(table.version) && self.version() == Some(table.base);
+            let may = self.newest_grant == table.version && self.version() == Some(table.base);
             if may {
                 self.coordinating = false;
                 self.adopt(table);
