@@ -561,6 +561,10 @@ mod records {
     }
 
     impl Span {
+        pub fn overlaps(&self, other: &Span) -> bool {
+            self.from < other.to && other.from < self.to
+        }
+
         pub fn contains(&self, (hash, key): (u64, &[u8])) -> bool {
             (self.from.0, &self.from.1[..]) <= (hash, key) && (hash, key) < (self.to.0, &self.to.1[..])
         }
@@ -858,9 +862,9 @@ fn answer_about(resource: &Resource, request: &Request, vocabulary: Vocabulary) 
     use Outcome::*;
     let outcome = match (resource, request.verb.as_str()) {
         (Resource::Instance, "GET") => Instance(describe_instance()),
-        (Resource::KeyCount, "GET") => block_on(count_keys(&Live)),
+        (Resource::KeyCount, "GET") => block_on(count_keys(&Live)).unwrap_or_else(|failure| failure),
         (Resource::ViewChange, "PUT") | (Resource::Shards(_), "GET") if own().is_none() => AddressNotSet,
-        (Resource::Shards(id), "GET") => block_on(describe_shards(&Live, *id)),
+        (Resource::Shards(id), "GET") => block_on(describe_shards(&Live, *id)).unwrap_or_else(|failure| failure),
         (Resource::ViewChange, "PUT") => match wanted_view(&request.body) {
             Ok((view, force)) => return block_on(answer_view_change(&Live, request, &view, force)),
             Err(refusal) => refusal,
@@ -1403,7 +1407,6 @@ mod node {
         // -- What it tells, and what it hears
 
         pub fn status(&self) -> Status {
-            let sources: BTreeSet<&String> = self.incoming.values().flat_map(|(_, sources)| sources).collect();
             Status {
                 incarnation: self.incarnation,
                 version: self.version(),
@@ -1412,7 +1415,7 @@ mod node {
                 is_member: self.table.as_ref().is_some_and(|table| table.lists(&self.own)),
                 members: self.table.as_ref().map_or(0, |table| table.view.len()),
                 keys: self.records.len(),
-                incoming: sources.into_iter().cloned().collect(),
+                incoming: self.incoming_sources().into_iter().collect(),
                 coordinated: self.coordinated,
                 coordinating: self.coordinating,
                 promises: self.promises.clone(),
@@ -1475,10 +1478,9 @@ mod node {
 
         /// Whether this node may give, or forget, a span: it goes by this very table, and the span is others'.
         fn gives(&self, version: Version, span: &Span) -> bool {
-            let overlaps = |other: &Span| other.from < span.to && span.from < other.to;
             self.table.as_ref().is_some_and(|table| {
                 table.version == version
-                    && !table.spans().any(|(other, range)| Some(range.shard) == self.shard && overlaps(&other))
+                    && !table.spans().any(|(other, range)| Some(range.shard) == self.shard && other.overlaps(span))
             })
         }
 
@@ -1592,12 +1594,11 @@ mod node {
             let owned = table.spans().filter(|(_, range)| Some(range.shard) == self.shard && !range.sources.is_empty());
             self.incoming = owned.map(|(span, range)| (span.from, (span.to, range.sources.clone()))).collect();
             self.promises.retain(|promise| promise.version > table.version);
-            let gains: BTreeSet<&String> = self.incoming.values().flat_map(|(_, sources)| sources).collect();
             let given = table.ranges.iter().filter(|range| range.sources.contains(&self.own));
             let gives: BTreeSet<&str> = given.map(|range| table.node_of(range.shard)).collect();
-            let list = |nodes: Vec<&str>| if nodes.is_empty() { "nobody".to_owned() } else { nodes.join(", ") };
-            let (gains, gives) =
-                (list(gains.iter().map(|it| it.as_str()).collect()), list(gives.into_iter().collect()));
+            let list = |nodes: Vec<String>| if nodes.is_empty() { "nobody".to_owned() } else { nodes.join(", ") };
+            let gains = list(self.incoming_sources().into_iter().collect());
+            let gives = list(gives.into_iter().map(str::to_owned).collect());
             let (version, count) = (table.version, table.view.len());
             self.lines.push(format!("table {version} of {count} nodes: fetches from {gains}, gives to {gives}"));
             self.complete = false;
@@ -1615,10 +1616,19 @@ mod node {
 
         // -- Fetching
 
+        fn incoming_sources(&self) -> BTreeSet<String> {
+            self.incoming.values().flat_map(|(_, sources)| sources).cloned().collect()
+        }
+
+        /// The incoming spans that have something of this one.
+        fn incoming_in(&self, span: &Span) -> impl Iterator<Item = (Span, &Vec<String>)> {
+            let spans = self.incoming.iter().map(|(from, (to, it))| (Span { from: from.clone(), to: to.clone() }, it));
+            spans.filter(|(other, _)| other.overlaps(span))
+        }
+
         /// The sources that nobody fetches from yet; from now on somebody does.
         pub fn sources_to_fetch_from(&mut self) -> Vec<String> {
-            let sources: BTreeSet<String> = self.incoming.values().flat_map(|(_, sources)| sources).cloned().collect();
-            let idle: Vec<String> = sources.difference(&self.fetching).cloned().collect();
+            let idle: Vec<String> = self.incoming_sources().difference(&self.fetching).cloned().collect();
             self.fetching.extend(idle.iter().cloned());
             idle
         }
@@ -1638,19 +1648,13 @@ mod node {
             if self.version() != Some(version) {
                 return false;
             }
-            let overlaps = self
-                .incoming
-                .iter()
-                .filter(|(from, (to, sources))| **from < span.to && span.from < *to && sources.contains(source));
-            let spans: Vec<Span> =
-                overlaps.map(|(from, (to, _))| Span { from: from.clone(), to: to.clone() }).collect();
+            let from_source = self.incoming_in(span).filter(|(_, sources)| sources.contains(source));
+            let spans: Vec<Span> = from_source.map(|(span, _)| span).collect();
             for record in records {
                 let hash = hash_of(record.key());
                 let awaited = spans.iter().any(|span| span.contains((hash, record.key())));
-                let order = |record: &Record| (record.stamp(), record.value().to_vec());
-                let known = self.records.get(hash, record.key());
-                if awaited && known.is_none_or(|known| known.stamp() <= record.stamp() && order(known) < order(&record))
-                {
+                let wins = |known: &Record| (known.stamp(), known.value()) < (record.stamp(), record.value());
+                if awaited && self.records.get(hash, record.key()).is_none_or(wins) {
                     self.clock = self.clock.max(record.stamp());
                     self.records.insert(hash, record);
                 }
@@ -1663,8 +1667,7 @@ mod node {
             if self.version() != Some(version) || self.incoming.is_empty() {
                 return;
             }
-            let overlaps = self.incoming.iter().filter(|(from, (to, _))| **from < span.to && span.from < *to);
-            let overlaps: Vec<Position> = overlaps.map(|(from, _)| from.clone()).collect();
+            let overlaps: Vec<Position> = self.incoming_in(span).map(|(span, _)| span.from).collect();
             for from in overlaps {
                 let Some((to, sources)) = self.incoming.remove(&from) else { continue };
                 let (inner_from, inner_to) = (from.clone().max(span.from.clone()), to.clone().min(span.to.clone()));
@@ -1999,9 +2002,6 @@ mod protocol {
 
     // -- Answering requests
 
-    /// A request waits so long for somebody to have its key.
-    const PATIENCE: Duration = Duration::from_millis(4400);
-
     /// Takes a request for a key to whoever has it, as soon as somebody does. The answer to a client's request that another node
     /// gave bears its address.
     pub async fn answer_for_key(
@@ -2023,18 +2023,15 @@ mod protocol {
             }
             match place {
                 Place::Node(_) if request.origin != Origin::Client => return say(Outcome::Elsewhere),
-                Place::Node(owner) => {
-                    let origin = Origin::Node(world.with(|node| node.store().unwrap_or_default()));
-                    match world.relay(&owner, Request { origin, ..request.clone() }).await {
-                        // Its table is not ours: one of us learns which is newer.
-                        Some(answer) if answer.status == 421 => {
-                            ask_one(world, &owner, Message::Meet).await;
-                            world.sleep(Duration::from_millis(1)).await;
-                        }
-                        Some(answer) => return answer.with_address(&owner, vocabulary),
-                        None => return down(&owner),
+                Place::Node(owner) => match pass_on(world, &owner, request).await {
+                    // Its table is not ours: one of us learns which is newer.
+                    Some(answer) if answer.status == 421 => {
+                        ask_one(world, &owner, Message::Meet).await;
+                        world.sleep(Duration::from_millis(1)).await;
                     }
-                }
+                    Some(answer) => return answer.with_address(&owner, vocabulary),
+                    None => return down(&owner),
+                },
                 Place::Incoming(source, version, span) => {
                     if fetch(world, &source, version, &span, ON_DEMAND).await.is_none() {
                         if world.with(|node| node.silent().contains(&source)) {
@@ -2045,11 +2042,16 @@ mod protocol {
                 }
                 Place::Unknown | Place::Here => world.sleep(Duration::from_millis(5)).await,
             }
-            let (late, missing) = world.with(|node| (node.now > deadline, node.missing()));
-            if late {
+            if let Some(missing) = world.with(|node| (node.now > deadline).then(|| node.missing())) {
                 return down(&missing);
             }
         }
+    }
+
+    /// Takes a client's request to another node of the store.
+    async fn pass_on(world: &impl World, node: &str, request: &Request) -> Option<Answer> {
+        let origin = Origin::Node(world.with(|node| node.store().unwrap_or_default()));
+        world.relay(node, Request { origin, ..request.clone() }).await
     }
 
     /// Waits until this node may go by its table. The error names a node that it waits for.
@@ -2065,33 +2067,27 @@ mod protocol {
     }
 
     /// How many keys this instance has.
-    pub async fn count_keys(world: &impl World) -> Outcome {
-        if let Err(outcome) = settle(world).await {
-            return outcome;
-        }
+    pub async fn count_keys(world: &impl World) -> Result<Outcome, Outcome> {
+        settle(world).await?;
         let (count, shard) = world.with(|node| (node.records.len(), node.shard()));
         let id = shard.map_or(String::new(), |shard| format!(r#","shard-id":"{}""#, shard + 1));
-        Outcome::KeyCount(format!(r#""key-count":{count}{id}"#))
+        Ok(Outcome::KeyCount(format!(r#""key-count":{count}{id}"#)))
     }
 
     /// The ids of all shards; or, with an index, what one of them is.
-    pub async fn describe_shards(world: &impl World, index: Option<usize>) -> Outcome {
-        if let Err(outcome) = settle(world).await {
-            return outcome;
-        }
-        let Some(table) = world.with(|node| node.table()) else { return Outcome::NoShard };
+    pub async fn describe_shards(world: &impl World, index: Option<usize>) -> Result<Outcome, Outcome> {
+        settle(world).await?;
+        let table = world.with(|node| node.table()).ok_or(Outcome::NoShard)?;
         let Some(index) = index else {
             let ids: Vec<String> = (1..=table.shards.len()).map(|id| format!(r#""{id}""#)).collect();
-            return Outcome::Shards(ids.join(","));
+            return Ok(Outcome::Shards(ids.join(",")));
         };
-        let Some(shard) = table.shards.get(index) else { return Outcome::NoShard };
+        let shard = table.shards.get(index).ok_or(Outcome::NoShard)?;
         let replicas: Vec<&str> = shard.iter().map(|index| table.view[*index].as_str()).collect();
         let node = table.node_of(index).to_owned();
-        let Some((status, _)) = ask_one(world, &node, Message::Meet).await else {
-            return Outcome::NodeDown(node);
-        };
+        let (status, _) = ask_one(world, &node, Message::Meet).await.ok_or(Outcome::NodeDown(node))?;
         let (id, count, replicas) = (index + 1, status.keys, replicas.join(r#"",""#));
-        Outcome::Shard(format!(r#""shard-id":"{id}","key-count":{count},"replicas":["{replicas}"]"#))
+        Ok(Outcome::Shard(format!(r#""shard-id":"{id}","key-count":{count},"replicas":["{replicas}"]"#)))
     }
 
     // -- Fetching
@@ -2177,9 +2173,7 @@ mod protocol {
             return say(outcome);
         }
         if let Some(node) = better_coordinator(world, view).await {
-            let origin = Origin::Node(world.with(|node| node.store().unwrap_or_default()));
-            let passed = world.relay(&node, Request { origin, ..request.clone() }).await;
-            return match passed {
+            return match pass_on(world, &node, request).await {
                 Some(answer) => answer,
                 // It may be there, and have passed the request back, since the view is changing.
                 None if ask_one(world, &node, Message::Meet).await.is_some() => say(Outcome::ChangeUnderWay),
@@ -2237,8 +2231,15 @@ mod protocol {
     /// Why an attempt to change the view came to nothing.
     enum Failure {
         Refused(Outcome),
-        /// To be tried again with a version above this one, and with these nodes and void promises too.
-        Again(Version, BTreeSet<String>, BTreeSet<Version>, Outcome),
+        /// To be tried again with a version above this one, knowing this too.
+        Again(Version, Earlier, Outcome),
+    }
+
+    /// What is known of earlier locks: the nodes that they name, and those of them of which nothing came.
+    #[derive(Default)]
+    struct Earlier {
+        nodes: BTreeSet<String>,
+        void: BTreeSet<Version>,
     }
 
     /// What a change is to make: another view, or (None) the same table again under a new lock, to settle what became of older locks.
@@ -2252,12 +2253,12 @@ mod protocol {
     /// Changes the view, as the coordinator. The error is an outcome as well, and then the old view stays in force.
     pub async fn change_view(world: &impl World, wanted: Wanted<'_>, force: bool) -> Result<Changed, Outcome> {
         let deadline = world.with(|node| node.now) + TRIES;
-        let (mut least, mut extra, mut void) = (Version::default(), BTreeSet::new(), BTreeSet::new());
+        let (mut least, mut earlier) = (Version::default(), Earlier::default());
         loop {
             let Some(version) = world.with(|node| node.begin(least, force)) else {
                 return Err(Outcome::ChangeUnderWay);
             };
-            let attempt = Attempt { world, version, wanted, force, extra: &extra, void: &void };
+            let attempt = Attempt { world, version, wanted, force, earlier: &earlier };
             let result = attempt.run().await;
             world.with(|node| node.end());
             match result {
@@ -2271,10 +2272,10 @@ mod protocol {
                     // Tells all that nothing will come of this lock.
                     ask(world, &named, Message::Meet).await;
                     match failure {
-                        Failure::Again(newest, nodes, versions, _) if world.with(|node| node.now) < deadline => {
+                        Failure::Again(newest, learned, _) if world.with(|node| node.now) < deadline => {
                             least = least.max(newest);
-                            extra.extend(nodes);
-                            void.extend(versions);
+                            earlier.nodes.extend(learned.nodes);
+                            earlier.void.extend(learned.void);
                         }
                         Failure::Refused(outcome) | Failure::Again(.., outcome) => return Err(outcome),
                     }
@@ -2289,9 +2290,7 @@ mod protocol {
         version: Version,
         wanted: Wanted<'a>,
         force: bool,
-        /// Nodes that promises of earlier locks name, and those of them of which nothing came.
-        extra: &'a BTreeSet<String>,
-        void: &'a BTreeSet<Version>,
+        earlier: &'a Earlier,
     }
 
     type Made = (Table, usize, Vec<(String, usize)>, Vec<String>);
@@ -2303,7 +2302,8 @@ mod protocol {
                 return Err((Vec::new(), self.again(Outcome::ChangeUnderWay)));
             };
             let view = self.wanted.unwrap_or(&base.view);
-            let mut named: BTreeSet<String> = base.view.iter().chain(view).chain(self.extra).cloned().collect();
+            let mut named: BTreeSet<String> =
+                base.view.iter().chain(view).chain(&self.earlier.nodes).cloned().collect();
             // Of two coordinators, each must be asked by the other, member or not.
             named.insert(self.world.with(|node| node.own().to_owned()));
             if !self.world.with(|node| node.is_complete()) {
@@ -2358,7 +2358,7 @@ mod protocol {
         }
 
         fn again(&self, outcome: Outcome) -> Failure {
-            Failure::Again(self.version, BTreeSet::new(), BTreeSet::new(), outcome)
+            Failure::Again(self.version, Earlier::default(), outcome)
         }
 
         async fn lock_and_make(
@@ -2369,7 +2369,8 @@ mod protocol {
         ) -> Result<(Table, usize, Vec<(String, usize)>), Failure> {
             let granted = self.lock(view, named).await?;
             let given_up: Vec<String> = named.iter().filter(|node| !granted.contains_key(*node)).cloned().collect();
-            let complete = self.check(base, view, &granted, &given_up)?;
+            self.check_locks(base, &granted, &given_up)?;
+            let complete = self.check_nodes(base, view, &granted, &given_up)?;
             let members = |node: &&String| base.lists(node) && granted.contains_key(*node);
             let count = |node: &String| {
                 (node.clone(), granted.get(node).filter(|_| base.lists(node)).map_or(0, |status| status.keys))
@@ -2389,7 +2390,7 @@ mod protocol {
         /// Returns what each told. Only a node that leaves by force need not answer.
         async fn lock(&self, view: &[String], named: &[String]) -> Result<BTreeMap<String, Status>, Failure> {
             let mut granted = BTreeMap::new();
-            let void: Vec<Version> = self.void.iter().copied().collect();
+            let void: Vec<Version> = self.earlier.void.iter().copied().collect();
             let lock = Message::Lock(self.version, named.to_vec(), void);
             let (lowest, rest) = named.split_at(1);
             for group in [lowest].into_iter().chain(rest.chunks(SIDE_BY_SIDE)) {
@@ -2407,12 +2408,7 @@ mod protocol {
                     match reply.take() {
                         Some((status, Reply::Done)) => drop(granted.insert(name.clone(), status)),
                         Some((_, Reply::Outdated(newest))) => {
-                            return Err(Failure::Again(
-                                newest,
-                                BTreeSet::new(),
-                                BTreeSet::new(),
-                                Outcome::ChangeUnderWay,
-                            ));
+                            return Err(Failure::Again(newest, Earlier::default(), Outcome::ChangeUnderWay));
                         }
                         Some(_) => return Err(Failure::Refused(Outcome::ChangeUnderWay)),
                         None if self.force && !view.contains(name) => {}
@@ -2423,23 +2419,17 @@ mod protocol {
             Ok(granted)
         }
 
-        /// Checks that all go by the same table and wait for nothing, and that no earlier lock is open. Returns whether no source has
-        /// anything left.
-        fn check(
+        /// Checks that no earlier lock is open, and that nobody goes by a newer table.
+        fn check_locks(
             &self,
             base: &Table,
-            view: &[String],
             granted: &BTreeMap<String, Status>,
             given_up: &[String],
-        ) -> Result<bool, Failure> {
-            let promises = granted
-                .values()
-                .flat_map(|status| &status.promises)
-                .filter(|it| it.version.coordinator != self.version.coordinator);
-            let (mut newest, mut nodes, mut void) = (self.version, BTreeSet::new(), BTreeSet::new());
-            // What another store's nodes go by says nothing here.
-            let store = Some(base.store);
-            for promise in promises {
+        ) -> Result<(), Failure> {
+            let promises = granted.values().flat_map(|status| &status.promises);
+            let (mut newest, mut earlier) = (self.version, Earlier::default());
+            for promise in promises.filter(|it| it.version.coordinator != self.version.coordinator) {
+                // What another store's nodes go by says nothing here.
                 let bound = |node: &String| {
                     granted.get(node).map_or(given_up.contains(node), |it| {
                         it.store != promise.store || it.version < Some(promise.version)
@@ -2447,33 +2437,36 @@ mod protocol {
                 };
                 // By force, the new epoch must be above any that another has begun.
                 newest.epoch = newest.epoch.max(promise.version.epoch);
-                nodes.extend(promise.nodes.iter().cloned());
+                earlier.nodes.extend(promise.nodes.iter().cloned());
                 if promise.nodes.iter().all(bound) {
-                    void.insert(promise.version);
+                    earlier.void.insert(promise.version);
                 }
             }
-            let outdated = granted.values().any(|status| status.store == store && status.version > Some(base.version));
-            let open = !nodes.is_empty() || outdated || self.world.with(|node| node.version()) != Some(base.version);
-            if open {
-                return Err(Failure::Again(newest, nodes, void, Outcome::ChangeUnderWay));
+            let newer = |status: &Status| status.store == Some(base.store) && status.version > Some(base.version);
+            let outdated = granted.values().any(newer) || self.world.with(|node| node.version()) != Some(base.version);
+            match earlier.nodes.is_empty() && !outdated {
+                true => Ok(()),
+                false => Err(Failure::Again(newest, earlier, Outcome::ChangeUnderWay)),
             }
-            // A source that has not heard of the base would drop what it has when it hears of the next table.
-            let behind = |source: &&String| {
-                granted.get(*source).is_some_and(|it| it.version.is_some_and(|version| version != base.version))
-            };
-            let sources = if self.world.with(|node| node.is_complete()) { BTreeSet::new() } else { base.sources() };
-            if sources.iter().any(behind) {
-                return Err(self.again(Outcome::ChangeUnderWay));
-            }
-            let mut blank = !given_up.is_empty();
+        }
+
+        /// Checks that all go by the table in force, and wait for nothing. Returns whether no source has anything left.
+        fn check_nodes(
+            &self,
+            base: &Table,
+            view: &[String],
+            granted: &BTreeMap<String, Status>,
+            given_up: &[String],
+        ) -> Result<bool, Failure> {
+            let known_complete = self.world.with(|node| node.is_complete());
+            let mut complete = given_up.is_empty();
             for (node, status) in granted {
-                if base.lists(node) {
-                    // One that was let in by nobody yet has lost what it had, and will go by the next table.
-                    blank |= status.version.is_none();
-                    if status.version.is_some_and(|version| version != base.version) {
-                        return Err(self.again(Outcome::ChangeUnderWay));
-                    }
-                } else if view.contains(node) {
+                // A source that has not heard of the base would drop what it has when it hears of the next table. A blank node has
+                // lost what it had, and will go by the next table.
+                let takes_part = base.lists(node) || !known_complete && base.sources().contains(node);
+                if takes_part && status.version.is_some_and(|version| version != base.version) {
+                    return Err(self.again(Outcome::ChangeUnderWay));
+                } else if view.contains(node) && !base.lists(node) {
                     self.check_joining(node, status, base)?;
                 }
                 if self.wanted.is_some()
@@ -2484,9 +2477,9 @@ mod protocol {
                         false => Outcome::NodeDown(source.clone()),
                     }));
                 }
-                blank |= !status.incoming.is_empty();
+                complete &= status.incoming.is_empty() && !(base.lists(node) && status.version.is_none());
             }
-            Ok(!blank || self.world.with(|node| node.is_complete()))
+            Ok(complete || known_complete)
         }
 
         /// Learns the givers' cuts. All are asked: one that has started again since it was locked refuses.
@@ -2622,10 +2615,10 @@ impl World for Live {
     }
 
     async fn deliver(&self, envelopes: Vec<Envelope>) -> Vec<Option<(Status, Reply)>> {
-        let mut answers: Vec<Option<(Status, Reply)>> = envelopes.iter().map(|_| None).collect();
         if let [envelope] = &envelopes[..] {
             return vec![deliver_one(envelope)];
         }
+        let mut answers: Vec<Option<(Status, Reply)>> = envelopes.iter().map(|_| None).collect();
         may::coroutine::scope(|scope| {
             for (envelope, answer) in envelopes.into_iter().zip(&mut answers) {
                 may::go!(scope, move || *answer = deliver_one(&envelope));
@@ -4149,14 +4142,14 @@ mod simulation {
                     state.machines[one].asleep = true;
                     state.at(Duration::from_millis(millis), Event::Wake(one));
                 }
-                80..86 if alive(one) && self.state.borrow().quiet_enough() => {
+                80..86 if alive(one) => {
                     self.kill(one);
                     let millis = [10, 200, 2000, 6000][self.state.borrow_mut().below(4)];
                     self.state.borrow_mut().at(Duration::from_millis(millis), Event::Start(one));
                 }
                 86..90 => drop(self.state.borrow_mut().cut.insert((one, other))),
                 90..98 => self.state.borrow_mut().cut.clear(),
-                98 if self.state.borrow().quiet_enough() => {
+                98 => {
                     // All of the first view at once.
                     for machine in first.iter().copied().filter(|it| alive(*it)) {
                         self.kill(machine);
@@ -4337,10 +4330,6 @@ mod simulation {
         fn first_view(&self) -> Vec<usize> {
             // The same in every start: it depends on the seed alone.
             (0..self.machines.len().div_ceil(2)).collect()
-        }
-
-        fn quiet_enough(&self) -> bool {
-            !self.quiet
         }
     }
 
