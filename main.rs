@@ -14,8 +14,8 @@
 //! from and go to.
 //!
 //! In a store of several nodes each key is answered for by the one node that has it, until that one hands it on. Where that is
-//! decided is `Node::place`; where a key changes hands is `Node::adopt` (who gives stops answering), `fetch` (who gets asks for it)
-//! and `Node::arrived` (who gets begins to answer).
+//! decided is `Node::place`; where a key changes hands is `Node::adopt` (who gives stops answering), `fetch` (who gets asks
+//! for it) and `Node::arrived` (who gets begins to answer).
 //!
 //! may's workers run each connection as a coroutine and must never block. What blocks has threads of its own: the lanes of
 //! the relay (the HTTP client blocks; a coroutine that waits for a lane holds no worker), the watches over connections and
@@ -154,8 +154,8 @@ fn parse_view<'a>(addresses: impl Iterator<Item = &'a str>) -> Result<Vec<String
     if (1..=1000).contains(&view.len()) { Ok(view) } else { Err("it must name 1 to 1000 nodes".into()) }
 }
 
-/// Whether a text has only what an address has: the URL parser takes more characters, such as a quotation mark, than may stand in
-/// an answer.
+/// Whether a text has only what an address has: the URL parser takes more characters, such as a quotation mark, than may stand
+/// in an answer.
 fn is_plain(text: &str) -> bool {
     text.len() <= 300 && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte))
 }
@@ -193,8 +193,8 @@ enum Origin {
     /// A client's request, relayed or not.
     #[default]
     Client,
-    /// A client's request that a node sends to the one that owns the key by its table, which is of this store: the owner may have
-    /// started again since, and be a store of its own.
+    /// A client's request that a node sends to the one that owns the key by its table, which is of this store: the owner may
+    /// have started again since, and be a store of its own.
     Node(u64),
     /// No client's request: the body is a message of one node to another (see view changes).
     Message,
@@ -536,7 +536,7 @@ fn known_header(header: &str) -> Cow<'static, str> {
     known.map_or_else(|| Cow::Owned(header.to_owned()), Cow::Borrowed)
 }
 
-// ---- Records: keys and values, in buckets -----------------------------------------------------------------------------
+// ---- Records: keys and values, in buckets ---------------------------------------------------------------------------
 
 mod records {
     //! Keys have an order: by hash, and where two have the same, by the key itself. The records stand in buckets, each for a
@@ -905,7 +905,7 @@ fn describe_instance() -> String {
     format!(r#""role":"{role}","version":"{VERSION}",{more}"#)
 }
 
-// ---- Tables: which shard has which key, and who else may have some of it ------------------------------------------------
+// ---- Tables: which shard has which key, and who else may have some of it --------------------------------------------
 
 mod table {
     //! A table cuts the order of keys into ranges and says which shard owns each. It also names the *sources* of a range: the
@@ -919,7 +919,8 @@ mod table {
     pub struct Version {
         pub epoch: u64,
         pub number: u64,
-        /// The incarnation of the coordinator. In a first table, the number of nodes and a hash of the view: the larger view counts.
+        /// The incarnation of the coordinator. In a first table, the number of nodes and a hash of the view: the larger view
+        /// counts.
         pub coordinator: u64,
     }
 
@@ -1025,9 +1026,9 @@ mod table {
             self.ranges.iter().zip(ends).map(|(range, to)| (Span { from: range.from.clone(), to }, range))
         }
 
-        /// The table after this one, in which nodes give up what is above their cuts (the place and the receiver, from the highest
-        /// place down). Sources are whoever owned a place in this table, and whoever was its source already where `complete` does
-        /// not say that these have nothing left; but not the nodes that are given up.
+        /// The table after this one, in which nodes give up what is above their cuts (the place and the receiver, from the
+        /// highest place down). Sources are whoever owned a place in this table, and whoever was its source already where
+        /// `complete` does not say that these have nothing left; but not the nodes that are given up.
         pub fn next(
             &self,
             version: Version,
@@ -1055,7 +1056,8 @@ mod table {
                 .with_sources(self, given_up, complete)
         }
 
-        /// A table whose ranges begin at these places; `owner` tells the shard by the number of the range, its place and who has it now.
+        /// A table whose ranges begin at these places; `owner` tells the shard by the number of the range, its place and who
+        /// has it now.
         fn over(
             &self,
             mut places: Vec<&Position>,
@@ -1126,7 +1128,7 @@ mod table {
     }
 }
 
-// ---- The node: what it knows of its store, and what it decides ------------------------------------------------------------
+// ---- The node: what it knows of its store, and what it decides ------------------------------------------------------
 
 mod node {
     //! A store has no moment at which all of its nodes agree, and needs none. Each key is answered for by the one node that has
@@ -1167,8 +1169,8 @@ mod node {
         /// Its `VIEW`, and for how many rounds it has been up.
         pub first_view: Vec<String>,
         pub rounds: u32,
-        /// The table itself, in a reply to one that does not have it. A table comes in replies only, since these are awaited: in a
-        /// message it could be as late as a life of its sender, and of the whole store, ago.
+        /// The table itself, in a reply to one that does not have it. A table comes in replies only, since these are awaited:
+        /// in a message it could be as late as a life of its sender, and of the whole store, ago.
         pub table: Option<Table>,
         /// Who goes by that table: itself or, if it is blank, those it heard it from.
         pub tellers: BTreeSet<String>,
@@ -1222,8 +1224,8 @@ mod node {
     }
 
     impl Message {
-        /// A node that does not answer in this time is silent. A round of meetings must fit into the second that one which starts
-        /// waits to hear of the others.
+        /// A node that does not answer in this time is silent. A round of meetings must fit into the second that one which
+        /// starts waits to hear of the others.
         pub fn limit(&self) -> Duration {
             Duration::from_millis(if matches!(self, Message::Meet) { 700 } else { 1500 })
         }
@@ -1265,8 +1267,9 @@ mod node {
 
     /// A node that has met nobody for so long was asleep, and meets others before it answers.
     const ASLEEP: Duration = Duration::from_millis(2500);
-    /// A first table counts, and any other that none of its other nodes goes by, when each of them has been up for so many rounds, a second:
-    /// whoever lives by a newer one has knocked at one of them by then. (Rounds and not time: nobody can knock at a node that sleeps.)
+    /// A first table counts, and any other that none of its other nodes goes by, when each of them has been up for so many
+    /// rounds, a second: whoever lives by a newer one has knocked at one of them by then. (Rounds and not time: nobody can
+    /// knock at a node that sleeps.)
     const FIRST: u32 = 5;
 
     pub struct Node {
@@ -1274,7 +1277,8 @@ mod node {
         own: String,
         pub incarnation: u64,
         first_view: Vec<String>,
-        /// How long a granted lock keeps off other coordinators. It is remembered for longer, and nothing but comfort depends on this.
+        /// How long a granted lock keeps off other coordinators. It is remembered for longer, and nothing but comfort depends
+        /// on this.
         pub lease: Duration,
         /// The time, since 1970, as of the last look. It never goes back.
         pub now: Duration,
@@ -1379,8 +1383,8 @@ mod node {
             }
         }
 
-        /// Whether this node may go by its table. One that slept meets others first (that is a courtesy to whoever has removed it by
-        /// force; nothing else depends on it). A store of one that is asked to join another takes no more keys.
+        /// Whether this node may go by its table. One that slept meets others first (that is a courtesy to whoever has removed
+        /// it by force; nothing else depends on it). A store of one that is asked to join another takes no more keys.
         pub fn is_settled(&self) -> bool {
             self.own.is_empty() || self.table.is_some() && self.now < self.met + ASLEEP && !self.is_joining()
         }
@@ -1396,8 +1400,8 @@ mod node {
             self.records.insert(hash, record)
         }
 
-        /// A hybrid logical clock (Kulkarni et al. 2014): microseconds that only go up, past each stamp that was met, and below them
-        /// eight bits of the node's name, so that no two nodes make the same.
+        /// A hybrid logical clock (Kulkarni et al. 2014): microseconds that only go up, past each stamp that was met, and
+        /// below them eight bits of the node's name, so that no two nodes make the same.
         fn stamp(&mut self) -> u64 {
             let time = (self.now.as_micros() as u64) << 8;
             self.clock = time.max(self.clock + 256) & !255 | hash_of(self.own.as_bytes()) & 255;
@@ -1430,8 +1434,8 @@ mod node {
             Envelope { from: self.own.clone(), to: to.to_owned(), status: self.status(), message }
         }
 
-        /// The table that one who goes by this version is to be shown, if any. A blank node tells only blank ones what it has heard
-        /// of: that table may be lost with all its nodes.
+        /// The table that one who goes by this version is to be shown, if any. A blank node tells only blank ones what it has
+        /// heard of: that table may be lost with all its nodes.
         fn table_for(&self, version: Option<Version>) -> Option<Table> {
             let heard = self.heard.as_ref().map(|(table, _)| table).filter(|_| version.is_none());
             self.table.as_deref().or(heard).filter(|table| version < Some(table.version)).cloned()
@@ -1560,12 +1564,13 @@ mod node {
                 }
                 return;
             };
-            // A node goes over to another store only where it leaves nobody: it was alone, or has left already, or agreed to join.
+            // A node goes over to another store only where it leaves nobody: it was alone, or has left already, or agreed to
+            // join.
             let is_free = promised || mine.view == [self.own.as_str()] || !mine.lists(&self.own);
             let follows = !mine.lists(&self.own) && mine.lists(from);
             let concerns = table.store == mine.store || wants && is_free || follows;
-            // A lock binds: its coordinator counts on what this node told it. It may itself bring a table from before its lock, since
-            // it asks again. (One that has no keys, and gets none, cannot do harm.)
+            // A lock binds: its coordinator counts on what this node told it. It may itself bring a table from before its
+            // lock, since it asks again. (One that has no keys, and gets none, cannot do harm.)
             let matters = mine.lists(&self.own) || table.lists(&self.own);
             let barred = matters
                 && self.promises.iter().any(|promise| {
@@ -1608,7 +1613,8 @@ mod node {
             self.table = Some(Arc::new(table));
         }
 
-        /// Notes that all nodes have fetched what the table gives them. Once true it stays true, also for one that starts again.
+        /// Notes that all nodes have fetched what the table gives them. Once true it stays true, also for one that starts
+        /// again.
         pub fn set_complete(&mut self) {
             self.complete = true;
             self.incoming.clear();
@@ -1689,8 +1695,8 @@ mod node {
 
         // -- Meeting others
 
-        /// Whom to meet next: two of the others, and four that seem to be silent or not to have this table, each time those whose turn
-        /// was longest ago. Whoever has started again must hear of it within a second.
+        /// Whom to meet next: two of the others, and four that seem to be silent or not to have this table, each time those
+        /// whose turn was longest ago. Whoever has started again must hear of it within a second.
         pub fn next_to_meet(&mut self) -> BTreeSet<String> {
             let Some(table) = self.table.clone() else { return BTreeSet::new() };
             let mut others: BTreeSet<String> = table.view.iter().cloned().collect();
@@ -1757,8 +1763,8 @@ mod node {
             self.promises.clone()
         }
 
-        /// Has a blank node go by a table, if what it was answered in a round of asking allows that. `known` are the promises that
-        /// it knew before the round.
+        /// Has a blank node go by a table, if what it was answered in a round of asking allows that. `known` are the promises
+        /// that it knew before the round.
         pub fn let_in(&mut self, known: &[Promise], answers: &BTreeMap<String, Status>) {
             self.is_asking = false;
             if self.table.is_some() {
@@ -1807,8 +1813,8 @@ mod node {
                 && self.promises.iter().all(settled)
         }
 
-        /// The table of the first view. Nodes are struck from it whose own `VIEW` does not list them, or that another one's leaves out.
-        /// All that remain must have answered, and see it the same way.
+        /// The table of the first view. Nodes are struck from it whose own `VIEW` does not list them, or that another one's
+        /// leaves out. All that remain must have answered, and see it the same way.
         fn first_table(&self, answers: &BTreeMap<String, Status>) -> Option<Table> {
             let view_of = |node: &String| match *node == self.own {
                 true => Some(&self.first_view),
@@ -1827,7 +1833,8 @@ mod node {
 
         // -- Coordinating
 
-        /// Begins to coordinate a change: its version, above all that this node knows and above `least`; none if one is under way.
+        /// Begins to coordinate a change: its version, above all that this node knows and above `least`; none if one is under
+        /// way.
         pub fn begin(&mut self, least: Version, force: bool) -> Option<Version> {
             let table = self.table.as_ref().filter(|_| !self.coordinating)?;
             let newest = self.promises.iter().map(|promise| promise.version).max().unwrap_or_default();
@@ -1891,8 +1898,8 @@ mod node {
             Reply::Done
         }
 
-        /// Whether a lock was never followed by a table, nor by the word that there will be none: somebody has to find out. True at
-        /// most once in a while.
+        /// Whether a lock was never followed by a table, nor by the word that there will be none: somebody has to find out.
+        /// True at most once in a while.
         pub fn has_forgotten_lock(&mut self) -> bool {
             let forgotten = self.promises.iter().any(|promise| promise.granted + self.lease * 3 / 2 < self.now);
             let due = forgotten && self.table.is_some() && self.settled_locks + self.lease < self.now;
@@ -1902,7 +1909,8 @@ mod node {
             due
         }
 
-        /// The coordinator adopts the table that it made, if its lock is still the newest that it granted. This step is the change.
+        /// The coordinator adopts the table that it made, if its lock is still the newest that it granted. This step is the
+        /// change.
         pub fn adopt_own(&mut self, table: Table) -> bool {
             let may = self.newest_grant == table.version && self.version() == Some(table.base);
             if may {
@@ -1914,7 +1922,7 @@ mod node {
     }
 }
 
-// ---- What a node does: answering, fetching, meeting, starting, changing the view ------------------------------------------------
+// ---- What a node does: answering, fetching, meeting, starting, changing the view ------------------------------------
 
 mod protocol {
     //! These are async functions for one reason only: the simulation runs many of them at once, and decides what each message
@@ -1956,8 +1964,8 @@ mod protocol {
 
     type Replies = Vec<Option<(Status, Reply)>>;
 
-    /// Says something to each of some nodes, hears what they tell, and returns their replies. (Boxed: there are many callers, and
-    /// the compiler would put all of this into each of them.)
+    /// Says something to each of some nodes, hears what they tell, and returns their replies. (Boxed: there are many callers,
+    /// and the compiler would put all of this into each of them.)
     fn ask_each<'a>(
         world: &'a impl World,
         messages: Vec<(String, Message)>,
@@ -2002,8 +2010,8 @@ mod protocol {
 
     // -- Answering requests
 
-    /// Takes a request for a key to whoever has it, as soon as somebody does. The answer to a client's request that another node
-    /// gave bears its address.
+    /// Takes a request for a key to whoever has it, as soon as somebody does. The answer to a client's request that another
+    /// node gave bears its address.
     pub async fn answer_for_key(
         world: &impl World,
         key: &[u8],
@@ -2132,8 +2140,8 @@ mod protocol {
 
     // -- Keeping in touch, and starting
 
-    /// Meets some other nodes; a blank node asks everybody that may know what to go by. To be done several times a second: nobody
-    /// waits here for one that is silent.
+    /// Meets some other nodes; a blank node asks everybody that may know what to go by. To be done several times a second:
+    /// nobody waits here for one that is silent.
     pub fn keep_in_touch(world: &impl World) {
         let (blank, next) = world.with(|node| (node.begin_round(), node.next_to_meet()));
         if blank {
@@ -2186,8 +2194,8 @@ mod protocol {
         }
     }
 
-    /// Who should coordinate instead of this node: a member of its table, if it is none. And a store of one without keys leaves it
-    /// to a node of the view that has some, or that others live with: it is the one that joins.
+    /// Who should coordinate instead of this node: a member of its table, if it is none. And a store of one without keys
+    /// leaves it to a node of the view that has some, or that others live with: it is the one that joins.
     async fn better_coordinator(world: &impl World, view: &[String]) -> Option<String> {
         let (table, status) = world.with(|node| (node.table(), node.status()));
         let (table, own) = (table?, world.with(|node| node.own().to_owned()));
@@ -2242,7 +2250,8 @@ mod protocol {
         void: BTreeSet<Version>,
     }
 
-    /// What a change is to make: another view, or (None) the same table again under a new lock, to settle what became of older locks.
+    /// What a change is to make: another view, or (None) the same table again under a new lock, to settle what became of older
+    /// locks.
     pub type Wanted<'a> = Option<&'a [String]>;
 
     /// A view change is tried for so long while other nodes are starting, or a change before it is ending.
@@ -2296,7 +2305,8 @@ mod protocol {
     type Made = (Table, usize, Vec<(String, usize)>, Vec<String>);
 
     impl<W: World> Attempt<'_, W> {
-        /// Locks all nodes, makes the next table and adopts it, which is the change. With an error come the nodes that may be locked.
+        /// Locks all nodes, makes the next table and adopts it, which is the change. With an error come the nodes that may be
+        /// locked.
         async fn run(&self) -> Result<Made, (Vec<String>, Failure)> {
             let Some(base) = self.world.with(|node| node.table()) else {
                 return Err((Vec::new(), self.again(Outcome::ChangeUnderWay)));
@@ -2323,8 +2333,8 @@ mod protocol {
             }
         }
 
-        /// Before anything is locked, sees that those who join are there. One that has just started may belong to a store that it
-        /// has not heard of yet.
+        /// Before anything is locked, sees that those who join are there. One that has just started may belong to a store that
+        /// it has not heard of yet.
         async fn meet_joining(&self, joining: &[String], base: &Table) -> Result<(), Failure> {
             for group in joining.chunks(SIDE_BY_SIDE) {
                 for (node, reply) in group.iter().zip(ask(self.world, group, Message::Meet).await) {
@@ -2341,8 +2351,8 @@ mod protocol {
             Ok(())
         }
 
-        /// Whether a node may join: it goes by our table, which does not list it; or it has left a store that wants nothing of it any
-        /// more; or it is a store of one without keys.
+        /// Whether a node may join: it goes by our table, which does not list it; or it has left a store that wants nothing of
+        /// it any more; or it is a store of one without keys.
         fn check_joining(&self, node: &str, status: &Status, base: &Table) -> Result<(), Failure> {
             let is_free = if status.is_member { status.members == 1 } else { status.complete };
             if status.version.is_none() {
@@ -2386,8 +2396,8 @@ mod protocol {
             Ok((table, moves.iter().map(|(.., count)| count).sum(), counts))
         }
 
-        /// Locks the nodes, the lowest address first: of two coordinators one fails there, and does not hold what the other needs.
-        /// Returns what each told. Only a node that leaves by force need not answer.
+        /// Locks the nodes, the lowest address first: of two coordinators one fails there, and does not hold what the other
+        /// needs. Returns what each told. Only a node that leaves by force need not answer.
         async fn lock(&self, view: &[String], named: &[String]) -> Result<BTreeMap<String, Status>, Failure> {
             let mut granted = BTreeMap::new();
             let void: Vec<Version> = self.earlier.void.iter().copied().collect();
@@ -2461,8 +2471,8 @@ mod protocol {
             let known_complete = self.world.with(|node| node.is_complete());
             let mut complete = given_up.is_empty();
             for (node, status) in granted {
-                // A source that has not heard of the base would drop what it has when it hears of the next table. A blank node has
-                // lost what it had, and will go by the next table.
+                // A source that has not heard of the base would drop what it has when it hears of the next table. A blank node
+                // has lost what it had, and will go by the next table.
                 let takes_part = base.lists(node) || !known_complete && base.sources().contains(node);
                 if takes_part && status.version.is_some_and(|version| version != base.version) {
                     return Err(self.again(Outcome::ChangeUnderWay));
@@ -2514,8 +2524,8 @@ mod protocol {
         }
     }
 
-    /// Waits until all nodes have fetched what a table gives them. Returns the nodes that are not reached: that have not answered
-    /// for a while, and without which nothing gets on.
+    /// Waits until all nodes have fetched what a table gives them. Returns the nodes that are not reached: that have not
+    /// answered for a while, and without which nothing gets on.
     async fn await_arrival(world: &impl World, table: &Table) -> Vec<String> {
         let now = || world.with(|node| node.now);
         let (mut waiting, mut pause) = (table.view.clone(), 2);
@@ -2562,7 +2572,7 @@ mod protocol {
     }
 }
 
-// ---- The node in the world: its lock, its clock, its messages ----------------------------------------------------------------
+// ---- The node in the world: its lock, its clock, its messages -------------------------------------------------------
 
 /// What this instance holds, and what it knows of the other nodes. A std Mutex and not a coroutine's: nobody waits for
 /// anything while holding it.
@@ -2825,7 +2835,8 @@ impl Peer {
         }
     }
 
-    /// A lane: takes out what waits, group by group, until nothing does for a moment. Then it rests, and ends if it is not called.
+    /// A lane: takes out what waits, group by group, until nothing does for a moment. Then it rests, and ends if it is not
+    /// called.
     fn run_lane(&self) {
         let (mut since, mut lookout) = (Instant::now(), LOOKOUT);
         loop {
@@ -3462,14 +3473,14 @@ fn is_healthy(listen: SocketAddr) -> bool {
     request.send(&listen.to_string(), ANSWER_LIMIT).is_ok_and(|(answer, ..)| answer.status == 200)
 }
 
-// ---- The simulation: whole stores in one process ------------------------------------------------------------------------
+// ---- The simulation: whole stores in one process --------------------------------------------------------------------
 
 #[cfg(test)]
 mod simulation {
-    //! Runs stores of two to five nodes through random schedules: messages that get lost, come late or twice, nodes that sleep,
-    //! die and start again, networks cut in one direction, rival coordinators, force. The nodes are the program's own code, from
-    //! the request to the table. After every step no key may be answered for by two nodes; at the end every key must be answered
-    //! for, and what clients saw must be explained by some order of their requests.
+    //! Runs stores of two to five nodes through random schedules: messages that get lost, come late or twice, nodes that
+    //! sleep, die and start again, networks cut in one direction, rival coordinators, force. The nodes are the program's own
+    //! code, from the request to the table. After every step no key may be answered for by two nodes; at the end every key
+    //! must be answered for, and what clients saw must be explained by some order of their requests.
     //!
     //! `SEED=n` repeats one schedule, and tells it; `SCHEDULES=n` runs as many.
 
@@ -4160,8 +4171,9 @@ mod simulation {
             }
         }
 
-        /// Starts a machine again, with its first view, the present one, or none. If all whom it asks are blank as well, they can
-        /// learn of the present table only from those who live by it: these must reach them within a second (the contract).
+        /// Starts a machine again, with its first view, the present one, or none. If all whom it asks are blank as well, they
+        /// can learn of the present table only from those who live by it: these must reach them within a second (the
+        /// contract).
         fn start_again(&self, machine: usize) {
             if self.state.borrow().machines[machine].node.is_some() {
                 return;
@@ -4250,7 +4262,8 @@ mod simulation {
                 self.start_again(machine);
             }
             self.state.borrow_mut().events.retain(|_, event| !matches!(event, Event::Quiet));
-            // All may have died at once: what they then start with may be any of several views, and nothing is lost that was not.
+            // All may have died at once: what they then start with may be any of several views, and nothing is lost that was
+            // not.
             if self.state.borrow().newest().is_none() {
                 return;
             }
@@ -4333,8 +4346,8 @@ mod simulation {
         }
     }
 
-    /// Whether some order of these requests explains what they saw (Wing and Gong, 1993): each takes effect at one moment between its
-    /// start and its end. One without an end may take effect at any moment after its start, or never.
+    /// Whether some order of these requests explains what they saw (Wing and Gong, 1993): each takes effect at one moment
+    /// between its start and its end. One without an end may take effect at any moment after its start, or never.
     fn is_linearizable(history: &[Op]) -> bool {
         // A read that was not answered says nothing.
         let ops: Vec<&Op> = history.iter().filter(|op| op.did != Did::Get || op.end.is_some()).collect();
@@ -4421,7 +4434,7 @@ mod simulation {
     }
 }
 
-// ---- Unit tests -----------------------------------------------------------------------------------------------------------
+// ---- Unit tests -----------------------------------------------------------------------------------------------------
 
 #[cfg(test)]
 mod tests {
