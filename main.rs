@@ -32,6 +32,7 @@ use std::mem::ManuallyDrop;
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::ops::Bound::{Excluded, Unbounded};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::process::exit;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
@@ -40,6 +41,7 @@ use std::task::{Context, Poll, Waker};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
+use attohttpc::body::{Body, BodyKind};
 use attohttpc::{ErrorKind, Method, ProxySettings, RequestBuilder, StatusCode};
 use hashbrown::hash_table::{Entry, HashTable};
 use httpdate::HttpDate;
@@ -50,12 +52,15 @@ use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 use serde_json::value::RawValue;
 use siphasher::sip::SipHasher24;
+use subtle::ConstantTimeEq;
 use triomphe::ThinArc;
 use url::{Position as Part, Url};
 
 use node::*;
 use protocol::*;
 use records::*;
+use relay::{ANSWER_LIMIT, PATIENCE, Peer};
+use streams::*;
 use table::*;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -64,8 +69,6 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 const MAX_VALUE: usize = 1 << 20;
 /// The limit of a body: a value at its limit fits in however it is escaped (JSON's \u0041 takes 6 bytes for 1).
 const MAX_BODY: usize = 8 << 20;
-/// The limit of an exchange's body, in which a request with all that leads to it travels.
-const MAX_EXCHANGE: usize = MAX_BODY + 2 * MAX_HEAD;
 /// The limit of a request's head. The server has none of its own and would collect an endless head in memory.
 const MAX_HEAD: usize = 64 << 10;
 /// The answers that a connection may have waiting for a client that does not read them, in bytes.
@@ -93,6 +96,7 @@ environment (an empty variable is an unset one):
   MAINIP              the same, where FORWARDING_ADDRESS is unset
   ADDRESS             this node's own host:port, as others reach it   [none]
   VIEW                the nodes of the store, host:port,host:port,... [ADDRESS alone if that is set]
+  SECRET              what the nodes of a store share: 1 to 200 visible ASCII characters [none]
 ";
 
 /// What the environment asks of this process.
@@ -101,6 +105,8 @@ struct Settings {
     role: Role,
     /// The first view of a node.
     view: Vec<String>,
+    /// What the nodes of the store share.
+    secret: Option<String>,
 }
 
 static SETTINGS: LazyLock<Settings> = LazyLock::new(|| {
@@ -136,8 +142,16 @@ impl Settings {
             _ => parse_view(text.split(',')).map_err(|why| format!("host:port,host:port,..., but {why}")),
         };
         let view = view.map_err(|expected| format!("VIEW={text}: expected {expected}"))?;
+        let secret = get("SECRET");
+        if let Some(text) = &secret
+            && !((1..=200).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic()))
+        {
+            return Err("SECRET=...: expected 1 to 200 visible ASCII characters (its value is not shown)".into());
+        } else if secret.is_some() && own.is_none() {
+            return Err("SECRET=...: expected ADDRESS to be set as well, this node's own host:port".into());
+        }
         let role = main.map(Role::Follower).or(own.map(Role::Node)).unwrap_or(Role::Main);
-        Ok(Settings { listen: SocketAddr::new(ip, port), role, view })
+        Ok(Settings { listen: SocketAddr::new(ip, port), role, view, secret })
     }
 }
 
@@ -187,7 +201,7 @@ struct Request {
     oversized: bool,
 }
 
-/// What a request is between instances, where it travels in an exchange (see the relay).
+/// What a request is between instances, where it travels on a stream.
 #[derive(Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 enum Origin {
     /// A client's request, relayed or not.
@@ -196,7 +210,7 @@ enum Origin {
     /// A client's request that a node sends to the one that owns the key by its table, which is of this store: the owner may
     /// have started again since, and be a store of its own.
     Node(u64),
-    /// No client's request: the body is a message of one node to another (see view changes).
+    /// No client's request: the body is what one node says to another (`Envelope`).
     Message,
 }
 
@@ -244,8 +258,7 @@ fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
     let (verb, target) = (if framing.is_head { "GET" } else { verb }.into(), target.into());
     let (content_type, via) = (joined("Content-Type"), joined("Via"));
     let request = Request { verb, target, content_type, via, ..Request::default() };
-    let most = if request.is_exchange() { MAX_EXCHANGE } else { MAX_BODY };
-    let oversized = length > most && !request.ignores_body();
+    let oversized = length > MAX_BODY && !request.ignores_body();
     Ok((Request { oversized, ..request }, framing))
 }
 
@@ -288,6 +301,11 @@ impl Request {
             [Some(b""), Some(b"kv-store"), Some(segment), None, _] => (key(segment), typed),
             _ => (Resource::Unknown, typed),
         }
+    }
+
+    /// Whether this opens a stream.
+    fn is_stream(&self) -> bool {
+        self.verb == "POST" && self.content_type == STREAM
     }
 
     fn is_view_change(&self) -> bool {
@@ -387,7 +405,7 @@ fn member<'a>(body: &'a [u8], name: &str) -> Result<&'a str, Outcome> {
 enum Outcome {
     Created, Replaced, Found(Record), Deleted, Missing,
     KeyInvalid, ValueMissing, ValueTooLarge, ValueNotText, BodyNotObject,
-    MainDown, NotFound, BadRequest, LengthRequired, AddressNotSet, ViewMissing, ChangeUnderWay, Elsewhere,
+    MainDown, NotFound, BadRequest, LengthRequired, AddressNotSet, ViewMissing, ChangeUnderWay, Elsewhere, NotOfStore,
     /// With the header that tells which verbs the path takes.
     VerbNotAllowed(&'static str),
     NoShard,
@@ -438,6 +456,8 @@ impl Outcome {
             ViewMissing       => [(400, "View is missing"); 2],
             ViewInvalid(_)    => [(400, "View is not valid: <reason>"); 2],
             ChangeUnderWay    => [(409, "Another view change is in progress"); 2],
+            // Between instances.
+            NotOfStore        => [(403, "Not a node of this store"); 2],
             HoldsKeys(_)      => [(409, "Node <node> holds keys of another store"); 2],
             ViewChanged(_)    => [(200, r#"{"message":"View change successful",<shards>}"#); 2],
             // Only between nodes: the owner is another one by this node's table.
@@ -475,8 +495,6 @@ impl Outcome {
 
 /// The headers that our answers have, beside those that every answer has.
 const JSON: &str = "Content-Type: application/json";
-const EXCHANGE: &str = "Content-Type: application/x-kv-store-exchange";
-const EXCHANGE_TYPE: &str = EXCHANGE.split_at("Content-Type: ".len()).1;
 const CLOSE: &str = "Connection: close\r\n";
 const GET_ONLY: &str = "Content-Type: application/json\r\nAllow: GET, HEAD";
 const PUT_ONLY: &str = "Content-Type: application/json\r\nAllow: PUT";
@@ -515,9 +533,9 @@ impl Answer {
     }
 
     /// What instances say to one another, as bytes.
-    fn exchange(status: u16, content: &impl Serialize) -> Answer {
+    fn message(content: &impl Serialize) -> Answer {
         // Writing to a Vec cannot fail.
-        Answer { status, header: EXCHANGE.into(), body: postcard::to_stdvec(content).unwrap_or_default() }
+        Answer { status: 200, header: "".into(), body: postcard::to_stdvec(content).unwrap_or_default() }
     }
 
     /// Adds which node answered, where there is a place for it.
@@ -532,7 +550,7 @@ impl Answer {
 
 /// Borrows the header of a peer's answer if it is one of ours: the server takes no others.
 fn known_header(header: &str) -> Cow<'static, str> {
-    let known = [JSON, EXCHANGE, GET_ONLY, PUT_ONLY, KEY_VERBS].into_iter().find(|known| *known == header);
+    let known = [JSON, GET_ONLY, PUT_ONLY, KEY_VERBS].into_iter().find(|known| *known == header);
     known.map_or_else(|| Cow::Owned(header.to_owned()), Cow::Borrowed)
 }
 
@@ -781,34 +799,43 @@ fn own() -> Option<&'static str> {
 
 /// The whole road of a request, from its owner to its answer.
 fn answer(request: Request) -> Answer {
+    begin(request).unwrap_or_else(|work| work())
+}
+
+/// What is left to be done for an answer.
+type Work = Box<dyn FnOnce() -> Answer + Send>;
+
+/// Answers a request at once, if it asks for what this instance has. What has to ask others, and takes its time, is returned as
+/// work.
+fn begin(request: Request) -> Result<Answer, Work> {
     if request.origin == Origin::Message {
-        return answer_message(&request.body);
-    } else if request.is_exchange() {
-        return answer_exchange(&request.body);
+        return Ok(answer_message(&request.body));
     }
     let (resource, vocabulary) = request.route();
     match (&SETTINGS.role, &resource) {
         // What an instance is, only that instance can say.
         (Role::Follower(main), _) if !(matches!(resource, Resource::Instance) && request.verb == "GET") => {
-            let verb = request.verb.clone();
-            let down = || Outcome::MainDown.answer(vocabulary, &verb);
-            Peer::at(main).relay(request, PATIENCE).unwrap_or_else(down)
+            Err(Box::new(move || {
+                let verb = request.verb.clone();
+                let down = || Outcome::MainDown.answer(vocabulary, &verb);
+                Peer::at(main).relay(request, PATIENCE).unwrap_or_else(down)
+            }))
         }
         (_, Resource::Key(key)) => {
             let (hash, action) = (hash_of(key), Action::of(key, &request, vocabulary));
             match Live.with(|node| perform(node, hash, key, action, request.origin)) {
-                Tried::Done(outcome) => outcome.answer(vocabulary, &request.verb),
-                Tried::NotHere(_, action) => wait_for_owner(key, action, &request, vocabulary),
+                Tried::Done(outcome) => Ok(outcome.answer(vocabulary, &request.verb)),
+                Tried::NotHere(_, action) => {
+                    let key = key.to_vec();
+                    Err(Box::new(move || block_on(answer_for_key(&Live, &key, action, &request, vocabulary))))
+                }
             }
         }
-        _ => answer_about(&resource, &request, vocabulary),
+        _ => Err(Box::new(move || {
+            let (resource, vocabulary) = request.route();
+            answer_about(&resource, &request, vocabulary)
+        })),
     }
-}
-
-/// (Not part of `answer`: inlined where every request passes, it would cost each connection another page of its stack.)
-#[inline(never)]
-fn wait_for_owner(key: &[u8], action: Action, request: &Request, vocabulary: Vocabulary) -> Answer {
-    block_on(answer_for_key(&Live, key, action, request, vocabulary))
 }
 
 /// What a request wants done with the record of its key.
@@ -856,7 +883,7 @@ fn perform(node: &mut Node, hash: u64, key: &[u8], action: Action, origin: Origi
     })
 }
 
-/// Answers what is about no key. (Not inlined, as `wait_for_owner`.)
+/// Answers what is about no key. (Not inlined where every request passes: it would cost each connection a page of its stack.)
 #[inline(never)]
 fn answer_about(resource: &Resource, request: &Request, vocabulary: Vocabulary) -> Answer {
     use Outcome::*;
@@ -2671,404 +2698,966 @@ fn deliver_one(envelope: &Envelope) -> Option<(Status, Reply)> {
     postcard::from_bytes(&answer.body).ok().filter(|(status, _): &(Status, Reply)| status.is_plain())
 }
 
-/// Answers a message, if it is one and for this node. (Not inlined, as `wait_for_owner`.)
+/// Answers a message, if it is one and for this node. (Not inlined, as `answer_about`.)
 #[inline(never)]
 fn answer_message(body: &[u8]) -> Answer {
     match postcard::from_bytes::<Envelope>(body) {
         Ok(envelope)
             if own() == Some(&envelope.to) && port_of(&envelope.from).is_some() && envelope.status.is_plain() =>
         {
-            Answer::exchange(200, &receive(&Live, envelope))
+            Answer::message(&receive(&Live, envelope))
         }
         _ => Outcome::BadRequest.answer(Vocabulary::Form, "POST"),
     }
 }
 
-// ---- The relay: taking a request to the instance that owns it -------------------------------------------------------
-//
-// attohttpc blocks, and opens a connection for each HTTP request. So what is to go to a peer stands in a line, and a lane (a
-// thread) takes it out: one lane, as long as it comes back quickly. What arrives while it is out shares its next exchange: one
-// POST with the requests in its body, whose answer has the answers. A lone request leaves at once, as itself. Requests share an
-// exchange only on their way to who owns what they ask for: from node to node, and to a main instance, which says in its
-// answers that it takes exchanges (Accept-Post). Any other peer (another server that speaks the contract, a follower) gets them
-// one by one, on a lane each; what plain HTTP cannot carry goes in an exchange of its own.
+// ---- Streams: what instances say to one another, in frames ----------------------------------------------------------
 
-/// A peer that is gone is reported within 1.5 s (the contract, "A follower"): a connection must come about before.
-const CONNECT_LIMIT: Duration = Duration::from_millis(1200);
-/// A peer that accepts and never answers is reported within 5 s. The lane gives up, and a moment later whoever waits.
-const ANSWER_LIMIT: Duration = Duration::from_millis(4200);
-const PATIENCE: Duration = Duration::from_millis(4400);
-/// One slow exchange does not hold up those behind it: after one to two times this, another lane goes out beside it.
-const OVERDUE: Duration = Duration::from_millis(5);
-/// As many lanes may be out for one peer: a main instance of another kind that is slow gets so many requests at once.
-const MAX_LANES: usize = 64;
-/// How long a lane rests before it ends.
-const REST: Duration = Duration::from_millis(300);
-/// How long a lane that found the line empty looks again. To sleep and be woken takes longer, and as much of the processor.
-const LOOKOUT: Duration = Duration::from_micros(150);
-/// An exchange takes along this many requests, or requests with this many bytes of body; a larger one travels alone.
-const GROUP_REQUESTS: usize = 128;
-const GROUP_BYTES: usize = 256 << 10;
-/// An answer to an exchange ends after this many bytes. Requests past that are not looked at, and go again.
-const EXCHANGE_BYTES: usize = 1 << 20;
-/// More is no answer to any request of the contract.
-const MAX_ANSWER: u64 = 16 << 20;
-/// What is said of a connection that does not come about.
-const NO_WAY: [io::ErrorKind; 5] = [AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable, TimedOut];
-/// For how long a name is taken to stand for the same address.
-const LOOKUP_LIFETIME: Duration = Duration::from_secs(1);
+mod streams {
+    //! attohttpc opens a connection for each request, but it lets a request's body be written piece by piece, and an answer's
+    //! be read so. Two requests that never end make a *stream* from one instance to another: the body of the one carries what is
+    //! asked, the answer of the other what is answered, in any order. Both go in frames: a number that question and answer
+    //! share, a length, whether the message ends here, and so much of it. This is what both ends have in common; `relay`
+    //! is the end that asks, and what is asked is answered beside the connections, in `answering`.
 
-/// This process, in the `Via` of what it relays: a request that comes back with it runs in a ring.
-static VIA: LazyLock<String> = LazyLock::new(|| format!("1.1 kv-store-{:016x}", RandomState::new().hash_one(0)));
+    use super::*;
 
-static PEERS: LazyLock<Mutex<HashMap<String, Arc<Peer>>>> = LazyLock::new(Default::default);
+    /// The media type of both requests and of the answer.
+    pub const STREAM: &str = "application/x-kv-store-stream";
+    /// A frame carries so much of a message at most: whatever is small passes between the frames of what is large.
+    pub const FRAME: usize = 64 << 10;
+    const HEAD: usize = 13;
+    /// A message may have so many bytes: an answer, or a request with all that leads to it.
+    pub const MAX_MESSAGE: usize = 17 << 20;
+    /// Either end says something so often. A frame with this number, which is none of a message, is a sign of life.
+    pub const SIGN_OF_LIFE: Duration = Duration::from_millis(200);
+    pub const NO_NUMBER: u64 = 0;
 
-/// Another instance, and the requests that wait to be taken to it.
-#[derive(Default)]
-struct Peer {
-    /// Its `host:port`.
-    address: String,
-    line: Mutex<Line>,
-    /// Wakes a lane that rests.
-    wake: Condvar,
-    /// What the name in the address last stood for.
-    lookup: Mutex<Option<(Instant, Option<String>)>>,
-}
-
-#[derive(Default)]
-struct Line {
-    waiting: VecDeque<Errand>,
-    /// Some wait that did so already when the watch last looked.
-    overdue: bool,
-    /// Of those who wait for an answer, and some who have it: the watch ends waiting that lasts too long.
-    tickets: Vec<Arc<Ticket>>,
-    /// Lanes that are at work or called to it, those that rest, and the calls that none of them has heard yet.
-    lanes: usize,
-    resting: usize,
-    called: usize,
-    /// The peer is known to take exchanges.
-    exchanges: bool,
-}
-
-/// A request on its way to a peer. Dropping it tells whoever waits that there will be no answer.
-struct Errand {
-    request: Request,
-    ticket: Arc<Ticket>,
-}
-
-/// What a coroutine, or a thread, keeps while it waits for the answer to its errand.
-struct Ticket {
-    /// Nobody waits for longer: what has not been sent by then must not be.
-    deadline: Instant,
-    waiter: Blocker,
-    answer: Mutex<Option<Answer>>,
-}
-
-impl Drop for Errand {
-    fn drop(&mut self) {
-        self.ticket.waiter.unpark();
-    }
-}
-
-impl Errand {
-    fn hand_in(self, answer: Answer) {
-        *lock(&self.ticket.answer) = Some(answer);
+    /// What is to be written on a stream: messages, and in between, one after the other, the large ones in pieces.
+    #[derive(Default)]
+    pub struct Outbox {
+        frames: Vec<u8>,
+        large: VecDeque<(u64, Vec<u8>)>,
+        /// So much of the first large one has been taken.
+        taken: usize,
     }
 
-    /// Whether this can only travel in an exchange: between nodes, and with a target that the client would change. (It takes
-    /// the segments `.` and `..` out, which may be keys, and makes something of its own of CONNECT.)
-    fn needs_exchange(&self) -> bool {
-        let (request, url) = (&self.request, self.request.url("peer"));
-        let same = |sent: Url| percent_decode(sent[..Part::AfterQuery].as_bytes()).eq(percent_decode(url.as_bytes()));
-        // A target that is no path would go on with the host: `@another:80/`.
-        let is_path = request.target.starts_with('/') && request.verb != "CONNECT";
-        request.origin != Origin::Client || !is_path || !Url::parse(&url).is_ok_and(same)
-    }
-}
-
-impl Peer {
-    fn at(address: &str) -> Arc<Peer> {
-        let line = || Mutex::new(Line { exchanges: own().is_some(), ..Line::default() });
-        let new = || Arc::new(Peer { address: address.into(), line: line(), ..Peer::default() });
-        lock(&PEERS).entry(address.into()).or_insert_with(new).clone()
-    }
-
-    /// Takes a request to the peer and returns its answer; None if there is none in time, or the request runs in a ring.
-    /// The request is sent once at most. After None it may have taken effect, as after any answer that got lost.
-    fn relay(self: Arc<Peer>, mut request: Request, patience: Duration) -> Option<Answer> {
-        if request.via.split(',').any(|hop| hop.trim() == *VIA) {
-            return None;
-        }
-        request.via = if request.via.is_empty() { VIA.clone() } else { format!("{}, {}", request.via, *VIA) };
-        let (deadline, waiter) = (Instant::now() + patience, Blocker::new(false));
-        let ticket = Arc::new(Ticket { deadline, waiter, answer: Mutex::default() });
-        let mut line = lock(&self.line);
-        line.tickets.push(ticket.clone());
-        line.waiting.push_back(Errand { request, ticket: ticket.clone() });
-        let another = !line.exchanges && line.waiting.len() > 1;
-        self.call_lane(line, another);
-        if WATCH_RESTS.swap(false, SeqCst)
-            && let Some(watch) = LINES_WATCH.get()
-        {
-            watch.unpark();
-        }
-        // The watch ends this at the deadline: a timer for each request would cost more than the rest of the relay.
-        let _ = ticket.waiter.park(None);
-        lock(&ticket.answer).take()
-    }
-
-    /// Has a lane come if none is at work, or else perhaps another one, unless too many are. Takes the guard, so that the lane,
-    /// which needs the line first of all, is called when it is free again.
-    fn call_lane(self: &Arc<Peer>, mut line: MutexGuard<Line>, another: bool) {
-        if line.lanes > 0 && (!another || line.lanes == MAX_LANES) {
-            return;
-        }
-        line.lanes += 1;
-        let rests = line.resting > 0;
-        (line.resting, line.called) = (line.resting - usize::from(rests), line.called + usize::from(rests));
-        drop(line);
-        let peer = self.clone();
-        if rests {
-            self.wake.notify_one();
-        } else if thread::Builder::new().spawn(move || peer.run_lane()).is_err() {
-            lock(&self.line).lanes -= 1;
-        }
-    }
-
-    /// A lane: takes out what waits, group by group, until nothing does for a moment. Then it rests, and ends if it is not
-    /// called.
-    fn run_lane(&self) {
-        let (mut since, mut lookout) = (Instant::now(), LOOKOUT);
-        loop {
-            let mut line = lock(&self.line);
-            let group = line.take_group();
-            if !group.is_empty() {
-                drop(line);
-                // What nodes say to one another comes one by one.
-                lookout = if group[0].request.origin == Origin::Message { Duration::ZERO } else { LOOKOUT };
-                // Should this panic, the group is dropped, which answers its requests, and the lane lives on.
-                let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.carry(group)));
-            } else if since.elapsed() < lookout {
-                drop(line);
-                thread::yield_now();
-                continue;
+    impl Outbox {
+        pub fn push(&mut self, number: u64, message: Vec<u8>) {
+            if message.len() <= FRAME {
+                put_frame(&mut self.frames, number, &message, true);
             } else {
-                (line.lanes, line.resting) = (line.lanes - 1, line.resting + 1);
-                let rested = self.wake.wait_timeout_while(line, REST, |line| line.called == 0);
-                line = rested.unwrap_or_else(PoisonError::into_inner).0;
-                if line.called == 0 {
-                    line.resting -= 1;
+                self.large.push_back((number, message));
+            }
+        }
+
+        pub fn has_large(&self) -> bool {
+            !self.large.is_empty()
+        }
+
+        pub fn is_full(&self) -> bool {
+            self.frames.len() >= FRAME
+        }
+
+        /// What the next write should write; nothing if all has been taken.
+        pub fn take(&mut self) -> Vec<u8> {
+            let mut bytes = std::mem::take(&mut self.frames);
+            if let Some((number, message)) = self.large.front() {
+                let end = message.len().min(self.taken + FRAME);
+                let is_last = end == message.len();
+                put_frame(&mut bytes, *number, &message[self.taken..end], is_last);
+                self.taken = if is_last { 0 } else { end };
+                if is_last {
+                    self.large.pop_front();
+                }
+            }
+            bytes
+        }
+    }
+
+    fn put_frame(out: &mut Vec<u8>, number: u64, piece: &[u8], is_last: bool) {
+        out.extend(number.to_le_bytes());
+        out.extend((piece.len() as u32).to_le_bytes());
+        out.push(is_last.into());
+        out.extend(piece);
+    }
+
+    /// The first frame of some bytes (its number, whether it is a message's last, and the piece), and the bytes after it.
+    fn first_frame(bytes: &[u8]) -> Option<(u64, bool, &[u8], &[u8])> {
+        let (number, rest) = bytes.split_first_chunk()?;
+        let (length, rest) = rest.split_first_chunk()?;
+        let (is_last, rest) = rest.split_first()?;
+        let (piece, rest) = rest.split_at_checked(u32::from_le_bytes(*length) as usize)?;
+        Some((u64::from_le_bytes(*number), *is_last == 1, piece, rest))
+    }
+
+    /// Puts messages together from the frames that arrive.
+    #[derive(Default)]
+    pub struct Inbox {
+        /// The beginning of a frame.
+        begun: Vec<u8>,
+        large: Option<(u64, Vec<u8>)>,
+    }
+
+    impl Inbox {
+        /// Takes in what arrived, and hands on each message that is whole now, with its number. False: these are no frames.
+        pub fn take_in(&mut self, arrived: &[u8], mut hand_on: impl FnMut(u64, &[u8])) -> bool {
+            self.begun.extend(arrived);
+            let bytes = std::mem::take(&mut self.begun);
+            let mut rest = &bytes[..];
+            while let Some((number, is_last, piece, after)) = first_frame(rest) {
+                rest = after;
+                match &mut self.large {
+                    Some((begun, message)) if *begun == number => {
+                        message.extend(piece);
+                        if message.len() > MAX_MESSAGE {
+                            return false;
+                        } else if is_last {
+                            hand_on(number, message);
+                            self.large = None;
+                        }
+                    }
+                    _ if is_last && number == NO_NUMBER => {}
+                    _ if is_last => hand_on(number, piece),
+                    None => self.large = Some((number, piece.to_vec())),
+                    // Large messages come one after the other.
+                    Some(_) => return false,
+                }
+            }
+            self.begun.extend(rest);
+            rest.len() < FRAME + HEAD
+        }
+    }
+}
+
+// ---- The relay: taking a request to the instance that owns it -------------------------------------------------------
+
+mod relay {
+    //! A request to a peer stands in its queue until a stream to the peer, or a thread, takes it. A stream takes whatever is
+    //! queued; it is opened when there is something to send, and closed when there was nothing for a moment. Nodes
+    //! take streams, and so does a main instance that says so in its answers (`Accept-Post`); any other main instance gets the
+    //! requests one by one, each from a thread that is blocked meanwhile.
+
+    use super::*;
+
+    /// A peer that is gone is reported within 1.5 s (the contract, "A follower"): a connection must come about before.
+    const CONNECT_LIMIT: Duration = Duration::from_millis(1100);
+    /// A peer that accepts and never answers is reported within 5 s.
+    pub const ANSWER_LIMIT: Duration = Duration::from_millis(4200);
+    pub const PATIENCE: Duration = Duration::from_millis(4400);
+    /// After so long a silence on a stream it is found out whether the peer's host is still there.
+    const SILENCE: Duration = Duration::from_millis(500);
+    const LOOK_LIMIT: Duration = Duration::from_millis(800);
+    /// A stream is closed after so long a time without a request.
+    const REST: Duration = Duration::from_millis(300);
+    /// So many threads may be waiting for answers of a peer that takes no streams.
+    const MAX_THREADS: usize = 64;
+    /// Who is alone on a stream looks for its answer for so long before it sleeps: to sleep and be woken takes longer.
+    const LOOKOUT: Duration = Duration::from_micros(100);
+    /// More is no answer to any request of the contract.
+    const MAX_ANSWER: u64 = 16 << 20;
+    /// A coroutine writes on a stream as long as so many bytes are unanswered there. These fit into the kernel's buffers, so
+    /// that the write cannot block the coroutine's worker. What is more is left to the stream's thread, which may block.
+    const MAX_UNANSWERED: usize = 32 << 10;
+    /// What is said of a connection that does not come about.
+    const NO_WAY: [io::ErrorKind; 5] =
+        [AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable, TimedOut];
+    /// For how long a name is taken to stand for the same address.
+    const LOOKUP_LIFETIME: Duration = Duration::from_secs(1);
+
+    /// This process, in the `Via` of what it relays: a request that comes back with it runs in a ring.
+    static VIA: LazyLock<String> = LazyLock::new(|| format!("1.1 kv-store-{:016x}", RandomState::new().hash_one(0)));
+
+    static PEERS: LazyLock<Mutex<HashMap<String, Arc<Peer>>>> = LazyLock::new(Default::default);
+
+    /// Another instance, and what is on its way there.
+    pub struct Peer {
+        /// Its `host:port`.
+        address: String,
+        traffic: Mutex<Traffic>,
+        /// Wakes the stream's thread.
+        wake: Condvar,
+        /// What the name in the address last stood for.
+        lookup: Mutex<Option<(Instant, Vec<SocketAddr>)>>,
+    }
+
+    struct Traffic {
+        takes_streams: bool,
+        /// Something is queued that only a stream can carry.
+        wants_stream: bool,
+        /// Requests that nothing was sent of yet, by their numbers.
+        queue: VecDeque<(u64, Request)>,
+        /// All requests that are not answered, by their numbers.
+        unanswered: HashMap<u64, Unanswered>,
+        last_number: u64,
+        /// The threads that take requests to a peer that takes no streams.
+        threads: usize,
+        stream: State,
+        outbox: Outbox,
+        /// So many bytes were sent on the stream and are not answered.
+        bytes: usize,
+        writer: Writer,
+        /// When something was last asked, and when something last came on the stream.
+        used: Instant,
+        heard: Instant,
+        /// How many of the last requests were alone on their way.
+        alone: u64,
+        is_looked_for: bool,
+    }
+
+    struct Unanswered {
+        deadline: Instant,
+        /// None after the deadline.
+        claim: Option<Claim>,
+        /// What was sent of it on the stream, in bytes.
+        sent: usize,
+    }
+
+    /// A coroutine, or a thread, that waits for an answer. It has none if it is woken without.
+    struct Waiter {
+        blocker: Blocker,
+        answer: Mutex<Option<Answer>>,
+    }
+
+    enum State {
+        Closed,
+        /// With its number.
+        Opening(u64),
+        Open(Arc<Stream>),
+    }
+
+    /// Who writes on the stream.
+    #[derive(PartialEq)]
+    enum Writer {
+        Nobody,
+        Coroutine,
+        Thread,
+    }
+
+    /// Where what is asked is written: what attohttpc gives to the body of a request that never ends, as long as it does not.
+    struct Stream {
+        id: u64,
+        pipe: Mutex<Option<*mut dyn Write>>,
+    }
+
+    // SAFETY: the pointer is used under the mutex only, and taken out under it before what it points to is gone. That is a
+    // buffered TcpStream, which any thread may write to.
+    unsafe impl Send for Stream {}
+    unsafe impl Sync for Stream {}
+
+    impl Stream {
+        fn write(&self, bytes: &[u8]) -> io::Result<()> {
+            let pipe = lock(&self.pipe);
+            // SAFETY: see above.
+            let pipe = unsafe { &mut *pipe.ok_or(io::ErrorKind::BrokenPipe)? };
+            pipe.write_all(bytes)?;
+            pipe.flush()
+        }
+    }
+
+    /// What attohttpc takes for the body of the request: it ends with the stream.
+    struct Questions<'a> {
+        peer: &'a Arc<Peer>,
+        stream: &'a Arc<Stream>,
+    }
+
+    /// No stream carries so many bytes.
+    const ENDLESS: u64 = 1 << 62;
+
+    impl Body for Questions<'_> {
+        fn kind(&mut self) -> io::Result<BodyKind> {
+            Ok(BodyKind::KnownLength(ENDLESS))
+        }
+
+        fn write<W: Write>(&mut self, mut writer: W) -> io::Result<()> {
+            struct Withdraw<'a>(&'a Stream);
+            impl Drop for Withdraw<'_> {
+                fn drop(&mut self) {
+                    *lock(&self.0.pipe) = None;
+                }
+            }
+            writer.flush()?;
+            let pipe: *mut (dyn Write + '_) = &mut writer;
+            let withdraw = Withdraw(self.stream);
+            // SAFETY: only the lifetime changes, and `withdraw` takes the pointer out before `writer` is gone.
+            *lock(&self.stream.pipe) =
+                Some(unsafe { std::mem::transmute::<*mut (dyn Write + '_), *mut dyn Write>(pipe) });
+            self.peer.attend(self.stream);
+            drop(withdraw);
+            // To end the body early ends the connection.
+            Err(io::ErrorKind::ConnectionAborted.into())
+        }
+    }
+
+    /// Dropping it tells whoever waits that there will be no answer.
+    struct Claim(Arc<Waiter>);
+
+    impl Drop for Claim {
+        fn drop(&mut self) {
+            self.0.blocker.unpark();
+        }
+    }
+
+    impl Claim {
+        fn settle(self, answer: Answer) {
+            *lock(&self.0.answer) = Some(Answer { header: known_header(&answer.header), ..answer });
+        }
+    }
+
+    impl Traffic {
+        fn is_open(&self, stream: &Stream) -> bool {
+            matches!(&self.stream, State::Open(open) if open.id == stream.id)
+        }
+
+        /// Moves requests from the queue to the outbox, as many as one write takes, and of large ones one at a time.
+        fn fill_outbox(&mut self) {
+            let mut index = 0;
+            while index < self.queue.len() && !self.outbox.is_full() {
+                if self.queue[index].1.size() > FRAME && self.outbox.has_large() {
+                    index += 1;
+                    continue;
+                }
+                let Some((number, request)) = self.queue.remove(index) else { return };
+                // Nobody waits any more for one that is not in the list.
+                let Some(entry) = self.unanswered.get_mut(&number) else { continue };
+                // Writing to a Vec cannot fail.
+                let message = postcard::to_stdvec(&request).unwrap_or_default();
+                entry.sent = message.len();
+                self.bytes += entry.sent;
+                self.outbox.push(number, message);
+            }
+        }
+
+        /// Tells all who wait for what was not sent that there will be no answer.
+        fn give_up_queue(&mut self) {
+            for (number, _) in self.queue.drain(..) {
+                self.unanswered.remove(&number);
+            }
+        }
+
+        /// The first request of the queue that somebody still waits for, with its number and until when.
+        fn next(&mut self) -> Option<(u64, Request, Instant)> {
+            while let Some((number, request)) = self.queue.pop_front() {
+                if let Some(entry) = self.unanswered.get(&number) {
+                    return Some((number, request, entry.deadline));
+                }
+            }
+            None
+        }
+    }
+
+    impl Peer {
+        pub fn at(address: &str) -> Arc<Peer> {
+            lock(&PEERS).entry(address.into()).or_insert_with(|| Arc::new(Peer::new(address))).clone()
+        }
+
+        fn new(address: &str) -> Peer {
+            let traffic = Traffic {
+                takes_streams: own().is_some(),
+                wants_stream: false,
+                queue: VecDeque::new(),
+                unanswered: HashMap::new(),
+                last_number: NO_NUMBER,
+                threads: 0,
+                stream: State::Closed,
+                outbox: Outbox::default(),
+                bytes: 0,
+                writer: Writer::Nobody,
+                used: Instant::now(),
+                heard: Instant::now(),
+                alone: 0,
+                is_looked_for: false,
+            };
+            Peer {
+                address: address.into(),
+                traffic: Mutex::new(traffic),
+                wake: Condvar::new(),
+                lookup: Mutex::new(None),
+            }
+        }
+
+        /// Takes a request to the peer and returns its answer; None if there is none in time, or the request runs in a ring.
+        /// The request is sent once at most. After None it may have taken effect, as after any answer that got lost.
+        pub fn relay(self: Arc<Peer>, mut request: Request, patience: Duration) -> Option<Answer> {
+            if request.via.split(',').any(|hop| hop.trim() == *VIA) {
+                return None;
+            }
+            request.via = if request.via.is_empty() { VIA.clone() } else { format!("{}, {}", request.via, *VIA) };
+            let waiter = Arc::new(Waiter { blocker: Blocker::new(false), answer: Mutex::default() });
+            let (now, claim) = (Instant::now(), Some(Claim(waiter.clone())));
+            let mut traffic = lock(&self.traffic);
+            traffic.last_number += 1;
+            traffic.used = now;
+            let number = traffic.last_number;
+            traffic.unanswered.insert(number, Unanswered { deadline: now + patience, claim, sent: 0 });
+            traffic.wants_stream |= !traffic.takes_streams && request.needs_stream();
+            traffic.queue.push_back((number, request));
+            traffic.alone = if traffic.unanswered.len() == 1 { traffic.alone + 1 } else { 0 };
+            let is_alone = traffic.alone > 10;
+            self.dispatch(traffic);
+            WATCH.wake();
+            // The watch ends this at the deadline: a timer for each request would cost more than the rest of the relay.
+            if is_alone {
+                while now.elapsed() < LOOKOUT {
+                    if let Some(answer) = lock(&waiter.answer).take() {
+                        return Some(answer);
+                    }
+                    thread::yield_now();
+                }
+            }
+            let _ = waiter.blocker.park(None);
+            lock(&waiter.answer).take()
+        }
+
+        /// Sees to it that somebody takes what is queued.
+        fn dispatch(self: &Arc<Peer>, mut traffic: MutexGuard<Traffic>) {
+            let peer = self.clone();
+            match &traffic.stream {
+                State::Open(stream) if traffic.writer == Writer::Nobody => {
+                    let stream = stream.clone();
+                    traffic.writer = Writer::Coroutine;
+                    let is_alone = traffic.unanswered.len() == 1;
+                    drop(traffic);
+                    if is_alone {
+                        peer.write_queue(&stream, Writer::Coroutine);
+                    } else {
+                        // It runs after the coroutines that are ready now, and takes along what these put into the queue.
+                        may::go!(move || peer.write_queue(&stream, Writer::Coroutine));
+                    }
+                }
+                State::Closed if traffic.takes_streams || traffic.wants_stream => {
+                    let id = RandomState::new().hash_one(0);
+                    traffic.stream = State::Opening(id);
+                    if thread::Builder::new().spawn(move || peer.run_stream(id)).is_err() {
+                        traffic.stream = State::Closed;
+                    }
+                }
+                State::Closed if traffic.threads < MAX_THREADS => {
+                    traffic.threads += 1;
+                    if thread::Builder::new().spawn(move || peer.send_plainly()).is_err() {
+                        traffic.threads -= 1;
+                    }
+                }
+                _ => {}
+            }
+        }
+
+        // -- A peer that takes streams
+
+        /// The life of a stream: opens it, writes what is asked, and ends with it.
+        fn run_stream(self: Arc<Peer>, id: u64) {
+            let stream = Arc::new(Stream { id, pipe: Mutex::new(None) });
+            // After a panic, there was no stream.
+            let taken = catch_unwind(AssertUnwindSafe(|| self.open(&stream))).unwrap_or(true);
+            self.end_stream(&stream);
+            let mut traffic = lock(&self.traffic);
+            if !matches!(traffic.stream, State::Opening(opening) if opening == id) {
+                return;
+            }
+            // It did not come about.
+            (traffic.stream, traffic.wants_stream) = (State::Closed, false);
+            traffic.takes_streams = own().is_some();
+            if taken || traffic.takes_streams {
+                return traffic.give_up_queue();
+            }
+            // What only a stream can carry cannot be sent.
+            let Traffic { queue, unanswered, .. } = &mut *traffic;
+            queue.retain(|(number, request)| !request.needs_stream() || unanswered.remove(number).is_none());
+            drop(traffic);
+            self.send_plainly();
+        }
+
+        /// Opens a stream and keeps it open as long as it lives. False is a peer that answers, but takes none.
+        fn open(self: &Arc<Peer>, stream: &Arc<Stream>) -> bool {
+            let request = |host: &str, part: &str| {
+                let url = format!("http://{host}/kv-store?{part}={:016x}", stream.id);
+                let builder = client("POST", &url)?.read_timeout(ANSWER_LIMIT).try_header("Content-Type", STREAM)?;
+                Ok::<_, attohttpc::Error>(match &SETTINGS.secret {
+                    Some(secret) => builder.bearer_auth(secret),
+                    None => builder,
+                })
+            };
+            let Some(host) = self.host() else { return true };
+            let Ok(answers) = request(&host, "answers").and_then(|it| it.send()) else { return true };
+            let (status, headers, reader) = answers.split();
+            if headers.get("Content-Type").is_none_or(|it| it != STREAM) {
+                if status == StatusCode::FORBIDDEN && own().is_some() {
+                    say(&format!("node {} is of another store: its SECRET is another one", self.address));
+                }
+                return false;
+            }
+            let (peer, of) = (self.clone(), stream.clone());
+            if thread::Builder::new().spawn(move || peer.read_answers(&of, reader)).is_ok() {
+                let questions = Questions { peer: self, stream };
+                let _ = request(&host, "requests").and_then(|it| it.body(questions).send());
+            }
+            true
+        }
+
+        /// What the thread of a stream does while the stream lives: it writes what the coroutines leave to it, and gives signs
+        /// of life. Returns when the stream has ended, or nothing was asked for a while.
+        fn attend(self: &Arc<Peer>, stream: &Arc<Stream>) {
+            let mut traffic = lock(&self.traffic);
+            traffic.stream = State::Open(stream.clone());
+            (traffic.takes_streams, traffic.writer, traffic.heard) = (true, Writer::Thread, Instant::now());
+            while traffic.is_open(stream) {
+                if traffic.writer == Writer::Thread {
+                    drop(traffic);
+                    self.write_queue(stream, Writer::Thread);
+                    traffic = lock(&self.traffic);
+                    continue;
+                }
+                let waits = |traffic: &mut Traffic| traffic.writer != Writer::Thread && traffic.is_open(stream);
+                let waited = self.wake.wait_timeout_while(traffic, SIGN_OF_LIFE, waits);
+                let (guard, result) = waited.unwrap_or_else(PoisonError::into_inner);
+                traffic = guard;
+                if result.timed_out() && traffic.writer == Writer::Nobody {
+                    if traffic.unanswered.is_empty() && traffic.used.elapsed() > REST {
+                        return;
+                    }
+                    traffic.outbox.push(NO_NUMBER, Vec::new());
+                    traffic.writer = Writer::Thread;
+                }
+            }
+        }
+
+        /// Writes what is queued until nothing is. A coroutine leaves to the thread what could block it.
+        fn write_queue(self: &Arc<Peer>, stream: &Stream, writer: Writer) {
+            let mut traffic = lock(&self.traffic);
+            while traffic.is_open(stream) {
+                traffic.fill_outbox();
+                if writer == Writer::Coroutine && (traffic.bytes > MAX_UNANSWERED || traffic.outbox.has_large()) {
+                    traffic.writer = Writer::Thread;
+                    self.wake.notify_all();
                     return;
                 }
-                line.called -= 1;
+                let bytes = traffic.outbox.take();
+                if bytes.is_empty() {
+                    traffic.writer = Writer::Nobody;
+                    return;
+                }
+                drop(traffic);
+                if stream.write(&bytes).is_err() {
+                    return self.end_stream(stream);
+                }
+                traffic = lock(&self.traffic);
             }
-            since = Instant::now();
+        }
+
+        /// Hands on the answers that come on a stream, as long as any come.
+        fn read_answers(self: Arc<Peer>, stream: &Stream, mut reader: impl Read) {
+            let (mut inbox, mut buffer) = (Inbox::default(), vec![0; FRAME]);
+            while let Ok(count @ 1..) = reader.read(&mut buffer) {
+                let (mut answers, mut fits) = (Vec::new(), true);
+                let is_stream =
+                    inbox.take_in(&buffer[..count], |number, message| match postcard::from_bytes(message) {
+                        Ok(answer) => answers.push((number, answer)),
+                        Err(_) => fits = false,
+                    });
+                self.hand_on(answers);
+                if !is_stream || !fits {
+                    break;
+                }
+            }
+            self.end_stream(stream);
+        }
+
+        fn hand_on(&self, answers: Vec<(u64, Answer)>) {
+            let mut answered = Vec::new();
+            let mut traffic = lock(&self.traffic);
+            traffic.heard = Instant::now();
+            for (number, answer) in answers {
+                let Some(entry) = traffic.unanswered.remove(&number) else { continue };
+                traffic.bytes -= entry.sent.min(traffic.bytes);
+                answered.extend(entry.claim.map(|claim| (claim, answer)));
+            }
+            drop(traffic);
+            let settle = |answered: Vec<(Claim, Answer)>| {
+                answered.into_iter().for_each(|(claim, answer)| claim.settle(answer));
+            };
+            // To wake a coroutine takes a thread a system call, and a coroutine none: one wakes all the others.
+            match answered.len() {
+                0 | 1 => settle(answered),
+                _ => drop(may::go!(move || settle(answered))),
+            }
+        }
+
+        /// Ends a stream: what is under way on it has no answer, and what was not sent yet goes on the next one.
+        fn end_stream(self: &Arc<Peer>, stream: &Stream) {
+            let mut traffic = lock(&self.traffic);
+            if traffic.is_open(stream) {
+                traffic.stream = State::Closed;
+                (traffic.writer, traffic.outbox, traffic.bytes) = (Writer::Nobody, Outbox::default(), 0);
+                traffic.unanswered.retain(|_, entry| entry.sent == 0);
+                self.wake.notify_all();
+                if !traffic.queue.is_empty() {
+                    self.dispatch(traffic);
+                }
+            }
+        }
+
+        /// Finds out whether the host of a silent peer is still there, and gives up the stream if it is not.
+        fn look_for(self: Arc<Peer>, stream: Arc<Stream>) {
+            let is_there = |address: &SocketAddr| TcpStream::connect_timeout(address, LOOK_LIMIT).is_ok();
+            let gone = !self.addresses().iter().any(is_there);
+            let mut traffic = lock(&self.traffic);
+            (traffic.is_looked_for, traffic.heard) = (false, Instant::now());
+            if gone {
+                traffic.give_up_queue();
+                drop(traffic);
+                self.end_stream(&stream);
+            }
+        }
+
+        // -- A peer that takes none
+
+        /// Takes requests to the peer, one at a time, until none is queued.
+        fn send_plainly(self: Arc<Peer>) {
+            loop {
+                let mut traffic = lock(&self.traffic);
+                let next = if traffic.takes_streams { None } else { traffic.next() };
+                let Some((number, request, deadline)) = next else {
+                    traffic.threads -= 1;
+                    if !traffic.queue.is_empty() {
+                        self.dispatch(traffic);
+                    }
+                    return;
+                };
+                drop(traffic);
+                let began = Instant::now();
+                let limit = deadline.saturating_duration_since(began).min(ANSWER_LIMIT);
+                let fetched = catch_unwind(AssertUnwindSafe(|| {
+                    let host = self.host().ok_or(io::Error::from(HostUnreachable))?;
+                    request.send(&host, limit)
+                }));
+                let mut traffic = lock(&self.traffic);
+                let entry = traffic.unanswered.remove(&number);
+                match fetched {
+                    Ok(Ok((answer, takes_streams, _connection))) => {
+                        traffic.takes_streams |= takes_streams;
+                        drop(traffic);
+                        // The answer goes on before the connection is closed, which takes as long as opening it.
+                        if let Some(claim) = entry.and_then(|entry| entry.claim) {
+                            claim.settle(answer);
+                        }
+                    }
+                    // If there is no way to the peer at all, whatever else waits for it is told so as well.
+                    Ok(Err(error)) if is_no_way(&error) && began.elapsed() < limit => traffic.give_up_queue(),
+                    _ => {}
+                }
+            }
+        }
+
+        // -- Where a peer is
+
+        /// The peer's `host:port` with the name looked up, which the client would do for each request. A name that stands for
+        /// several addresses is left to it, since it tries them side by side.
+        fn host(&self) -> Option<String> {
+            match &self.addresses()[..] {
+                [] => None,
+                [one] => Some(one.to_string()),
+                _ => Some(self.address.clone()),
+            }
+        }
+
+        fn addresses(&self) -> Vec<SocketAddr> {
+            let asked = Instant::now();
+            let mut lookup = lock(&self.lookup);
+            // What another thread learned while this one waited for it is as good, also that there is no such name.
+            let is_fresh = |(at, addresses): &(Instant, Vec<SocketAddr>)| {
+                *at >= asked || !addresses.is_empty() && at.elapsed() < LOOKUP_LIFETIME
+            };
+            match &*lookup {
+                Some(known) if is_fresh(known) => known.1.clone(),
+                _ => {
+                    let addresses = self.address.to_socket_addrs().map_or(Vec::new(), Iterator::collect);
+                    *lookup = Some((Instant::now(), addresses.clone()));
+                    addresses
+                }
+            }
+        }
+
+        // -- The watch
+
+        /// Ends waiting that is in vain, and has a peer looked for that is silent. False if nobody waits.
+        fn look_after(self: &Arc<Peer>, now: Instant) -> bool {
+            let mut traffic = lock(&self.traffic);
+            let Traffic { unanswered, queue, .. } = &mut *traffic;
+            unanswered.values_mut().filter(|entry| entry.deadline < now).for_each(|entry| entry.claim = None);
+            unanswered.retain(|_, entry| entry.claim.is_some() || entry.sent > 0);
+            queue.retain(|(number, _)| unanswered.contains_key(number));
+            if let State::Open(stream) = &traffic.stream
+                && !traffic.is_looked_for
+                && now.saturating_duration_since(traffic.heard.max(traffic.used)) > SILENCE
+            {
+                let (peer, stream) = (self.clone(), stream.clone());
+                traffic.is_looked_for = thread::Builder::new().spawn(move || peer.look_for(stream)).is_ok();
+            }
+            !traffic.unanswered.is_empty()
         }
     }
 
-    /// Takes a group of requests to the peer, in an exchange unless it is one that can go by itself, and hands in the answers.
-    /// None is just the way out: whoever waits is told when the group is dropped.
-    fn carry(&self, mut group: Vec<Errand>) -> Option<()> {
-        let together = group.len() > 1 || group[0].needs_exchange();
-        let exchange = together.then(|| Request::exchange(&group));
-        // The answers go on before the connection is closed, which takes as long as opening it.
-        let passed_on = matches!(group[0].request.origin, Origin::Node(_)) && group[0].request.is_view_change();
-        let limit = if passed_on { CHANGE_LIMIT } else { ANSWER_LIMIT };
-        let (answer, _connection) = self.fetch(exchange.as_ref().unwrap_or(&group[0].request), limit)?;
-        // If the answer to an exchange is none, what became of the requests is not known: they are not sent again.
-        let answers: Vec<Answer> = match together {
-            true => (answer.header == EXCHANGE).then(|| postcard::from_bytes(&answer.body).ok())??,
-            false => vec![answer],
-        };
-        // Those left over were not looked at: they are the first of the next group.
-        let left_over = group.split_off(answers.len().min(group.len()));
-        let mut line = lock(&self.line);
-        left_over.into_iter().rev().for_each(|errand| line.waiting.push_front(errand));
-        drop(line);
-        // To wake a coroutine takes a thread a system call, and a coroutine none: one wakes all the others.
-        may::go!(move || {
-            for (errand, answer) in group.into_iter().zip(answers) {
-                errand.hand_in(Answer { header: known_header(&answer.header), ..answer });
+    /// The watch over the peers, which rests as long as nobody waits: an idle instance should not wake 20 times a second.
+    pub static WATCH: Watch = Watch { thread: OnceLock::new(), rests: AtomicBool::new(false) };
+
+    pub struct Watch {
+        thread: OnceLock<thread::Thread>,
+        rests: AtomicBool,
+    }
+
+    impl Watch {
+        fn wake(&self) {
+            if self.rests.swap(false, SeqCst)
+                && let Some(thread) = self.thread.get()
+            {
+                thread.unpark();
             }
+        }
+    }
+
+    pub fn watch_peers() {
+        WATCH.thread.get_or_init(thread::current);
+        // Said before it looks: who comes after the look wakes it.
+        WATCH.rests.store(true, SeqCst);
+        let mut peers = lock(&PEERS);
+        // (Any client can name a thousand nodes in a view.) A follower has one peer, and remembers what it takes.
+        peers.retain(|_, peer| Arc::strong_count(peer) > 1 || own().is_none());
+        let known: Vec<Arc<Peer>> = peers.values().cloned().collect();
+        drop(peers);
+        let now = Instant::now();
+        let waiting = known.iter().filter(|peer| peer.look_after(now)).count();
+        if waiting == 0 {
+            thread::park_timeout(Duration::from_secs(1));
+        }
+    }
+
+    // -- The client
+
+    fn is_no_way(error: &attohttpc::Error) -> bool {
+        matches!(error.kind(), ErrorKind::Io(error) if NO_WAY.contains(&error.kind()))
+    }
+
+    /// A request of the client, without what it would do by itself: it reads `http_proxy`, and follows redirects.
+    fn client(verb: &str, url: &str) -> attohttpc::Result<RequestBuilder> {
+        let method = Method::from_bytes(verb.as_bytes()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let builder = RequestBuilder::try_new(method, url)?.proxy_settings(ProxySettings::builder().build());
+        Ok(builder.follow_redirects(false).connect_timeout(CONNECT_LIMIT))
+    }
+
+    impl Request {
+        /// About what it takes in a message, in bytes.
+        fn size(&self) -> usize {
+            self.body.len() + self.target.len() + self.via.len() + self.content_type.len() + 64
+        }
+
+        /// The target on a host. What of it the client would change is for `needs_stream` to tell.
+        fn url(&self, host: &str) -> String {
+            format!("http://{host}{}", self.target)
+        }
+
+        /// Whether plain HTTP cannot carry this: the client takes the segments `.` and `..`, which may be keys, out of a target,
+        /// and makes something of its own of CONNECT.
+        fn needs_stream(&self) -> bool {
+            let url = self.url("peer");
+            let same =
+                |sent: Url| percent_decode(sent[..Part::AfterQuery].as_bytes()).eq(percent_decode(url.as_bytes()));
+            // A target that is no path would go on with the host: `@another:80/`.
+            let is_path = self.target.starts_with('/') && self.verb != "CONNECT";
+            self.origin != Origin::Client || !is_path || !Url::parse(&url).is_ok_and(same)
+        }
+
+        /// Sends the request to a host and reads the answer, of which status, `Content-Type`, `Allow` and body go on. With it
+        /// come whether the host takes streams, and the connection, to be closed when there is time.
+        pub fn send(&self, host: &str, limit: Duration) -> attohttpc::Result<(Answer, bool, impl Read + use<>)> {
+            // The limit is for the whole answer, however slowly it drips; it costs a thread.
+            let mut builder = client(&self.verb, &self.url(host))?.read_timeout(limit).timeout(limit);
+            if !self.via.is_empty() {
+                builder = builder.try_header("Via", &self.via)?;
+            }
+            if !self.content_type.is_empty() {
+                builder = builder.try_header("Content-Type", &self.content_type)?;
+            }
+            let (status, headers, mut reader) = builder.bytes(&self.body).send()?.split();
+            let value = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+            let mut body = Vec::new();
+            let length = reader.by_ref().take(MAX_ANSWER).read_to_end(&mut body)?;
+            if value("Content-Length").is_some_and(|expected| expected.parse() != Ok(length)) {
+                return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+            }
+            let content_type = value("Content-Type").unwrap_or("application/octet-stream");
+            let allow = value("Allow").map_or(String::new(), |verbs| format!("\r\nAllow: {verbs}"));
+            let header = format!("Content-Type: {content_type}{allow}").into();
+            let takes_streams = value("Accept-Post") == Some(STREAM);
+            Ok((Answer { status: status.as_u16(), header, body }, takes_streams, reader))
+        }
+    }
+}
+
+// ---- The end of a stream that is asked ------------------------------------------------------------------------------
+
+mod answering {
+    //! One connection brings what is asked, the other takes what is answered; each has its coroutine. What can be answered at
+    //! once is answered in the coroutine that reads; what takes its time has one of its own, and its answer comes when it comes.
+
+    use super::*;
+
+    /// So many requests of a stream may take their time side by side: each has a stack.
+    const MAX_WORK: u32 = 10_000;
+    /// The connection that asks comes within this time, or the other one is closed.
+    const OPENING_LIMIT: Duration = Duration::from_secs(5);
+    /// As long may it take to write, to whoever does not read.
+    const WRITE_LIMIT: Duration = Duration::from_secs(10);
+
+    static STREAMS: LazyLock<Mutex<HashMap<String, Arc<Asked>>>> = LazyLock::new(Default::default);
+
+    struct Asked {
+        outgoing: Mutex<Outgoing>,
+        /// The connection for the answers.
+        socket: TcpStream,
+        /// Wakes its coroutine.
+        waiter: Blocker,
+        /// The connection for what is asked has come.
+        is_open: AtomicBool,
+        has_ended: AtomicBool,
+        /// How many requests take their time.
+        work: AtomicU32,
+    }
+
+    #[derive(Default)]
+    struct Outgoing {
+        outbox: Outbox,
+        /// Somebody writes, and takes along what comes into the outbox meanwhile.
+        is_written: bool,
+    }
+
+    impl Asked {
+        fn push(&self, number: u64, answer: &Answer) {
+            // Writing to a Vec cannot fail.
+            lock(&self.outgoing).outbox.push(number, postcard::to_stdvec(answer).unwrap_or_default());
+        }
+
+        /// Sees to it that what is in the outbox is written.
+        fn flush(&self) {
+            let mut outgoing = lock(&self.outgoing);
+            if std::mem::replace(&mut outgoing.is_written, true) {
+                return;
+            }
+            loop {
+                let bytes = outgoing.outbox.take();
+                if bytes.is_empty() || self.has_ended.load(SeqCst) {
+                    outgoing.is_written = false;
+                    return;
+                }
+                drop(outgoing);
+                if self.write(&bytes).is_err() {
+                    self.end();
+                }
+                outgoing = lock(&self.outgoing);
+            }
+        }
+
+        /// Writes on the connection; what the kernel does not take at once makes the coroutine wait.
+        fn write(&self, bytes: &[u8]) -> io::Result<()> {
+            let sent = match (&self.socket).write(bytes) {
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+                result => result.unwrap_or(0),
+            };
+            if sent < bytes.len() {
+                waiting_stream(&self.socket, WRITE_LIMIT)?.write_all(&bytes[sent..])?;
+            }
+            Ok(())
+        }
+
+        fn end(&self) {
+            self.has_ended.store(true, SeqCst);
+            self.waiter.unpark();
+        }
+
+        /// Answers what is asked, now or later. Only from who knows the store's secret is it taken for what a node says.
+        fn answer(self: &Arc<Asked>, number: u64, request: Request, knows_secret: bool) {
+            if request.origin != Origin::Client && !knows_secret {
+                return self.push(number, &Outcome::NotOfStore.answer(Vocabulary::Form, "POST"));
+            }
+            match begin(request) {
+                Ok(answer) => self.push(number, &answer),
+                Err(work) if self.work.load(SeqCst) >= MAX_WORK => self.push(number, &work()),
+                Err(work) => {
+                    let stream = self.clone();
+                    stream.work.fetch_add(1, SeqCst);
+                    may::go!(move || {
+                        stream.push(number, &work());
+                        stream.work.fetch_sub(1, SeqCst);
+                        stream.flush();
+                    });
+                }
+            }
+        }
+    }
+
+    /// Keeps the connection for the answers of a stream, as long as the stream lives.
+    pub fn carry_answers(id: &str, socket: &TcpStream) {
+        let Ok(socket) = socket.try_clone() else { return };
+        let stream = Arc::new(Asked {
+            outgoing: Mutex::default(),
+            socket,
+            waiter: Blocker::new(false),
+            is_open: AtomicBool::new(false),
+            has_ended: AtomicBool::new(false),
+            work: AtomicU32::new(0),
         });
-        Some(())
-    }
-
-    /// Sends one HTTP request and reads its answer; None if there is none. If there is no way to the peer at all, whatever
-    /// else waits for it is told so as well.
-    fn fetch(&self, request: &Request, limit: Duration) -> Option<(Answer, impl Read + use<>)> {
-        let host = self.look_up().ok_or(io::Error::from(HostUnreachable).into());
-        let (began, answer) = (Instant::now(), host.and_then(|host| request.send(&host, limit)));
-        let mut line = lock(&self.line);
-        line.exchanges = own().is_some() || answer.as_ref().is_ok_and(|(_, takes_exchanges, _)| *takes_exchanges);
-        let cause = answer.as_ref().err().map(attohttpc::Error::kind).filter(|_| began.elapsed() < ANSWER_LIMIT);
-        if matches!(cause, Some(ErrorKind::Io(error)) if NO_WAY.contains(&error.kind())) {
-            line.waiting.clear();
+        if lock(&STREAMS).contains_key(id) {
+            return;
         }
-        answer.ok().map(|(answer, _, connection)| (answer, connection))
-    }
-
-    /// The peer's `host:port` with the name looked up, which the client would do for each request. A name that stands for
-    /// several addresses is left to it, since it tries them side by side.
-    fn look_up(&self) -> Option<String> {
-        let asked = Instant::now();
-        let mut lookup = lock(&self.lookup);
-        // What another lane learned while this one waited for it is as good, also that there is no such name.
-        let fresh =
-            |(at, host): &(Instant, Option<String>)| *at >= asked || host.is_some() && at.elapsed() < LOOKUP_LIFETIME;
-        if !lookup.as_ref().is_some_and(fresh) {
-            let addresses = self.address.to_socket_addrs().map_or(Vec::new(), Iterator::collect);
-            let host = if let [one] = addresses[..] { one.to_string() } else { self.address.clone() };
-            *lookup = Some((Instant::now(), Some(host).filter(|_| !addresses.is_empty())));
+        lock(&STREAMS).insert(id.to_owned(), stream.clone());
+        // Without a length, the body ends with the connection (RFC 9112 section 6.3).
+        let head = format!("HTTP/1.1 200 OK\r\nServer: M\r\nContent-Type: {STREAM}\r\n{CLOSE}\r\n");
+        if stream.write(head.as_bytes()).is_err() {
+            stream.end();
         }
-        lookup.clone()?.1
-    }
-}
-
-impl Line {
-    /// Takes what one exchange can carry off the head of the line; what nobody waits for any more is dropped.
-    fn take_group(&mut self) -> Vec<Errand> {
-        let (now, mut bytes) = (Instant::now(), 0);
-        self.overdue = false;
-        self.waiting.retain(|errand| errand.ticket.deadline > now);
-        // A view change may take long, and travels alone, as a message does.
-        let mut fits = |Errand { request, .. }: &Errand| {
-            bytes += request.body.len();
-            bytes <= GROUP_BYTES && self.exchanges && request.origin != Origin::Message && !request.is_view_change()
-        };
-        let count = self.waiting.iter().take(GROUP_REQUESTS).take_while(|errand| fits(errand)).count();
-        self.waiting.drain(..count.max(1).min(self.waiting.len())).collect()
-    }
-}
-
-/// The watch over the lines, which rests as long as nobody waits in one: an idle instance should not wake 200 times a second.
-static LINES_WATCH: OnceLock<thread::Thread> = OnceLock::new();
-static WATCH_RESTS: AtomicBool = AtomicBool::new(false);
-
-/// Calls another lane where those that are out do not come back, and ends waiting that is in vain.
-fn watch_lines() {
-    LINES_WATCH.get_or_init(thread::current);
-    // Said before it looks: who comes after the look wakes it.
-    WATCH_RESTS.store(true, SeqCst);
-    let (mut peers, now) = (lock(&PEERS), Instant::now());
-    let mut rests = true;
-    // Those that nobody asks any more have no lane either. (Any client can name a thousand in a view.)
-    peers.retain(|_, peer| Arc::strong_count(peer) > 1);
-    let asked: Vec<Arc<Peer>> = peers.values().cloned().collect();
-    drop(peers);
-    for peer in asked {
-        let mut line = lock(&peer.line);
-        line.tickets.extract_if(.., |ticket| ticket.deadline < now).for_each(|ticket| ticket.waiter.unpark());
-        // Who has the answer has let go of the ticket.
-        line.tickets.retain(|ticket| Arc::strong_count(ticket) > 1);
-        rests &= line.tickets.is_empty();
-        let waiting = !line.waiting.is_empty();
-        if std::mem::replace(&mut line.overdue, waiting) && waiting {
-            peer.call_lane(line, true);
+        let opened = Instant::now();
+        while !stream.has_ended.load(SeqCst) && (stream.is_open.load(SeqCst) || opened.elapsed() < OPENING_LIMIT) {
+            let _ = stream.waiter.park(Some(SIGN_OF_LIFE));
+            lock(&stream.outgoing).outbox.push(NO_NUMBER, Vec::new());
+            stream.flush();
         }
-    }
-    if rests {
-        thread::park_timeout(Duration::from_secs(1));
-    }
-}
-
-impl Request {
-    fn exchange(group: &[Errand]) -> Request {
-        let requests: Vec<&Request> = group.iter().map(|errand| &errand.request).collect();
-        // Writing to a Vec cannot fail.
-        let body = postcard::to_stdvec(&requests).unwrap_or_default();
-        let (verb, target, content_type, via) = ("POST".into(), "/kv-store".into(), EXCHANGE_TYPE.into(), VIA.clone());
-        Request { verb, target, content_type, via, body, ..Request::default() }
+        stream.end();
+        lock(&STREAMS).remove(id);
     }
 
-    fn is_exchange(&self) -> bool {
-        self.verb == "POST" && self.target == "/kv-store" && self.content_type == EXCHANGE_TYPE
-    }
-
-    /// The target on a host. What of it the client would change is for `needs_exchange` to tell.
-    fn url(&self, host: &str) -> String {
-        format!("http://{host}{}", self.target)
-    }
-
-    /// Sends the request to a host and reads the answer, of which status, `Content-Type`, `Allow` and body go on. With it
-    /// come whether the host takes exchanges, and the connection, to be closed when there is time.
-    fn send(&self, host: &str, limit: Duration) -> attohttpc::Result<(Answer, bool, impl Read + use<>)> {
-        let method = Method::from_bytes(self.verb.as_bytes()).unwrap_or(Method::GET);
-        let mut builder = RequestBuilder::try_new(method, self.url(host))?
-            .proxy_settings(ProxySettings::builder().build())
-            .follow_redirects(false)
-            .connect_timeout(CONNECT_LIMIT)
-            .read_timeout(limit)
-            .try_header("Via", &self.via)?;
-        if !self.content_type.is_empty() {
-            builder = builder.try_header("Content-Type", &self.content_type)?;
-        }
-        if self.body.len() > 16 << 10 {
-            // What exceeds the socket's buffer waits for the peer to read, and only this (a thread) limits that wait.
-            builder = builder.timeout(limit);
-        }
-        let (status, headers, mut reader) = builder.bytes(&self.body).send()?.split();
-        let value = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-        let mut body = Vec::new();
-        let length = reader.by_ref().take(MAX_ANSWER).read_to_end(&mut body)?;
-        if value("Content-Length").is_some_and(|expected| expected.parse() != Ok(length)) {
-            return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
-        }
-        let content_type = value("Content-Type").unwrap_or("application/octet-stream");
-        let allow = value("Allow").map_or(String::new(), |verbs| format!("\r\nAllow: {verbs}"));
-        let header = format!("Content-Type: {content_type}{allow}").into();
-        let takes_exchanges = value("Accept-Post") == Some(EXCHANGE_TYPE);
-        Ok((Answer { status: status.as_u16(), header, body }, takes_exchanges, reader))
-    }
-}
-
-/// Answers the requests of an exchange in order, until the answer is large enough; those that have to wait for their keys, side
-/// by side. (Not inlined, as `wait_for_owner`.)
-#[inline(never)]
-fn answer_exchange(body: &[u8]) -> Answer {
-    // The number comes first, and is looked at first: tiny requests take many times the memory of their bytes. An exchange
-    // inside an exchange would let a client choose how deep this recurses.
-    let few = postcard::take_from_bytes::<usize>(body).is_ok_and(|(count, _)| count <= GROUP_REQUESTS);
-    let requests = match postcard::from_bytes::<Vec<Request>>(if few { body } else { &[] }) {
-        Ok(requests) if !requests.iter().any(Request::is_exchange) => requests,
-        _ => return Outcome::BadRequest.answer(Vocabulary::Form, "POST"),
-    };
-    let (mut answers, mut waiting) = (Vec::new(), Vec::new());
-    let mut room = EXCHANGE_BYTES as isize;
-    for request in requests {
-        if room <= 0 {
-            break;
-        } else if has_to_wait(&request) {
-            waiting.push((answers.len(), request));
-            answers.push(Outcome::BadRequest.answer(Vocabulary::Form, "POST"));
-        } else {
-            answers.push(answer(request));
-            room -= answers.last().map_or(0, |answer| answer.body.len()) as isize;
-        }
-    }
-    let answered = Mutex::new(Vec::new());
-    may::coroutine::scope(|scope| {
-        for (index, request) in waiting {
-            let answered = &answered;
-            may::go!(scope, move || {
-                let answer = answer(request);
-                lock(answered).push((index, answer));
-            });
-        }
-    });
-    lock(&answered).drain(..).for_each(|(index, answer)| answers[index] = answer);
-    Answer::exchange(200, &answers)
-}
-
-/// Whether a request is for a key that becomes this node's, and is still to be fetched.
-fn has_to_wait(request: &Request) -> bool {
-    own().is_some()
-        && match request.route().0 {
-            Resource::Key(key) => {
-                !matches!(Live.with(|node| node.place(hash_of(&key), &key)), Place::Here | Place::Node(_))
+    /// Takes what is asked on a stream, until it ends.
+    pub fn take_questions(id: &str, mut body: BodyReader, socket: &TcpStream, knows_secret: bool) {
+        let stream = lock(&STREAMS).get(id).cloned();
+        if let Some(stream) = stream.filter(|stream| !stream.is_open.swap(true, SeqCst)) {
+            let (mut inbox, mut goes_on) = (Inbox::default(), true);
+            while goes_on && !stream.has_ended.load(SeqCst) {
+                let Some(arrived) = body.fill_buf().ok().filter(|bytes| !bytes.is_empty()) else { break };
+                let count = arrived.len();
+                let are_frames = inbox.take_in(arrived, |number, message| match postcard::from_bytes(message) {
+                    Ok(request) => stream.answer(number, request, knows_secret),
+                    Err(_) => goes_on = false,
+                });
+                goes_on &= are_frames;
+                body.consume(count);
+                stream.flush();
+                // The client does not set TCP_NODELAY: its next small write leaves when this one is acknowledged, which may take
+                // 40 ms where nothing goes back on a connection.
+                let _ = socket2::SockRef::from(socket).set_quickack(true);
             }
-            _ => false,
+            stream.end();
         }
+        // The body would be read to its end, which never comes.
+        let _ = socket.shutdown(Shutdown::Both);
+    }
+
+    /// Whether who opens a stream knows what the nodes of this store share (sent as RFC 6750, section 2.1, says). An error is one
+    /// who gives another secret. Comparing takes as long whatever is given.
+    pub fn knows_secret(parsed: &Parsed) -> Result<bool, Outcome> {
+        let Some(secret) = &SETTINGS.secret else { return Ok(true) };
+        let mut given = parsed.headers().iter().filter(|header| header.name.eq_ignore_ascii_case("Authorization"));
+        let Some(given) = given.next() else { return Ok(false) };
+        let is_same: bool = given.value.ct_eq(format!("Bearer {secret}").as_bytes()).into();
+        if is_same { Ok(true) } else { Err(Outcome::NotOfStore) }
+    }
 }
 
 // ---- Connections: where the bytes come from and go to ---------------------------------------------------------------
@@ -3147,6 +3736,9 @@ impl Connection {
             Err(refusal) => return self.refuse(refusal.answer(Vocabulary::Form, "GET")),
         };
         self.relayed = !request.via.is_empty();
+        if request.is_stream() {
+            return self.serve_stream(&request, parsed);
+        }
         if request.oversized {
             let (resource, vocabulary) = request.route();
             let refusal = match &resource {
@@ -3176,6 +3768,24 @@ impl Connection {
         } else {
             self.hand_over(answer, response);
         }
+    }
+
+    /// Is one of the two connections of a stream, as long as that lives.
+    fn serve_stream(&mut self, request: &Request, parsed: Parsed) {
+        let knows_secret = match answering::knows_secret(&parsed) {
+            Ok(knows) => knows,
+            Err(refusal) => return self.refuse(refusal.answer(Vocabulary::Form, "POST")),
+        };
+        let part = request.target.strip_prefix("/kv-store?").and_then(|query| query.split_once('='));
+        match part {
+            Some(("answers", id)) if id.len() <= 16 => {
+                self.progress.answering.store(true, SeqCst);
+                answering::carry_answers(id, &self.socket);
+            }
+            Some(("requests", id)) => answering::take_questions(id, parsed.body(), &self.socket, knows_secret),
+            _ => return self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "POST")),
+        }
+        self.end();
     }
 
     /// Reads a whole body. False is a client that left before it was complete: its request never happened.
@@ -3236,9 +3846,9 @@ impl Connection {
         self.unsent.drain(..).for_each(|(_, answer)| answer.write(&mut bytes, "", false));
         let missing = (self.handed - self.taken) as usize;
         bytes.drain(..bytes.len().saturating_sub(missing));
-        // Followers ask one thing a connection, so this reaches them (W3C, Linked Data Platform, section 7.1).
-        let takes_exchanges = self.relayed && matches!(SETTINGS.role, Role::Main);
-        let accepts = if takes_exchanges { format!("Accept-Post: {EXCHANGE_TYPE}\r\n") } else { String::new() };
+        // A follower that does not know this instance yet asks one thing a connection: this reaches it (W3C, Linked Data
+        // Platform, section 7.1).
+        let accepts = if self.relayed { format!("Accept-Post: {STREAM}\r\n") } else { String::new() };
         answer.write(&mut bytes, &format!("{CLOSE}{accepts}"), without_body);
         let sent = send_held(&self.socket, &bytes).unwrap_or(0);
         if sent < bytes.len() {
@@ -3362,7 +3972,7 @@ fn send_held(socket: &Socket, bytes: &[u8]) -> io::Result<usize> {
 
 /// The same socket as a stream that makes the coroutine wait, and not its worker: for `limit` at most. While a panic ends
 /// the coroutine there is none: it cannot wait any more.
-fn waiting_stream(socket: &Socket, limit: Duration) -> io::Result<may::net::TcpStream> {
+fn waiting_stream(socket: &TcpStream, limit: Duration) -> io::Result<may::net::TcpStream> {
     if thread::panicking() {
         return Err(io::ErrorKind::Unsupported.into());
     }
@@ -3417,7 +4027,7 @@ fn main() {
 /// How often a node meets others.
 const MEETINGS: Duration = Duration::from_millis(250);
 
-fn serve(Settings { listen, role, view }: &'static Settings) {
+fn serve(Settings { listen, role, view, .. }: &'static Settings) {
     // As PID 1 of a container a process ignores these signals unless it says otherwise. There is nothing to save.
     for signal in [libc::SIGTERM, libc::SIGINT] {
         let _ = signal_hook::flag::register_conditional_shutdown(signal, 0, Arc::new(AtomicBool::new(true)));
@@ -3440,7 +4050,7 @@ fn serve(Settings { listen, role, view }: &'static Settings) {
     });
     say(&format!("{description}, version {VERSION}, listening on {listen}"));
     repeat(Duration::from_millis(5), watch_connections);
-    repeat(OVERDUE, watch_lines);
+    repeat(Duration::from_millis(50), relay::watch_peers);
     let _ = server.join();
     fail(1, &format!("IP={} PORT={}: expected to go on listening, but the server ended", listen.ip(), listen.port()))
 }
@@ -3450,7 +4060,7 @@ fn repeat(pause: Duration, work: fn()) {
     thread::spawn(move || {
         loop {
             // What must go on for ever survives a panic, which the default hook has printed.
-            let _ = std::panic::catch_unwind(work);
+            let _ = catch_unwind(work);
             thread::sleep(pause);
         }
     });
@@ -4410,7 +5020,7 @@ mod simulation {
                         let run = std::panic::AssertUnwindSafe(|| simulation.run());
                         if failed.load(SeqCst) {
                             return;
-                        } else if std::panic::catch_unwind(run).is_err() {
+                        } else if catch_unwind(run).is_err() {
                             println!("SEED={seed} repeats it");
                             return failed.store(true, SeqCst);
                         }

@@ -47,7 +47,7 @@ locate_docker() { url[$1]=http://$(docker port "${process[$1]}" 8080/tcp | head 
 launch_local() {
   local port=${address[$1]##*:}
   # shellcheck disable=SC2086 # settings are words
-  env -u FORWARDING_ADDRESS -u MAINIP -u ADDRESS -u VIEW IP=127.0.0.1 PORT="$port" ${settings[$1]} \
+  env -u FORWARDING_ADDRESS -u MAINIP -u ADDRESS -u VIEW -u SECRET IP=127.0.0.1 PORT="$port" ${settings[$1]} \
     target/release/kv-store 2>>"$work/$1.log" &
   process[$1]=$!
   url[$1]=http://127.0.0.1:$port
@@ -78,7 +78,7 @@ run_docker() {
   echo "status $?"
 }
 run_local() {
-  local variables=(FORWARDING_ADDRESS= MAINIP= ADDRESS= VIEW= IP= PORT=)
+  local variables=(FORWARDING_ADDRESS= MAINIP= ADDRESS= VIEW= SECRET= IP= PORT=)
   while [ $# -gt 0 ] && [ "$1" != -- ]; do variables+=("$1") && shift; done
   timeout 10 env "${variables[@]}" target/release/kv-store "${@:2}" 2>&1
   echo "status $?"
@@ -679,27 +679,74 @@ test_refused_view_changes() {
   await "six at once: nothing has changed" "$before" view_and_counts
 }
 
+# ask_on_stream INSTANCE REQUEST [CURL-ARGUMENT...]: opens a stream, asks one thing on it (a request in the form that it has between
+# instances) and prints the status of the answer, or of a stream that is not opened.
+ask_on_stream() {
+  local stream=('-H' 'Content-Type: application/x-kv-store-stream' "${@:3}") id=$RANDOM$RANDOM length answers
+  answers=$work/answers.$id
+  curl -s -m 10 -N -o "$answers" -D "$answers.head" "${stream[@]}" -d '' "${url[$1]}/kv-store?answers=$id" &
+  clients=($!)
+  wait_for_line "$answers.head" "^Content-Type"
+  length=$(printf '%b' "$2" | wc -c)
+  # A frame: the number 1, the length, that it is the last of its message; and the message.
+  { printf '\x01\0\0\0\0\0\0\0' && printf '%b' "\\x$(printf %02x $((length % 256)))\\x$(printf %02x $((length / 256)))\0\0\x01$2"; } |
+    curl -s -m 10 -o /dev/null "${stream[@]}" --data-binary @- "${url[$1]}/kv-store?requests=$id"
+  wait "${clients[@]}"
+  # The answer begins with its status, in bytes of seven bits; frames with the number 0 are signs of life.
+  od -An -v -tu1 -w1 "$answers" 2>/dev/null | awk -v refusal="$(awk 'NR == 1 && $2 != 200 { print $2 }' "$answers.head")" '
+    { byte[n++] = $1 }
+    END {
+      if (refusal) { print refusal; exit }
+      at = 0
+      while (at < n && byte[at] != 1) at += 13 + byte[at + 8] + 256 * byte[at + 9]
+      print at < n ? byte[at + 13] % 128 + 128 * byte[at + 14] : "no answer"
+    }'
+}
+wait_for_line() { # FILE PATTERN: for two seconds at most
+  local try
+  for try in {1..200}; do
+    grep -q "$2" "$1" 2>/dev/null && return
+    sleep 0.01
+  done
+  echo "test.sh: no line like $2 after $try tries" >&2
+}
+
+# name TEXT: as it stands in a message.
+name() { printf '\\x%02x%s' "${#1}" "$1"; }
+# greeting FROM TO: who says it and to whom; a blank node's status (incarnation 1); and nothing but that.
+greeting() { printf '%s' "$(name "$1")$(name "$2")\x01" && printf '\\x00%.0s' {1..17}; }
+# message TEXT: a request whose body is what one node says to another. Verb, target, type and Via are empty.
+message() { printf '%s' "\\x00\\x00\\x00\\x00\\x02\\x$(printf '%b' "$1" | wc -c | xargs printf %02x)$1"; }
+
 test_messages() {
-  local type='Content-Type: application/x-kv-store-exchange'
-  # deliver INSTANCE MESSAGE: sends an exchange of one message (verb, target, type and Via are empty); prints its answer's status,
-  # which comes after the number of answers.
-  deliver() {
-    printf '%b' "\\x01\\x00\\x00\\x00\\x00\\x02\\x$(printf '%b' "$2" | wc -c | xargs printf %02x)$2" |
-      curl -s -m 10 -H "$type" --data-binary @- "${url[$1]}/kv-store" | od -An -tu1 -j 1 -N 2 | awk '{ print $1 % 128 + $2 * 128 }'
-  }
-  # name TEXT: as it stands in a message.
-  name() { printf '\\x%02x%s' "${#1}" "$1"; }
-  # greeting FROM TO: who says it and to whom; a blank node's status (incarnation 1); and nothing but that.
-  greeting() { printf '%s' "$(name "$1")$(name "$2")\x01" && printf '\\x00%.0s' {1..17}; }
-  local own=${address[n1]} before
+  local own=${address[n1]} before type='Content-Type: application/x-kv-store-stream'
   before=$(view_and_counts)
-  check "messages: a greeting" 200 "$(deliver n1 "$(greeting a:1 "$own")")"
-  check "messages: one that is none" 400 "$(deliver n1 nonsense)"
-  check "messages: one for a node by another name" 400 "$(deliver n1 "$(greeting a:1 a:2)")"
-  check "messages: one from nowhere" 400 "$(deliver n1 "$(greeting nowhere "$own")")"
-  check "messages: to an instance that is no node" 400 "$(deliver main "$(greeting a:1 "$own")")"
-  check "messages: an exchange that is none" 400 "$(status_of n1 POST /kv-store -H "$type" -d nonsense)"
+  check "messages: a greeting" 200 "$(ask_on_stream n1 "$(message "$(greeting a:1 "$own")")")"
+  check "messages: one that is none" 400 "$(ask_on_stream n1 "$(message nonsense)")"
+  check "messages: one for a node by another name" 400 "$(ask_on_stream n1 "$(message "$(greeting a:1 a:2)")")"
+  check "messages: one from nowhere" 400 "$(ask_on_stream n1 "$(message "$(greeting nowhere "$own")")")"
+  check "messages: to an instance that is no node" 400 "$(ask_on_stream main "$(message "$(greeting a:1 "$own")")")"
+  check "streams: a request that is none" "no answer" "$(ask_on_stream n1 'nonsense')"
+  check "streams: half of one" 400 "$(status_of n1 POST /kv-store -H "$type" -d '')"
+  check "streams: ... of one that nobody opened" 000 "$(status_of n1 POST '/kv-store?requests=7' -H "$type" -d '')"
   check "messages: nothing has changed" "$before" "$(view_and_counts)"
+}
+
+test_secret() {
+  local node greeting
+  for node in s1 s2 s3 s4; do "address_$mode" "$node"; done
+  start_node s1 VIEW="$(view s1 s2)" SECRET=open-sesame && start_node s2 VIEW="$(view s1 s2)" SECRET=open-sesame
+  start_node s3 SECRET=open-barley && start_node s4 && start apart FORWARDING_ADDRESS="${address[s1]}"
+  check "secret: who knows it is a node" "20 20" "$(write s1 k 20) $(found s2 k 20)"
+  check "secret: a follower does not need it" "20 20" "$(write apart l 20) $(found apart l 20)"
+  expect "secret: who has another does not join" "$(json_error 503 "Node ${address[s3]} is down" PUT)" s1 PUT /kv-store/view-change "${json[@]}" -d "{\"view\":\"$(view s1 s2 s3)\"}"
+  check "secret: who has none does not take part in a change" 503 "$(change_to s4 s1 s2 s4 | grep -o '...$')"
+  greeting=$(message "$(greeting a:1 "${address[s1]}")")
+  check "secret: a message with it" 200 "$(ask_on_stream s1 "$greeting" -H 'Authorization: Bearer open-sesame')"
+  check "secret: a message without" 403 "$(ask_on_stream s1 "$greeting")"
+  check "secret: a stream with another" 403 "$(ask_on_stream s1 "$greeting" -H 'Authorization: Bearer open-barley')"
+  check "secret: the view has not changed" "$(view s1 s2)" "$(view_of s1)"
+  check "secret: it is not printed" "" "$(for node in s1 s2 s3 s4; do "log_$mode" "$node"; done | grep -E 'open-|sesame|barley')"
 }
 
 # Writers put, replace and delete through all nodes while nodes join and leave.
@@ -936,9 +983,11 @@ test_settings() {
   refused "a view with an address that is none" 2 VIEW=a:1,b ADDRESS=a:1
   refused "a view that names a node twice" 2 VIEW=a:1,a:1 ADDRESS=a:1
   refused "an address that this machine does not have" 1 IP=192.0.2.1
+  check "settings: a secret without an address, not shown" "status 2, 1 line" "$("run_$mode" SECRET=sesame | grep -v sesame | awk '/SECRET=/ { n++ } END { print $0 ", " n " line" }')"
+  check "settings: a secret with a space" "status 2, 1 line" "$("run_$mode" ADDRESS=a:1 "SECRET=open sesame" | grep -v sesame | awk '/SECRET=/ { n++ } END { print $0 ", " n " line" }')"
   check "settings: an argument that is none" "status 2" "$("run_$mode" -- --nonsense | tail -n 1)"
   check "--version" "kv-store 1.0.0 status 0" "$("run_$mode" -- --version | xargs)"
-  check "--help names the settings" "status 0 6" "$("run_$mode" -- --help | awk '/^  (PORT|IP|FORWARDING_ADDRESS|MAINIP|ADDRESS|VIEW) / { n++ } /^status/ { s = $0 } END { print s, n }')"
+  check "--help names the settings" "status 0 7" "$("run_$mode" -- --help | awk '/^  (PORT|IP|FORWARDING_ADDRESS|MAINIP|ADDRESS|VIEW|SECRET) / { n++ } /^status/ { s = $0 } END { print s, n }')"
 }
 
 test_port_in_use_local() {
@@ -1396,6 +1445,7 @@ test_concurrent_clients
 test_nodes
 test_refused_view_changes
 test_messages
+test_secret
 test_few_keys
 before_writers=$(total n1 n2 n3 n4)
 test_writers_during_changes
