@@ -74,7 +74,7 @@ const MAX_HEAD: usize = 64 << 10;
 /// The answers that a connection may have waiting for a client that does not read them, in bytes.
 const MAX_UNSENT: u64 = 4 << 20;
 /// A connection on which nothing happens for this long is closed.
-const IDLE_LIMIT: Duration = Duration::from_secs(60);
+const IDLE_LIMIT: Duration = Duration::from_secs(75);
 
 /// Locks a mutex, also after a panic elsewhere: what is guarded here is whole between any two statements.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -1722,8 +1722,9 @@ mod node {
 
         // -- Meeting others
 
-        /// Whom to meet next: two of the others, and four that seem to be silent or not to have this table, each time those
-        /// whose turn was longest ago. Whoever has started again must hear of it within a second.
+        /// Whom to meet next: a neighbour, now and then one of the others, and four that seem to be silent or not to have this
+        /// table; of these always those whose turn was longest ago. Whoever has started again must hear of the table within a
+        /// second.
         pub fn next_to_meet(&mut self) -> BTreeSet<String> {
             let Some(table) = self.table.clone() else { return BTreeSet::new() };
             let mut others: BTreeSet<String> = table.view.iter().cloned().collect();
@@ -1741,7 +1742,11 @@ mod node {
             let version = self.version();
             let odd = |node: &&String| self.peers.get(*node).is_none_or(|peer| peer.silent || peer.version != version);
             let odd = in_turn.iter().filter(odd).take(4);
-            let next: BTreeSet<String> = in_turn.iter().take(2).chain(odd).cloned().collect();
+            // The same neighbour again and again, to which a stream stays open. Of whatever nodes start again, one is the
+            // neighbour of one that did not.
+            let neighbour = in_turn.iter().filter(|node| **node > self.own).min().or(in_turn.iter().min());
+            let in_turn = in_turn.iter().take(usize::from(self.rounds.is_multiple_of(4)));
+            let next: BTreeSet<String> = in_turn.chain(neighbour).chain(odd).cloned().collect();
             for node in &next {
                 self.peers.entry(node.clone()).or_default().turn = self.now;
             }
@@ -2729,8 +2734,8 @@ mod streams {
     const HEAD: usize = 13;
     /// A message may have so many bytes: an answer, or a request with all that leads to it.
     pub const MAX_MESSAGE: usize = 17 << 20;
-    /// Either end says something so often. A frame with this number, which is none of a message, is a sign of life.
-    pub const SIGN_OF_LIFE: Duration = Duration::from_millis(200);
+    /// Whoever is asked gives a sign of life so often: a frame with this number, which is none of a message.
+    pub const SIGN_OF_LIFE: Duration = Duration::from_millis(400);
     pub const NO_NUMBER: u64 = 0;
 
     /// What is to be written on a stream: messages, and in between, one after the other, the large ones in pieces.
@@ -2846,10 +2851,10 @@ mod relay {
     pub const ANSWER_LIMIT: Duration = Duration::from_millis(4200);
     pub const PATIENCE: Duration = Duration::from_millis(4400);
     /// After so long a silence on a stream it is found out whether the peer's host is still there.
-    const SILENCE: Duration = Duration::from_millis(500);
-    const LOOK_LIMIT: Duration = Duration::from_millis(800);
-    /// A stream is closed after so long a time without a request.
-    const REST: Duration = Duration::from_millis(300);
+    const SILENCE: Duration = Duration::from_millis(650);
+    const LOOK_LIMIT: Duration = Duration::from_millis(700);
+    /// A stream is closed after so long a time without a request: between neighbours it stays open.
+    const REST: Duration = Duration::from_millis(400);
     /// So many threads may be waiting for answers of a peer that takes no streams.
     const MAX_THREADS: usize = 64;
     /// Who is alone on a stream looks for its answer for so long before it sleeps: to sleep and be woken takes longer.
@@ -3095,7 +3100,7 @@ mod relay {
             traffic.alone = if traffic.unanswered.len() == 1 { traffic.alone + 1 } else { 0 };
             let is_alone = traffic.alone > 10;
             self.dispatch(traffic);
-            WATCH.wake();
+            wake_watch();
             // The watch ends this at the deadline: a timer for each request would cost more than the rest of the relay.
             if is_alone {
                 while now.elapsed() < LOOKOUT {
@@ -3197,6 +3202,7 @@ mod relay {
         /// What the thread of a stream does while the stream lives: it writes what the coroutines leave to it, and gives signs
         /// of life. Returns when the stream has ended, or nothing was asked for a while.
         fn attend(self: &Arc<Peer>, stream: &Arc<Stream>) {
+            let mut wrote = Instant::now();
             let mut traffic = lock(&self.traffic);
             traffic.stream = State::Open(stream.clone());
             (traffic.takes_streams, traffic.writer, traffic.heard) = (true, Writer::Thread, Instant::now());
@@ -3208,15 +3214,18 @@ mod relay {
                     continue;
                 }
                 let waits = |traffic: &mut Traffic| traffic.writer != Writer::Thread && traffic.is_open(stream);
-                let waited = self.wake.wait_timeout_while(traffic, SIGN_OF_LIFE, waits);
+                let waited = self.wake.wait_timeout_while(traffic, REST, waits);
                 let (guard, result) = waited.unwrap_or_else(PoisonError::into_inner);
                 traffic = guard;
                 if result.timed_out() && traffic.writer == Writer::Nobody {
                     if traffic.unanswered.is_empty() && traffic.used.elapsed() > REST {
                         return;
+                    } else if wrote.elapsed() > IDLE_LIMIT / 4 {
+                        // As any other connection, this one would be closed if nothing came for long.
+                        wrote = Instant::now();
+                        traffic.outbox.push(NO_NUMBER, Vec::new());
+                        traffic.writer = Writer::Thread;
                     }
-                    traffic.outbox.push(NO_NUMBER, Vec::new());
-                    traffic.writer = Writer::Thread;
                 }
             }
         }
@@ -3397,36 +3406,31 @@ mod relay {
         }
     }
 
-    /// The watch over the peers, which rests as long as nobody waits: an idle instance should not wake 20 times a second.
-    pub static WATCH: Watch = Watch { thread: OnceLock::new(), rests: AtomicBool::new(false) };
+    /// The watch rests as long as nobody waits: an idle instance should not wake many times a second.
+    static WATCH: OnceLock<thread::Thread> = OnceLock::new();
+    static WATCH_RESTS: AtomicBool = AtomicBool::new(false);
 
-    pub struct Watch {
-        thread: OnceLock<thread::Thread>,
-        rests: AtomicBool,
-    }
-
-    impl Watch {
-        fn wake(&self) {
-            if self.rests.swap(false, SeqCst)
-                && let Some(thread) = self.thread.get()
-            {
-                thread.unpark();
-            }
+    fn wake_watch() {
+        if WATCH_RESTS.swap(false, SeqCst)
+            && let Some(watch) = WATCH.get()
+        {
+            watch.unpark();
         }
     }
 
+    /// The watch over the peers: ends waiting that is in vain.
     pub fn watch_peers() {
-        WATCH.thread.get_or_init(thread::current);
+        WATCH.get_or_init(thread::current);
         // Said before it looks: who comes after the look wakes it.
-        WATCH.rests.store(true, SeqCst);
+        WATCH_RESTS.store(true, SeqCst);
         let mut peers = lock(&PEERS);
         // (Any client can name a thousand nodes in a view.) A follower has one peer, and remembers what it takes.
         peers.retain(|_, peer| Arc::strong_count(peer) > 1 || own().is_none());
         let known: Vec<Arc<Peer>> = peers.values().cloned().collect();
         drop(peers);
         let now = Instant::now();
-        let waiting = known.iter().filter(|peer| peer.look_after(now)).count();
-        if waiting == 0 {
+        let waited_for = known.iter().filter(|peer| peer.look_after(now)).count();
+        if waited_for == 0 {
             thread::park_timeout(Duration::from_secs(1));
         }
     }
@@ -3711,8 +3715,11 @@ impl HttpServiceFactory for Server {
         if crowded {
             let _ = socket.shutdown(Shutdown::Both);
         }
-        let watched = Watched { progress: progress.clone(), seen: 0, since: Instant::now(), received: None };
+        ARRIVALS.report(&socket);
+        let (since, received) = (Instant::now(), Some(0));
+        let watched = Watched { progress: progress.clone(), seen: 0, since, received, head: 0, is_quiet: true };
         connections.insert(id as RawFd, watched);
+        drop(connections);
         let (unsent, lingers, relayed) = (VecDeque::new(), false, false);
         Connection { socket, progress, unsent, handed: 0, taken: 0, ended: crowded, lingers, relayed }
     }
@@ -3895,8 +3902,11 @@ struct Watched {
     /// The calls when last seen: odd while a request is being dealt with. Since when.
     seen: u32,
     since: Instant,
-    /// What had been received when they were seen to stay the same.
+    /// What had been received at the last look, and since they stay the same: the head of a request.
     received: Option<u64>,
+    head: u64,
+    /// Nothing came lately, and what comes is reported.
+    is_quiet: bool,
 }
 
 static CONNECTIONS: LazyLock<Mutex<HashMap<RawFd, Watched>>> = LazyLock::new(Default::default);
@@ -3905,19 +3915,25 @@ static CONNECTIONS: LazyLock<Mutex<HashMap<RawFd, Watched>>> = LazyLock::new(Def
 static MAX_CONNECTIONS: LazyLock<usize> =
     LazyLock::new(|| rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024).saturating_sub(200).min(30_000) as usize);
 
-/// Ends connections that do nothing for a minute, and those with an endless head. This is a thread and no coroutine: a
-/// client that never stops sending a head keeps a worker busy.
+/// Ends connections that do nothing for too long, and those with an endless head, which grows by hundreds of megabytes a second.
+/// This is a thread and no coroutine: a client that never stops sending a head keeps a worker busy.
 fn watch_connections() {
     let mut connections = lock(&CONNECTIONS);
     connections.iter_mut().for_each(|(fd, watched)| watched.look(borrow_socket(*fd)));
-    // An endless head grows by a gigabyte a second: look often, as long as there are few to look at.
-    let more = if connections.is_empty() {
-        Duration::from_millis(15)
-    } else {
-        Duration::from_micros(20) * connections.len() as u32
-    };
+    let awaited = connections.values().filter(|watched| !watched.is_quiet && watched.seen % 2 == 0).count();
     drop(connections);
-    thread::sleep(more);
+    let pause = match awaited {
+        0 => Duration::from_secs(1),
+        _ => Duration::from_millis(20) + Duration::from_micros(20) * awaited as u32,
+    };
+    let arrivals = ARRIVALS.wait(pause);
+    let mut connections = lock(&CONNECTIONS);
+    for fd in arrivals {
+        connections.entry(fd).and_modify(|watched| watched.is_quiet = false);
+    }
+    drop(connections);
+    // Enough time for what arrived to be dealt with: then there is nothing to look at.
+    thread::sleep(Duration::from_millis(5));
 }
 
 impl Watched {
@@ -3925,28 +3941,38 @@ impl Watched {
         let calls = self.progress.calls.load(SeqCst);
         if self.seen != calls || self.progress.answering.load(SeqCst) {
             // A connection that gets on costs nothing here.
-            (self.seen, self.since, self.received) = (calls, Instant::now(), None);
+            (self.seen, self.since, self.received, self.is_quiet) = (calls, Instant::now(), None, false);
+            self.head = 0;
+            return;
+        }
+        let (in_call, overdue) = (calls % 2 == 1, self.since.elapsed() > IDLE_LIMIT);
+        if (in_call || self.is_quiet) && !overdue {
             return;
         }
         let Some(info) = info(&socket) else { return };
-        let received = *self.received.get_or_insert(info.tcpi_bytes_received);
-        let (answering, limit) = (calls % 2 == 1, IDLE_LIMIT.as_millis() as u32);
+        let limit = IDLE_LIMIT.as_millis() as u32;
         let sending = info.tcpi_notsent_bytes + info.tcpi_unacked > 0 && info.tcpi_last_ack_recv < limit;
-        let receiving = answering && info.tcpi_last_data_recv < limit;
+        let receiving = in_call && info.tcpi_last_data_recv < limit;
         let unread = unread(&socket);
         // What was just learned is of different moments. If a request began or ended meanwhile, it says nothing.
         if self.progress.calls.load(SeqCst) != calls {
             return;
         }
-        if !answering && unread > 0 {
+        let before = self.received.replace(info.tcpi_bytes_received);
+        if !in_call && unread > 0 {
             signal_again(&socket);
+        } else if before == self.received {
+            // Nothing came since the last look. Whatever comes next is reported.
+            self.is_quiet = true;
+            ARRIVALS.report(&socket);
         }
-        if !answering && info.tcpi_bytes_received - received > MAX_HEAD as u64 + unread {
+        self.head += before.map_or(0, |before| info.tcpi_bytes_received - before);
+        if !in_call && self.head > MAX_HEAD as u64 + unread {
             // The server has nothing to send here, so this answer is in nobody's way.
             let mut refusal = Vec::new();
             Outcome::BadRequest.answer(Vocabulary::Form, "GET").write(&mut refusal, CLOSE, false);
             let _ = send_held(&socket, &refusal);
-        } else if self.since.elapsed() < IDLE_LIMIT || sending || receiving {
+        } else if !overdue || sending || receiving {
             return;
         }
         let _ = socket.shutdown(Shutdown::Both);
@@ -4003,6 +4029,37 @@ fn info(socket: &Socket) -> Option<libc::tcp_info> {
     }
 }
 
+/// Reports the sockets on which something arrived, each once.
+struct Arrivals(RawFd);
+
+static ARRIVALS: LazyLock<Arrivals> = LazyLock::new(|| {
+    // SAFETY: no pointers.
+    Arrivals(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })
+});
+
+impl Arrivals {
+    /// Has the next arrival on a socket reported.
+    fn report(&self, socket: &TcpStream) {
+        let fd = socket.as_raw_fd();
+        let events = (libc::EPOLLIN | libc::EPOLLONESHOT) as u32;
+        let mut event = libc::epoll_event { events, u64: fd as u64 };
+        // SAFETY: epoll_ctl reads the event, which outlives the calls. (Which of the two it is does not matter enough to know it.)
+        unsafe {
+            if libc::epoll_ctl(self.0, libc::EPOLL_CTL_MOD, fd, &mut event) != 0 {
+                libc::epoll_ctl(self.0, libc::EPOLL_CTL_ADD, fd, &mut event);
+            }
+        }
+    }
+
+    /// Waits for arrivals, for `limit` at most.
+    fn wait(&self, limit: Duration) -> Vec<RawFd> {
+        let mut events = [libc::epoll_event { events: 0, u64: 0 }; 256];
+        // SAFETY: epoll_wait writes no more events than there is room for.
+        let count = unsafe { libc::epoll_wait(self.0, events.as_mut_ptr(), 256, limit.as_millis() as i32) };
+        events.iter().take(count.max(0) as usize).map(|event| event.u64 as RawFd).collect()
+    }
+}
+
 /// What has arrived and was not read yet, in bytes.
 fn unread(socket: &Socket) -> u64 {
     let mut count: libc::c_int = 0;
@@ -4049,8 +4106,8 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
         fail(1, &format!("IP={ip} PORT={port}: expected an address and port that can be listened on: {error}"))
     });
     say(&format!("{description}, version {VERSION}, listening on {listen}"));
-    repeat(Duration::from_millis(5), watch_connections);
-    repeat(Duration::from_millis(50), relay::watch_peers);
+    repeat(Duration::ZERO, watch_connections);
+    repeat(Duration::from_millis(100), relay::watch_peers);
     let _ = server.join();
     fail(1, &format!("IP={} PORT={}: expected to go on listening, but the server ended", listen.ip(), listen.port()))
 }
