@@ -25,17 +25,19 @@ use std::borrow::Cow;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::fmt::{self, Display, Formatter};
+use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
 use std::io::ErrorKind::{AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable, TimedOut};
 use std::io::{self, BufRead, Read, Write};
 use std::mem::ManuallyDrop;
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::ops::Bound::{Excluded, Unbounded};
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::process::exit;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::thread;
@@ -48,6 +50,7 @@ use httpdate::HttpDate;
 use may::sync::Blocker;
 use may_minihttp::{BodyReader, HttpService, HttpServiceFactory, Request as Parsed, Response};
 use percent_encoding::percent_decode;
+use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 use serde_json::value::RawValue;
@@ -73,7 +76,13 @@ const MAX_BODY: usize = 8 << 20;
 const MAX_HEAD: usize = 64 << 10;
 /// The answers that a connection may have waiting for a client that does not read them, in bytes.
 const MAX_UNSENT: u64 = 4 << 20;
-/// A connection on which nothing happens for this long is closed.
+/// The answers that all connections together may have waiting for clients that do not read, in bytes. Each takes up to four
+/// times that in memory: in the server's buffer, which doubles, and in the copies that a connection keeps.
+const MAX_UNREAD: u64 = 48 << 20;
+/// After so many bytes of answers a client that sends one request after the other lets others have their turn.
+const TURN: u64 = 64 << 10;
+/// A connection on which nothing happens for this long is closed. Load balancers do so after 60 s: the client's side should be
+/// the first, or a request may meet a connection that is just being closed.
 const IDLE_LIMIT: Duration = Duration::from_secs(75);
 
 /// Locks a mutex, also after a panic elsewhere: what is guarded here is whole between any two statements.
@@ -239,7 +248,11 @@ fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
     let digits = |value| std::str::from_utf8(value).ok().filter(|text| !text.starts_with('+'));
     let mut lengths = all("Content-Length").map(|header| digits(header.value)?.parse().ok());
     let length = lengths.next().unwrap_or(Some(0)).ok_or(Outcome::BadRequest)?;
-    if lengths.any(|another| another != Some(length)) || size + target.len() > MAX_HEAD {
+    // One host, or none in HTTP/1.0 (RFC 9112 section 3.2).
+    let mut hosts = all("Host");
+    let has_host = hosts.next().map_or(parsed.version() == 0, |host| is_host(host.value)) && hosts.next().is_none();
+    let fits = size + target.len() <= MAX_HEAD;
+    if !has_host || !fits || lengths.any(|another| another != Some(length)) {
         return Err(Outcome::BadRequest);
     }
     let connection = joined("Connection").to_ascii_lowercase();
@@ -249,17 +262,42 @@ fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
         closing: parsed.version() == 0 || connection.split(',').any(|option| option.trim() == "close"),
         expects_continue: parsed.version() == 1 && length > 0 && joined("Expect").eq_ignore_ascii_case("100-continue"),
     };
-    // In absolute form, scheme and host stand before the path (RFC 9112 section 3.2.2). Whatever else does not begin with a
-    // slash (OPTIONS *, CONNECT host:port) is a path that does not exist.
-    let target = match (!target.starts_with('/')).then(|| target.split_once("://")).flatten() {
-        Some((_, rest)) => rest.find('/').map_or("/", |at| &rest[at..]),
-        None => target,
-    };
-    let (verb, target) = (if framing.is_head { "GET" } else { verb }.into(), target.into());
+    let target = origin_form(target).ok_or(Outcome::BadRequest)?;
+    let (verb, target) = (if framing.is_head { "GET" } else { verb }.into(), target.into_owned());
     let (content_type, via) = (joined("Content-Type"), joined("Via"));
     let request = Request { verb, target, content_type, via, ..Request::default() };
     let oversized = length > MAX_BODY && !request.ignores_body();
     Ok((Request { oversized, ..request }, framing))
+}
+
+/// The path and query of a target. In absolute form, scheme and host stand before them (RFC 9112 section 3.2.2); None is a host
+/// that is none. Whatever else does not begin with a slash (OPTIONS *, CONNECT host:port) is a path that does not exist.
+fn origin_form(target: &str) -> Option<Cow<'_, str>> {
+    let scheme = |text: &&str| text.eq_ignore_ascii_case("http://") || text.eq_ignore_ascii_case("https://");
+    let length = [7, 8].into_iter().find(|length| target.get(..*length).as_ref().is_some_and(scheme));
+    let Some(length) = length else { return Some(target.into()) };
+    let rest = &target[length..];
+    let (host, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
+    if host.is_empty() || !is_host(host.as_bytes()) {
+        None
+    } else if path.starts_with('/') {
+        Some(path.into())
+    } else {
+        Some(format!("/{path}").into())
+    }
+}
+
+/// Whether this is `host` or `host:port` as a request may name it (RFC 3986 section 3.2.2), or nothing, which it may too.
+fn is_host(text: &[u8]) -> bool {
+    let is_digit = |byte: &u8| byte.is_ascii_digit();
+    let split = text.iter().rposition(|byte| *byte == b':').filter(|at| text[at + 1..].iter().all(is_digit));
+    let name = &text[..split.unwrap_or(text.len())];
+    let literal = name.strip_prefix(b"[").and_then(|name| name.strip_suffix(b"]"));
+    let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%".contains(byte);
+    match literal {
+        Some(address) => address.iter().all(|byte| is_plain(byte) || *byte == b':'),
+        None => name.iter().all(is_plain),
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -374,7 +412,8 @@ fn json_value(body: &[u8]) -> Result<String, Outcome> {
     match member(body, "value")? {
         "null" => Err(Outcome::ValueMissing),
         json if json.starts_with('"') => {
-            json_of(&serde_json::from_str::<String>(json).map_err(|_| Outcome::BodyNotObject)?)
+            // JSON can spell half of a surrogate pair (RFC 8259 section 8.2), which is no text.
+            json_of(&serde_json::from_str::<String>(json).map_err(|_| Outcome::ValueNotText)?)
         }
         json if json.len() > MAX_VALUE => Err(Outcome::ValueTooLarge),
         json => Ok(json.to_owned()),
@@ -391,11 +430,42 @@ fn json_of(text: &str) -> Result<String, Outcome> {
     }
 }
 
-/// The JSON text of a member of the JSON object that a body is: `null` if there is no such member, or no body.
+/// The JSON text of a member of the JSON object that a body is: `null` if there is no such member, or no body. Of members with
+/// the same name the last one counts. The others are passed over, so that a million of them take no memory.
 fn member<'a>(body: &'a [u8], name: &str) -> Result<&'a str, Outcome> {
     let body = if body.is_empty() { b"{}" } else { body };
-    let members: HashMap<String, &RawValue> = serde_json::from_slice(body).map_err(|_| Outcome::BodyNotObject)?;
-    Ok(members.get(name).map_or("null", |value| value.get()))
+    let mut parser = serde_json::Deserializer::from_slice(body);
+    let value = parser.deserialize_map(Member(name)).map_err(|_| Outcome::BodyNotObject)?;
+    parser.end().map_err(|_| Outcome::BodyNotObject)?;
+    Ok(value.map_or("null", RawValue::get))
+}
+
+/// Looks for the member of this name.
+struct Member<'n>(&'n str);
+
+impl<'a> Visitor<'a> for Member<'_> {
+    type Value = Option<&'a RawValue>;
+
+    fn expecting(&self, out: &mut Formatter) -> fmt::Result {
+        out.write_str("a JSON object")
+    }
+
+    fn visit_map<M: MapAccess<'a>>(self, mut members: M) -> Result<Self::Value, M::Error> {
+        let mut found = None;
+        while let Some(name) = members.next_key::<&RawValue>()? {
+            let name = name.get();
+            let is_wanted = match name.contains('\\') {
+                true => serde_json::from_str::<String>(name).is_ok_and(|name| name == self.0),
+                false => name[1..name.len() - 1] == *self.0,
+            };
+            if is_wanted {
+                found = Some(members.next_value()?);
+            } else {
+                members.next_value::<IgnoredAny>()?;
+            }
+        }
+        Ok(found)
+    }
 }
 
 // ---- Outcomes, and how the two vocabularies say them ----------------------------------------------------------------
@@ -405,7 +475,7 @@ fn member<'a>(body: &'a [u8], name: &str) -> Result<&'a str, Outcome> {
 enum Outcome {
     Created, Replaced, Found(Record), Deleted, Missing,
     KeyInvalid, ValueMissing, ValueTooLarge, ValueNotText, BodyNotObject,
-    MainDown, NotFound, BadRequest, LengthRequired, AddressNotSet, ViewMissing, ChangeUnderWay, Elsewhere, NotOfStore,
+    MainDown, NotFound, BadRequest, Unparsed, LengthRequired, AddressNotSet, ViewMissing, ChangeUnderWay, Elsewhere, NotOfStore,
     /// With the header that tells which verbs the path takes.
     VerbNotAllowed(&'static str),
     NoShard,
@@ -439,12 +509,13 @@ impl Outcome {
             KeyInvalid        => [(403, "Key not valid"),        (400, "Key is too long")],
             ValueMissing      => [(403, "No value provided"),    (400, "Value is missing")],
             ValueTooLarge     => [(403, "Object too large. Size limit is 1MB"), (413, "Value is too large")],
-            ValueNotText      => [(403, "Value is not valid UTF-8"); 2],
+            ValueNotText      => [(403, "Value is not valid UTF-8"), (400, "Value is not valid UTF-8")],
             BodyNotObject     => [(400, "Body is not a JSON object"); 2],
             MainDown          => [(501, "Server unavailable"),   (503, "Main instance is down")],
             NotFound          => [(404, "Not found"); 2],
             VerbNotAllowed(_) => [(405, "Method not allowed"); 2],
             BadRequest        => [(400, "Bad request"); 2],
+            Unparsed          => [(400, "Bad request: not HTTP/1.1, or more than 16 headers"); 2],
             LengthRequired    => [(411, "Length required"); 2],
             KeyCount(_)       => [(200, r#"{"message":"Key count retrieved successfully",<count>}"#); 2],
             Shards(_)         => [(200, r#"{"message":"Shard membership retrieved successfully","shards":[<ids>]}"#); 2],
@@ -2638,7 +2709,10 @@ fn hand_out(mut node: MutexGuard<Node>) {
     // Without a thread, the lines are lost, which is better than the node.
     let _ = thread::Builder::new().spawn(move || {
         lines.iter().for_each(|line| say(line));
-        drop(garbage);
+        if !garbage.is_empty() {
+            drop(garbage);
+            return_memory();
+        }
     });
 }
 
@@ -3682,6 +3756,8 @@ struct Connection {
     /// What lies between them is what `unsent` covers.
     handed: u64,
     taken: u64,
+    /// Those that it had been handed when others last had their turn.
+    rested: u64,
     /// The last word is said. What the server still reads is not looked at.
     ended: bool,
     /// The client may still be sending when the connection is closed.
@@ -3697,6 +3773,24 @@ struct Progress {
     calls: AtomicU32,
     /// The whole request is there, and its answer is not yet: that may take as long as a view change.
     answering: AtomicBool,
+    /// How many bytes of answers were to be sent, and how many of them the kernel had not when last looked at.
+    handed: AtomicU64,
+    unread: AtomicU64,
+    /// The watch closed the connection, since its client does not read.
+    given_up: AtomicBool,
+}
+
+/// What is unread of all connections.
+static UNREAD: AtomicU64 = AtomicU64::new(0);
+
+impl Progress {
+    fn tell(&self, handed: u64, taken: u64) {
+        self.handed.store(handed, SeqCst);
+        let unread = handed.saturating_sub(taken);
+        let before = self.unread.swap(unread, SeqCst);
+        // It wraps around, and back.
+        UNREAD.fetch_add(unread.wrapping_sub(before), SeqCst);
+    }
 }
 
 struct Server;
@@ -3716,12 +3810,21 @@ impl HttpServiceFactory for Server {
             let _ = socket.shutdown(Shutdown::Both);
         }
         ARRIVALS.report(&socket);
-        let (since, received) = (Instant::now(), Some(0));
-        let watched = Watched { progress: progress.clone(), seen: 0, since, received, head: 0, is_quiet: true };
+        let now = Instant::now();
+        let watched = Watched {
+            progress: progress.clone(),
+            seen: 0,
+            since: now,
+            received: Some(0),
+            head: 0,
+            given: 0,
+            moved: now,
+            is_quiet: true,
+        };
         connections.insert(id as RawFd, watched);
         drop(connections);
         let (unsent, lingers, relayed) = (VecDeque::new(), false, false);
-        Connection { socket, progress, unsent, handed: 0, taken: 0, ended: crowded, lingers, relayed }
+        Connection { socket, progress, unsent, handed: 0, taken: 0, rested: 0, ended: crowded, lingers, relayed }
     }
 }
 
@@ -3757,10 +3860,12 @@ impl Connection {
         if framing.expects_continue {
             self.send_continue();
         }
-        if request.ignores_body() {
-            // Dropping the reader reads it to its end.
-            drop(parsed.body());
-        } else if framing.length > 0 && !self.read_body(parsed.body(), framing.length, &mut request.body) {
+        let body = (!request.ignores_body()).then_some(&mut request.body);
+        if framing.length > 0 && !self.read_body(parsed.body(), framing.length, body) {
+            return self.end();
+        }
+        if request.verb == "GET" && !self.wait_for_room() {
+            self.unsent.clear();
             return self.end();
         }
         self.progress.answering.store(true, SeqCst);
@@ -3795,17 +3900,21 @@ impl Connection {
         self.end();
     }
 
-    /// Reads a whole body. False is a client that left before it was complete: its request never happened.
-    fn read_body(&self, mut reader: BodyReader, length: usize, body: &mut Vec<u8>) -> bool {
-        let arrived = reader.fill_buf().unwrap_or_default();
-        if arrived.len() == length {
-            // Dropping the reader takes them out of the server's buffer.
-            body.extend(arrived);
-            return true;
+    /// Reads a whole body, to keep it or not. False is a client that left before it was complete: its request never happened.
+    fn read_body(&self, mut reader: BodyReader, length: usize, mut body: Option<&mut Vec<u8>>) -> bool {
+        let (mut taken, mut reads) = (0, 0);
+        while let Some(arrived) = reader.fill_buf().ok().filter(|arrived| !arrived.is_empty()) {
+            let count = arrived.len();
+            if let Some(body) = &mut body {
+                body.extend(arrived);
+            }
+            reader.consume(count);
+            (taken, reads) = (taken + count, reads + 1);
         }
-        let complete = reader.read_to_end(body).is_ok_and(|taken| taken == length);
-        signal_again(&self.socket);
-        complete
+        if reads > 1 {
+            signal_again(&self.socket);
+        }
+        taken == length
     }
 
     /// Gives an answer to the server, which sends it when it has looked at all that it has read.
@@ -3819,16 +3928,41 @@ impl Connection {
         response.body_vec(answer.body);
         if self.handed - self.taken > 4 << 10 {
             self.forget_taken();
-            may::coroutine::yield_now();
+            self.progress.tell(self.handed, self.taken);
+        }
+        if self.handed - self.rested > TURN {
+            self.rested = self.handed;
+            // To yield would not do: the worker looks for what else arrived only when none of its coroutines is ready.
+            may::coroutine::sleep(Duration::from_micros(1));
         }
     }
 
-    /// Forgets the answers that the kernel has. It counts what it was given, and it is given nothing but answers.
+    /// Waits while too much is unread by all clients together, before more is made: those that read nothing are soon closed.
+    /// False if this connection is one of them.
+    fn wait_for_room(&self) -> bool {
+        let mut patience = 200;
+        let given_up = || self.progress.given_up.load(SeqCst);
+        while UNREAD.load(SeqCst) > MAX_UNREAD && !given_up() && patience > 0 {
+            patience -= 1;
+            may::coroutine::sleep(Duration::from_millis(5));
+        }
+        !given_up()
+    }
+
+    /// Forgets the answers that the kernel has.
     fn forget_taken(&mut self) {
-        let Some(info) = info(&self.socket) else { return };
-        let given = info.tcpi_bytes_sent - info.tcpi_bytes_retrans + u64::from(info.tcpi_notsent_bytes);
-        self.taken = given.min(self.handed);
+        self.taken = given(&self.socket).unwrap_or(0).clamp(self.taken, self.handed);
         while self.unsent.pop_front_if(|(end, _)| *end <= self.taken).is_some() {}
+    }
+
+    /// What the server has not sent of the answers that it was handed.
+    fn take_unsent(&mut self) -> Vec<u8> {
+        self.forget_taken();
+        let mut bytes = Vec::new();
+        self.unsent.drain(..).for_each(|(_, answer)| answer.write(&mut bytes, "", false));
+        let missing = (self.handed - self.taken) as usize;
+        bytes.drain(..bytes.len().saturating_sub(missing));
+        bytes
     }
 
     /// Tells a client that asked first that it may send its body. While answers before this one are on their way nothing
@@ -3848,20 +3982,24 @@ impl Connection {
 
     /// Sends an answer directly, after what the server has not sent of those before it, and closes the connection.
     fn say_last_word(&mut self, answer: &Answer, without_body: bool) {
-        let mut bytes = Vec::new();
-        self.forget_taken();
-        self.unsent.drain(..).for_each(|(_, answer)| answer.write(&mut bytes, "", false));
-        let missing = (self.handed - self.taken) as usize;
-        bytes.drain(..bytes.len().saturating_sub(missing));
+        let mut bytes = self.take_unsent();
+        let before = bytes.len();
         // A follower that does not know this instance yet asks one thing a connection: this reaches it (W3C, Linked Data
         // Platform, section 7.1).
         let accepts = if self.relayed { format!("Accept-Post: {STREAM}\r\n") } else { String::new() };
         answer.write(&mut bytes, &format!("{CLOSE}{accepts}"), without_body);
-        let sent = send_held(&self.socket, &bytes).unwrap_or(0);
+        self.handed += (bytes.len() - before) as u64;
+        self.send_rest(&bytes);
+        self.end();
+    }
+
+    /// Sends the last bytes of a connection, however long the client takes to read them: the watch ends what takes too long.
+    fn send_rest(&mut self, bytes: &[u8]) {
+        let sent = send_held(&self.socket, bytes).unwrap_or(0);
         if sent < bytes.len() {
+            self.progress.tell(self.handed, self.handed - (bytes.len() - sent) as u64);
             let _ = waiting_stream(&self.socket, IDLE_LIMIT).and_then(|mut stream| stream.write_all(&bytes[sent..]));
         }
-        self.end();
     }
 
     /// Lets nothing more out: the server's next write fails, and then it closes the connection. The end of the stream
@@ -3877,13 +4015,23 @@ impl Connection {
 /// that, the server says nothing; this does.
 impl Drop for Connection {
     fn drop(&mut self) {
-        lock(&CONNECTIONS).remove(&self.socket.as_raw_fd());
-        let received = info(&self.socket).map_or(0, |info| info.tcpi_bytes_received);
+        // To the watch, this is a call: no head is awaited any more.
+        self.progress.calls.fetch_or(1, SeqCst);
+        let info = info(&self.socket);
         let left = matches!(self.socket.peek(&mut [0]), Ok(0));
         // The server does not look at what it read if it came together with the end of the stream (which counts as a byte).
-        let unheard = received > 1 && self.progress.calls.load(SeqCst) == 0;
-        if !self.ended && (!left || unheard) {
+        let received = info.map_or(0, |info| info.tcpi_bytes_received);
+        let unheard = received > 1 && self.progress.calls.load(SeqCst) == 1;
+        if self.ended || !info.is_some_and(|info| [ESTABLISHED, CLOSE_WAIT].contains(&info.tcpi_state)) {
+            // Nothing can be sent any more.
+        } else if !left {
+            self.refuse(Outcome::Unparsed.answer(Vocabulary::Form, "GET"));
+        } else if unheard {
             self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "GET"));
+        } else {
+            // The client sends nothing more, but may still be reading. What the server had not sent, it drops.
+            let unsent = self.take_unsent();
+            self.send_rest(&unsent);
         }
         // Closing a socket with unread input resets the connection, and the reset may reach the client before it has read its
         // answer: what it still sends is read and forgotten.
@@ -3893,6 +4041,8 @@ impl Drop for Connection {
             let deadline = Instant::now() + Duration::from_secs(5);
             while Instant::now() < deadline && stream.read(&mut [0; 512]).is_ok_and(|count| count > 0) {}
         }
+        lock(&CONNECTIONS).remove(&self.socket.as_raw_fd());
+        self.progress.tell(0, 0);
     }
 }
 
@@ -3905,6 +4055,9 @@ struct Watched {
     /// What had been received at the last look, and since they stay the same: the head of a request.
     received: Option<u64>,
     head: u64,
+    /// How many bytes of answers the kernel had at the last look, and since when.
+    given: u64,
+    moved: Instant,
     /// Nothing came lately, and what comes is reported.
     is_quiet: bool,
 }
@@ -3920,7 +4073,10 @@ static MAX_CONNECTIONS: LazyLock<usize> =
 fn watch_connections() {
     let mut connections = lock(&CONNECTIONS);
     connections.iter_mut().for_each(|(fd, watched)| watched.look(borrow_socket(*fd)));
-    let awaited = connections.values().filter(|watched| !watched.is_quiet && watched.seen % 2 == 0).count();
+    close_greediest(&connections);
+    give_back_memory(connections.len());
+    let is_awaited = |watched: &&Watched| !watched.is_quiet && watched.seen.is_multiple_of(2) || watched.unread() > 0;
+    let awaited = connections.values().filter(is_awaited).count();
     drop(connections);
     let pause = match awaited {
         0 => Duration::from_secs(1),
@@ -3936,7 +4092,41 @@ fn watch_connections() {
     thread::sleep(Duration::from_millis(5));
 }
 
+/// Gives the memory of connections that are gone back to the system, which the allocator would keep: 70 KiB each, and more.
+fn give_back_memory(connections: usize) {
+    static MOST: AtomicUsize = AtomicUsize::new(0);
+    if connections < MOST.load(SeqCst) / 2 {
+        MOST.store(connections, SeqCst);
+        return_memory();
+    }
+    MOST.fetch_max(connections, SeqCst);
+}
+
+/// Closes the connections with the most unread answers, while there are too many and their clients read nothing.
+fn close_greediest(connections: &HashMap<RawFd, Watched>) {
+    if UNREAD.load(SeqCst) < MAX_UNREAD {
+        return;
+    }
+    let mut greedy: Vec<(u64, RawFd, &Watched)> = connections.iter().map(|(fd, it)| (it.unread(), *fd, it)).collect();
+    greedy.retain(|(unread, _, watched)| *unread > 0 && !watched.progress.given_up.load(SeqCst));
+    let mut total: u64 = greedy.iter().map(|(unread, ..)| unread).sum();
+    greedy.retain(|(.., watched)| watched.moved.elapsed() > Duration::from_millis(300));
+    greedy.sort_unstable_by_key(|(unread, ..)| *unread);
+    // Some room is made at once, for whoever waits for it.
+    while total > MAX_UNREAD / 2
+        && let Some((unread, fd, watched)) = greedy.pop()
+    {
+        total -= unread;
+        watched.progress.given_up.store(true, SeqCst);
+        let _ = borrow_socket(fd).shutdown(Shutdown::Both);
+    }
+}
+
 impl Watched {
+    fn unread(&self) -> u64 {
+        self.progress.unread.load(SeqCst)
+    }
+
     fn look(&mut self, socket: Socket) {
         let calls = self.progress.calls.load(SeqCst);
         if self.seen != calls || self.progress.answering.load(SeqCst) {
@@ -3946,10 +4136,14 @@ impl Watched {
             return;
         }
         let (in_call, overdue) = (calls % 2 == 1, self.since.elapsed() > IDLE_LIMIT);
-        if (in_call || self.is_quiet) && !overdue {
+        if (in_call || self.is_quiet) && self.unread() == 0 && !overdue {
             return;
         }
         let Some(info) = info(&socket) else { return };
+        let (given, handed) = (given(&socket).unwrap_or(0), self.progress.handed.load(SeqCst));
+        if given != self.given {
+            (self.given, self.moved) = (given, Instant::now());
+        }
         let limit = IDLE_LIMIT.as_millis() as u32;
         let sending = info.tcpi_notsent_bytes + info.tcpi_unacked > 0 && info.tcpi_last_ack_recv < limit;
         let receiving = in_call && info.tcpi_last_data_recv < limit;
@@ -3958,10 +4152,11 @@ impl Watched {
         if self.progress.calls.load(SeqCst) != calls {
             return;
         }
+        self.progress.tell(handed, given);
         let before = self.received.replace(info.tcpi_bytes_received);
         if !in_call && unread > 0 {
             signal_again(&socket);
-        } else if before == self.received {
+        } else if before == self.received && self.unread() == 0 {
             // Nothing came since the last look. Whatever comes next is reported.
             self.is_quiet = true;
             ARRIVALS.report(&socket);
@@ -4017,8 +4212,12 @@ fn signal_again(socket: &Socket) {
     unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVLOWAT, one.cast(), size) };
 }
 
+/// The states of a connection in which something can be sent (RFC 9293 section 3.3.2, by Linux's numbers).
+const ESTABLISHED: u8 = 1;
+const CLOSE_WAIT: u8 = 8;
+
 /// What the kernel knows of the connection (all of it since Linux 4.19).
-fn info(socket: &Socket) -> Option<libc::tcp_info> {
+fn info(socket: &TcpStream) -> Option<libc::tcp_info> {
     let mut size = size_of::<libc::tcp_info>() as libc::socklen_t;
     // SAFETY: a struct of integers may be zero, and getsockopt writes no more than `size` bytes.
     unsafe {
@@ -4027,6 +4226,30 @@ fn info(socket: &Socket) -> Option<libc::tcp_info> {
         let result = libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, into, &mut size);
         (result == 0).then_some(info)
     }
+}
+
+/// Has the allocator give what is free back to the system.
+fn return_memory() {
+    // SAFETY: malloc_trim has no preconditions.
+    unsafe { libc::malloc_trim(0) };
+}
+
+/// How many bytes the kernel was given to send: those that were acknowledged, and those that it still has. The two are asked
+/// one after the other, until nothing was acknowledged in between. (`tcpi_bytes_sent` counts what this host itself drops.)
+fn given(socket: &TcpStream) -> Option<u64> {
+    let acknowledged = || info(socket).map(|info| info.tcpi_bytes_acked);
+    let mut before = acknowledged()?;
+    for _ in 0..100 {
+        let mut waiting: libc::c_int = 0;
+        // SAFETY: TIOCOUTQ writes one int.
+        unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &mut waiting) };
+        let after = acknowledged()?;
+        if before == after {
+            return Some(after + waiting as u64);
+        }
+        before = after;
+    }
+    None
 }
 
 /// Reports the sockets on which something arrived, each once.
@@ -4106,6 +4329,8 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
         fail(1, &format!("IP={ip} PORT={port}: expected an address and port that can be listened on: {error}"))
     });
     say(&format!("{description}, version {VERSION}, listening on {listen}"));
+    // Without /dev/null, stderr stays what it is.
+    let _ = keep_stderr();
     repeat(Duration::ZERO, watch_connections);
     repeat(Duration::from_millis(100), relay::watch_peers);
     let _ = server.join();
@@ -4123,13 +4348,43 @@ fn repeat(pause: Duration, work: fn()) {
     });
 }
 
+/// Where lines for stderr go once the instance serves: a thread writes them, and nobody else waits for who reads stderr.
+static LINES: OnceLock<SyncSender<String>> = OnceLock::new();
+
 /// Writes a line to stderr. The program goes on if it cannot, where eprintln! would not.
 fn say(line: &str) {
-    let _ = writeln!(io::stderr(), "kv-store: {}", line.replace('\n', "\\n"));
+    let line = format!("kv-store: {}\n", line.replace('\n', "\\n"));
+    match LINES.get() {
+        // More than so many lines that nobody reads are lost.
+        Some(lines) => drop(lines.try_send(line)),
+        None => drop(io::stderr().write_all(line.as_bytes())),
+    }
+}
+
+/// Takes stderr away from the server, which writes a line there for each malformed request, and stands still when nobody reads
+/// them. From here on it is a thread's.
+fn keep_stderr() -> io::Result<()> {
+    let mut stderr = File::from(io::stderr().as_fd().try_clone_to_owned()?);
+    let nowhere = File::options().write(true).open("/dev/null")?;
+    // SAFETY: both descriptors are open.
+    unsafe { libc::dup2(nowhere.as_raw_fd(), libc::STDERR_FILENO) };
+    let (sender, lines) = sync_channel::<String>(1000);
+    let _ = LINES.set(sender);
+    thread::Builder::new().spawn(move || {
+        for line in lines {
+            let _ = stderr.write_all(line.as_bytes());
+        }
+    })?;
+    std::panic::set_hook(Box::new(|panic| say(&panic.to_string())));
+    Ok(())
 }
 
 fn fail(status: i32, line: &str) -> ! {
     say(line);
+    if LINES.get().is_some() {
+        // The thread that writes it needs a moment.
+        thread::sleep(Duration::from_millis(100));
+    }
     exit(status)
 }
 

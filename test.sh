@@ -157,17 +157,19 @@ status_of() { ask "$@" | cut -d ' ' -f 1; }
 # now: milliseconds since some moment.
 now() { echo $(($(date +%s%N) / 1000000)); }
 
-# raw INSTANCE BYTES: sends bytes (a printf format) as they are; prints all that comes back until the server closes the
-# connection, or "STILL OPEN" if it does not within 8 s.
+# raw INSTANCE BYTES: sends bytes (a printf format) as they are, but that each request gets a host (to leave it out, write the
+# version as HTTP/1.\x31); prints all that comes back until the server closes the connection, or "STILL OPEN" if it does not
+# within 8 s.
 raw() {
   local host=${url[$1]#http://} answer
   exec 3<>"/dev/tcp/${host%:*}/${host#*:}"
   # shellcheck disable=SC2059 # the format is the point
-  printf "$2" >&3
+  printf "$(with_hosts "$2")" >&3
   answer=$(timeout 8 cat <&3) || answer+="STILL OPEN"
   exec 3>&-
   printf '%s' "$answer"
 }
+with_hosts() { printf '%s' "${1//HTTP\/1.1\\r\\n/HTTP/1.1\\r\\nHost: test\\r\\n}"; }
 # statuses: the status lines and bodies in what raw prints, on one line.
 statuses() { tr -d '\r' | grep -a -o -E '^HTTP/1.1 [0-9]+|^\{.*|STILL OPEN' | sed 's|HTTP/1.1 ||' | tr '\n' ' '; }
 # expect_raw WHAT ANSWERS INSTANCE BYTES: answers are "STATUS BODY STATUS BODY ...".
@@ -249,6 +251,12 @@ test_json_values() { # INSTANCE
     expect "JSON, $1: ... in the other vocabulary too" "200 {\"result\":\"Success\",\"value\":$back}" "$1" GET /kv-store/v
     expect "JSON, $1: ... and goes" '200 {"doesExist":true,"message":"Deleted successfully"}' "$1" DELETE /kv-store/keys/v
   done
+  for value in '"\ud800"' '"a\udc00b"'; do
+    expect "JSON, $1: half a surrogate pair: $value" "$(json_error 400 'Value is not valid UTF-8' PUT)" "$1" PUT /kv-store/keys/v "${json[@]}" -d "{\"value\":$value}"
+  done
+  { printf '{' && seq -f '"member %.0f":null,' 300000 && printf '"v\\u0061lue":1}'; } >"$work/members"
+  expect "JSON, $1: the value among many members" '201 {"message":"Added successfully","replaced":false}' "$1" PUT /kv-store/keys/v "${json[@]}" -d "@$work/members"
+  expect "JSON, $1: ... and goes" '200 {"doesExist":true,"message":"Deleted successfully"}' "$1" DELETE /kv-store/keys/v
 }
 
 # Values that need encoding: what is sent, and how JSON spells it.
@@ -319,11 +327,13 @@ test_http() { # INSTANCE
   local found='200 {"result":"Success","value":"1"}' gone='404 {"result":"Error","msg":"Key does not exist"}' headers n
   local put='PUT /kv-store/h HTTP/1.1\r\n' get='GET /kv-store/h HTTP/1.1\r\n' end='GET /kv-store/h HTTP/1.1\r\nConnection: close\r\n\r\n'
   expect_raw "$p a new key, kept open, then closed" "$made $found" "$i" "${put}Content-Length: 5\r\n\r\nval=1$end"
-  expect_raw "$p not HTTP" "$bad" "$i" 'hello\r\n\r\n'
-  expect_raw "$p not HTTP after two requests" "$found $found $bad" "$i" "$get\r\n$get\r\nhello\r\n\r\n"
-  for n in 15 16 100; do
+  local unparsed='400 {"result":"Error","msg":"Bad request: not HTTP/1.1, or more than 16 headers"}'
+  expect_raw "$p not HTTP" "$unparsed" "$i" 'hello\r\n\r\n'
+  expect_raw "$p HTTP/2" "$unparsed" "$i" 'GET /kv-store/h HTTP/2.0\r\n\r\n'
+  expect_raw "$p not HTTP after two requests" "$found $found $unparsed" "$i" "$get\r\n$get\r\nhello\r\n\r\n"
+  for n in 14 15 100; do
     headers=$(printf 'X-%s: y\\r\\n' $(seq "$n"))
-    expect_raw "$p $((n + 1)) headers" "$([ "$n" = 15 ] && echo "$found" || echo "$bad")" "$i" "${get}Connection: close\r\n$headers\r\n"
+    expect_raw "$p $((n + 2)) headers" "$([ "$n" = 14 ] && echo "$found" || echo "$unparsed")" "$i" "${get}Connection: close\r\n$headers\r\n"
   done
   for n in abc -1 +5 0x5 '5, 5' '' 99999999999999999999999; do
     expect_raw "$p Content-Length: $n" "$bad" "$i" "${put}Content-Length: $n\r\n\r\nval=2"
@@ -339,6 +349,14 @@ test_http() { # INSTANCE
   expect_raw "$p HTTP/1.0" "$found" "$i" 'GET /kv-store/h HTTP/1.0\r\n\r\n'
   expect_raw "$p HTTP/1.0 that wants to stay is closed all the same" "$found" "$i" 'GET /kv-store/h HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n'
   expect_raw "$p a target in absolute form" "$found" "$i" 'GET http://somewhere:99/kv-store/h HTTP/1.1\r\nConnection: close\r\n\r\n'
+  expect_raw "$p ... with a query that looks like a path" '404 {"result":"Error","msg":"Not found"}' "$i" 'GET http://somewhere?/kv-store/h HTTP/1.1\r\nConnection: close\r\n\r\n'
+  expect_raw "$p ... without a host" "$bad" "$i" 'GET http:///kv-store/h HTTP/1.1\r\n\r\n'
+  for n in '' 'Host: a\r\nHost: a\r\n' 'Host: a b\r\n' 'Host: a/b\r\n' 'Host: a:b\r\n' 'Host: user@a\r\n'; do
+    expect_raw "$p a host that is none ($n)" "$bad" "$i" "GET /kv-store/h HTTP/1.\x31\r\n$n\r\n"
+  done
+  for n in '' 'a' 'a:80' '127.0.0.1:80' '[::1]:80' 'a_b.c'; do
+    expect_raw "$p the host $n" "$found" "$i" "GET /kv-store/h HTTP/1.\x31\r\nHost: $n\r\nConnection: close\r\n\r\n"
+  done
   expect_raw "$p CONNECT" '405 {"error":"Method not allowed","message":"Error in CONNECT"}' "$i" 'CONNECT /kv-store/key-count HTTP/1.1\r\nConnection: close\r\n\r\n'
   expect "$p a body of 20 MB on GET is read and ignored" "$found" "$i" GET /kv-store/h -H Expect: -d "@$work/huge"
   expect "$p a head of 70,000 bytes" "$bad" "$i" GET /kv-store/h -H "X: $(head -c 70000 /dev/zero | tr '\0' x)"
@@ -349,6 +367,7 @@ test_http() { # INSTANCE
   check "$p HEAD gives the length that GET has" "$(curl -s -o /dev/null -w '%header{content-length}' "${url[$i]}/kv-store/h")" \
     "$(curl -s -I -m 5 -w '%header{content-length}' -o /dev/null "${url[$i]}/kv-store/h")"
   check "$p half a body is no request" "" "$(raw_abandoned "$i" "${put}Content-Length: 500\r\n\r\nval=2")"
+  check "$p ... for any verb" "" "$(raw_abandoned "$i" "DELETE /kv-store/h HTTP/1.1\r\nContent-Length: 500\r\n\r\nval=2")"
   expect "$p none of it changed the value" "$found" "$i" GET /kv-store/h
   check "$p ... and it goes" 200 "$(status_of "$i" DELETE /kv-store/h)"
 }
@@ -356,7 +375,7 @@ test_http() { # INSTANCE
 raw_abandoned() {
   local host=${url[$1]#http://}
   # shellcheck disable=SC2059
-  (exec 3<>"/dev/tcp/${host%:*}/${host#*:}" && printf "$2" >&3)
+  (exec 3<>"/dev/tcp/${host%:*}/${host#*:}" && printf "$(with_hosts "$2")" >&3)
 }
 
 test_pipelines() { # INSTANCE
@@ -369,9 +388,9 @@ test_pipelines() { # INSTANCE
   check "pipelines, $1: values of the limit, one after the other" "1 3 4" "$({
     exec 3<>"/dev/tcp/${host%:*}/${host#*:}"
     { for n in 1 2 3 4; do
-      printf 'PUT /kv-store/p HTTP/1.1\r\nContent-Length: %d\r\n\r\n' "$(wc -c <"$work/full")"
+      printf 'PUT /kv-store/p HTTP/1.1\r\nHost: test\r\nContent-Length: %d\r\n\r\n' "$(wc -c <"$work/full")"
       cat "$work/full"
-    done && printf 'DELETE /kv-store/p HTTP/1.1\r\nConnection: close\r\n\r\n'; } >&3 &
+    done && printf 'DELETE /kv-store/p HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n'; } >&3 &
     timeout 8 cat <&3
   } | awk '/^HTTP\/1.1 201/ { a++ } /True/ { b++ } /^HTTP\/1.1 200/ { c++ } END { print a, b, c }')"
 }
@@ -413,6 +432,69 @@ test_endless_head() { # INSTANCE
   } 2>/dev/null)"
   check_that "endless head, $1: memory stays under 64 MiB" "$(status_field "$1" VmHWM) < 65536"
   check "endless head, $1: others are served" 200 "$(status_of "$1" GET /kv-store)"
+}
+
+# Clients that send one request after the other, without end, and read all answers.
+test_endless_pipelines() { # INSTANCE
+  local host=${url[$1]#http://} n times
+  for n in {1..8}; do
+    {
+      exec 3<>"/dev/tcp/${host%:*}/${host#*:}"
+      cat <&3 >/dev/null &
+      yes $'GET /kv-store/none HTTP/1.1\r\nHost: test\r\n\r' | timeout 4 cat >&3
+      kill $!
+    } 2>/dev/null &
+    clients[n]=$!
+  done
+  sleep 0.5
+  times=$(for n in {1..20}; do curl -s -o /dev/null -m 5 -w '%{http_code} %{time_total}\n' "${url[$1]}/kv-store/none"; done)
+  check "endless pipelines, $1: others are answered in less than half a second" "20" "$(awk '$1 == 404 && $2 < 0.5' <<<"$times" | wc -l)"
+  wait "${clients[@]}"
+}
+
+# Clients that ask for large values and read nothing.
+test_unread_answers() {
+  local host n fds=()
+  start greedy
+  host=${url[greedy]#http://}
+  ask greedy PUT /kv-store/big -d "@$work/full" >/dev/null
+  for n in {1..150}; do
+    exec {fd}<>"/dev/tcp/${host%:*}/${host#*:}"
+    for _ in {1..5}; do printf 'GET /kv-store/big HTTP/1.1\r\nHost: test\r\n\r\n' >&"$fd" || break; done
+    fds+=("$fd")
+  done 2>/dev/null
+  sleep 1
+  check_that "unread answers: memory stays under 400 MiB" "$(status_field greedy VmHWM) < 409600"
+  await_less "unread answers: ... and is soon under 256 MiB" 262144 status_field greedy VmRSS
+  check "unread answers: who reads gets them" "$((LIMIT + 1))" "$(curl -s -m 10 "${url[greedy]}/kv-store/big" | tr -dc v | wc -c)"
+  for fd in "${fds[@]}"; do exec {fd}>&-; done
+  await_less "unread answers: with the clients, the memory goes" 65536 status_field greedy VmRSS
+}
+# await_less WHAT LIMIT COMMAND...: within five seconds the command prints less.
+await_less() {
+  local try
+  for try in {1..50}; do
+    [ "$("${@:3}")" -lt "$2" ] && break
+    sleep 0.1
+  done
+  check_that "$1" "$("${@:3}") < $2"
+}
+
+# Nobody reads stderr: the lines are lost, and not the instance.
+test_unread_stderr_local() {
+  local port n
+  address_local unheard
+  port=${address[unheard]##*:}
+  mkfifo "$work/stderr"
+  exec {fd}<>"$work/stderr"
+  env -u FORWARDING_ADDRESS -u MAINIP -u ADDRESS -u VIEW -u SECRET IP=127.0.0.1 PORT="$port" target/release/kv-store 2>&"$fd" &
+  process[unheard]=$! url[unheard]=http://127.0.0.1:$port
+  await_answer unheard
+  for n in {1..3000}; do
+    (printf 'hello\r\n\r\n' >"/dev/tcp/127.0.0.1/$port") 2>/dev/null
+  done
+  check "unread stderr: others are served after $n malformed requests" 200 "$(status_of unheard GET /kv-store)"
+  exec {fd}>&-
 }
 
 # ---- A follower and its main instance --------------------------------------------------------------------------------
@@ -1435,6 +1517,8 @@ for instance in main follower; do
   test_endless_head "$instance"
 done
 test_follower_is_no_different
+test_endless_pipelines main
+test_unread_answers
 test_main_paused
 test_settings
 test_idle_clients main
@@ -1457,7 +1541,7 @@ test_dead_addresses
 test_blank_node_joins_one
 test_first_views_that_differ
 test_force_by_a_blank_node
-[ "$mode" = local ] && test_port_in_use_local
+[ "$mode" = local ] && test_port_in_use_local && test_unread_stderr_local
 [ "$mode" = docker ] && test_image_docker
 
 printf '%d passed, %d failed\n' "$passed" "$failed"
