@@ -4,7 +4,7 @@
 # usage: ./test.sh            in containers if a Docker engine answers, else with processes on this machine
 #        ./test.sh docker     in containers, on a network of their own
 #        ./test.sh local      with processes of target/release/kv-store
-#        ./test.sh bench      measures instead of testing, in under three minutes: needs wrk, compares with nginx and Redis
+#        ./test.sh bench      measures instead of testing, in about three minutes: needs wrk, compares with nginx and Redis
 #
 # Builds what it tests, starts what it needs and removes it again. Prints a line a check, and at the end
 # "N passed, N failed"; exit status 1 if any failed. Can run several times at once.
@@ -1143,11 +1143,11 @@ end
 END
 }
 
-# start_nginx: the three servers that kv-store is compared with. No request is written to a file, and no connection is
+# start_nginx: the two servers that kv-store is compared with. No request is written to a file, and no connection is
 # closed for having served many requests, which kv-store does not do either.
 start_nginx() {
   local server main=${address[main]}
-  for server in return_200 plain keepalive; do
+  for server in return_200 keepalive; do
     address_local "$server"
     url[$server]=http://${address[$server]}
   done
@@ -1173,17 +1173,13 @@ http {
     return 200 '{"result":"Success","value":"abcdef"}\n';
   }
   server {
-    listen ${address[plain]};
-    location / { proxy_pass http://$main; }
-  }
-  server {
     listen ${address[keepalive]};
     location / { proxy_pass http://main; proxy_http_version 1.1; proxy_set_header Connection ""; }
   }
 }
 END
   "$nginx" -p "$work" -c "$work/nginx.conf" 2>"$work/nginx.stderr" &
-  for server in return_200 plain keepalive; do
+  for server in return_200 keepalive; do
     await_answer "$server" || {
       cat "$work/nginx.stderr" >&2
       return 1
@@ -1193,7 +1189,7 @@ END
   until [ "${#started[@]}" -ge 2 ]; do
     mapfile -t started < <(sed -n 's/.*start worker process \([0-9]*\)$/\1/p' "$work/nginx.log")
   done
-  for server in return_200 plain keepalive; do workers[$server]=${started[*]}; done
+  for server in return_200 keepalive; do workers[$server]=${started[*]}; done
 }
 
 # start_benched: whatever the table's rows ask, and $key, which the first node has to fetch from the second.
@@ -1239,12 +1235,11 @@ measure_all() {
   local round verb connections instance
   for ((round = 1; round <= ROUNDS; round++)); do
     echo "test.sh: round $round of $ROUNDS" >&2
-    for connections in 1 64 256; do
+    for connections in 1 8 64 256; do
       for verb in GET PUT; do
         # Next to each other are those that are compared.
-        for instance in main return_200 plain follower keepalive n1; do
-          [ "$instance$connections" = plain64 ] || [ "$instance$connections" = plain256 ] ||
-            [ -z "${workers[$instance]:-}" ] || measure "$round" "$verb" "$connections" 1 "$instance"
+        for instance in main return_200 follower keepalive n1; do
+          [ -z "${workers[$instance]:-}" ] || measure "$round" "$verb" "$connections" 1 "$instance"
         done
       done
     done
@@ -1252,14 +1247,6 @@ measure_all() {
       for instance in main return_200; do
         [ -z "${workers[$instance]:-}" ] || measure "$round" "$verb" 64 "$PIPELINED" "$instance"
       done
-    done
-  done
-  # A plain proxy_pass leaves the main instance with 10,000 ports a second in TIME_WAIT, among which each new connection to it then
-  # has to look for a free one: nobody is compared with these rows, and they come last.
-  [ -n "${workers[plain]:-}" ] || return 0
-  for ((round = 1; round <= ROUNDS; round++)); do
-    for connections in 64 256; do
-      for verb in GET PUT; do measure "$round" "$verb" "$connections" 1 plain; done
     done
   done
 }
@@ -1402,8 +1389,8 @@ print_table() {
     }
     function compared(row, part,  peer, name) {
       if (part[4] in of_nginx) return ""
-      peer = part[4] == "main" ? "return_200" : part[2] == 1 ? "plain" : "keepalive"
-      name = part[4] == "main" ? "return 200" : part[2] == 1 ? "proxy_pass" : "keepalive"
+      peer = part[4] == "main" ? "return_200" : "keepalive"
+      name = part[4] == "main" ? "return 200" : "keepalive"
       peer = part[1] " " part[2] " " part[3] " " peer
       if (!(peer in seen) || peer in error) return "-"
       return sprintf("%.2f x %s, %.2f x its CPU", median(rate, row, peer), name, median(cpu, row, peer))
@@ -1413,11 +1400,10 @@ print_table() {
       title["follower"] = "kv-store, follower"
       title["n1"] = "kv-store, not the owner"
       title["return_200"] = "nginx, return 200"
-      title["plain"] = "nginx, proxy_pass"
       title["keepalive"] = "nginx, keepalive"
-      of_nginx["return_200"]; of_nginx["plain"]; of_nginx["keepalive"]
+      of_nginx["return_200"]; of_nginx["keepalive"]
       print_row("request", "asked", "connections", "requests/s", "CPU us", "p99 ms", "compared")
-      instances = split("main return_200 follower n1 plain keepalive", order, " ")
+      instances = split("main return_200 follower n1 keepalive", order, " ")
       for (n = 1; n <= count; n++) {
         print ""
         for (m = 1; m <= instances; m++) {
