@@ -33,11 +33,11 @@ use std::mem::ManuallyDrop;
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::ops::Bound::{Excluded, Unbounded};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::process::exit;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::SeqCst};
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::thread;
@@ -80,7 +80,7 @@ const MAX_UNSENT: u64 = 4 << 20;
 /// times that in memory: in the server's buffer, which doubles, and in the copies that a connection keeps.
 const MAX_UNREAD: u64 = 48 << 20;
 /// After so many bytes of answers a client that sends one request after the other lets others have their turn.
-const TURN: u64 = 64 << 10;
+const TURN: u64 = 256 << 10;
 /// A connection on which nothing happens for this long is closed. Load balancers do so after 60 s: the client's side should be
 /// the first, or a request may meet a connection that is just being closed.
 const IDLE_LIMIT: Duration = Duration::from_secs(75);
@@ -2709,10 +2709,7 @@ fn hand_out(mut node: MutexGuard<Node>) {
     // Without a thread, the lines are lost, which is better than the node.
     let _ = thread::Builder::new().spawn(move || {
         lines.iter().for_each(|line| say(line));
-        if !garbage.is_empty() {
-            drop(garbage);
-            return_memory();
-        }
+        drop(garbage);
     });
 }
 
@@ -2950,6 +2947,7 @@ mod relay {
     static PEERS: LazyLock<Mutex<HashMap<String, Arc<Peer>>>> = LazyLock::new(Default::default);
 
     /// Another instance, and what is on its way there.
+    #[derive(Default)]
     pub struct Peer {
         /// Its `host:port`.
         address: String,
@@ -2960,63 +2958,77 @@ mod relay {
         lookup: Mutex<Option<(Instant, Vec<SocketAddr>)>>,
     }
 
+    #[derive(Default)]
     struct Traffic {
         takes_streams: bool,
-        /// Something is queued that only a stream can carry.
-        wants_stream: bool,
-        /// Requests that nothing was sent of yet, by their numbers.
+        /// Requests of which nothing was sent yet, by their numbers.
         queue: VecDeque<(u64, Request)>,
-        /// All requests that are not answered, by their numbers.
-        unanswered: HashMap<u64, Unanswered>,
+        /// Who waits for the answer to which request.
+        waiters: HashMap<u64, Waiting>,
         last_number: u64,
         /// The threads that take requests to a peer that takes no streams.
         threads: usize,
         stream: State,
+        writer: Writer,
         outbox: Outbox,
         /// So many bytes were sent on the stream and are not answered.
-        bytes: usize,
-        writer: Writer,
+        unanswered: usize,
         /// When something was last asked, and when something last came on the stream.
-        used: Instant,
-        heard: Instant,
-        /// How many of the last requests were alone on their way.
-        alone: u64,
+        asked: Option<Instant>,
+        heard: Option<Instant>,
         is_looked_for: bool,
+        /// So many requests in a row were alone on their way.
+        alone: u64,
     }
 
-    struct Unanswered {
+    /// Dropping it wakes who waits, with an answer or without.
+    struct Waiting {
+        waiter: Arc<Waiter>,
         deadline: Instant,
-        /// None after the deadline.
-        claim: Option<Claim>,
-        /// What was sent of it on the stream, in bytes.
+        /// What was sent of the request on the stream, in bytes.
         sent: usize,
     }
 
-    /// A coroutine, or a thread, that waits for an answer. It has none if it is woken without.
+    /// A coroutine that waits for an answer.
     struct Waiter {
         blocker: Blocker,
         answer: Mutex<Option<Answer>>,
     }
 
+    impl Drop for Waiting {
+        fn drop(&mut self) {
+            self.waiter.blocker.unpark();
+        }
+    }
+
+    impl Waiting {
+        fn settle(self, answer: Answer) {
+            *lock(&self.waiter.answer) = Some(Answer { header: known_header(&answer.header), ..answer });
+        }
+    }
+
+    #[derive(Default)]
     enum State {
+        #[default]
         Closed,
-        /// With its number.
-        Opening(u64),
+        Opening,
         Open(Arc<Stream>),
     }
 
-    /// Who writes on the stream.
-    #[derive(PartialEq)]
+    /// Who writes on the stream, and takes along what is queued meanwhile.
+    #[derive(Default, PartialEq)]
     enum Writer {
+        #[default]
         Nobody,
         Coroutine,
         Thread,
     }
 
     /// Where what is asked is written: what attohttpc gives to the body of a request that never ends, as long as it does not.
+    #[derive(Default)]
     struct Stream {
-        id: u64,
         pipe: Mutex<Option<*mut dyn Write>>,
+        was_open: AtomicBool,
     }
 
     // SAFETY: the pointer is used under the mutex only, and taken out under it before what it points to is gone. That is a
@@ -3068,24 +3080,9 @@ mod relay {
         }
     }
 
-    /// Dropping it tells whoever waits that there will be no answer.
-    struct Claim(Arc<Waiter>);
-
-    impl Drop for Claim {
-        fn drop(&mut self) {
-            self.0.blocker.unpark();
-        }
-    }
-
-    impl Claim {
-        fn settle(self, answer: Answer) {
-            *lock(&self.0.answer) = Some(Answer { header: known_header(&answer.header), ..answer });
-        }
-    }
-
     impl Traffic {
-        fn is_open(&self, stream: &Stream) -> bool {
-            matches!(&self.stream, State::Open(open) if open.id == stream.id)
+        fn is_open(&self, stream: &Arc<Stream>) -> bool {
+            matches!(&self.stream, State::Open(open) if Arc::ptr_eq(open, stream))
         }
 
         /// Moves requests from the queue to the outbox, as many as one write takes, and of large ones one at a time.
@@ -3094,65 +3091,40 @@ mod relay {
             while index < self.queue.len() && !self.outbox.is_full() {
                 if self.queue[index].1.size() > FRAME && self.outbox.has_large() {
                     index += 1;
-                    continue;
+                } else if let Some((number, request)) = self.queue.remove(index)
+                    && let Some(waiting) = self.waiters.get_mut(&number)
+                {
+                    // Writing to a Vec cannot fail.
+                    let message = postcard::to_stdvec(&request).unwrap_or_default();
+                    waiting.sent = message.len();
+                    self.unanswered += message.len();
+                    self.outbox.push(number, message);
                 }
-                let Some((number, request)) = self.queue.remove(index) else { return };
-                // Nobody waits any more for one that is not in the list.
-                let Some(entry) = self.unanswered.get_mut(&number) else { continue };
-                // Writing to a Vec cannot fail.
-                let message = postcard::to_stdvec(&request).unwrap_or_default();
-                entry.sent = message.len();
-                self.bytes += entry.sent;
-                self.outbox.push(number, message);
             }
         }
 
-        /// Tells all who wait for what was not sent that there will be no answer.
+        /// Whoever waits for what is queued gets no answer.
         fn give_up_queue(&mut self) {
             for (number, _) in self.queue.drain(..) {
-                self.unanswered.remove(&number);
+                self.waiters.remove(&number);
             }
         }
 
-        /// The first request of the queue that somebody still waits for, with its number and until when.
-        fn next(&mut self) -> Option<(u64, Request, Instant)> {
-            while let Some((number, request)) = self.queue.pop_front() {
-                if let Some(entry) = self.unanswered.get(&number) {
-                    return Some((number, request, entry.deadline));
-                }
-            }
-            None
+        /// Closes the stream: what is under way on it gets no answer, and what was not sent yet goes on the next one.
+        fn close(&mut self) {
+            self.stream = State::Closed;
+            self.writer = Writer::Nobody;
+            self.outbox = Outbox::default();
+            self.unanswered = 0;
+            self.waiters.retain(|_, waiting| waiting.sent == 0);
         }
     }
 
     impl Peer {
         pub fn at(address: &str) -> Arc<Peer> {
-            lock(&PEERS).entry(address.into()).or_insert_with(|| Arc::new(Peer::new(address))).clone()
-        }
-
-        fn new(address: &str) -> Peer {
-            let traffic = Traffic {
-                takes_streams: own().is_some(),
-                wants_stream: false,
-                queue: VecDeque::new(),
-                unanswered: HashMap::new(),
-                last_number: NO_NUMBER,
-                threads: 0,
-                stream: State::Closed,
-                outbox: Outbox::default(),
-                bytes: 0,
-                writer: Writer::Nobody,
-                used: Instant::now(),
-                heard: Instant::now(),
-                alone: 0,
-                is_looked_for: false,
-            };
-            Peer {
-                address: address.into(),
-                traffic: Mutex::new(traffic),
-                wake: Condvar::new(),
-                lookup: Mutex::new(None),
-            }
+            let traffic = || Mutex::new(Traffic { takes_streams: own().is_some(), ..Traffic::default() });
+            let new = || Arc::new(Peer { address: address.into(), traffic: traffic(), ..Peer::default() });
+            lock(&PEERS).entry(address.into()).or_insert_with(new).clone()
         }
 
         /// Takes a request to the peer and returns its answer; None if there is none in time, or the request runs in a ring.
@@ -3162,28 +3134,25 @@ mod relay {
                 return None;
             }
             request.via = if request.via.is_empty() { VIA.clone() } else { format!("{}, {}", request.via, *VIA) };
+            let now = Instant::now();
             let waiter = Arc::new(Waiter { blocker: Blocker::new(false), answer: Mutex::default() });
-            let (now, claim) = (Instant::now(), Some(Claim(waiter.clone())));
             let mut traffic = lock(&self.traffic);
             traffic.last_number += 1;
-            traffic.used = now;
+            traffic.asked = Some(now);
             let number = traffic.last_number;
-            traffic.unanswered.insert(number, Unanswered { deadline: now + patience, claim, sent: 0 });
-            traffic.wants_stream |= !traffic.takes_streams && request.needs_stream();
+            traffic.waiters.insert(number, Waiting { waiter: waiter.clone(), deadline: now + patience, sent: 0 });
             traffic.queue.push_back((number, request));
-            traffic.alone = if traffic.unanswered.len() == 1 { traffic.alone + 1 } else { 0 };
+            traffic.alone = if traffic.waiters.len() == 1 { traffic.alone + 1 } else { 0 };
             let is_alone = traffic.alone > 10;
             self.dispatch(traffic);
             wake_watch();
-            // The watch ends this at the deadline: a timer for each request would cost more than the rest of the relay.
-            if is_alone {
-                while now.elapsed() < LOOKOUT {
-                    if let Some(answer) = lock(&waiter.answer).take() {
-                        return Some(answer);
-                    }
-                    thread::yield_now();
+            while is_alone && now.elapsed() < LOOKOUT {
+                if let Some(answer) = lock(&waiter.answer).take() {
+                    return Some(answer);
                 }
+                thread::yield_now();
             }
+            // The watch ends this at the deadline: a timer for each request would cost more than the rest of the relay.
             let _ = waiter.blocker.park(None);
             lock(&waiter.answer).take()
         }
@@ -3193,21 +3162,16 @@ mod relay {
             let peer = self.clone();
             match &traffic.stream {
                 State::Open(stream) if traffic.writer == Writer::Nobody => {
-                    let stream = stream.clone();
+                    let (stream, is_alone) = (stream.clone(), traffic.waiters.len() == 1);
                     traffic.writer = Writer::Coroutine;
-                    let is_alone = traffic.unanswered.len() == 1;
                     drop(traffic);
-                    if is_alone {
-                        peer.write_queue(&stream, Writer::Coroutine);
-                    } else {
-                        // It runs after the coroutines that are ready now, and takes along what these put into the queue.
-                        may::go!(move || peer.write_queue(&stream, Writer::Coroutine));
-                    }
+                    let write = move || peer.write_queue(&stream, Writer::Coroutine);
+                    // Beside others it runs after the coroutines that are ready now, and takes along what these queue.
+                    if is_alone { write() } else { drop(may::go!(write)) }
                 }
-                State::Closed if traffic.takes_streams || traffic.wants_stream => {
-                    let id = RandomState::new().hash_one(0);
-                    traffic.stream = State::Opening(id);
-                    if thread::Builder::new().spawn(move || peer.run_stream(id)).is_err() {
+                State::Closed if traffic.takes_streams => {
+                    traffic.stream = State::Opening;
+                    if thread::Builder::new().spawn(move || peer.run_stream()).is_err() {
                         traffic.stream = State::Closed;
                     }
                 }
@@ -3223,33 +3187,30 @@ mod relay {
 
         // -- A peer that takes streams
 
-        /// The life of a stream: opens it, writes what is asked, and ends with it.
-        fn run_stream(self: Arc<Peer>, id: u64) {
-            let stream = Arc::new(Stream { id, pipe: Mutex::new(None) });
+        /// The life of a stream, and of its thread.
+        fn run_stream(self: Arc<Peer>) {
+            let stream = Arc::<Stream>::default();
             // After a panic, there was no stream.
-            let taken = catch_unwind(AssertUnwindSafe(|| self.open(&stream))).unwrap_or(true);
+            let takes_streams = catch_unwind(AssertUnwindSafe(|| self.open(&stream))).unwrap_or(true);
             self.end_stream(&stream);
             let mut traffic = lock(&self.traffic);
-            if !matches!(traffic.stream, State::Opening(opening) if opening == id) {
-                return;
+            if !stream.was_open.load(SeqCst) {
+                traffic.stream = State::Closed;
+                traffic.takes_streams = takes_streams;
+                if takes_streams || own().is_some() {
+                    traffic.give_up_queue();
+                }
+                let left = traffic.queue.len();
+                drop(traffic);
+                (0..left.min(MAX_THREADS)).for_each(|_| self.dispatch(lock(&self.traffic)));
             }
-            // It did not come about.
-            (traffic.stream, traffic.wants_stream) = (State::Closed, false);
-            traffic.takes_streams = own().is_some();
-            if taken || traffic.takes_streams {
-                return traffic.give_up_queue();
-            }
-            // What only a stream can carry cannot be sent.
-            let Traffic { queue, unanswered, .. } = &mut *traffic;
-            queue.retain(|(number, request)| !request.needs_stream() || unanswered.remove(number).is_none());
-            drop(traffic);
-            self.send_plainly();
         }
 
         /// Opens a stream and keeps it open as long as it lives. False is a peer that answers, but takes none.
         fn open(self: &Arc<Peer>, stream: &Arc<Stream>) -> bool {
+            let id = RandomState::new().hash_one(0);
             let request = |host: &str, part: &str| {
-                let url = format!("http://{host}/kv-store?{part}={:016x}", stream.id);
+                let url = format!("http://{host}/kv-store?{part}={id:016x}");
                 let builder = client("POST", &url)?.read_timeout(ANSWER_LIMIT).try_header("Content-Type", STREAM)?;
                 Ok::<_, attohttpc::Error>(match &SETTINGS.secret {
                     Some(secret) => builder.bearer_auth(secret),
@@ -3260,10 +3221,10 @@ mod relay {
             let Ok(answers) = request(&host, "answers").and_then(|it| it.send()) else { return true };
             let (status, headers, reader) = answers.split();
             if headers.get("Content-Type").is_none_or(|it| it != STREAM) {
-                if status == StatusCode::FORBIDDEN && own().is_some() {
+                if status == StatusCode::FORBIDDEN {
                     say(&format!("node {} is of another store: its SECRET is another one", self.address));
                 }
-                return false;
+                return own().is_some();
             }
             let (peer, of) = (self.clone(), stream.clone());
             if thread::Builder::new().spawn(move || peer.read_answers(&of, reader)).is_ok() {
@@ -3273,13 +3234,14 @@ mod relay {
             true
         }
 
-        /// What the thread of a stream does while the stream lives: it writes what the coroutines leave to it, and gives signs
-        /// of life. Returns when the stream has ended, or nothing was asked for a while.
+        /// What the thread of a stream does while the stream lives: it writes what the coroutines leave to it, and signs of
+        /// life. Returns when the stream has ended, or nothing was asked for a while.
         fn attend(self: &Arc<Peer>, stream: &Arc<Stream>) {
             let mut wrote = Instant::now();
             let mut traffic = lock(&self.traffic);
+            stream.was_open.store(true, SeqCst);
             traffic.stream = State::Open(stream.clone());
-            (traffic.takes_streams, traffic.writer, traffic.heard) = (true, Writer::Thread, Instant::now());
+            (traffic.writer, traffic.heard) = (Writer::Thread, Some(wrote));
             while traffic.is_open(stream) {
                 if traffic.writer == Writer::Thread {
                     drop(traffic);
@@ -3289,27 +3251,24 @@ mod relay {
                 }
                 let waits = |traffic: &mut Traffic| traffic.writer != Writer::Thread && traffic.is_open(stream);
                 let waited = self.wake.wait_timeout_while(traffic, REST, waits);
-                let (guard, result) = waited.unwrap_or_else(PoisonError::into_inner);
-                traffic = guard;
-                if result.timed_out() && traffic.writer == Writer::Nobody {
-                    if traffic.unanswered.is_empty() && traffic.used.elapsed() > REST {
-                        return;
-                    } else if wrote.elapsed() > IDLE_LIMIT / 4 {
-                        // As any other connection, this one would be closed if nothing came for long.
-                        wrote = Instant::now();
-                        traffic.outbox.push(NO_NUMBER, Vec::new());
-                        traffic.writer = Writer::Thread;
-                    }
+                traffic = waited.unwrap_or_else(PoisonError::into_inner).0;
+                if traffic.waiters.is_empty() && traffic.asked.is_none_or(|asked| asked.elapsed() > REST) {
+                    traffic.close();
+                } else if traffic.writer == Writer::Nobody && wrote.elapsed() > IDLE_LIMIT / 4 {
+                    // As any other connection, this one would be closed if nothing came for long.
+                    wrote = Instant::now();
+                    traffic.outbox.push(NO_NUMBER, Vec::new());
+                    traffic.writer = Writer::Thread;
                 }
             }
         }
 
         /// Writes what is queued until nothing is. A coroutine leaves to the thread what could block it.
-        fn write_queue(self: &Arc<Peer>, stream: &Stream, writer: Writer) {
+        fn write_queue(self: &Arc<Peer>, stream: &Arc<Stream>, writer: Writer) {
             let mut traffic = lock(&self.traffic);
             while traffic.is_open(stream) {
                 traffic.fill_outbox();
-                if writer == Writer::Coroutine && (traffic.bytes > MAX_UNANSWERED || traffic.outbox.has_large()) {
+                if writer == Writer::Coroutine && (traffic.unanswered > MAX_UNANSWERED || traffic.outbox.has_large()) {
                     traffic.writer = Writer::Thread;
                     self.wake.notify_all();
                     return;
@@ -3328,54 +3287,46 @@ mod relay {
         }
 
         /// Hands on the answers that come on a stream, as long as any come.
-        fn read_answers(self: Arc<Peer>, stream: &Stream, mut reader: impl Read) {
-            let (mut inbox, mut buffer) = (Inbox::default(), vec![0; FRAME]);
-            while let Ok(count @ 1..) = reader.read(&mut buffer) {
-                let (mut answers, mut fits) = (Vec::new(), true);
-                let is_stream =
+        fn read_answers(self: Arc<Peer>, stream: &Arc<Stream>, mut reader: impl Read) {
+            let (mut inbox, mut buffer, mut goes_on) = (Inbox::default(), vec![0; FRAME], true);
+            while goes_on && let Ok(count @ 1..) = reader.read(&mut buffer) {
+                let mut answers = Vec::new();
+                let are_frames =
                     inbox.take_in(&buffer[..count], |number, message| match postcard::from_bytes(message) {
                         Ok(answer) => answers.push((number, answer)),
-                        Err(_) => fits = false,
+                        Err(_) => goes_on = false,
                     });
+                goes_on &= are_frames;
                 self.hand_on(answers);
-                if !is_stream || !fits {
-                    break;
-                }
             }
             self.end_stream(stream);
         }
 
         fn hand_on(&self, answers: Vec<(u64, Answer)>) {
-            let mut answered = Vec::new();
             let mut traffic = lock(&self.traffic);
-            traffic.heard = Instant::now();
+            traffic.heard = Some(Instant::now());
+            let mut answered = Vec::new();
             for (number, answer) in answers {
-                let Some(entry) = traffic.unanswered.remove(&number) else { continue };
-                traffic.bytes -= entry.sent.min(traffic.bytes);
-                answered.extend(entry.claim.map(|claim| (claim, answer)));
+                if let Some(waiting) = traffic.waiters.remove(&number) {
+                    traffic.unanswered = traffic.unanswered.saturating_sub(waiting.sent);
+                    answered.push((waiting, answer));
+                }
             }
             drop(traffic);
-            let settle = |answered: Vec<(Claim, Answer)>| {
-                answered.into_iter().for_each(|(claim, answer)| claim.settle(answer));
-            };
+            let is_one = answered.len() < 2;
+            let settle = move || answered.into_iter().for_each(|(waiting, answer)| waiting.settle(answer));
             // To wake a coroutine takes a thread a system call, and a coroutine none: one wakes all the others.
-            match answered.len() {
-                0 | 1 => settle(answered),
-                _ => drop(may::go!(move || settle(answered))),
-            }
+            if is_one { settle() } else { drop(may::go!(settle)) }
         }
 
-        /// Ends a stream: what is under way on it has no answer, and what was not sent yet goes on the next one.
-        fn end_stream(self: &Arc<Peer>, stream: &Stream) {
+        fn end_stream(self: &Arc<Peer>, stream: &Arc<Stream>) {
             let mut traffic = lock(&self.traffic);
             if traffic.is_open(stream) {
-                traffic.stream = State::Closed;
-                (traffic.writer, traffic.outbox, traffic.bytes) = (Writer::Nobody, Outbox::default(), 0);
-                traffic.unanswered.retain(|_, entry| entry.sent == 0);
+                traffic.close();
                 self.wake.notify_all();
-                if !traffic.queue.is_empty() {
-                    self.dispatch(traffic);
-                }
+            }
+            if !traffic.queue.is_empty() {
+                self.dispatch(traffic);
             }
         }
 
@@ -3384,7 +3335,7 @@ mod relay {
             let is_there = |address: &SocketAddr| TcpStream::connect_timeout(address, LOOK_LIMIT).is_ok();
             let gone = !self.addresses().iter().any(is_there);
             let mut traffic = lock(&self.traffic);
-            (traffic.is_looked_for, traffic.heard) = (false, Instant::now());
+            (traffic.is_looked_for, traffic.heard) = (false, Some(Instant::now()));
             if gone {
                 traffic.give_up_queue();
                 drop(traffic);
@@ -3396,38 +3347,44 @@ mod relay {
 
         /// Takes requests to the peer, one at a time, until none is queued.
         fn send_plainly(self: Arc<Peer>) {
-            loop {
-                let mut traffic = lock(&self.traffic);
-                let next = if traffic.takes_streams { None } else { traffic.next() };
-                let Some((number, request, deadline)) = next else {
-                    traffic.threads -= 1;
-                    if !traffic.queue.is_empty() {
-                        self.dispatch(traffic);
-                    }
-                    return;
-                };
-                drop(traffic);
+            let mut traffic = lock(&self.traffic);
+            while !traffic.takes_streams
+                && let Some((number, request)) = traffic.queue.pop_front()
+            {
+                let Some(waiting) = traffic.waiters.get(&number) else { continue };
                 let began = Instant::now();
-                let limit = deadline.saturating_duration_since(began).min(ANSWER_LIMIT);
-                let fetched = catch_unwind(AssertUnwindSafe(|| {
+                let limit = waiting.deadline.saturating_duration_since(began).min(ANSWER_LIMIT);
+                drop(traffic);
+                // What only a stream can carry waits until it is known whether the peer takes them.
+                let needs_stream = request.needs_stream();
+                let sent = catch_unwind(AssertUnwindSafe(|| {
                     let host = self.host().ok_or(io::Error::from(HostUnreachable))?;
-                    request.send(&host, limit)
+                    if needs_stream { request.as_greeting().send(&host, limit) } else { request.send(&host, limit) }
                 }));
-                let mut traffic = lock(&self.traffic);
-                let entry = traffic.unanswered.remove(&number);
-                match fetched {
-                    Ok(Ok((answer, takes_streams, _connection))) => {
+                traffic = lock(&self.traffic);
+                let answer = match sent {
+                    Ok(Ok((answer, takes_streams))) => {
                         traffic.takes_streams |= takes_streams;
-                        drop(traffic);
-                        // The answer goes on before the connection is closed, which takes as long as opening it.
-                        if let Some(claim) = entry.and_then(|entry| entry.claim) {
-                            claim.settle(answer);
-                        }
+                        Some(answer)
                     }
                     // If there is no way to the peer at all, whatever else waits for it is told so as well.
-                    Ok(Err(error)) if is_no_way(&error) && began.elapsed() < limit => traffic.give_up_queue(),
-                    _ => {}
+                    Ok(Err(error)) if is_no_way(&error) && began.elapsed() < limit => {
+                        traffic.give_up_queue();
+                        None
+                    }
+                    _ => None,
+                };
+                if needs_stream && traffic.takes_streams {
+                    traffic.queue.push_front((number, request));
+                } else if let Some(waiting) = traffic.waiters.remove(&number)
+                    && let Some(answer) = answer.filter(|_| !needs_stream)
+                {
+                    waiting.settle(answer);
                 }
+            }
+            traffic.threads -= 1;
+            if !traffic.queue.is_empty() {
+                self.dispatch(traffic);
             }
         }
 
@@ -3465,18 +3422,19 @@ mod relay {
         /// Ends waiting that is in vain, and has a peer looked for that is silent. False if nobody waits.
         fn look_after(self: &Arc<Peer>, now: Instant) -> bool {
             let mut traffic = lock(&self.traffic);
-            let Traffic { unanswered, queue, .. } = &mut *traffic;
-            unanswered.values_mut().filter(|entry| entry.deadline < now).for_each(|entry| entry.claim = None);
-            unanswered.retain(|_, entry| entry.claim.is_some() || entry.sent > 0);
-            queue.retain(|(number, _)| unanswered.contains_key(number));
+            let Traffic { waiters, queue, unanswered, .. } = &mut *traffic;
+            for (_, waiting) in waiters.extract_if(|_, waiting| waiting.deadline < now) {
+                *unanswered = unanswered.saturating_sub(waiting.sent);
+            }
+            queue.retain(|(number, _)| waiters.contains_key(number));
             if let State::Open(stream) = &traffic.stream
                 && !traffic.is_looked_for
-                && now.saturating_duration_since(traffic.heard.max(traffic.used)) > SILENCE
+                && traffic.heard.max(traffic.asked).is_some_and(|at| now.saturating_duration_since(at) > SILENCE)
             {
                 let (peer, stream) = (self.clone(), stream.clone());
                 traffic.is_looked_for = thread::Builder::new().spawn(move || peer.look_for(stream)).is_ok();
             }
-            !traffic.unanswered.is_empty()
+            !traffic.waiters.is_empty()
         }
     }
 
@@ -3544,9 +3502,14 @@ mod relay {
             self.origin != Origin::Client || !is_path || !Url::parse(&url).is_ok_and(same)
         }
 
-        /// Sends the request to a host and reads the answer, of which status, `Content-Type`, `Allow` and body go on. With it
-        /// come whether the host takes streams, and the connection, to be closed when there is time.
-        pub fn send(&self, host: &str, limit: Duration) -> attohttpc::Result<(Answer, bool, impl Read + use<>)> {
+        /// What can be asked instead, to learn whether the peer takes streams.
+        fn as_greeting(&self) -> Request {
+            Request { verb: "GET".into(), target: "/kv-store".into(), via: self.via.clone(), ..Request::default() }
+        }
+
+        /// Sends the request to a host and reads the answer, of which status, `Content-Type`, `Allow` and body go on; and
+        /// whether the host takes streams.
+        pub fn send(&self, host: &str, limit: Duration) -> attohttpc::Result<(Answer, bool)> {
             // The limit is for the whole answer, however slowly it drips; it costs a thread.
             let mut builder = client(&self.verb, &self.url(host))?.read_timeout(limit).timeout(limit);
             if !self.via.is_empty() {
@@ -3566,7 +3529,7 @@ mod relay {
             let allow = value("Allow").map_or(String::new(), |verbs| format!("\r\nAllow: {verbs}"));
             let header = format!("Content-Type: {content_type}{allow}").into();
             let takes_streams = value("Accept-Post") == Some(STREAM);
-            Ok((Answer { status: status.as_u16(), header, body }, takes_streams, reader))
+            Ok((Answer { status: status.as_u16(), header, body }, takes_streams))
         }
     }
 }
@@ -3758,6 +3721,8 @@ struct Connection {
     taken: u64,
     /// Those that it had been handed when others last had their turn.
     rested: u64,
+    /// The most that was ever unsent.
+    most_unsent: u64,
     /// The last word is said. What the server still reads is not looked at.
     ended: bool,
     /// The client may still be sending when the connection is closed.
@@ -3824,7 +3789,18 @@ impl HttpServiceFactory for Server {
         connections.insert(id as RawFd, watched);
         drop(connections);
         let (unsent, lingers, relayed) = (VecDeque::new(), false, false);
-        Connection { socket, progress, unsent, handed: 0, taken: 0, rested: 0, ended: crowded, lingers, relayed }
+        Connection {
+            socket,
+            progress,
+            unsent,
+            handed: 0,
+            taken: 0,
+            rested: 0,
+            most_unsent: 0,
+            ended: crowded,
+            lingers,
+            relayed,
+        }
     }
 }
 
@@ -3926,6 +3902,7 @@ impl Connection {
             response.header(header);
         }
         response.body_vec(answer.body);
+        self.most_unsent = self.most_unsent.max(self.handed - self.taken);
         if self.handed - self.taken > 4 << 10 {
             self.forget_taken();
             self.progress.tell(self.handed, self.taken);
@@ -4043,6 +4020,8 @@ impl Drop for Connection {
         }
         lock(&CONNECTIONS).remove(&self.socket.as_raw_fd());
         self.progress.tell(0, 0);
+        // The buffers, the stack, and three times the answers: in the server's buffer, which doubles, and in our copies.
+        FREED.fetch_add((80 << 10) + 3 * self.most_unsent, SeqCst);
     }
 }
 
@@ -4074,7 +4053,6 @@ fn watch_connections() {
     let mut connections = lock(&CONNECTIONS);
     connections.iter_mut().for_each(|(fd, watched)| watched.look(borrow_socket(*fd)));
     close_greediest(&connections);
-    give_back_memory(connections.len());
     let is_awaited = |watched: &&Watched| !watched.is_quiet && watched.seen.is_multiple_of(2) || watched.unread() > 0;
     let awaited = connections.values().filter(is_awaited).count();
     drop(connections);
@@ -4092,14 +4070,16 @@ fn watch_connections() {
     thread::sleep(Duration::from_millis(5));
 }
 
-/// Gives the memory of connections that are gone back to the system, which the allocator would keep: 70 KiB each, and more.
-fn give_back_memory(connections: usize) {
-    static MOST: AtomicUsize = AtomicUsize::new(0);
-    if connections < MOST.load(SeqCst) / 2 {
-        MOST.store(connections, SeqCst);
-        return_memory();
+/// What connections that are gone had of memory, in bytes, by estimate: the allocator keeps it.
+static FREED: AtomicU64 = AtomicU64::new(0);
+
+/// Gives memory back to the system when there is much.
+fn give_back_memory() {
+    if FREED.load(SeqCst) > 16 << 20 {
+        FREED.store(0, SeqCst);
+        // SAFETY: malloc_trim has no preconditions.
+        unsafe { libc::malloc_trim(0) };
     }
-    MOST.fetch_max(connections, SeqCst);
 }
 
 /// Closes the connections with the most unread answers, while there are too many and their clients read nothing.
@@ -4107,18 +4087,16 @@ fn close_greediest(connections: &HashMap<RawFd, Watched>) {
     if UNREAD.load(SeqCst) < MAX_UNREAD {
         return;
     }
-    let mut greedy: Vec<(u64, RawFd, &Watched)> = connections.iter().map(|(fd, it)| (it.unread(), *fd, it)).collect();
-    greedy.retain(|(unread, _, watched)| *unread > 0 && !watched.progress.given_up.load(SeqCst));
-    let mut total: u64 = greedy.iter().map(|(unread, ..)| unread).sum();
-    greedy.retain(|(.., watched)| watched.moved.elapsed() > Duration::from_millis(300));
-    greedy.sort_unstable_by_key(|(unread, ..)| *unread);
+    let remains = |(_, watched): &(&RawFd, &Watched)| !watched.progress.given_up.load(SeqCst);
+    let is_stuck = |(_, watched): &(&RawFd, &Watched)| {
+        watched.unread() > 0 && watched.moved.elapsed() > Duration::from_millis(300)
+    };
     // Some room is made at once, for whoever waits for it.
-    while total > MAX_UNREAD / 2
-        && let Some((unread, fd, watched)) = greedy.pop()
-    {
-        total -= unread;
+    while connections.iter().filter(remains).map(|(_, watched)| watched.unread()).sum::<u64>() > MAX_UNREAD / 2 {
+        let stuck = connections.iter().filter(remains).filter(is_stuck);
+        let Some((fd, watched)) = stuck.max_by_key(|(_, watched)| watched.unread()) else { return };
         watched.progress.given_up.store(true, SeqCst);
-        let _ = borrow_socket(fd).shutdown(Shutdown::Both);
+        let _ = borrow_socket(*fd).shutdown(Shutdown::Both);
     }
 }
 
@@ -4228,12 +4206,6 @@ fn info(socket: &TcpStream) -> Option<libc::tcp_info> {
     }
 }
 
-/// Has the allocator give what is free back to the system.
-fn return_memory() {
-    // SAFETY: malloc_trim has no preconditions.
-    unsafe { libc::malloc_trim(0) };
-}
-
 /// How many bytes the kernel was given to send: those that were acknowledged, and those that it still has. The two are asked
 /// one after the other, until nothing was acknowledged in between. (`tcpi_bytes_sent` counts what this host itself drops.)
 fn given(socket: &TcpStream) -> Option<u64> {
@@ -4332,6 +4304,7 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
     // Without /dev/null, stderr stays what it is.
     let _ = keep_stderr();
     repeat(Duration::ZERO, watch_connections);
+    repeat(Duration::from_secs(1), give_back_memory);
     repeat(Duration::from_millis(100), relay::watch_peers);
     let _ = server.join();
     fail(1, &format!("IP={} PORT={}: expected to go on listening, but the server ended", listen.ip(), listen.port()))
@@ -4348,43 +4321,33 @@ fn repeat(pause: Duration, work: fn()) {
     });
 }
 
-/// Where lines for stderr go once the instance serves: a thread writes them, and nobody else waits for who reads stderr.
-static LINES: OnceLock<SyncSender<String>> = OnceLock::new();
+/// What stderr was when the instance began to serve.
+static STDERR: OnceLock<File> = OnceLock::new();
 
 /// Writes a line to stderr. The program goes on if it cannot, where eprintln! would not.
 fn say(line: &str) {
     let line = format!("kv-store: {}\n", line.replace('\n', "\\n"));
-    match LINES.get() {
-        // More than so many lines that nobody reads are lost.
-        Some(lines) => drop(lines.try_send(line)),
-        None => drop(io::stderr().write_all(line.as_bytes())),
-    }
+    let _ = match STDERR.get() {
+        Some(mut stderr) => stderr.write_all(line.as_bytes()),
+        None => io::stderr().write_all(line.as_bytes()),
+    };
 }
 
-/// Takes stderr away from the server, which writes a line there for each malformed request, and stands still when nobody reads
-/// them. From here on it is a thread's.
+/// Takes stderr away from the server, which writes a line there for each malformed request; and has what this program writes
+/// there get lost where nobody reads it, or both would stand still. (To open it anew makes only our own writes give up.)
 fn keep_stderr() -> io::Result<()> {
-    let mut stderr = File::from(io::stderr().as_fd().try_clone_to_owned()?);
     let nowhere = File::options().write(true).open("/dev/null")?;
+    let anew = File::options().append(true).custom_flags(libc::O_NONBLOCK).open("/proc/self/fd/2");
+    let stderr = anew.or_else(|_| io::stderr().as_fd().try_clone_to_owned().map(File::from))?;
+    STDERR.get_or_init(|| stderr);
     // SAFETY: both descriptors are open.
     unsafe { libc::dup2(nowhere.as_raw_fd(), libc::STDERR_FILENO) };
-    let (sender, lines) = sync_channel::<String>(1000);
-    let _ = LINES.set(sender);
-    thread::Builder::new().spawn(move || {
-        for line in lines {
-            let _ = stderr.write_all(line.as_bytes());
-        }
-    })?;
     std::panic::set_hook(Box::new(|panic| say(&panic.to_string())));
     Ok(())
 }
 
 fn fail(status: i32, line: &str) -> ! {
     say(line);
-    if LINES.get().is_some() {
-        // The thread that writes it needs a moment.
-        thread::sleep(Duration::from_millis(100));
-    }
     exit(status)
 }
 
