@@ -17,13 +17,13 @@
 //! decided is `Node::place`; where a key changes hands is `Node::adopt` (who gives stops answering), `fetch` (who gets asks
 //! for it) and `Node::arrived` (who gets begins to answer).
 //!
-//! may's workers run each connection as a coroutine and must never block. What blocks has threads of its own: the lanes of
-//! the relay (the HTTP client blocks; a coroutine that waits for a lane holds no worker), the watches over connections and
-//! over the relay's lines, and in a node the one that keeps in touch with the others.
+//! may's workers run each connection as a coroutine and must never block. What blocks has threads of its own: the HTTP client
+//! (two threads for each stream to another instance; a coroutine that waits for an answer holds no worker), the watches over
+//! connections and over what waits for other instances, and in a node the one that keeps in touch with the others.
 
 use std::borrow::Cow;
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap, VecDeque};
 use std::fmt::{self, Display, Formatter};
 use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
@@ -44,6 +44,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use attohttpc::body::{Body, BodyKind};
+use attohttpc::header::HeaderValue;
 use attohttpc::{ErrorKind, Method, ProxySettings, RequestBuilder, StatusCode};
 use hashbrown::hash_table::{Entry, HashTable};
 use httpdate::HttpDate;
@@ -55,6 +56,7 @@ use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 use serde_json::value::RawValue;
 use siphasher::sip::SipHasher24;
+use siphasher::sip128;
 use subtle::ConstantTimeEq;
 use triomphe::ThinArc;
 use url::{Position as Part, Url};
@@ -889,7 +891,8 @@ fn begin(request: Request) -> Result<Answer, Work> {
             Err(Box::new(move || {
                 let verb = request.verb.clone();
                 let down = || Outcome::MainDown.answer(vocabulary, &verb);
-                Peer::at(main).relay(request, PATIENCE).unwrap_or_else(down)
+                let patience = if request.is_view_change() { CHANGE_LIMIT } else { PATIENCE };
+                Peer::at(main).relay(request, patience).unwrap_or_else(down)
             }))
         }
         (_, Resource::Key(key)) => {
@@ -988,7 +991,7 @@ fn wanted_view(body: &[u8]) -> Result<(Vec<String>, bool), Outcome> {
         (Err(reason), _) => Err(invalid(reason)),
         (Ok(view), "true") => Ok((view, true)),
         (Ok(view), "false" | "null") => Ok((view, false)),
-        (_, force) => Err(invalid(format!("force is {force}, neither true nor false"))),
+        _ => Err(invalid("force is neither true nor false".into())),
     }
 }
 
@@ -2040,7 +2043,7 @@ mod protocol {
         /// Takes messages to nodes, side by side; None for each that was not answered in time.
         fn deliver(&self, envelopes: Vec<Envelope>) -> impl Future<Output = Vec<Option<(Status, Reply)>>>;
         /// Takes a client's request to the node that owns its key.
-        fn relay(&self, node: &str, request: Request) -> impl Future<Output = Option<Answer>>;
+        fn relay(&self, node: &str, request: Request, patience: Duration) -> impl Future<Output = Option<Answer>>;
         fn sleep(&self, time: Duration) -> impl Future<Output = ()>;
         fn spawn(&self, activity: Activity);
     }
@@ -2134,7 +2137,7 @@ mod protocol {
             }
             match place {
                 Place::Node(_) if request.origin != Origin::Client => return say(Outcome::Elsewhere),
-                Place::Node(owner) => match pass_on(world, &owner, request).await {
+                Place::Node(owner) => match pass_on(world, &owner, request, deadline).await {
                     // Its table is not ours: one of us learns which is newer.
                     Some(answer) if answer.status == 421 => {
                         ask_one(world, &owner, Message::Meet).await;
@@ -2160,9 +2163,10 @@ mod protocol {
     }
 
     /// Takes a client's request to another node of the store.
-    async fn pass_on(world: &impl World, node: &str, request: &Request) -> Option<Answer> {
-        let origin = Origin::Node(world.with(|node| node.store().unwrap_or_default()));
-        world.relay(node, Request { origin, ..request.clone() }).await
+    async fn pass_on(world: &impl World, node: &str, request: &Request, deadline: Duration) -> Option<Answer> {
+        let (store, now) = world.with(|node| (node.store().unwrap_or_default(), node.now));
+        let request = Request { origin: Origin::Node(store), ..request.clone() };
+        world.relay(node, request, deadline.saturating_sub(now)).await
     }
 
     /// Waits until this node may go by its table. The error names a node that it waits for.
@@ -2284,7 +2288,9 @@ mod protocol {
             return say(outcome);
         }
         if let Some(node) = better_coordinator(world, view).await {
-            return match pass_on(world, &node, request).await {
+            // It may take as long as it takes.
+            let deadline = world.with(|node| node.now) + CHANGE_LIMIT;
+            return match pass_on(world, &node, request, deadline).await {
                 Some(answer) => answer,
                 // It may be there, and have passed the request back, since the view is changing.
                 None if ask_one(world, &node, Message::Meet).await.is_some() => say(Outcome::ChangeUnderWay),
@@ -2740,8 +2746,7 @@ impl World for Live {
         answers
     }
 
-    async fn relay(&self, node: &str, request: Request) -> Option<Answer> {
-        let patience = if request.is_view_change() { CHANGE_LIMIT } else { PATIENCE };
+    async fn relay(&self, node: &str, request: Request, patience: Duration) -> Option<Answer> {
         Peer::at(node).relay(request, patience)
     }
 
@@ -2809,6 +2814,16 @@ mod streams {
     pub const SIGN_OF_LIFE: Duration = Duration::from_millis(400);
     pub const NO_NUMBER: u64 = 0;
 
+    /// Proves to the other end of a stream that this one knows the secret, without telling it: any client can have a node open a
+    /// stream to anywhere, by naming it in a view. The proof is good for this stream and this `purpose`: the address of the node
+    /// that is asked, or its answers. (SipHash is made to be a code for messages under a secret key.)
+    pub fn proof(id: &str, purpose: &str) -> Option<String> {
+        let secret = SETTINGS.secret.as_ref()?;
+        let key = sip128::SipHasher24::new().hash(secret.as_bytes());
+        let code = sip128::SipHasher24::new_with_keys(key.h1, key.h2).hash(format!("{id} {purpose}").as_bytes());
+        Some(format!("{:032x}", code.as_u128()))
+    }
+
     /// What is to be written on a stream: messages, and in between, one after the other, the large ones in pieces.
     #[derive(Default)]
     pub struct Outbox {
@@ -2829,6 +2844,11 @@ mod streams {
 
         pub fn has_large(&self) -> bool {
             !self.large.is_empty()
+        }
+
+        /// How many bytes are to be written.
+        pub fn length(&self) -> u64 {
+            (self.frames.len() + self.large.iter().map(|(_, message)| message.len()).sum::<usize>()) as u64
         }
 
         pub fn is_full(&self) -> bool {
@@ -3029,6 +3049,7 @@ mod relay {
     struct Stream {
         pipe: Mutex<Option<*mut dyn Write>>,
         was_open: AtomicBool,
+        has_ended: AtomicBool,
     }
 
     // SAFETY: the pointer is used under the mutex only, and taken out under it before what it points to is gone. That is a
@@ -3110,9 +3131,11 @@ mod relay {
             }
         }
 
-        /// Closes the stream: what is under way on it gets no answer, and what was not sent yet goes on the next one.
+        /// Closes the stream: what was given to it gets no answer, and what is still queued goes on the next one.
         fn close(&mut self) {
-            self.stream = State::Closed;
+            if let State::Open(stream) = std::mem::take(&mut self.stream) {
+                stream.has_ended.store(true, SeqCst);
+            }
             self.writer = Writer::Nobody;
             self.outbox = Outbox::default();
             self.unanswered = 0;
@@ -3173,12 +3196,14 @@ mod relay {
                     traffic.stream = State::Opening;
                     if thread::Builder::new().spawn(move || peer.run_stream()).is_err() {
                         traffic.stream = State::Closed;
+                        traffic.give_up_queue();
                     }
                 }
                 State::Closed if traffic.threads < MAX_THREADS => {
                     traffic.threads += 1;
                     if thread::Builder::new().spawn(move || peer.send_plainly()).is_err() {
                         traffic.threads -= 1;
+                        traffic.give_up_queue();
                     }
                 }
                 _ => {}
@@ -3197,7 +3222,7 @@ mod relay {
             if !stream.was_open.load(SeqCst) {
                 traffic.stream = State::Closed;
                 traffic.takes_streams = takes_streams;
-                if takes_streams || own().is_some() {
+                if takes_streams {
                     traffic.give_up_queue();
                 }
                 let left = traffic.queue.len();
@@ -3208,22 +3233,25 @@ mod relay {
 
         /// Opens a stream and keeps it open as long as it lives. False is a peer that answers, but takes none.
         fn open(self: &Arc<Peer>, stream: &Arc<Stream>) -> bool {
-            let id = RandomState::new().hash_one(0);
+            let id = format!("{:016x}", RandomState::new().hash_one(0));
             let request = |host: &str, part: &str| {
-                let url = format!("http://{host}/kv-store?{part}={id:016x}");
+                let url = format!("http://{host}/kv-store?{part}={id}");
                 let builder = client("POST", &url)?.read_timeout(ANSWER_LIMIT).try_header("Content-Type", STREAM)?;
-                Ok::<_, attohttpc::Error>(match &SETTINGS.secret {
-                    Some(secret) => builder.bearer_auth(secret),
+                Ok::<_, attohttpc::Error>(match proof(&id, &self.address) {
+                    Some(proof) => builder.bearer_auth(proof),
                     None => builder,
                 })
             };
             let Some(host) = self.host() else { return true };
             let Ok(answers) = request(&host, "answers").and_then(|it| it.send()) else { return true };
             let (status, headers, reader) = answers.split();
-            if headers.get("Content-Type").is_none_or(|it| it != STREAM) {
-                if status == StatusCode::FORBIDDEN {
-                    say(&format!("node {} is of another store: its SECRET is another one", self.address));
-                }
+            let proven = headers.get("Authentication-Info").map_or("".as_bytes(), HeaderValue::as_bytes);
+            let is_proven = proof(&id, "answers").is_none_or(|proof| proven.ct_eq(proof.as_bytes()).into());
+            let takes_streams = headers.get("Content-Type").is_some_and(|it| it == STREAM);
+            if status == StatusCode::FORBIDDEN || takes_streams && !is_proven {
+                say(&format!("node {} is of another store: its SECRET is another one", self.address));
+            }
+            if !takes_streams || !is_proven {
                 return own().is_some();
             }
             let (peer, of) = (self.clone(), stream.clone());
@@ -3239,6 +3267,10 @@ mod relay {
         fn attend(self: &Arc<Peer>, stream: &Arc<Stream>) {
             let mut wrote = Instant::now();
             let mut traffic = lock(&self.traffic);
+            if stream.has_ended.load(SeqCst) {
+                // Its answers broke off before it was open.
+                return;
+            }
             stream.was_open.store(true, SeqCst);
             traffic.stream = State::Open(stream.clone());
             (traffic.writer, traffic.heard) = (Writer::Thread, Some(wrote));
@@ -3289,7 +3321,10 @@ mod relay {
         /// Hands on the answers that come on a stream, as long as any come.
         fn read_answers(self: Arc<Peer>, stream: &Arc<Stream>, mut reader: impl Read) {
             let (mut inbox, mut buffer, mut goes_on) = (Inbox::default(), vec![0; FRAME], true);
-            while goes_on && let Ok(count @ 1..) = reader.read(&mut buffer) {
+            while goes_on
+                && !stream.has_ended.load(SeqCst)
+                && let Ok(count @ 1..) = reader.read(&mut buffer)
+            {
                 let mut answers = Vec::new();
                 let are_frames =
                     inbox.take_in(&buffer[..count], |number, message| match postcard::from_bytes(message) {
@@ -3299,6 +3334,7 @@ mod relay {
                 goes_on &= are_frames;
                 self.hand_on(answers);
             }
+            stream.has_ended.store(true, SeqCst);
             self.end_stream(stream);
         }
 
@@ -3336,10 +3372,10 @@ mod relay {
             let gone = !self.addresses().iter().any(is_there);
             let mut traffic = lock(&self.traffic);
             (traffic.is_looked_for, traffic.heard) = (false, Some(Instant::now()));
-            if gone {
+            if gone && traffic.is_open(&stream) {
                 traffic.give_up_queue();
-                drop(traffic);
-                self.end_stream(&stream);
+                traffic.close();
+                self.wake.notify_all();
             }
         }
 
@@ -3429,7 +3465,7 @@ mod relay {
             queue.retain(|(number, _)| waiters.contains_key(number));
             if let State::Open(stream) = &traffic.stream
                 && !traffic.is_looked_for
-                && traffic.heard.max(traffic.asked).is_some_and(|at| now.saturating_duration_since(at) > SILENCE)
+                && traffic.heard.is_some_and(|heard| now.saturating_duration_since(heard) > SILENCE)
             {
                 let (peer, stream) = (self.clone(), stream.clone());
                 traffic.is_looked_for = thread::Builder::new().spawn(move || peer.look_for(stream)).is_ok();
@@ -3518,11 +3554,12 @@ mod relay {
             if !self.content_type.is_empty() {
                 builder = builder.try_header("Content-Type", &self.content_type)?;
             }
-            let (status, headers, mut reader) = builder.bytes(&self.body).send()?.split();
+            let (status, headers, reader) = builder.bytes(&self.body).send()?.split();
             let value = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
             let mut body = Vec::new();
-            let length = reader.by_ref().take(MAX_ANSWER).read_to_end(&mut body)?;
-            if value("Content-Length").is_some_and(|expected| expected.parse() != Ok(length)) {
+            let length = reader.take(MAX_ANSWER).read_to_end(&mut body)?;
+            let is_cut = value("Content-Length").is_some_and(|expected| expected.parse() != Ok(length));
+            if is_cut || length as u64 == MAX_ANSWER {
                 return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
             }
             let content_type = value("Content-Type").unwrap_or("application/octet-stream");
@@ -3542,13 +3579,17 @@ mod answering {
 
     use super::*;
 
-    /// So many requests of a stream may take their time side by side: each has a stack.
-    const MAX_WORK: u32 = 10_000;
+    /// So many requests of all streams may take their time side by side, since each has a stack. What is more holds its stream up.
+    const MAX_WORK: u32 = 2000;
+    static WORK: AtomicU32 = AtomicU32::new(0);
     /// The connection that asks comes within this time, or the other one is closed.
     const OPENING_LIMIT: Duration = Duration::from_secs(5);
+    /// After so many bytes of questions, others have their turn (see `TURN`).
+    const QUESTIONS: usize = 64 << 10;
     /// As long may it take to write, to whoever does not read.
     const WRITE_LIMIT: Duration = Duration::from_secs(10);
 
+    /// Those whose connection for the answers has come, and the other not yet.
     static STREAMS: LazyLock<Mutex<HashMap<String, Arc<Asked>>>> = LazyLock::new(Default::default);
 
     struct Asked {
@@ -3560,8 +3601,6 @@ mod answering {
         /// The connection for what is asked has come.
         is_open: AtomicBool,
         has_ended: AtomicBool,
-        /// How many requests take their time.
-        work: AtomicU32,
     }
 
     #[derive(Default)]
@@ -3619,15 +3658,18 @@ mod answering {
             if request.origin != Origin::Client && !knows_secret {
                 return self.push(number, &Outcome::NotOfStore.answer(Vocabulary::Form, "POST"));
             }
-            match begin(request) {
+            let in_vain = |_| Outcome::MainDown.answer(Vocabulary::Form, "GET");
+            // A panic must not leave whoever asked without an answer.
+            match catch_unwind(|| begin(request)).unwrap_or_else(|panic| Ok(in_vain(panic))) {
                 Ok(answer) => self.push(number, &answer),
-                Err(work) if self.work.load(SeqCst) >= MAX_WORK => self.push(number, &work()),
+                Err(work) if WORK.load(SeqCst) >= MAX_WORK => self.push(number, &work()),
                 Err(work) => {
                     let stream = self.clone();
-                    stream.work.fetch_add(1, SeqCst);
+                    WORK.fetch_add(1, SeqCst);
                     may::go!(move || {
-                        stream.push(number, &work());
-                        stream.work.fetch_sub(1, SeqCst);
+                        let answer = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(in_vain);
+                        WORK.fetch_sub(1, SeqCst);
+                        stream.push(number, &answer);
                         stream.flush();
                     });
                 }
@@ -3644,14 +3686,12 @@ mod answering {
             waiter: Blocker::new(false),
             is_open: AtomicBool::new(false),
             has_ended: AtomicBool::new(false),
-            work: AtomicU32::new(0),
         });
-        if lock(&STREAMS).contains_key(id) {
-            return;
-        }
+        // Whoever takes a number that is taken already cuts off the other: it is a random one.
         lock(&STREAMS).insert(id.to_owned(), stream.clone());
         // Without a length, the body ends with the connection (RFC 9112 section 6.3).
-        let head = format!("HTTP/1.1 200 OK\r\nServer: M\r\nContent-Type: {STREAM}\r\n{CLOSE}\r\n");
+        let proof = proof(id, "answers").map_or(String::new(), |proof| format!("Authentication-Info: {proof}\r\n"));
+        let head = format!("HTTP/1.1 200 OK\r\nServer: M\r\nContent-Type: {STREAM}\r\n{proof}{CLOSE}\r\n");
         if stream.write(head.as_bytes()).is_err() {
             stream.end();
         }
@@ -3662,14 +3702,15 @@ mod answering {
             stream.flush();
         }
         stream.end();
-        lock(&STREAMS).remove(id);
+        lock(&STREAMS).retain(|_, waiting| !Arc::ptr_eq(waiting, &stream));
     }
 
     /// Takes what is asked on a stream, until it ends.
     pub fn take_questions(id: &str, mut body: BodyReader, socket: &TcpStream, knows_secret: bool) {
-        let stream = lock(&STREAMS).get(id).cloned();
-        if let Some(stream) = stream.filter(|stream| !stream.is_open.swap(true, SeqCst)) {
-            let (mut inbox, mut goes_on) = (Inbox::default(), true);
+        let stream = lock(&STREAMS).remove(id);
+        if let Some(stream) = stream {
+            stream.is_open.store(true, SeqCst);
+            let (mut inbox, mut goes_on, mut served) = (Inbox::default(), true, 0);
             while goes_on && !stream.has_ended.load(SeqCst) {
                 let Some(arrived) = body.fill_buf().ok().filter(|bytes| !bytes.is_empty()) else { break };
                 let count = arrived.len();
@@ -3680,6 +3721,15 @@ mod answering {
                 goes_on &= are_frames;
                 body.consume(count);
                 stream.flush();
+                served += count;
+                if served > QUESTIONS {
+                    served = 0;
+                    may::coroutine::sleep(Duration::from_micros(1));
+                }
+                // Who does not read answers is not asked for more questions.
+                while lock(&stream.outgoing).outbox.length() > MAX_UNSENT && !stream.has_ended.load(SeqCst) {
+                    may::coroutine::sleep(Duration::from_millis(1));
+                }
                 // The client does not set TCP_NODELAY: its next small write leaves when this one is acknowledged, which may take
                 // 40 ms where nothing goes back on a connection.
                 let _ = socket2::SockRef::from(socket).set_quickack(true);
@@ -3690,13 +3740,13 @@ mod answering {
         let _ = socket.shutdown(Shutdown::Both);
     }
 
-    /// Whether who opens a stream knows what the nodes of this store share (sent as RFC 6750, section 2.1, says). An error is one
-    /// who gives another secret. Comparing takes as long whatever is given.
-    pub fn knows_secret(parsed: &Parsed) -> Result<bool, Outcome> {
-        let Some(secret) = &SETTINGS.secret else { return Ok(true) };
+    /// Whether who opens a stream proves (in the form of RFC 6750 section 2.1) that it knows what the nodes of this store share. An
+    /// error is a proof that is none. Comparing takes as long whatever is given.
+    pub fn knows_secret(parsed: &Parsed, id: &str) -> Result<bool, Outcome> {
+        let Some(proof) = proof(id, own().unwrap_or_default()) else { return Ok(true) };
         let mut given = parsed.headers().iter().filter(|header| header.name.eq_ignore_ascii_case("Authorization"));
         let Some(given) = given.next() else { return Ok(false) };
-        let is_same: bool = given.value.ct_eq(format!("Bearer {secret}").as_bytes()).into();
+        let is_same: bool = given.value.ct_eq(format!("Bearer {proof}").as_bytes()).into();
         if is_same { Ok(true) } else { Err(Outcome::NotOfStore) }
     }
 }
@@ -3782,7 +3832,7 @@ impl HttpServiceFactory for Server {
             since: now,
             received: Some(0),
             head: 0,
-            given: 0,
+            acknowledged: 0,
             moved: now,
             is_quiet: true,
         };
@@ -3849,6 +3899,9 @@ impl Connection {
         self.progress.answering.store(false, SeqCst);
         // The server takes only headers that live forever: those of a foreign main instance go out as a last word. And it
         // would collect answers without end for a client that does not read them.
+        if self.handed - self.taken > MAX_UNSENT {
+            self.forget_taken();
+        }
         let unfit = matches!(answer.header, Cow::Owned(_)) || self.handed - self.taken > MAX_UNSENT;
         if framing.closing || framing.is_head || unfit {
             self.lingers = !framing.closing;
@@ -3860,12 +3913,14 @@ impl Connection {
 
     /// Is one of the two connections of a stream, as long as that lives.
     fn serve_stream(&mut self, request: &Request, parsed: Parsed) {
-        let knows_secret = match answering::knows_secret(&parsed) {
+        let part = request.target.strip_prefix("/kv-store?").and_then(|query| query.split_once('='));
+        let knows_secret = match answering::knows_secret(&parsed, part.map_or("", |(_, id)| id)) {
             Ok(knows) => knows,
             Err(refusal) => return self.refuse(refusal.answer(Vocabulary::Form, "POST")),
         };
-        let part = request.target.strip_prefix("/kv-store?").and_then(|query| query.split_once('='));
         match part {
+            // Pipelined after something else, it would overtake the answer to that.
+            _ if self.handed > 0 => return self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "POST")),
             Some(("answers", id)) if id.len() <= 16 => {
                 self.progress.answering.store(true, SeqCst);
                 answering::carry_answers(id, &self.socket);
@@ -3887,7 +3942,7 @@ impl Connection {
             reader.consume(count);
             (taken, reads) = (taken + count, reads + 1);
         }
-        if reads > 1 {
+        if reads > 0 {
             signal_again(&self.socket);
         }
         taken == length
@@ -3975,7 +4030,8 @@ impl Connection {
         let sent = send_held(&self.socket, bytes).unwrap_or(0);
         if sent < bytes.len() {
             self.progress.tell(self.handed, self.handed - (bytes.len() - sent) as u64);
-            let _ = waiting_stream(&self.socket, IDLE_LIMIT).and_then(|mut stream| stream.write_all(&bytes[sent..]));
+            // The kernel asks for more only when a third of its buffer is free, which may take a slow reader minutes.
+            let _ = waiting_stream(&self.socket, CHANGE_LIMIT).and_then(|mut stream| stream.write_all(&bytes[sent..]));
         }
     }
 
@@ -3999,7 +4055,10 @@ impl Drop for Connection {
         // The server does not look at what it read if it came together with the end of the stream (which counts as a byte).
         let received = info.map_or(0, |info| info.tcpi_bytes_received);
         let unheard = received > 1 && self.progress.calls.load(SeqCst) == 1;
-        if self.ended || !info.is_some_and(|info| [ESTABLISHED, CLOSE_WAIT].contains(&info.tcpi_state)) {
+        if self.ended
+            || thread::panicking()
+            || !info.is_some_and(|info| [ESTABLISHED, CLOSE_WAIT].contains(&info.tcpi_state))
+        {
             // Nothing can be sent any more.
         } else if !left {
             self.refuse(Outcome::Unparsed.answer(Vocabulary::Form, "GET"));
@@ -4034,8 +4093,8 @@ struct Watched {
     /// What had been received at the last look, and since they stay the same: the head of a request.
     received: Option<u64>,
     head: u64,
-    /// How many bytes of answers the kernel had at the last look, and since when.
-    given: u64,
+    /// How many bytes of answers the client had at the last look, and since when.
+    acknowledged: u64,
     moved: Instant,
     /// Nothing came lately, and what comes is reported.
     is_quiet: bool,
@@ -4075,7 +4134,7 @@ static FREED: AtomicU64 = AtomicU64::new(0);
 
 /// Gives memory back to the system when there is much.
 fn give_back_memory() {
-    if FREED.load(SeqCst) > 16 << 20 {
+    if FREED.load(SeqCst) > 48 << 20 {
         FREED.store(0, SeqCst);
         // SAFETY: malloc_trim has no preconditions.
         unsafe { libc::malloc_trim(0) };
@@ -4087,16 +4146,17 @@ fn close_greediest(connections: &HashMap<RawFd, Watched>) {
     if UNREAD.load(SeqCst) < MAX_UNREAD {
         return;
     }
-    let remains = |(_, watched): &(&RawFd, &Watched)| !watched.progress.given_up.load(SeqCst);
-    let is_stuck = |(_, watched): &(&RawFd, &Watched)| {
-        watched.unread() > 0 && watched.moved.elapsed() > Duration::from_millis(300)
-    };
+    let remaining = connections.iter().filter(|(_, watched)| !watched.progress.given_up.load(SeqCst));
+    let mut total: u64 = remaining.clone().map(|(_, watched)| watched.unread()).sum();
+    let stuck = remaining.filter(|(_, watched)| watched.moved.elapsed() > Duration::from_millis(300));
+    let mut stuck: BinaryHeap<(u64, RawFd)> = stuck.map(|(fd, watched)| (watched.unread(), *fd)).collect();
     // Some room is made at once, for whoever waits for it.
-    while connections.iter().filter(remains).map(|(_, watched)| watched.unread()).sum::<u64>() > MAX_UNREAD / 2 {
-        let stuck = connections.iter().filter(remains).filter(is_stuck);
-        let Some((fd, watched)) = stuck.max_by_key(|(_, watched)| watched.unread()) else { return };
-        watched.progress.given_up.store(true, SeqCst);
-        let _ = borrow_socket(*fd).shutdown(Shutdown::Both);
+    while total > MAX_UNREAD / 2
+        && let Some((unread @ 1.., fd)) = stuck.pop()
+    {
+        total = total.saturating_sub(unread);
+        connections[&fd].progress.given_up.store(true, SeqCst);
+        let _ = borrow_socket(fd).shutdown(Shutdown::Both);
     }
 }
 
@@ -4119,8 +4179,8 @@ impl Watched {
         }
         let Some(info) = info(&socket) else { return };
         let (given, handed) = (given(&socket).unwrap_or(0), self.progress.handed.load(SeqCst));
-        if given != self.given {
-            (self.given, self.moved) = (given, Instant::now());
+        if info.tcpi_bytes_acked != self.acknowledged {
+            (self.acknowledged, self.moved) = (info.tcpi_bytes_acked, Instant::now());
         }
         let limit = IDLE_LIMIT.as_millis() as u32;
         let sending = info.tcpi_notsent_bytes + info.tcpi_unacked > 0 && info.tcpi_last_ack_recv < limit;
@@ -4141,10 +4201,12 @@ impl Watched {
         }
         self.head += before.map_or(0, |before| info.tcpi_bytes_received - before);
         if !in_call && self.head > MAX_HEAD as u64 + unread {
-            // The server has nothing to send here, so this answer is in nobody's way.
             let mut refusal = Vec::new();
             Outcome::BadRequest.answer(Vocabulary::Form, "GET").write(&mut refusal, CLOSE, false);
-            let _ = send_held(&socket, &refusal);
+            if self.unread() == 0 {
+                // The server has nothing to send here, so this answer is in nobody's way.
+                let _ = send_held(&socket, &refusal);
+            }
         } else if !overdue || sending || receiving {
             return;
         }
@@ -4661,7 +4723,7 @@ mod simulation {
             answers
         }
 
-        async fn relay(&self, node: &str, request: Request) -> Option<Answer> {
+        async fn relay(&self, node: &str, request: Request, _: Duration) -> Option<Answer> {
             let call = {
                 let mut state = self.state.borrow_mut();
                 let (to, limit) = (machine_of(node), if request.is_view_change() { 60_000 } else { 4_400 });
