@@ -2964,6 +2964,9 @@ mod relay {
     /// This process, in the `Via` of what it relays: a request that comes back with it runs in a ring.
     static VIA: LazyLock<String> = LazyLock::new(|| format!("1.1 kv-store-{:016x}", RandomState::new().hash_one(0)));
 
+    /// The nodes of which it was said that they do not know the secret: it is said once.
+    static STRANGERS: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+
     static PEERS: LazyLock<Mutex<HashMap<String, Arc<Peer>>>> = LazyLock::new(Default::default);
 
     /// Another instance, and what is on its way there.
@@ -3248,7 +3251,9 @@ mod relay {
             let proven = headers.get("Authentication-Info").map_or("".as_bytes(), HeaderValue::as_bytes);
             let is_proven = proof(&id, "answers").is_none_or(|proof| proven.ct_eq(proof.as_bytes()).into());
             let takes_streams = headers.get("Content-Type").is_some_and(|it| it == STREAM);
-            if status == StatusCode::FORBIDDEN || takes_streams && !is_proven {
+            if (status == StatusCode::FORBIDDEN || takes_streams && !is_proven)
+                && lock(&STRANGERS).insert(self.address.clone())
+            {
                 say(&format!("node {} is of another store: its SECRET is another one", self.address));
             }
             if !takes_streams || !is_proven {
@@ -4101,10 +4106,10 @@ struct Watched {
 }
 
 static CONNECTIONS: LazyLock<Mutex<HashMap<RawFd, Watched>>> = LazyLock::new(Default::default);
-/// The files that the system lets this process open, less some for everything else; and half the mappings that Linux lets a
-/// process have: a coroutine's stack takes two, and without one the server ends.
+/// The files that the system lets this process open, less some for everything else; and less than half the mappings that Linux
+/// lets a process have: a coroutine's stack takes two, and without one the server ends.
 static MAX_CONNECTIONS: LazyLock<usize> =
-    LazyLock::new(|| rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024).saturating_sub(200).min(30_000) as usize);
+    LazyLock::new(|| rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024).saturating_sub(200).min(28_000) as usize);
 
 /// Ends connections that do nothing for too long, and those with an endless head, which grows by hundreds of megabytes a second.
 /// This is a thread and no coroutine: a client that never stops sending a head keeps a worker busy.
