@@ -2775,7 +2775,9 @@ fn deliver_one(envelope: &Envelope) -> Option<(Status, Reply)> {
     }
     let body = postcard::to_stdvec(envelope).ok()?;
     let message = Request { origin: Origin::Message, body, ..Request::default() };
-    let answer = Peer::at(&envelope.to).relay(message, envelope.message.limit())?;
+    // In a large store that starts, all ask all.
+    let limit = envelope.message.limit().max(Duration::from_millis(40) * SETTINGS.view.len() as u32);
+    let answer = Peer::at(&envelope.to).relay(message, limit)?;
     postcard::from_bytes(&answer.body).ok().filter(|(status, _): &(Status, Reply)| status.is_plain())
 }
 
@@ -2822,6 +2824,11 @@ mod streams {
         let key = sip128::SipHasher24::new().hash(secret.as_bytes());
         let code = sip128::SipHasher24::new_with_keys(key.h1, key.h2).hash(format!("{id} {purpose}").as_bytes());
         Some(format!("{:032x}", code.as_u128()))
+    }
+
+    /// The header of the answer to a message that came without a stream.
+    pub fn message_type(id: &str) -> String {
+        format!("Content-Type: {STREAM}; proof={}", proof(id, "answers").unwrap_or_default())
     }
 
     /// What is to be written on a stream: messages, and in between, one after the other, the large ones in pieces.
@@ -2999,6 +3006,8 @@ mod relay {
         /// When something was last asked, and when something last came on the stream.
         asked: Option<Instant>,
         heard: Option<Instant>,
+        /// The last request came after a time without any.
+        is_rare: bool,
         is_looked_for: bool,
         /// So many requests in a row were alone on their way.
         alone: u64,
@@ -3127,6 +3136,11 @@ mod relay {
             }
         }
 
+        /// What a node says to one that it seldom meets is not worth a stream: in a large store, all ask all when it starts.
+        fn is_lone_message(&self) -> bool {
+            self.is_rare && self.queue.len() == 1 && self.queue[0].1.origin == Origin::Message
+        }
+
         /// Whoever waits for what is queued gets no answer.
         fn give_up_queue(&mut self) {
             for (number, _) in self.queue.drain(..) {
@@ -3164,7 +3178,7 @@ mod relay {
             let waiter = Arc::new(Waiter { blocker: Blocker::new(false), answer: Mutex::default() });
             let mut traffic = lock(&self.traffic);
             traffic.last_number += 1;
-            traffic.asked = Some(now);
+            traffic.is_rare = traffic.asked.replace(now).is_none_or(|asked| now - asked > REST);
             let number = traffic.last_number;
             traffic.waiters.insert(number, Waiting { waiter: waiter.clone(), deadline: now + patience, sent: 0 });
             traffic.queue.push_back((number, request));
@@ -3195,7 +3209,7 @@ mod relay {
                     // Beside others it runs after the coroutines that are ready now, and takes along what these queue.
                     if is_alone { write() } else { drop(may::go!(write)) }
                 }
-                State::Closed if traffic.takes_streams => {
+                State::Closed if traffic.takes_streams && !traffic.is_lone_message() => {
                     traffic.stream = State::Opening;
                     if thread::Builder::new().spawn(move || peer.run_stream()).is_err() {
                         traffic.stream = State::Closed;
@@ -3389,7 +3403,7 @@ mod relay {
         /// Takes requests to the peer, one at a time, until none is queued.
         fn send_plainly(self: Arc<Peer>) {
             let mut traffic = lock(&self.traffic);
-            while !traffic.takes_streams
+            while (!traffic.takes_streams || traffic.is_lone_message() && matches!(traffic.stream, State::Closed))
                 && let Some((number, request)) = traffic.queue.pop_front()
             {
                 let Some(waiting) = traffic.waiters.get(&number) else { continue };
@@ -3397,10 +3411,14 @@ mod relay {
                 let limit = waiting.deadline.saturating_duration_since(began).min(ANSWER_LIMIT);
                 drop(traffic);
                 // What only a stream can carry waits until it is known whether the peer takes them.
-                let needs_stream = request.needs_stream();
+                let needs_stream = request.origin != Origin::Message && request.needs_stream();
                 let sent = catch_unwind(AssertUnwindSafe(|| {
                     let host = self.host().ok_or(io::Error::from(HostUnreachable))?;
-                    if needs_stream { request.as_greeting().send(&host, limit) } else { request.send(&host, limit) }
+                    match request.origin {
+                        Origin::Message => self.send_message(&request, &host, limit),
+                        _ if needs_stream => request.as_greeting().send(&host, limit),
+                        _ => request.send(&host, limit),
+                    }
                 }));
                 traffic = lock(&self.traffic);
                 let answer = match sent {
@@ -3427,6 +3445,19 @@ mod relay {
             if !traffic.queue.is_empty() {
                 self.dispatch(traffic);
             }
+        }
+
+        /// Says to a node what would go on a stream if there was one.
+        fn send_message(&self, request: &Request, host: &str, limit: Duration) -> attohttpc::Result<(Answer, bool)> {
+            let id = format!("{:016x}", RandomState::new().hash_one(0));
+            let target = format!("/kv-store?message={id}.{}", proof(&id, &self.address).unwrap_or_default());
+            // Writing to a Vec cannot fail.
+            let body = postcard::to_stdvec(request).unwrap_or_default();
+            let (verb, content_type) = ("POST".into(), STREAM.into());
+            let (answer, _) = Request { verb, target, content_type, body, ..Request::default() }.send(host, limit)?;
+            let is_proven: bool = answer.header.as_bytes().ct_eq(message_type(&id).as_bytes()).into();
+            let answer = postcard::from_bytes(&answer.body).ok().filter(|_| is_proven);
+            answer.map(|answer| (answer, true)).ok_or(io::Error::from(io::ErrorKind::InvalidData).into())
         }
 
         // -- Where a peer is
@@ -3551,8 +3582,11 @@ mod relay {
         /// Sends the request to a host and reads the answer, of which status, `Content-Type`, `Allow` and body go on; and
         /// whether the host takes streams.
         pub fn send(&self, host: &str, limit: Duration) -> attohttpc::Result<(Answer, bool)> {
-            // The limit is for the whole answer, however slowly it drips; it costs a thread.
-            let mut builder = client(&self.verb, &self.url(host))?.read_timeout(limit).timeout(limit);
+            // The limit is for the whole answer, however slowly it drips; it costs a thread, which a node's answer is not worth.
+            let mut builder = client(&self.verb, &self.url(host))?.read_timeout(limit);
+            if self.content_type != STREAM {
+                builder = builder.timeout(limit);
+            }
             if !self.via.is_empty() {
                 builder = builder.try_header("Via", &self.via)?;
             }
@@ -3878,7 +3912,7 @@ impl Connection {
         };
         self.relayed = !request.via.is_empty();
         if request.is_stream() {
-            return self.serve_stream(&request, parsed);
+            return self.serve_stream(&request, parsed, framing.length);
         }
         if request.oversized {
             let (resource, vocabulary) = request.route();
@@ -3917,7 +3951,10 @@ impl Connection {
     }
 
     /// Is one of the two connections of a stream, as long as that lives.
-    fn serve_stream(&mut self, request: &Request, parsed: Parsed) {
+    fn serve_stream(&mut self, request: &Request, parsed: Parsed, length: usize) {
+        if let Some(("/kv-store?message", id)) = request.target.split_once('=') {
+            return self.serve_message(id, parsed, length);
+        }
         let part = request.target.strip_prefix("/kv-store?").and_then(|query| query.split_once('='));
         let knows_secret = match answering::knows_secret(&parsed, part.map_or("", |(_, id)| id)) {
             Ok(knows) => knows,
@@ -3934,6 +3971,24 @@ impl Connection {
             _ => return self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "POST")),
         }
         self.end();
+    }
+
+    /// Answers what a node says without a stream.
+    fn serve_message(&mut self, id: &str, parsed: Parsed, length: usize) {
+        let (id, given) = id.split_once('.').unwrap_or((id, ""));
+        let own = own().unwrap_or_default();
+        let knows_secret: bool = proof(id, own).is_none_or(|proof| proof.as_bytes().ct_eq(given.as_bytes()).into());
+        let mut body = Vec::new();
+        if !knows_secret || length > MAX_MESSAGE {
+            return self.refuse(Outcome::NotOfStore.answer(Vocabulary::Form, "POST"));
+        } else if !self.read_body(parsed.body(), length, Some(&mut body)) {
+            return self.end();
+        }
+        let answer = match postcard::from_bytes::<Request>(&body) {
+            Ok(request) if request.origin == Origin::Message => answer(request),
+            _ => return self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "POST")),
+        };
+        self.say_last_word(&Answer { header: message_type(id).into(), ..Answer::message(&answer) }, false);
     }
 
     /// Reads a whole body, to keep it or not. False is a client that left before it was complete: its request never happened.
