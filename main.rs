@@ -51,7 +51,7 @@ use httpdate::HttpDate;
 use may::sync::Blocker;
 use may_minihttp::{BodyReader, HttpService, HttpServiceFactory, Request as Parsed, Response};
 use percent_encoding::percent_decode;
-use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::de::{DeserializeOwned, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 use serde_json::value::RawValue;
@@ -90,6 +90,11 @@ const IDLE_LIMIT: Duration = Duration::from_secs(75);
 /// Locks a mutex, also after a panic elsewhere: what is guarded here is whole between any two statements.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A number that nobody guesses: the standard library keys its hashes with such.
+fn random() -> u64 {
+    RandomState::new().hash_one(0)
 }
 
 // ---- Settings: what the environment says ----------------------------------------------------------------------------
@@ -979,7 +984,10 @@ fn answer_about(resource: &Resource, request: &Request, vocabulary: Vocabulary) 
 
 /// The view that a view change asks for, and whether by force.
 fn wanted_view(body: &[u8]) -> Result<(Vec<String>, bool), Outcome> {
-    let invalid = |reason: String| Outcome::ViewInvalid(reason.replace(['"', '\\'], "'"));
+    // What a client sent is quoted, in so far as it can stand in an answer.
+    let is_unfit = |letter: char| letter == '"' || letter == '\\' || letter.is_control();
+    let invalid =
+        |reason: String| Outcome::ViewInvalid(reason.chars().take(400).collect::<String>().replace(is_unfit, "'"));
     let view = member(body, "view")?;
     let view = match (serde_json::from_str::<String>(view), serde_json::from_str::<Vec<String>>(view)) {
         _ if view == "null" => return Err(Outcome::ViewMissing),
@@ -991,7 +999,7 @@ fn wanted_view(body: &[u8]) -> Result<(Vec<String>, bool), Outcome> {
         (Err(reason), _) => Err(invalid(reason)),
         (Ok(view), "true") => Ok((view, true)),
         (Ok(view), "false" | "null") => Ok((view, false)),
-        _ => Err(invalid("force is neither true nor false".into())),
+        (_, force) => Err(invalid(format!("force is {force}, neither true nor false"))),
     }
 }
 
@@ -2687,7 +2695,7 @@ mod protocol {
 /// anything while holding it.
 static NODE: LazyLock<Mutex<Node>> = LazyLock::new(|| {
     let own = own().unwrap_or_default().to_owned();
-    Mutex::new(Node::new(own, SETTINGS.view.clone(), RandomState::new().hash_one(0), now()))
+    Mutex::new(Node::new(own, SETTINGS.view.clone(), random(), now()))
 });
 
 /// The time since 1970 at the start, and since then by a clock that nobody sets.
@@ -2819,11 +2827,18 @@ mod streams {
     /// Proves to the other end of a stream that this one knows the secret, without telling it: any client can have a node open a
     /// stream to anywhere, by naming it in a view. The proof is good for this stream and this `purpose`: the address of the node
     /// that is asked, or its answers. (SipHash is made to be a code for messages under a secret key.)
+    /// None without a secret.
     pub fn proof(id: &str, purpose: &str) -> Option<String> {
         let secret = SETTINGS.secret.as_ref()?;
         let key = sip128::SipHasher24::new().hash(secret.as_bytes());
         let code = sip128::SipHasher24::new_with_keys(key.h1, key.h2).hash(format!("{id} {purpose}").as_bytes());
         Some(format!("{:032x}", code.as_u128()))
+    }
+
+    /// Whether what the other end sent is that proof; also where there is no secret to be proven. Comparing takes as long whatever
+    /// was sent.
+    pub fn is_proven(given: &[u8], id: &str, purpose: &str) -> bool {
+        proof(id, purpose).is_none_or(|proof| proof.as_bytes().ct_eq(given).into())
     }
 
     /// The header of the answer to a message that came without a stream.
@@ -2903,32 +2918,41 @@ mod streams {
     }
 
     impl Inbox {
-        /// Takes in what arrived, and hands on each message that is whole now, with its number. False: these are no frames.
-        pub fn take_in(&mut self, arrived: &[u8], mut hand_on: impl FnMut(u64, &[u8])) -> bool {
-            self.begun.extend(arrived);
-            let bytes = std::mem::take(&mut self.begun);
-            let mut rest = &bytes[..];
+        /// Takes in what arrived, and hands on each message that is whole now, with its number. False: these are no frames, or
+        /// no such messages.
+        pub fn take_in<T: DeserializeOwned>(&mut self, arrived: &[u8], mut hand_on: impl FnMut(u64, T)) -> bool {
+            let mut hand_on = |number, message: &[u8]| {
+                let message = postcard::from_bytes(message);
+                message.map(|message| hand_on(number, message)).is_ok()
+            };
+            let Inbox { begun, large } = self;
+            begun.extend(arrived);
+            let mut rest = &begun[..];
             while let Some((number, is_last, piece, after)) = first_frame(rest) {
                 rest = after;
-                match &mut self.large {
-                    Some((begun, message)) if *begun == number => {
+                let fits = match large {
+                    Some((of, message)) if *of == number => {
                         message.extend(piece);
-                        if message.len() > MAX_MESSAGE {
-                            return false;
-                        } else if is_last {
-                            hand_on(number, message);
-                            self.large = None;
-                        }
+                        let fits = message.len() <= MAX_MESSAGE && (!is_last || hand_on(number, message));
+                        large.take_if(|_| is_last);
+                        fits
                     }
-                    _ if is_last && number == NO_NUMBER => {}
+                    _ if is_last && number == NO_NUMBER => true,
                     _ if is_last => hand_on(number, piece),
-                    None => self.large = Some((number, piece.to_vec())),
                     // Large messages come one after the other.
-                    Some(_) => return false,
+                    Some(_) => false,
+                    None => {
+                        *large = Some((number, piece.to_vec()));
+                        true
+                    }
+                };
+                if !fits {
+                    return false;
                 }
             }
-            self.begun.extend(rest);
-            rest.len() < FRAME + HEAD
+            let left = rest.len();
+            begun.drain(..begun.len() - left);
+            left < FRAME + HEAD
         }
     }
 }
@@ -2938,8 +2962,8 @@ mod streams {
 mod relay {
     //! A request to a peer stands in its queue until a stream to the peer, or a thread, takes it. A stream takes whatever is
     //! queued; it is opened when there is something to send, and closed when there was nothing for a moment. Nodes
-    //! take streams, and so does a main instance that says so in its answers (`Accept-Post`); any other main instance gets the
-    //! requests one by one, each from a thread that is blocked meanwhile.
+    //! take streams, and so does a main instance that says so in its answers (`Accept-Post`). One by one, each from a thread that
+    //! is blocked meanwhile, go the requests to any other main instance, and what a node says to one that it seldom meets.
 
     use super::*;
 
@@ -2969,7 +2993,7 @@ mod relay {
     const LOOKUP_LIFETIME: Duration = Duration::from_secs(1);
 
     /// This process, in the `Via` of what it relays: a request that comes back with it runs in a ring.
-    static VIA: LazyLock<String> = LazyLock::new(|| format!("1.1 kv-store-{:016x}", RandomState::new().hash_one(0)));
+    static VIA: LazyLock<String> = LazyLock::new(|| format!("1.1 kv-store-{:016x}", random()));
 
     /// The nodes of which it was said that they do not know the secret: it is said once.
     static STRANGERS: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
@@ -2996,7 +3020,7 @@ mod relay {
         /// Who waits for the answer to which request.
         waiters: HashMap<u64, Waiting>,
         last_number: u64,
-        /// The threads that take requests to a peer that takes no streams.
+        /// The threads that take requests to the peer one by one.
         threads: usize,
         stream: State,
         writer: Writer,
@@ -3183,10 +3207,10 @@ mod relay {
             traffic.waiters.insert(number, Waiting { waiter: waiter.clone(), deadline: now + patience, sent: 0 });
             traffic.queue.push_back((number, request));
             traffic.alone = if traffic.waiters.len() == 1 { traffic.alone + 1 } else { 0 };
-            let is_alone = traffic.alone > 10;
+            let looks_out = traffic.alone > 10;
             self.dispatch(traffic);
             wake_watch();
-            while is_alone && now.elapsed() < LOOKOUT {
+            while looks_out && now.elapsed() < LOOKOUT {
                 if let Some(answer) = lock(&waiter.answer).take() {
                     return Some(answer);
                 }
@@ -3234,23 +3258,22 @@ mod relay {
             let stream = Arc::<Stream>::default();
             // After a panic, there was no stream.
             let takes_streams = catch_unwind(AssertUnwindSafe(|| self.open(&stream))).unwrap_or(true);
-            self.end_stream(&stream);
-            let mut traffic = lock(&self.traffic);
-            if !stream.was_open.load(SeqCst) {
-                traffic.stream = State::Closed;
-                traffic.takes_streams = takes_streams;
-                if takes_streams {
-                    traffic.give_up_queue();
-                }
-                let left = traffic.queue.len();
-                drop(traffic);
-                (0..left.min(MAX_THREADS)).for_each(|_| self.dispatch(lock(&self.traffic)));
+            if stream.was_open.load(SeqCst) {
+                return self.end_stream(&stream);
             }
+            let mut traffic = lock(&self.traffic);
+            (traffic.stream, traffic.takes_streams) = (State::Closed, takes_streams);
+            if takes_streams {
+                traffic.give_up_queue();
+            }
+            let left = traffic.queue.len();
+            drop(traffic);
+            (0..left.min(MAX_THREADS)).for_each(|_| self.dispatch(lock(&self.traffic)));
         }
 
         /// Opens a stream and keeps it open as long as it lives. False is a peer that answers, but takes none.
         fn open(self: &Arc<Peer>, stream: &Arc<Stream>) -> bool {
-            let id = format!("{:016x}", RandomState::new().hash_one(0));
+            let id = format!("{:016x}", random());
             let request = |host: &str, part: &str| {
                 let url = format!("http://{host}/kv-store?{part}={id}");
                 let builder = client("POST", &url)?.read_timeout(ANSWER_LIMIT).try_header("Content-Type", STREAM)?;
@@ -3263,7 +3286,7 @@ mod relay {
             let Ok(answers) = request(&host, "answers").and_then(|it| it.send()) else { return true };
             let (status, headers, reader) = answers.split();
             let proven = headers.get("Authentication-Info").map_or("".as_bytes(), HeaderValue::as_bytes);
-            let is_proven = proof(&id, "answers").is_none_or(|proof| proven.ct_eq(proof.as_bytes()).into());
+            let is_proven = is_proven(proven, &id, "answers");
             let takes_streams = headers.get("Content-Type").is_some_and(|it| it == STREAM);
             if (status == StatusCode::FORBIDDEN || takes_streams && !is_proven)
                 && lock(&STRANGERS).insert(self.address.clone())
@@ -3345,12 +3368,7 @@ mod relay {
                 && let Ok(count @ 1..) = reader.read(&mut buffer)
             {
                 let mut answers = Vec::new();
-                let are_frames =
-                    inbox.take_in(&buffer[..count], |number, message| match postcard::from_bytes(message) {
-                        Ok(answer) => answers.push((number, answer)),
-                        Err(_) => goes_on = false,
-                    });
-                goes_on &= are_frames;
+                goes_on = inbox.take_in(&buffer[..count], |number, answer| answers.push((number, answer)));
                 self.hand_on(answers);
             }
             stream.has_ended.store(true, SeqCst);
@@ -3393,12 +3411,12 @@ mod relay {
             (traffic.is_looked_for, traffic.heard) = (false, Some(Instant::now()));
             if gone && traffic.is_open(&stream) {
                 traffic.give_up_queue();
-                traffic.close();
-                self.wake.notify_all();
+                drop(traffic);
+                self.end_stream(&stream);
             }
         }
 
-        // -- A peer that takes none
+        // -- Requests one by one
 
         /// Takes requests to the peer, one at a time, until none is queued.
         fn send_plainly(self: Arc<Peer>) {
@@ -3449,7 +3467,7 @@ mod relay {
 
         /// Says to a node what would go on a stream if there was one.
         fn send_message(&self, request: &Request, host: &str, limit: Duration) -> attohttpc::Result<(Answer, bool)> {
-            let id = format!("{:016x}", RandomState::new().hash_one(0));
+            let id = format!("{:016x}", random());
             let target = format!("/kv-store?message={id}.{}", proof(&id, &self.address).unwrap_or_default());
             // Writing to a Vec cannot fail.
             let body = postcard::to_stdvec(request).unwrap_or_default();
@@ -3623,8 +3641,8 @@ mod answering {
     static WORK: AtomicU32 = AtomicU32::new(0);
     /// The connection that asks comes within this time, or the other one is closed.
     const OPENING_LIMIT: Duration = Duration::from_secs(5);
-    /// After so many bytes of questions, others have their turn (see `TURN`).
-    const QUESTIONS: usize = 64 << 10;
+    /// After so many bytes of questions, others have their turn.
+    const QUESTIONS: u64 = 64 << 10;
     /// As long may it take to write, to whoever does not read.
     const WRITE_LIMIT: Duration = Duration::from_secs(10);
 
@@ -3753,18 +3771,11 @@ mod answering {
             while goes_on && !stream.has_ended.load(SeqCst) {
                 let Some(arrived) = body.fill_buf().ok().filter(|bytes| !bytes.is_empty()) else { break };
                 let count = arrived.len();
-                let are_frames = inbox.take_in(arrived, |number, message| match postcard::from_bytes(message) {
-                    Ok(request) => stream.answer(number, request, knows_secret),
-                    Err(_) => goes_on = false,
-                });
-                goes_on &= are_frames;
+                goes_on = inbox.take_in(arrived, |number, request| stream.answer(number, request, knows_secret));
                 body.consume(count);
                 stream.flush();
-                served += count;
-                if served > QUESTIONS {
-                    served = 0;
-                    may::coroutine::sleep(Duration::from_micros(1));
-                }
+                served += count as u64;
+                take_turn(&mut served, QUESTIONS);
                 // Who does not read answers is not asked for more questions.
                 while lock(&stream.outgoing).outbox.length() > MAX_UNSENT && !stream.has_ended.load(SeqCst) {
                     may::coroutine::sleep(Duration::from_millis(1));
@@ -3780,13 +3791,15 @@ mod answering {
     }
 
     /// Whether who opens a stream proves (in the form of RFC 6750 section 2.1) that it knows what the nodes of this store share. An
-    /// error is a proof that is none. Comparing takes as long whatever is given.
+    /// error is a proof that is none.
     pub fn knows_secret(parsed: &Parsed, id: &str) -> Result<bool, Outcome> {
-        let Some(proof) = proof(id, own().unwrap_or_default()) else { return Ok(true) };
-        let mut given = parsed.headers().iter().filter(|header| header.name.eq_ignore_ascii_case("Authorization"));
-        let Some(given) = given.next() else { return Ok(false) };
-        let is_same: bool = given.value.ct_eq(format!("Bearer {proof}").as_bytes()).into();
-        if is_same { Ok(true) } else { Err(Outcome::NotOfStore) }
+        let mut headers = parsed.headers().iter();
+        let given = headers.find(|header| header.name.eq_ignore_ascii_case("Authorization"));
+        let given = given.map(|header| header.value.strip_prefix(b"Bearer ").unwrap_or_default());
+        match is_proven(given.unwrap_or_default(), id, own().unwrap_or_default()) {
+            false if given.is_some() => Err(Outcome::NotOfStore),
+            knows => Ok(knows),
+        }
     }
 }
 
@@ -3808,8 +3821,8 @@ struct Connection {
     /// What lies between them is what `unsent` covers.
     handed: u64,
     taken: u64,
-    /// Those that it had been handed when others last had their turn.
-    rested: u64,
+    /// Those that it was handed since others had their turn.
+    served: u64,
     /// The most that was ever unsent.
     most_unsent: u64,
     /// The last word is said. What the server still reads is not looked at.
@@ -3834,10 +3847,20 @@ struct Progress {
     given_up: AtomicBool,
 }
 
+/// Lets others have their turn, if a client was served so many bytes since they last had. To yield would not do: the worker looks
+/// for what else arrived only when none of its coroutines is ready.
+fn take_turn(served: &mut u64, most: u64) {
+    if *served > most {
+        *served = 0;
+        may::coroutine::sleep(Duration::from_micros(1));
+    }
+}
+
 /// What is unread of all connections.
 static UNREAD: AtomicU64 = AtomicU64::new(0);
 
 impl Progress {
+    /// Says how many bytes of answers were to be sent, and how many of them the kernel has.
     fn tell(&self, handed: u64, taken: u64) {
         self.handed.store(handed, SeqCst);
         let unread = handed.saturating_sub(taken);
@@ -3884,7 +3907,7 @@ impl HttpServiceFactory for Server {
             unsent,
             handed: 0,
             taken: 0,
-            rested: 0,
+            served: 0,
             most_unsent: 0,
             ended: crowded,
             lingers,
@@ -3976,11 +3999,11 @@ impl Connection {
     /// Answers what a node says without a stream.
     fn serve_message(&mut self, id: &str, parsed: Parsed, length: usize) {
         let (id, given) = id.split_once('.').unwrap_or((id, ""));
-        let own = own().unwrap_or_default();
-        let knows_secret: bool = proof(id, own).is_none_or(|proof| proof.as_bytes().ct_eq(given.as_bytes()).into());
         let mut body = Vec::new();
-        if !knows_secret || length > MAX_MESSAGE {
+        if !is_proven(given.as_bytes(), id, own().unwrap_or_default()) {
             return self.refuse(Outcome::NotOfStore.answer(Vocabulary::Form, "POST"));
+        } else if length > MAX_MESSAGE {
+            return self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "POST"));
         } else if !self.read_body(parsed.body(), length, Some(&mut body)) {
             return self.end();
         }
@@ -4010,7 +4033,8 @@ impl Connection {
 
     /// Gives an answer to the server, which sends it when it has looked at all that it has read.
     fn hand_over(&mut self, answer: Answer, response: &mut Response) {
-        self.handed += answer.length() as u64;
+        let answer_length = answer.length() as u64;
+        self.handed += answer_length;
         self.unsent.push_back((self.handed, answer.clone()));
         response.status_code(answer.status.into(), answer.reason());
         if let Cow::Borrowed(header) = answer.header {
@@ -4022,11 +4046,8 @@ impl Connection {
             self.forget_taken();
             self.progress.tell(self.handed, self.taken);
         }
-        if self.handed - self.rested > TURN {
-            self.rested = self.handed;
-            // To yield would not do: the worker looks for what else arrived only when none of its coroutines is ready.
-            may::coroutine::sleep(Duration::from_micros(1));
-        }
+        self.served += answer_length;
+        take_turn(&mut self.served, TURN);
     }
 
     /// Waits while too much is unread by all clients together, before more is made: those that read nothing are soon closed.
@@ -4112,7 +4133,8 @@ impl Drop for Connection {
         self.progress.calls.fetch_or(1, SeqCst);
         let info = info(&self.socket);
         let left = matches!(self.socket.peek(&mut [0]), Ok(0));
-        // The server does not look at what it read if it came together with the end of the stream (which counts as a byte).
+        // The server does not look at what it read if it came together with the end of the stream. (The kernel counts the end as
+        // one more byte received.)
         let received = info.map_or(0, |info| info.tcpi_bytes_received);
         let unheard = received > 1 && self.progress.calls.load(SeqCst) == 1;
         if self.ended
@@ -4360,7 +4382,7 @@ impl Arrivals {
         let fd = socket.as_raw_fd();
         let events = (libc::EPOLLIN | libc::EPOLLONESHOT) as u32;
         let mut event = libc::epoll_event { events, u64: fd as u64 };
-        // SAFETY: epoll_ctl reads the event, which outlives the calls. (Which of the two it is does not matter enough to know it.)
+        // A socket is added the first time, and modified from then on. SAFETY: epoll_ctl reads the event, which outlives the calls.
         unsafe {
             if libc::epoll_ctl(self.0, libc::EPOLL_CTL_MOD, fd, &mut event) != 0 {
                 libc::epoll_ctl(self.0, libc::EPOLL_CTL_ADD, fd, &mut event);
@@ -4436,7 +4458,7 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
 fn repeat(pause: Duration, work: fn()) {
     thread::spawn(move || {
         loop {
-            // What must go on for ever survives a panic, which the default hook has printed.
+            // What must go on for ever survives a panic, which the hook has printed.
             let _ = catch_unwind(work);
             thread::sleep(pause);
         }

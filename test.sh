@@ -113,13 +113,15 @@ start() {
   await_answer "$1"
 }
 restart() { "launch_$mode" "$1" && await_answer "$1"; }
-await_answer() {
+await_answer() { poll curl -s -o /dev/null -m 1 "${url[$1]}/kv-store"; }
+# poll COMMAND...: again and again, until the command succeeds.
+poll() {
   local try
   for try in {1..100}; do
-    curl -s -o /dev/null -m 1 "${url[$1]}/kv-store" && return
+    "$@" && return
     sleep 0.05
   done
-  echo "test.sh: $1 does not answer after $try tries" >&2
+  echo "test.sh: in vain, $try times: $*" >&2
   return 1
 }
 
@@ -470,28 +472,21 @@ test_unread_answers() {
   for fd in "${fds[@]}"; do exec {fd}>&-; done
   await_less "unread answers: with the clients, the memory goes" 65536 status_field greedy VmRSS
 }
-# await_less WHAT LIMIT COMMAND...: within five seconds the command prints less.
+# await_less WHAT LIMIT COMMAND...: soon, the command prints less.
 await_less() {
-  local try
-  for try in {1..50}; do
-    [ "$("${@:3}")" -lt "$2" ] && break
-    sleep 0.1
-  done
+  poll is_less "${@:2}"
   check_that "$1" "$("${@:3}") < $2"
 }
+is_less() { [ "$("${@:2}")" -lt "$1" ]; }
 
 # Nobody reads stderr: the lines are lost, and not the instance.
 test_unread_stderr_local() {
-  local port n
-  address_local unheard
-  port=${address[unheard]##*:}
-  mkfifo "$work/stderr"
-  exec {fd}<>"$work/stderr"
-  env -u FORWARDING_ADDRESS -u MAINIP -u ADDRESS -u VIEW -u SECRET IP=127.0.0.1 PORT="$port" target/release/kv-store 2>&"$fd" &
-  process[unheard]=$! url[unheard]=http://127.0.0.1:$port
-  await_answer unheard
+  local n
+  mkfifo "$work/unheard.log"
+  exec {fd}<>"$work/unheard.log"
+  start unheard
   for n in {1..3000}; do
-    (printf 'hello\r\n\r\n' >"/dev/tcp/127.0.0.1/$port") 2>/dev/null
+    (printf 'hello\r\n\r\n' >"/dev/tcp/${address[unheard]/://}") 2>/dev/null
   done
   check "unread stderr: others are served after $n malformed requests" 200 "$(status_of unheard GET /kv-store)"
   exec {fd}>&-
@@ -737,7 +732,7 @@ test_refused_view_changes() {
   expect "refused: an address given twice" "$(json_error 400 'View is not valid: a:1 is given twice' PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d '{"view":"a:1,a:1"}'
   expect "refused: an empty view" "$(json_error 400 "View is not valid: '' is not host:port" PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d '{"view":""}'
   expect "refused: a view that is a number" "$(json_error 400 'View is not valid: it is neither a string nor an array of strings' PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d '{"view":1}'
-  expect "refused: force that is no boolean" "$(json_error 400 "View is not valid: force is neither true nor false" PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d "{\"view\":\"$(view n1 n2 n3)\",\"force\":\"true\"}"
+  expect "refused: force that is no boolean" "$(json_error 400 "View is not valid: force is 'true', neither true nor false" PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d "{\"view\":\"$(view n1 n2 n3)\",\"force\":\"true\"}"
   expect "refused: not JSON" "$(json_error 400 'Body is not a JSON object' PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d 'view'
   expect "refused: a node that is not there" "$(json_error 503 'Node 127.0.0.1:1 is down' PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d "{\"view\":\"$(view n1),127.0.0.1:1\"}"
   "address_$mode" other && start_node other
@@ -768,7 +763,7 @@ ask_on_stream() {
   answers=$work/answers.$id
   curl -s -m 10 -N -o "$answers" -D "$answers.head" "${stream[@]}" -d '' "${url[$1]}/kv-store?answers=$id" &
   clients=($!)
-  wait_for_line "$answers.head" "^Content-Type"
+  poll grep -qs "^Content-Type" "$answers.head"
   length=$(printf '%b' "$2" | wc -c)
   # A frame: the number 1, the length, that it is the last of its message; and the message.
   { printf '\x01\0\0\0\0\0\0\0' && printf '%b' "\\x$(printf %02x $((length % 256)))\\x$(printf %02x $((length / 256)))\0\0\x01$2"; } |
@@ -783,14 +778,6 @@ ask_on_stream() {
       while (at < n && byte[at] != 1) at += 13 + byte[at + 8] + 256 * byte[at + 9]
       print at < n ? byte[at + 13] % 128 + 128 * byte[at + 14] : "no answer"
     }'
-}
-wait_for_line() { # FILE PATTERN: for two seconds at most
-  local try
-  for try in {1..200}; do
-    grep -q "$2" "$1" 2>/dev/null && return
-    sleep 0.01
-  done
-  echo "test.sh: no line like $2 after $try tries" >&2
 }
 
 # name TEXT: as it stands in a message.
