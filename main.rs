@@ -2974,6 +2974,7 @@ mod relay {
     pub const PATIENCE: Duration = Duration::from_millis(4400);
     /// After so long a silence on a stream it is found out whether the peer's host is still there.
     const SILENCE: Duration = Duration::from_millis(650);
+    /// To look a name up may take so long, and so may the connection that finds out.
     const LOOK_LIMIT: Duration = Duration::from_millis(700);
     /// A stream is closed after so long a time without a request: between neighbours it stays open.
     const REST: Duration = Duration::from_millis(400);
@@ -3261,6 +3262,7 @@ mod relay {
             if stream.was_open.load(SeqCst) {
                 return self.end_stream(&stream);
             }
+            self.forget_addresses();
             let mut traffic = lock(&self.traffic);
             (traffic.stream, traffic.takes_streams) = (State::Closed, takes_streams);
             if takes_streams {
@@ -3407,6 +3409,9 @@ mod relay {
         fn look_for(self: Arc<Peer>, stream: Arc<Stream>) {
             let is_there = |address: &SocketAddr| TcpStream::connect_timeout(address, LOOK_LIMIT).is_ok();
             let gone = !self.addresses().iter().any(is_there);
+            if gone {
+                self.forget_addresses();
+            }
             let mut traffic = lock(&self.traffic);
             (traffic.is_looked_for, traffic.heard) = (false, Some(Instant::now()));
             if gone && traffic.is_open(&stream) {
@@ -3444,12 +3449,15 @@ mod relay {
                         traffic.takes_streams |= takes_streams;
                         Some(answer)
                     }
-                    // If there is no way to the peer at all, whatever else waits for it is told so as well.
-                    Ok(Err(error)) if is_no_way(&error) && began.elapsed() < limit => {
-                        traffic.give_up_queue();
+                    Ok(Err(error)) => {
+                        self.forget_addresses();
+                        // If there is no way to the peer at all, whatever else waits for it is told so as well.
+                        if is_no_way(&error) && began.elapsed() < limit {
+                            traffic.give_up_queue();
+                        }
                         None
                     }
-                    _ => None,
+                    Err(_) => None,
                 };
                 if needs_stream && traffic.takes_streams {
                     traffic.queue.push_front((number, request));
@@ -3500,10 +3508,18 @@ mod relay {
             match &*lookup {
                 Some(known) if is_fresh(known) => known.1.clone(),
                 _ => {
-                    let addresses = self.address.to_socket_addrs().map_or(Vec::new(), Iterator::collect);
+                    let addresses = look_up(&self.address);
                     *lookup = Some((Instant::now(), addresses.clone()));
                     addresses
                 }
+            }
+        }
+
+        /// Has the name looked up again before the next connection: a container that is started again may have another address.
+        fn forget_addresses(&self) {
+            // Who holds this is looking it up.
+            if let Ok(mut lookup) = self.lookup.try_lock() {
+                *lookup = None;
             }
         }
 
@@ -3515,6 +3531,7 @@ mod relay {
             let Traffic { waiters, queue, unanswered, .. } = &mut *traffic;
             for (_, waiting) in waiters.extract_if(|_, waiting| waiting.deadline < now) {
                 *unanswered = unanswered.saturating_sub(waiting.sent);
+                self.forget_addresses();
             }
             queue.retain(|(number, _)| waiters.contains_key(number));
             if let State::Open(stream) = &traffic.stream
@@ -3558,6 +3575,15 @@ mod relay {
     }
 
     // -- The client
+
+    /// What a name stands for; nothing if that is not known in time. A name server that does not answer holds a lookup for ten
+    /// seconds, so it has a thread of its own, which ends when it ends.
+    fn look_up(address: &str) -> Vec<SocketAddr> {
+        let (address, (sender, receiver)) = (address.to_owned(), std::sync::mpsc::channel());
+        let look_up = move || drop(sender.send(address.to_socket_addrs().map_or(Vec::new(), Iterator::collect)));
+        let _ = thread::Builder::new().spawn(look_up);
+        receiver.recv_timeout(LOOK_LIMIT).unwrap_or_default()
+    }
 
     fn is_no_way(error: &attohttpc::Error) -> bool {
         matches!(error.kind(), ErrorKind::Io(error) if NO_WAY.contains(&error.kind()))
