@@ -17,16 +17,19 @@
 //! decided is `Node::place`; where a key changes hands is `Node::adopt` (who gives stops answering), `fetch` (who gets asks
 //! for it) and `Node::arrived` (who gets begins to answer).
 //!
+//! With REPL_FACTOR a shard lives on several nodes, and each of these answers. A write goes to the others before it is acknowledged
+//! (`replicate`), a node that started again fetches its shard, and whatever else replicas lack they find out when they meet
+//! (`compare`). What some replica may lack is kept in an `Agreement`, and told to clients as their causal context.
+//!
 //! may's workers run each connection as a coroutine and must never block. What blocks has threads of its own: the HTTP client
 //! (two threads for each stream to another instance; a coroutine that waits for an answer holds no worker), the watches over
 //! connections and over what waits for other instances, and in a node the one that keeps in touch with the others.
 
 use std::borrow::Cow;
-use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap, VecDeque};
 use std::fmt::{self, Display, Formatter};
 use std::fs::File;
-use std::hash::{BuildHasher, RandomState};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::ErrorKind::{AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable, TimedOut};
 use std::io::{self, BufRead, Read, Write};
 use std::mem::ManuallyDrop;
@@ -92,6 +95,20 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The same in order, and each once. (To collect into a set would sort: that is several kB of code for each type.)
+fn set_of<T: Ord>(items: impl IntoIterator<Item = T>) -> BTreeSet<T> {
+    let mut set = BTreeSet::new();
+    set.extend(items);
+    set
+}
+
+/// The indices of some keys in the order of the keys; of equals, the first comes first. (One sort for all, see above.)
+fn in_order(keys: impl Iterator<Item = u64>) -> Vec<usize> {
+    let mut keys: Vec<(u64, usize)> = keys.zip(0..).collect();
+    keys.sort_unstable();
+    keys.into_iter().map(|(_, index)| index).collect()
+}
+
 /// A number that nobody guesses: the standard library keys its hashes with such.
 fn random() -> u64 {
     RandomState::new().hash_one(0)
@@ -112,6 +129,7 @@ environment (an empty variable is an unset one):
   MAINIP              the same, where FORWARDING_ADDRESS is unset
   ADDRESS             this node's own host:port, as others reach it   [none]
   VIEW                the nodes of the store, host:port,host:port,... [ADDRESS alone if that is set]
+  REPL_FACTOR         how many nodes hold each shard, at least [1]
   SECRET              what the nodes of a store share: 1 to 200 visible ASCII characters [none]
 ";
 
@@ -119,8 +137,9 @@ environment (an empty variable is an unset one):
 struct Settings {
     listen: SocketAddr,
     role: Role,
-    /// The first view of a node.
+    /// The first view of a node, and how many nodes hold each shard then.
     view: Vec<String>,
+    factor: usize,
     /// What the nodes of the store share.
     secret: Option<String>,
 }
@@ -158,6 +177,15 @@ impl Settings {
             _ => parse_view(text.split(',')).map_err(|why| format!("host:port,host:port,..., but {why}")),
         };
         let view = view.map_err(|expected| format!("VIEW={text}: expected {expected}"))?;
+        let factor = match get("REPL_FACTOR") {
+            Some(text) if own.is_none() => {
+                Err(format!("REPL_FACTOR={text}: expected ADDRESS to be set as well, this node's own host:port"))
+            }
+            Some(text) => {
+                parse_factor(&text, view.len()).map_err(|expected| format!("REPL_FACTOR={text}: expected {expected}"))
+            }
+            None => Ok(1),
+        }?;
         let secret = get("SECRET");
         if let Some(text) = &secret
             && !((1..=200).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic()))
@@ -167,7 +195,7 @@ impl Settings {
             return Err("SECRET=...: expected ADDRESS to be set as well, this node's own host:port".into());
         }
         let role = main.map(Role::Follower).or(own.map(Role::Node)).unwrap_or(Role::Main);
-        Ok(Settings { listen: SocketAddr::new(ip, port), role, view, secret })
+        Ok(Settings { listen: SocketAddr::new(ip, port), role, view, factor, secret })
     }
 }
 
@@ -182,6 +210,12 @@ fn parse_view<'a>(addresses: impl Iterator<Item = &'a str>) -> Result<Vec<String
         }
     }
     if (1..=1000).contains(&view.len()) { Ok(view) } else { Err("it must name 1 to 1000 nodes".into()) }
+}
+
+/// Reads a replication factor for so many nodes. The error says what was expected.
+fn parse_factor(text: &str, nodes: usize) -> Result<usize, String> {
+    let factor = text.parse().ok().filter(|factor| (1..=nodes).contains(factor) && !text.starts_with('+'));
+    factor.ok_or(format!("a whole number from 1 to {nodes}, the number of nodes"))
 }
 
 /// Whether a text has only what an address has: the URL parser takes more characters, such as a quotation mark, than may stand
@@ -226,8 +260,9 @@ enum Origin {
     /// A client's request that a node sends to the one that owns the key by its table, which is of this store: the owner may
     /// have started again since, and be a store of its own.
     Node(u64),
-    /// No client's request: the body is what one node says to another (`Envelope`).
+    /// No client's request: the body is what one node says to another (`Envelope`), or has it store (`Push`).
     Message,
+    Push,
 }
 
 /// What the head of a request tells the connection.
@@ -273,7 +308,7 @@ fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
     let (verb, target) = (if framing.is_head { "GET" } else { verb }.into(), target.into_owned());
     let (content_type, via) = (joined("Content-Type"), joined("Via"));
     let request = Request { verb, target, content_type, via, ..Request::default() };
-    let oversized = length > MAX_BODY && !request.ignores_body();
+    let oversized = length > MAX_BODY && request.is_upload();
     Ok((Request { oversized, ..request }, framing))
 }
 
@@ -357,8 +392,13 @@ impl Request {
         matches!(self.route().0, Resource::ViewChange)
     }
 
-    fn ignores_body(&self) -> bool {
-        !matches!(self.verb.as_str(), "PUT" | "POST")
+    fn is_upload(&self) -> bool {
+        matches!(self.verb.as_str(), "PUT" | "POST")
+    }
+
+    /// Whether a body of this length can matter. (In the JSON vocabulary that of a GET may have a causal context.)
+    fn wants_body(&self, length: usize) -> bool {
+        self.is_upload() || length <= MAX_BODY && matches!(self.route(), (Resource::Key(_), Vocabulary::Json))
     }
 }
 
@@ -440,11 +480,55 @@ fn json_of(text: &str) -> Result<String, Outcome> {
 /// The JSON text of a member of the JSON object that a body is: `null` if there is no such member, or no body. Of members with
 /// the same name the last one counts. The others are passed over, so that a million of them take no memory.
 fn member<'a>(body: &'a [u8], name: &str) -> Result<&'a str, Outcome> {
+    Ok(find_member(body, name)?.unwrap_or("null"))
+}
+
+fn find_member<'a>(body: &'a [u8], name: &str) -> Result<Option<&'a str>, Outcome> {
     let body = if body.is_empty() { b"{}" } else { body };
     let mut parser = serde_json::Deserializer::from_slice(body);
     let value = parser.deserialize_map(Member(name)).map_err(|_| Outcome::BodyNotObject)?;
     parser.end().map_err(|_| Outcome::BodyNotObject)?;
-    Ok(value.map_or("null", RawValue::get))
+    Ok(value.map(RawValue::get))
+}
+
+/// What a client has seen, as far as some replica may lack it: keys and the stamps of their records. To a client it means
+/// nothing.
+type Causal = BTreeMap<String, u64>;
+
+/// The causal context in the body of a request in the JSON vocabulary. None if there is none; an error if it is not ours. (A body
+/// that is no JSON object is none of this function's business: a GET may have any.)
+fn causal_context(request: &Request, vocabulary: Vocabulary) -> Result<Option<Causal>, Outcome> {
+    if matches!(vocabulary, Vocabulary::Form) || request.oversized || request.body.is_empty() {
+        return Ok(None);
+    }
+    // Hardly any request has one: it is not worth reading a large body twice.
+    let may_have_it = |text: &str| text.contains("causal-context") || text.contains("\\u");
+    if !str::from_utf8(&request.body).is_ok_and(may_have_it) {
+        return Ok(None);
+    }
+    let Ok(Some(text)) = find_member(&request.body, "causal-context") else { return Ok(None) };
+    let mut parser = serde_json::Deserializer::from_str(text);
+    parser.deserialize_map(Stamps).map(Some).map_err(|_| Outcome::ContextInvalid)
+}
+
+/// Reads the members of a causal context: stamps in hexadecimal, since JSON's numbers are not exact everywhere.
+struct Stamps;
+
+impl<'a> Visitor<'a> for Stamps {
+    type Value = Causal;
+
+    fn expecting(&self, out: &mut Formatter) -> fmt::Result {
+        out.write_str("a causal context")
+    }
+
+    fn visit_map<M: MapAccess<'a>>(self, mut members: M) -> Result<Causal, M::Error> {
+        let mut context = Causal::new();
+        while let Some((key, text)) = members.next_entry::<String, String>()? {
+            let stamp = u64::from_str_radix(&text, 16).ok().filter(|_| text.len() == 16);
+            context.insert(key, stamp.ok_or_else(|| serde::de::Error::custom("no stamp"))?);
+        }
+        Ok(context)
+    }
 }
 
 /// Looks for the member of this name.
@@ -482,6 +566,7 @@ impl<'a> Visitor<'a> for Member<'_> {
 enum Outcome {
     Created, Replaced, Found(Record), Deleted, Missing,
     KeyInvalid, ValueMissing, ValueTooLarge, ValueNotText, BodyNotObject,
+    ContextInvalid, Unsatisfied,
     MainDown, NotFound, BadRequest, Unparsed, LengthRequired, AddressNotSet, ViewMissing, ChangeUnderWay, Elsewhere, NotOfStore,
     /// With the header that tells which verbs the path takes.
     VerbNotAllowed(&'static str),
@@ -518,6 +603,8 @@ impl Outcome {
             ValueTooLarge     => [(403, "Object too large. Size limit is 1MB"), (413, "Value is too large")],
             ValueNotText      => [(403, "Value is not valid UTF-8"), (400, "Value is not valid UTF-8")],
             BodyNotObject     => [(400, "Body is not a JSON object"); 2],
+            ContextInvalid    => [(400, "Causal context is not valid"); 2],
+            Unsatisfied       => [(400, "Unable to satisfy request"); 2],
             MainDown          => [(501, "Server unavailable"),   (503, "Main instance is down")],
             NotFound          => [(404, "Not found"); 2],
             VerbNotAllowed(_) => [(405, "Method not allowed"); 2],
@@ -617,10 +704,27 @@ impl Answer {
     }
 
     /// Adds which node answered, where there is a place for it.
-    fn with_address(mut self, node: &str, vocabulary: Vocabulary) -> Answer {
-        if matches!(vocabulary, Vocabulary::Json) && self.body.ends_with(b"}\n") {
+    fn with_address(self, node: &str, vocabulary: Vocabulary) -> Answer {
+        match vocabulary {
+            Vocabulary::Json => self.with_member(&format!(r#""address":"{node}""#)),
+            Vocabulary::Form => self,
+        }
+    }
+
+    /// Adds the causal context, if the request had one.
+    fn with_context(self, context: &Option<Causal>) -> Answer {
+        let Some(context) = context else { return self };
+        // Writing to a String cannot fail.
+        let name = |key: &String| serde_json::to_string(key).unwrap_or_default();
+        let stamps: Vec<String> =
+            context.iter().map(|(key, stamp)| format!(r#"{}:"{stamp:016x}""#, name(key))).collect();
+        self.with_member(&format!(r#""causal-context":{{{}}}"#, stamps.join(",")))
+    }
+
+    fn with_member(mut self, member: &str) -> Answer {
+        if self.body.ends_with(b"}\n") {
             self.body.truncate(self.body.len() - 2);
-            let _ = writeln!(self.body, r#","address":"{node}"}}"#);
+            let _ = writeln!(self.body, ",{member}}}");
         }
         self
     }
@@ -686,10 +790,20 @@ mod records {
             Record(ThinArc::from_header_and_slice(stamp, bytes))
         }
 
+        /// What stays of a deleted key where another copy of it may still arrive: it has no value.
+        pub fn tombstone(key: &[u8]) -> Record {
+            Record::new(key, "")
+        }
+
+        pub fn is_tombstone(&self) -> bool {
+            self.value().is_empty()
+        }
+
         /// A record as it travels between nodes, if that is what it is.
-        pub fn from_message((stamp, bytes): &(u64, ByteBuf)) -> Option<Record> {
+        pub fn from_message(stamp: u64, bytes: &[u8]) -> Option<Record> {
             let value = bytes.get(1 + *bytes.first()? as usize..)?;
-            serde_json::from_slice::<&RawValue>(value).is_ok().then(|| Record::from_parts(*stamp, bytes))
+            let is_whole = value.is_empty() || serde_json::from_slice::<&RawValue>(value).is_ok();
+            is_whole.then(|| Record::from_parts(stamp, bytes))
         }
 
         pub fn to_message(&self) -> (u64, ByteBuf) {
@@ -721,6 +835,25 @@ mod records {
             (hash_of(self.key()), self.key())
         }
 
+        /// Whether it stays where both are records of one key (the design's order of writes).
+        pub fn beats(&self, other: &Record) -> bool {
+            (self.stamp(), self.value()) > (other.stamp(), other.value())
+        }
+
+        /// What it adds to the digest of its bucket. Two writes hardly ever have the same stamp, so the beginning of a long
+        /// value does; and a tombstone adds nothing, since replicas drop theirs at different times.
+        fn digest(&self, hash: u64) -> u64 {
+            if self.is_tombstone() {
+                return 0;
+            }
+            let mut hasher = SipHasher24::new();
+            hasher.write_u64(hash);
+            hasher.write_u64(self.stamp());
+            hasher.write_usize(self.value().len());
+            hasher.write(&self.value()[..self.value().len().min(64)]);
+            hasher.finish()
+        }
+
         /// About what it takes in a message, in bytes.
         fn weight(&self) -> usize {
             self.0.slice.len() + 16
@@ -733,37 +866,74 @@ mod records {
     /// The records of an instance. Each bucket begins at a hash value and reaches to where the next one begins.
     #[derive(Default)]
     pub struct Records {
-        buckets: BTreeMap<u64, HashTable<Record>>,
+        buckets: BTreeMap<u64, Bucket>,
+        /// How many keys there are: records that are no tombstones.
         count: usize,
     }
 
+    #[derive(Default)]
+    struct Bucket {
+        table: HashTable<Record>,
+        /// Of these so many are keys.
+        count: usize,
+        /// The XOR of what they add to it.
+        digest: u64,
+    }
+
+    impl Bucket {
+        /// Counts a record that came, or went.
+        fn note(&mut self, hash: u64, record: &Record, came: bool) {
+            self.digest ^= record.digest(hash);
+            let keys = usize::from(!record.is_tombstone());
+            self.count = if came { self.count + keys } else { self.count - keys };
+        }
+    }
+
     impl Records {
+        /// How many keys there are.
         pub fn len(&self) -> usize {
             self.count
         }
 
+        pub fn is_empty(&self) -> bool {
+            self.buckets.values().all(|bucket| bucket.table.is_empty())
+        }
+
         pub fn get(&self, hash: u64, key: &[u8]) -> Option<&Record> {
             let (_, bucket) = self.buckets.range(..=hash).next_back()?;
-            bucket.find(hash, |record| record.key() == key)
+            bucket.table.find(hash, |record| record.key() == key)
+        }
+
+        /// The record of a key that is there, and not deleted.
+        pub fn find(&self, hash: u64, key: &[u8]) -> Option<&Record> {
+            self.get(hash, key).filter(|record| !record.is_tombstone())
         }
 
         /// Stores a record; returns the one it replaced.
         pub fn insert(&mut self, hash: u64, record: Record) -> Option<Record> {
             if self.buckets.is_empty() {
-                self.buckets.insert(0, HashTable::new());
+                self.buckets.insert(0, Bucket::default());
             }
             // A bucket at 0 is never taken away while there are others.
             let (first, bucket) = self.buckets.range_mut(..=hash).next_back()?;
-            match bucket.entry(hash, |it| it.key() == record.key(), |it| hash_of(it.key())) {
-                Entry::Occupied(mut old) => return Some(std::mem::replace(old.get_mut(), record)),
-                Entry::Vacant(place) => drop(place.insert(record)),
+            let before = bucket.count;
+            bucket.note(hash, &record, true);
+            let old = match bucket.table.entry(hash, |it| it.key() == record.key(), |it| hash_of(it.key())) {
+                Entry::Occupied(mut old) => Some(std::mem::replace(old.get_mut(), record)),
+                Entry::Vacant(place) => {
+                    place.insert(record);
+                    None
+                }
+            };
+            if let Some(old) = &old {
+                bucket.note(hash, old, false);
             }
-            self.count += 1;
-            if bucket.len() > BUCKET {
+            self.count = self.count + bucket.count - before;
+            if bucket.table.len() > BUCKET {
                 let first = *first;
                 self.split(first);
             }
-            None
+            old
         }
 
         /// Splits a bucket in the middle of its stretch of hash values.
@@ -773,20 +943,24 @@ mod records {
             let Some(bucket) = self.buckets.get_mut(&first).filter(|_| middle > first && middle <= last) else {
                 return;
             };
-            let mut upper = HashTable::with_capacity(bucket.len() / 2);
-            for record in bucket.extract_if(|record| hash_of(record.key()) >= middle) {
+            let mut upper = Bucket { table: HashTable::with_capacity(bucket.table.len() / 2), ..Bucket::default() };
+            let moving: Vec<Record> = bucket.table.extract_if(|record| hash_of(record.key()) >= middle).collect();
+            for record in moving {
                 let hash = hash_of(record.key());
-                upper.insert_unique(hash, record, |it| hash_of(it.key()));
+                bucket.note(hash, &record, false);
+                upper.note(hash, &record, true);
+                upper.table.insert_unique(hash, record, |it| hash_of(it.key()));
             }
-            bucket.shrink_to_fit(|it| hash_of(it.key()));
+            bucket.table.shrink_to_fit(|it| hash_of(it.key()));
             self.buckets.insert(middle, upper);
         }
 
         pub fn remove(&mut self, hash: u64, key: &[u8]) -> Option<Record> {
             let (first, bucket) = self.buckets.range_mut(..=hash).next_back()?;
-            let (record, _) = bucket.find_entry(hash, |record| record.key() == key).ok()?.remove();
+            let (record, _) = bucket.table.find_entry(hash, |record| record.key() == key).ok()?.remove();
+            bucket.note(hash, &record, false);
+            self.count -= usize::from(!record.is_tombstone());
             let first = *first;
-            self.count -= 1;
             self.tidy(first);
             Some(record)
         }
@@ -794,67 +968,149 @@ mod records {
         /// Gives back the memory of a bucket that has become much emptier.
         fn tidy(&mut self, first: u64) {
             let Some(bucket) = self.buckets.get_mut(&first) else { return };
-            if bucket.is_empty() && first > 0 {
+            if bucket.table.is_empty() && first > 0 {
                 self.buckets.remove(&first);
-            } else if bucket.len() < bucket.capacity() / 4 {
-                bucket.shrink_to_fit(|it| hash_of(it.key()));
+            } else if bucket.table.len() < bucket.table.capacity() / 4 {
+                bucket.table.shrink_to_fit(|it| hash_of(it.key()));
             }
+        }
+
+        /// The first hash value of the bucket that a place is in.
+        fn bucket_at(&self, hash: u64) -> u64 {
+            self.buckets.range(..=hash).next_back().map_or(0, |(first, _)| *first)
+        }
+
+        /// The part of each bucket that is in a span.
+        pub fn parts_of(&self, span: &Span) -> Vec<Span> {
+            let firsts = self.buckets.range(self.bucket_at(span.from.0)..).map(|(first, _)| (*first, Vec::new()));
+            let inner = firsts.filter(|place| span.from < *place && *place < span.to);
+            let places: Vec<Position> = [span.from.clone()].into_iter().chain(inner).chain([span.to.clone()]).collect();
+            places.windows(2).map(|pair| Span { from: pair[0].clone(), to: pair[1].clone() }).collect()
+        }
+
+        /// The digests of some spans, which stand in order and do not overlap. Looks at each record only of those buckets that
+        /// are in several of them.
+        pub fn digests_of(&self, spans: &[Span]) -> Vec<u64> {
+            let mut digests = vec![0; spans.len()];
+            let (Some(head), Some(tail)) = (spans.first(), spans.last()) else { return digests };
+            let mut buckets = self.buckets.range(self.bucket_at(head.from.0)..).peekable();
+            while let Some((first, bucket)) = buckets.next().filter(|(first, _)| **first <= tail.to.0) {
+                let start = (*first, Vec::new());
+                let end = buckets.peek().map_or_else(end_of_order, |(next, _)| (**next, Vec::new()));
+                let index_of = |place: (u64, &[u8])| {
+                    let index = spans.partition_point(|span| (span.from.0, &span.from.1[..]) <= place);
+                    index.checked_sub(1).filter(|index| spans[*index].contains(place))
+                };
+                match spans.iter().position(|span| span.from <= start && end <= span.to) {
+                    Some(whole) => digests[whole] ^= bucket.digest,
+                    None => {
+                        for record in &bucket.table {
+                            let place = record.position();
+                            if let Some(index) = index_of(place) {
+                                digests[index] ^= record.digest(place.0);
+                            }
+                        }
+                    }
+                }
+            }
+            digests
+        }
+
+        /// The digest of all that there is.
+        pub fn digest(&self) -> u64 {
+            self.buckets.values().fold(0, |digest, bucket| digest ^ bucket.digest)
+        }
+
+        /// Clones all records of a span: of one bucket or less, or it takes long.
+        pub fn all_of(&self, span: &Span) -> Vec<Record> {
+            let buckets =
+                self.buckets.range(self.bucket_at(span.from.0)..).take_while(|(first, _)| **first <= span.to.0);
+            let records = buckets.flat_map(|(_, bucket)| &bucket.table);
+            records.filter(|record| span.contains(record.position())).cloned().collect()
         }
 
         /// Clones the first records of a span, in no order, from one bucket and of about `limit` bytes, and says up to where
         /// these are all that there is.
         pub fn first_of(&self, span: &Span, limit: usize) -> (Vec<Record>, Position) {
-            let start = self.buckets.range(..=span.from.0).next_back().map_or(0, |(first, _)| *first);
+            let start = self.bucket_at(span.from.0);
             for (first, bucket) in self.buckets.range(start..).take_while(|(first, _)| **first <= span.to.0) {
-                let placed = bucket.iter().map(|record| (record.position(), record));
-                let mut records: Vec<_> = placed.filter(|(position, _)| span.contains(*position)).collect();
+                let is_in = |record: &&Record| span.contains(record.position());
+                let mut records: Vec<&Record> = bucket.table.iter().filter(is_in).collect();
                 if records.is_empty() {
                     continue;
                 }
                 let next = self.buckets.range((Excluded(*first), Unbounded)).next();
                 let mut end = next.map_or(span.to.clone(), |(next, _)| (*next, Vec::new()).min(span.to.clone()));
-                if records.iter().map(|(_, record)| record.weight()).sum::<usize>() > limit {
-                    records.sort_unstable_by_key(|(position, _)| *position);
-                    let (mut count, mut weight) = (0, 0);
-                    while count < records.len() && weight < limit {
-                        weight += records[count].1.weight();
-                        count += 1;
+                if records.iter().map(|record| record.weight()).sum::<usize>() > limit {
+                    let mut places: Vec<(u64, &[u8])> = records.iter().map(|record| record.position()).collect();
+                    places.sort_unstable();
+                    records.clear();
+                    let mut weight = 0;
+                    for (hash, key) in places {
+                        if weight >= limit {
+                            end = (hash, key.to_vec());
+                            break;
+                        }
+                        if let Some(record) = bucket.table.find(hash, |record| record.key() == key) {
+                            weight += record.weight();
+                            records.push(record);
+                        }
                     }
-                    if let Some(((hash, key), _)) = records.get(count) {
-                        end = (*hash, key.to_vec());
-                    }
-                    records.truncate(count);
                 }
-                return (records.into_iter().map(|(_, record)| record.clone()).collect(), end);
+                return (records.into_iter().cloned().collect(), end);
             }
             (Vec::new(), span.to.clone())
         }
 
-        /// Drops the records of a span, of which there are no more than an answer of `first_of` had.
-        pub fn forget(&mut self, span: &Span) {
-            let start = self.buckets.range(..=span.from.0).next_back().map_or(0, |(first, _)| *first);
-            let firsts: Vec<u64> =
-                self.buckets.range(start..).map(|(first, _)| *first).take_while(|first| *first <= span.to.0).collect();
-            for first in firsts {
-                let Some(bucket) = self.buckets.get_mut(&first) else { continue };
-                let before = bucket.len();
-                bucket.retain(|record| !span.contains(record.position()));
-                self.count -= before - bucket.len();
-                self.tidy(first);
+        /// Drops the records of a span. Of whole buckets, they are handed to the caller, since to free them takes a while.
+        pub fn forget(&mut self, span: &Span) -> Records {
+            let mut dropped = Records::default();
+            let firsts: Vec<u64> = self.buckets.range(self.bucket_at(span.from.0)..).map(|(first, _)| *first).collect();
+            for (index, first) in firsts.iter().enumerate().take_while(|(_, first)| **first <= span.to.0) {
+                let end = firsts.get(index + 1).map_or_else(end_of_order, |next| (*next, Vec::new()));
+                let Some(bucket) = self.buckets.get_mut(first) else { continue };
+                let before = bucket.count;
+                if span.from <= (*first, Vec::new()) && end <= span.to {
+                    dropped.buckets.insert(*first, std::mem::take(bucket));
+                } else {
+                    let leaving = bucket.table.extract_if(|record| span.contains(record.position()));
+                    for record in leaving.collect::<Vec<Record>>() {
+                        bucket.note(hash_of(record.key()), &record, false);
+                    }
+                }
+                self.count -= before - self.buckets[first].count;
+                self.tidy(*first);
             }
+            dropped
+        }
+
+        /// How many keys a span has.
+        pub fn count_of(&self, span: &Span) -> usize {
+            let mut buckets = self.buckets.range(self.bucket_at(span.from.0)..).peekable();
+            let mut count = 0;
+            while let Some((first, bucket)) = buckets.next().filter(|(first, _)| **first <= span.to.0) {
+                let end = buckets.peek().map_or_else(end_of_order, |(next, _)| (**next, Vec::new()));
+                let is_in = |record: &&Record| !record.is_tombstone() && span.contains(record.position());
+                count += match span.from <= (*first, Vec::new()) && end <= span.to {
+                    true => bucket.count,
+                    false => bucket.table.iter().filter(is_in).count(),
+                };
+            }
+            count
         }
 
         /// The place of the n-th highest key; the lowest place of all if there are fewer. Steps over buckets, not keys.
         pub fn nth_highest(&self, n: usize) -> Position {
             let mut left = n;
             for bucket in self.buckets.values().rev() {
-                if bucket.len() >= left {
-                    let mut places: Vec<(u64, &[u8])> = bucket.iter().map(Record::position).collect();
-                    let at = places.len() - left;
-                    let (hash, key) = *places.select_nth_unstable(at).1;
+                if bucket.count >= left {
+                    let keys = bucket.table.iter().filter(|record| !record.is_tombstone());
+                    let mut places: Vec<(u64, &[u8])> = keys.map(Record::position).collect();
+                    places.sort_unstable();
+                    let (hash, key) = places[places.len() - left];
                     return (hash, key.to_vec());
                 }
-                left -= bucket.len();
+                left -= bucket.count;
             }
             Position::default()
         }
@@ -886,8 +1142,10 @@ type Work = Box<dyn FnOnce() -> Answer + Send>;
 /// Answers a request at once, if it asks for what this instance has. What has to ask others, and takes its time, is returned as
 /// work.
 fn begin(request: Request) -> Result<Answer, Work> {
-    if request.origin == Origin::Message {
-        return Ok(answer_message(&request.body));
+    match request.origin {
+        Origin::Message => return Ok(answer_message(&request.body)),
+        Origin::Push => return Ok(answer_push(&request.body)),
+        Origin::Client | Origin::Node(_) => {}
     }
     let (resource, vocabulary) = request.route();
     match (&SETTINGS.role, &resource) {
@@ -897,16 +1155,21 @@ fn begin(request: Request) -> Result<Answer, Work> {
                 let verb = request.verb.clone();
                 let down = || Outcome::MainDown.answer(vocabulary, &verb);
                 let patience = if request.is_view_change() { CHANGE_LIMIT } else { PATIENCE };
-                Peer::at(main).relay(request, patience).unwrap_or_else(down)
+                Peer::at(main).relay(request, patience).unwrap_or_else(|_| down())
             }))
         }
         (_, Resource::Key(key)) => {
+            let context = match causal_context(&request, vocabulary) {
+                Ok(context) => context,
+                Err(refusal) => return Ok(refusal.answer(vocabulary, &request.verb)),
+            };
             let (hash, action) = (hash_of(key), Action::of(key, &request, vocabulary));
-            match Live.with(|node| perform(node, hash, key, action, request.origin)) {
-                Tried::Done(outcome) => Ok(outcome.answer(vocabulary, &request.verb)),
-                Tried::NotHere(_, action) => {
+            let tried = Live.with(|node| perform(node, hash, key, action, context, request.origin));
+            match tried {
+                Tried::Done(outcome, context) => Ok(outcome.answer(vocabulary, &request.verb).with_context(&context)),
+                tried => {
                     let key = key.to_vec();
-                    Err(Box::new(move || block_on(answer_for_key(&Live, &key, action, &request, vocabulary))))
+                    Err(Box::new(move || block_on(answer_for_key(&Live, &key, tried, &request, vocabulary))))
                 }
             }
         }
@@ -936,30 +1199,93 @@ impl Action {
     }
 }
 
+/// What became of a request at this instance, and the causal context after it, if it had one.
 enum Tried {
-    Done(Outcome),
-    /// With who has the key instead, and what is still to be done.
-    NotHere(Place, Action),
+    Done(Outcome, Option<Causal>),
+    /// A record was written, which other replicas are to have before this is answered.
+    Written(Outcome, Record, Option<Causal>),
+    /// Who has the key instead, and what is still to be done.
+    NotHere(Place, Action, Option<Causal>),
+    /// The context asks for something newer than what is here of the key, or (true) what is here is about to be on all replicas.
+    Behind(bool, Action, Option<Causal>),
 }
 
 /// Does what a request wants if this instance has the key.
-fn perform(node: &mut Node, hash: u64, key: &[u8], action: Action, origin: Origin) -> Tried {
+fn perform(node: &mut Node, hash: u64, key: &[u8], action: Action, context: Option<Causal>, origin: Origin) -> Tried {
     use Outcome::*;
     if let Origin::Node(store) = origin
         && node.store().is_some_and(|own| own != store)
     {
-        return Tried::Done(Outcome::Elsewhere);
+        return Tried::Done(Elsewhere, context);
+    } else if context.iter().flat_map(Causal::values).any(|stamp| *stamp > node.latest()) {
+        return Tried::Done(ContextInvalid, None);
     }
     let place = node.place(hash, key);
     if place != Place::Here {
-        return Tried::NotHere(place, action);
+        return Tried::NotHere(place, action, context);
+    } else if node.is_replicated() {
+        return perform_replicated(node, hash, key, action, context);
     }
-    Tried::Done(match action {
-        Action::Get => node.records.get(hash, key).cloned().map_or(Missing, Found),
-        Action::Delete => node.records.remove(hash, key).map_or(Missing, |_| Deleted),
-        Action::Put(record) => node.put(hash, record).map_or(Created, |_| Replaced),
+    // (A tombstone may be left from when there were several replicas.)
+    let is_key = |record: &Record| !record.is_tombstone();
+    let outcome = match action {
+        Action::Get => node.records.find(hash, key).cloned().map_or(Missing, Found),
+        Action::Delete => node.records.remove(hash, key).filter(is_key).map_or(Missing, |_| Deleted),
+        Action::Put(mut record) => node.put(hash, &mut record).filter(is_key).map_or(Created, |_| Replaced),
         Action::Refuse(outcome) => outcome,
-    })
+    };
+    // With one replica nobody can lack anything.
+    Tried::Done(outcome, context.map(|_| Causal::new()))
+}
+
+/// Does what a request wants although nobody has what its context asks for.
+fn perform_anyway(node: &mut Node, hash: u64, key: &[u8], action: Action, context: Option<Causal>) -> Tried {
+    let mut known = context.clone().unwrap_or_default();
+    node.know(&known);
+    let forgotten = str::from_utf8(key).ok().and_then(|key| known.remove(key));
+    if node.place(hash, key) != Place::Here {
+        return Tried::NotHere(node.place(hash, key), action, context);
+    }
+    // A key that the client knows of is deleted, also if this replica never saw it.
+    if matches!(action, Action::Delete) && forgotten.is_some() && node.records.find(hash, key).is_none() {
+        let mut record = Record::tombstone(key);
+        node.put(hash, &mut record);
+        node.agreement.note(&record, known);
+        return Tried::Written(Outcome::Deleted, record, context);
+    } else if matches!(action, Action::Get) {
+        let found = node.records.find(hash, key).cloned();
+        let after = context.map(|_| node.context_after(known, hash, key));
+        return Tried::Done(found.map_or(Outcome::Missing, Outcome::Found), after);
+    }
+    perform_replicated(node, hash, key, action, Some(known))
+}
+
+/// The same, where other replicas have the key as well.
+fn perform_replicated(node: &mut Node, hash: u64, key: &[u8], action: Action, context: Option<Causal>) -> Tried {
+    use Outcome::*;
+    let known = context.clone().unwrap_or_default();
+    let found = node.records.find(hash, key).cloned();
+    if matches!(action, Action::Get | Action::Delete) && !node.satisfies(hash, key, &known) {
+        return Tried::Behind(false, action, context);
+    }
+    let (outcome, mut record) = match action {
+        Action::Get
+            if context.is_some() && node.records.get(hash, key).is_some_and(|record| node.is_settling(record)) =>
+        {
+            return Tried::Behind(true, action, context);
+        }
+        Action::Put(record) => (if found.is_some() { Replaced } else { Created }, record),
+        Action::Delete if found.is_some() => (Deleted, Record::tombstone(key)),
+        Action::Get | Action::Delete => {
+            let after = context.map(|context| node.context_after(context, hash, key));
+            return Tried::Done(found.map_or(Missing, Found), after);
+        }
+        Action::Refuse(outcome) => return Tried::Done(outcome, context),
+    };
+    node.know(&known);
+    node.put(hash, &mut record);
+    node.agreement.note(&record, known);
+    Tried::Written(outcome, record, context)
 }
 
 /// Answers what is about no key. (Not inlined where every request passes: it would cost each connection a page of its stack.)
@@ -972,7 +1298,7 @@ fn answer_about(resource: &Resource, request: &Request, vocabulary: Vocabulary) 
         (Resource::ViewChange, "PUT") | (Resource::Shards(_), "GET") if own().is_none() => AddressNotSet,
         (Resource::Shards(id), "GET") => block_on(describe_shards(&Live, *id)).unwrap_or_else(|failure| failure),
         (Resource::ViewChange, "PUT") => match wanted_view(&request.body) {
-            Ok((view, force)) => return block_on(answer_view_change(&Live, request, &view, force)),
+            Ok(wanted) => return block_on(answer_view_change(&Live, request, &wanted)),
             Err(refusal) => refusal,
         },
         (Resource::Unknown, _) => NotFound,
@@ -982,8 +1308,15 @@ fn answer_about(resource: &Resource, request: &Request, vocabulary: Vocabulary) 
     outcome.answer(vocabulary, &request.verb)
 }
 
-/// The view that a view change asks for, and whether by force.
-fn wanted_view(body: &[u8]) -> Result<(Vec<String>, bool), Outcome> {
+/// What a view change asks for.
+struct WantedView {
+    view: Vec<String>,
+    /// The factor stays as it is if none is named.
+    factor: Option<usize>,
+    force: bool,
+}
+
+fn wanted_view(body: &[u8]) -> Result<WantedView, Outcome> {
     // What a client sent is quoted, in so far as it can stand in an answer.
     let is_unfit = |letter: char| letter == '"' || letter == '\\' || letter.is_control();
     let invalid =
@@ -995,16 +1328,24 @@ fn wanted_view(body: &[u8]) -> Result<(Vec<String>, bool), Outcome> {
         (_, Ok(nodes)) => parse_view(nodes.iter().map(String::as_str)),
         _ => Err("it is neither a string nor an array of strings".into()),
     };
-    match (view, member(body, "force")?) {
-        (Err(reason), _) => Err(invalid(reason)),
-        (Ok(view), "true") => Ok((view, true)),
-        (Ok(view), "false" | "null") => Ok((view, false)),
-        (_, force) => Err(invalid(format!("force is {force}, neither true nor false"))),
-    }
+    let view = view.map_err(invalid)?;
+    let force = match member(body, "force")? {
+        "true" => true,
+        "false" | "null" => false,
+        force => return Err(invalid(format!("force is {force}, neither true nor false"))),
+    };
+    let factor = match member(body, "repl-factor")? {
+        "null" => None,
+        text => match parse_factor(text, view.len()) {
+            Ok(factor) => Some(factor),
+            Err(expected) => return Err(invalid(format!("repl-factor is {text}, not {expected}"))),
+        },
+    };
+    Ok(WantedView { view, factor, force })
 }
 
 fn describe_instance() -> String {
-    let (count, table) = Live.with(|node| (node.records.len(), node.table()));
+    let (count, table) = Live.with(|node| (node.keys(), node.table()));
     let view = table.map_or(SETTINGS.view.clone(), |table| table.view.clone()).join(r#"",""#);
     let (role, more) = match &SETTINGS.role {
         Role::Main => ("main", format!(r#""key-count":{count}"#)),
@@ -1018,7 +1359,8 @@ fn describe_instance() -> String {
 
 mod table {
     //! A table cuts the order of keys into ranges and says which shard owns each. It also names the *sources* of a range: the
-    //! nodes that may still have keys of it, because it was theirs before. Every node of a store has the table.
+    //! nodes that may still have keys of it, because it was theirs before, in groups: the replicas of a former shard should all
+    //! have the same. Every node of a store has the table.
 
     use super::*;
 
@@ -1050,7 +1392,7 @@ mod table {
         pub from: Position,
         /// The owner, by its index among the shards.
         pub shard: usize,
-        pub sources: Vec<String>,
+        pub sources: Vec<Vec<String>>,
     }
 
     #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -1061,7 +1403,9 @@ mod table {
         /// What is the same in all tables that come from one first table, and differs in another store's.
         pub store: u64,
         pub view: Vec<String>,
-        /// The nodes of each shard, by their indices in the view.
+        /// A shard has at least so many nodes.
+        pub factor: usize,
+        /// The nodes of each shard, its replicas, by their indices in the view.
         pub shards: Vec<Vec<usize>>,
         pub ranges: Vec<Range>,
     }
@@ -1070,34 +1414,41 @@ mod table {
     const MAX_RANGES: usize = 100_000;
 
     impl Table {
-        /// The table of a store that had no view change: as much of the order for each shard.
-        pub fn first(view: Vec<String>) -> Table {
-            let share = |index| ((index as u128 * (1 << 64) / view.len() as u128) as u64, Vec::new());
-            let range = |shard| Range { from: share(shard), shard, sources: Vec::new() };
-            let ranges = (0..view.len()).map(range).collect();
-            let coordinator = (view.len() as u64) << 48 | hash_of(view.join(",").as_bytes()) >> 16;
-            let version = Version { coordinator, ..Version::default() };
-            Table {
-                version,
-                base: Version::default(),
-                store: coordinator,
-                shards: (0..view.len()).map(|index| vec![index]).collect(),
-                view,
-                ranges,
+        /// The table of a store that had no view change: as much of the order for each shard, and the nodes dealt out in the
+        /// order of the view.
+        pub fn first(view: Vec<String>, factor: usize) -> Table {
+            let mut shards = Vec::new();
+            let mut next = 0;
+            for size in shard_sizes(view.len(), factor) {
+                shards.push((next..next + size).collect());
+                next += size;
             }
+            let share = |index| ((index as u128 * (1 << 64) / shards.len() as u128) as u64, Vec::new());
+            let range = |shard| Range { from: share(shard), shard, sources: Vec::new() };
+            let ranges = (0..shards.len()).map(range).collect();
+            let coordinator =
+                (view.len() as u64) << 48 | hash_of(format!("{} {factor}", view.join(",")).as_bytes()) >> 16;
+            let version = Version { coordinator, ..Version::default() };
+            Table { version, base: Version::default(), store: coordinator, factor, shards, view, ranges }
         }
 
         /// Checks a table from outside.
         pub fn is_valid(&self) -> bool {
             let indices_exist = |shard: &Vec<usize>| !shard.is_empty() && shard.iter().all(|it| *it < self.view.len());
             parse_view(self.view.iter().map(String::as_str)).is_ok()
+                && (1..=self.view.len()).contains(&self.factor)
                 && !self.shards.is_empty()
+                && self.shards.len() <= self.view.len()
                 && self.shards.iter().all(indices_exist)
                 && self.ranges.first().is_some_and(|range| range.from == Position::default())
                 && self.ranges.len() <= MAX_RANGES
                 && self.ranges.is_sorted_by(|one, next| one.from < next.from)
                 && self.ranges.iter().all(|range| range.shard < self.shards.len() && range.from.1.len() <= 200)
-                && self.ranges.iter().flat_map(|range| &range.sources).all(|source| port_of(source).is_some())
+                && self
+                    .ranges
+                    .iter()
+                    .flat_map(|range| range.sources.iter().flatten())
+                    .all(|source| port_of(source).is_some())
                 && self.version.epoch < u64::MAX / 2
                 && self.version.number < u64::MAX / 2
         }
@@ -1111,9 +1462,9 @@ mod table {
             self.ranges[self.range_at(hash, key)].shard
         }
 
-        /// The node that a shard's requests go to.
-        pub fn node_of(&self, shard: usize) -> &str {
-            &self.view[self.shards[shard][0]]
+        /// The nodes of a shard.
+        pub fn replicas(&self, shard: usize) -> Vec<String> {
+            self.shards[shard].iter().map(|index| self.view[*index].clone()).collect()
         }
 
         pub fn shard_of(&self, node: &str) -> Option<usize> {
@@ -1125,8 +1476,8 @@ mod table {
             self.view.iter().any(|it| it == node)
         }
 
-        pub fn sources(&self) -> BTreeSet<&String> {
-            self.ranges.iter().flat_map(|range| &range.sources).collect()
+        pub fn sources(&self) -> BTreeSet<String> {
+            set_of(self.ranges.iter().flat_map(|range| range.sources.iter().flatten()).cloned())
         }
 
         /// Each range as a span.
@@ -1135,105 +1486,168 @@ mod table {
             self.ranges.iter().zip(ends).map(|(range, to)| (Span { from: range.from.clone(), to }, range))
         }
 
-        /// The table after this one, in which nodes give up what is above their cuts (the place and the receiver, from the
-        /// highest place down). Sources are whoever owned a place in this table, and whoever was its source already where
-        /// `complete` does not say that these have nothing left; but not the nodes that are given up.
+        /// The table after this one. Shards give up what is above their cuts (the place and the receiver, from the highest
+        /// place down). Sources are whoever had a place in this table, and whoever was its source already where `complete` does
+        /// not say that these have nothing left; but not the nodes that are given up.
         pub fn next(
             &self,
             version: Version,
-            view: &[String],
+            change: &Change,
             cuts: &[Cut],
             given_up: &[String],
             complete: bool,
         ) -> Table {
-            let mut places: Vec<&Position> = self.ranges.iter().map(|range| &range.from).collect();
-            places.extend(cuts.iter().map(|cut| &cut.place));
-            self.over(places, version, view, |number, place, old| {
-                let cut = cuts.iter().find(|cut| cut.giver == old && cut.place <= *place);
-                let owner = cut.map_or(old, |cut| &cut.receiver);
-                // What a node that leaves gives to nobody holds no keys, or is given up: it is dealt out.
-                view.iter().position(|node| node == owner).unwrap_or(number % view.len())
+            let places = self.ranges.iter().map(|range| &range.from).chain(cuts.iter().map(|cut| &cut.place));
+            self.over(places, version, change, |number, place, old| {
+                let is_above = |cut: &&Cut| (cut.place.0, &cut.place.1[..]) <= place;
+                let cut = cuts.iter().filter(is_above).find(|cut| cut.giver == old);
+                let owner = cut.map(|cut| cut.receiver).or(change.kept[old]);
+                // What a shard that ends gives to nobody holds no keys, or is given up: it is dealt out.
+                owner.unwrap_or(number % change.shards.len())
             })
             .with_sources(self, given_up, complete)
         }
 
         /// The table after this one for a store without keys: as much for each shard as in a first table.
-        pub fn next_even(&self, version: Version, view: &[String], given_up: &[String], complete: bool) -> Table {
-            let even = Table::first(view.to_vec());
-            let places = self.ranges.iter().chain(&even.ranges).map(|range| &range.from).collect();
-            self.over(places, version, view, |_, place, _| even.shard_at(place.0, &place.1))
+        pub fn next_even(&self, version: Version, change: &Change, given_up: &[String], complete: bool) -> Table {
+            let even = Table::first(change.view.clone(), change.factor);
+            let places = self.ranges.iter().chain(&even.ranges).map(|range| &range.from);
+            self.over(places, version, change, |_, (hash, key), _| even.shard_at(hash, key))
                 .with_sources(self, given_up, complete)
         }
 
-        /// A table whose ranges begin at these places; `owner` tells the shard by the number of the range, its place and who
-        /// has it now.
-        fn over(
+        /// A table whose ranges begin at these places; `owner` tells the shard by the number of the range, its place and which
+        /// shard has it now.
+        fn over<'a>(
             &self,
-            mut places: Vec<&Position>,
+            places: impl Iterator<Item = &'a Position>,
             version: Version,
-            view: &[String],
-            owner: impl Fn(usize, &Position, &str) -> usize,
+            change: &Change,
+            owner: impl Fn(usize, (u64, &[u8]), usize) -> usize,
         ) -> Table {
-            places.sort();
+            let mut places: Vec<(u64, &[u8])> = places.map(|(hash, key)| (*hash, &key[..])).collect();
+            places.sort_unstable();
             places.dedup();
-            let range = |(number, place): (usize, &Position)| {
-                let shard = owner(number, place, self.node_of(self.shard_at(place.0, &place.1)));
-                Range { from: place.clone(), shard, sources: Vec::new() }
+            let range = |(number, (hash, key)): (usize, (u64, &[u8]))| {
+                let shard = owner(number, (hash, key), self.shard_at(hash, key));
+                Range { from: (hash, key.to_vec()), shard, sources: Vec::new() }
             };
             let ranges = places.into_iter().enumerate().map(range).collect();
-            let shards = (0..view.len()).map(|index| vec![index]).collect();
-            Table { version, base: self.version, store: self.store, view: view.to_vec(), shards, ranges }
+            let Change { view, factor, shards, .. } = change;
+            let (view, factor, shards) = (view.clone(), *factor, shards.clone());
+            Table { version, base: self.version, store: self.store, factor, view, shards, ranges }
         }
 
         fn with_sources(mut self, old: &Table, given_up: &[String], complete: bool) -> Table {
             for index in 0..self.ranges.len() {
-                let owner = self.node_of(self.ranges[index].shard).to_owned();
+                let owners = set_of(self.replicas(self.ranges[index].shard));
                 let range = &mut self.ranges[index];
                 let before = &old.ranges[old.range_at(range.from.0, &range.from.1)];
                 let unfinished = if complete { &[] } else { &before.sources[..] };
-                let mut sources: BTreeSet<&String> = unfinished.iter().collect();
-                sources.extend(old.shards[before.shard].iter().map(|index| &old.view[*index]));
-                range.sources =
-                    sources.into_iter().filter(|it| **it != owner && !given_up.contains(it)).cloned().collect();
+                let former = old.replicas(before.shard);
+                for group in unfinished.iter().chain([&former]) {
+                    let group = set_of(group.iter().filter(|node| !given_up.contains(node)).cloned());
+                    // The same replicas as now lack nothing, or compare what they have.
+                    let is_news = !group.is_empty() && group != owners;
+                    let group: Vec<String> = group.into_iter().collect();
+                    if is_news && !range.sources.contains(&group) {
+                        range.sources.push(group);
+                    }
+                }
             }
             self.ranges.dedup_by(|next, one| (next.shard, &next.sources) == (one.shard, &one.sources));
             self
         }
     }
 
-    /// What is above a place leaves its giver for a receiver.
+    /// What is above a place leaves its giver for a receiver, each a shard of its table.
     pub struct Cut {
-        pub giver: String,
+        pub giver: usize,
         pub place: Position,
-        pub receiver: String,
+        pub receiver: usize,
     }
 
-    /// A giver, a receiver, and how many keys.
-    pub type Move = (String, String, usize);
+    /// A giver (a shard of the old table), a receiver (one of the new), and how many keys.
+    pub type Move = (usize, usize, usize);
 
-    /// Who gives how many keys to whom so that the shards of the view differ by one key at most, and no key moves without need.
-    /// Counts are those of all nodes of the old and the new view; one that is not in the new view gives all it has. Afterwards
-    /// they are what each node has then.
-    pub fn plan(counts: &mut BTreeMap<String, usize>, view: &[String]) -> Vec<Move> {
-        let total: usize = counts.values().sum();
-        let mut largest_first = view.to_vec();
-        largest_first.sort_by_key(|node| Reverse(counts[node]));
-        // The nodes with most keys take the remainder: that saves them a move.
-        let target = |rank| total / view.len() + usize::from(rank < total % view.len());
-        let targets: HashMap<String, usize> = largest_first.into_iter().zip((0..).map(target)).collect();
-        let mut moves = Vec::new();
-        for giver in counts.keys().cloned().collect::<Vec<_>>() {
-            for receiver in view {
-                let surplus = counts[&giver].saturating_sub(targets.get(&giver).copied().unwrap_or(0));
-                let moving = surplus.min(targets[receiver].saturating_sub(counts[receiver]));
-                if moving > 0 {
-                    counts.entry(giver.clone()).and_modify(|count| *count -= moving);
-                    counts.entry(receiver.clone()).and_modify(|count| *count += moving);
-                    moves.push((giver.clone(), receiver.clone(), moving));
+    /// How many nodes each shard has.
+    fn shard_sizes(nodes: usize, factor: usize) -> Vec<usize> {
+        let count = (nodes / factor).max(1);
+        (0..count).map(|shard| nodes / count + usize::from(shard < nodes % count)).collect()
+    }
+
+    /// Another view, dealt out in shards.
+    pub struct Change {
+        pub view: Vec<String>,
+        pub factor: usize,
+        pub shards: Vec<Vec<usize>>,
+        /// By the old shards: which of the new ones each goes on as, or that it ends.
+        pub kept: Vec<Option<usize>>,
+    }
+
+    impl Change {
+        /// Deals out a view so that as few nodes as possible change their shard: of the old shards those with most nodes left
+        /// go on, and the nodes that are too many for one, or new, fill up the others. The shards are numbered in the order of
+        /// their first nodes in the view.
+        pub fn new(old: &Table, view: &[String], factor: usize) -> Change {
+            let sizes = shard_sizes(view.len(), factor);
+            let staying = |shard: &Vec<usize>| -> Vec<usize> {
+                let stays = |(_, node): &(usize, &String)| shard.iter().any(|index| old.view[*index] == **node);
+                view.iter().enumerate().filter(stays).map(|(index, _)| index).collect()
+            };
+            let left: Vec<Vec<usize>> = old.shards.iter().map(staying).collect();
+            // The largest first, since they get the largest sizes, and the last ones end. Of equals the earlier goes on.
+            let largest_first = in_order(left.iter().map(|nodes| u64::MAX - nodes.len() as u64)).into_iter();
+            let mut groups: Vec<(Option<usize>, Vec<usize>)> =
+                largest_first.map(|shard| (Some(shard), left[shard].clone())).collect();
+            groups.retain(|(_, nodes)| !nodes.is_empty());
+            groups.resize(sizes.len(), (None, Vec::new()));
+            for ((_, nodes), size) in groups.iter_mut().zip(&sizes) {
+                nodes.truncate(*size);
+            }
+            let taken: Vec<usize> = groups.iter().flat_map(|(_, nodes)| nodes.clone()).collect();
+            let mut free = (0..view.len()).filter(|index| !taken.contains(index));
+            for ((_, nodes), size) in groups.iter_mut().zip(&sizes) {
+                nodes.extend(free.by_ref().take(size - nodes.len()));
+                *nodes = set_of(nodes.drain(..)).into_iter().collect();
+            }
+            let by_first = in_order(groups.iter().map(|(_, nodes)| nodes[0] as u64));
+            let goes_on_as = |shard: usize| by_first.iter().position(|group| groups[*group].0 == Some(shard));
+            let kept = (0..old.shards.len()).map(goes_on_as).collect();
+            let shards = by_first.iter().map(|group| groups[*group].1.clone()).collect();
+            Change { view: view.to_vec(), factor, shards, kept }
+        }
+
+        /// Who gives how many keys to whom so that the shards differ by one key at most, and no key moves without need; and how
+        /// many keys each has then. `held` is what the old shards have.
+        pub fn plan(&self, held: &[usize]) -> (Vec<Move>, Vec<usize>) {
+            let (total, count): (usize, usize) = (held.iter().sum(), self.shards.len());
+            let mut counts = vec![0; count];
+            for (keys, shard) in held.iter().zip(&self.kept) {
+                if let Some(shard) = shard {
+                    counts[*shard] = *keys;
                 }
             }
+            // The shards with most keys take the remainder: that saves them a move.
+            let largest_first = in_order(counts.iter().map(|count| u64::MAX - *count as u64));
+            let mut targets = vec![0; count];
+            for (rank, shard) in largest_first.into_iter().enumerate() {
+                targets[shard] = total / count + usize::from(rank < total % count);
+            }
+            let mut moves = Vec::new();
+            for (giver, keys) in held.iter().enumerate() {
+                let mut surplus = self.kept[giver].map_or(*keys, |shard| keys.saturating_sub(targets[shard]));
+                for receiver in 0..count {
+                    let moving = surplus.min(targets[receiver].saturating_sub(counts[receiver]));
+                    if moving > 0 {
+                        surplus -= moving;
+                        counts[receiver] += moving;
+                        moves.push((giver, receiver, moving));
+                    }
+                }
+            }
+            (moves, targets)
         }
-        moves
     }
 }
 
@@ -1249,6 +1663,10 @@ mod node {
     //! - The new owner fetches them, from nodes that go by its table only. It answers for a key once the source has
     //!   forgotten it (`merge`, `arrived`). A node that does not know the newer table goes on answering, and rightly: nobody can
     //!   have fetched from it.
+    //!
+    //! Where a shard has several replicas, the order of stamps decides instead: of two records of a key the one with the higher
+    //! stamp stays, wherever and however often they meet. So replicas may take writes on their own, give records twice, and answer
+    //! while others still fetch; nothing but a replica that was never heard of a write can be behind.
     //!
     //! This type is a value that gets messages and the time, and gives answers: no statics, no clock, no network. What it does
     //! over time stands in the next section; the simulation at the end runs both, many nodes in one process.
@@ -1275,9 +1693,17 @@ mod node {
         pub coordinated: Version,
         pub coordinating: bool,
         pub promises: Vec<Promise>,
-        /// Its `VIEW`, and for how many rounds it has been up.
+        /// Its `VIEW` and `REPL_FACTOR`, and for how many rounds it has been up.
         pub first_view: Vec<String>,
+        pub factor: usize,
         pub rounds: u32,
+        /// The time by its clock, in microseconds since 1970, and the highest stamp that it knows.
+        pub time: u64,
+        pub stamp: u64,
+        /// Of a replica: the digest of what it has, unless some of that is others'; and up to which stamps all replicas have
+        /// what the nodes wrote, as far as it heard.
+        pub digest: Option<u64>,
+        pub claims: BTreeMap<String, u64>,
         /// The table itself, in a reply to one that does not have it. A table comes in replies only, since these are awaited:
         /// in a message it could be as late as a life of its sender, and of the whole store, ago.
         pub table: Option<Table>,
@@ -1289,7 +1715,8 @@ mod node {
         /// Checks the names in what comes from outside.
         pub fn is_plain(&self) -> bool {
             let promises = self.promises.iter().flat_map(|promise| promise.nodes.iter().chain([&promise.coordinator]));
-            let mut names = self.incoming.iter().chain(&self.first_view).chain(&self.tellers).chain(promises);
+            let known = self.tellers.iter().chain(self.claims.keys());
+            let mut names = self.incoming.iter().chain(&self.first_view).chain(known).chain(promises);
             names.all(|name| is_plain(name))
         }
     }
@@ -1324,19 +1751,29 @@ mod node {
         /// Promise to take part in a change that makes this version and names these nodes. Nothing has come, or will, of the
         /// promises of these versions: all that they name are bound by this lock's coordinator.
         Lock(Version, Vec<String>, Vec<Version>),
-        /// Under that lock: where are your n-th highest keys?
-        Cut(Version, Vec<usize>),
+        /// Under that lock: where are your n-th highest keys? (And whether every node has what your table gives it: then drop what
+        /// is others'.)
+        Cut(Version, Vec<usize>, bool),
         /// I have all records of this span now: forget them. Both of us go by the table of this version.
         Forget(Version, Span),
         /// Give me the first records of this span, of about so many bytes.
         Give(Version, Span, usize),
+        /// What are the digests of these spans?
+        Digests(Version, Vec<Span>),
+        /// Give me all records of these spans, or of the first of them.
+        GiveAll(Version, Vec<Span>),
     }
+
+    /// A record on its way: its stamp, its bytes, and its writer's context as long as that matters.
+    pub type Copied = (u64, ByteBuf, Causal);
 
     impl Message {
         /// A node that does not answer in this time is silent. A round of meetings must fit into the second that one which
         /// starts waits to hear of the others.
         pub fn limit(&self) -> Duration {
-            Duration::from_millis(if matches!(self, Message::Meet) { 700 } else { 1500 })
+            let someone_waits = matches!(self, Message::GiveAll(_, spans) if spans.len() == 1);
+            let is_short = matches!(self, Message::Meet) || someone_waits;
+            Duration::from_millis(if is_short { 700 } else { 1500 })
         }
     }
 
@@ -1350,9 +1787,42 @@ mod node {
         /// The version is not above this one.
         Outdated(Version),
         Places(Vec<Position>),
-        /// Records, as stamp and bytes, and up to where they are all that there is.
-        Records(Vec<(u64, ByteBuf)>, Position),
+        /// Records, up to where they are all that there is, and whether who gives them lacks nothing there itself.
+        Records(Vec<Copied>, Position, bool),
+        Digests(Vec<u64>),
+        /// All records of so many spans.
+        All(Vec<Copied>, usize),
     }
+
+    /// What a replica has the others store.
+    #[derive(Clone, Debug, Serialize, Deserialize)]
+    pub struct Push {
+        pub from: String,
+        pub to: String,
+        pub version: Version,
+        /// The addressee's time, in microseconds, as the sender last heard it: by this the addressee sees how late this comes.
+        pub echo: u64,
+        pub stamp: u64,
+        pub records: Vec<Copied>,
+        /// What all replicas have by now: keys and stamps.
+        pub settled: Vec<(ByteBuf, u64)>,
+    }
+
+    #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+    pub enum Pushed {
+        /// By the one of this incarnation: when it starts again, it has nothing.
+        Taken(u64),
+        /// Not by my table, which is of this version, or too late. My time is this.
+        Refused(Option<Version>, u64),
+    }
+
+    /// A push that comes so long after its sender heard of the addressee is refused: it may be of before a deletion whose
+    /// tombstone is gone.
+    pub const LATE: Duration = Duration::from_secs(5);
+    /// A tombstone stays for so long after all replicas have it: longer than a push may take.
+    const TOMBSTONE: Duration = Duration::from_secs(12);
+    /// So many tombstones are looked at in a round.
+    const SWEEP: usize = 20_000;
 
     /// Who has a key.
     #[derive(Debug, PartialEq)]
@@ -1365,10 +1835,51 @@ mod node {
         Unknown,
     }
 
+    /// What a node has still to fetch of a span.
+    #[derive(Clone, Debug)]
+    struct Incoming {
+        to: Position,
+        groups: Vec<Group>,
+    }
+
+    /// The replicas that a shard had, which should all have the same.
+    #[derive(Clone, Debug)]
+    struct Group {
+        /// Those that were not heard yet.
+        left: BTreeSet<String>,
+        /// One that lacked nothing was heard, or is this node itself. With several replicas that will do to answer for a key;
+        /// what only another one took, while the two were cut off from each other, comes later.
+        heard: bool,
+        /// The table names it. (Otherwise it is the other replicas of this shard, since this node started blank.)
+        of_table: bool,
+    }
+
+    impl Incoming {
+        fn blocks(&self) -> bool {
+            self.groups.iter().any(|group| !group.heard)
+        }
+
+        fn is_from(&self, source: &str) -> bool {
+            self.groups.iter().any(|group| group.left.contains(source))
+        }
+
+        fn sources(&self) -> impl Iterator<Item = &String> {
+            self.groups.iter().flat_map(|group| &group.left)
+        }
+    }
+
     /// What a node last heard from another.
     #[derive(Default)]
     struct Peer {
         version: Option<Version>,
+        incarnation: u64,
+        /// Its time, in microseconds.
+        time: u64,
+        /// When it was last compared with, and whether it had something else when it was last heard.
+        compared: Duration,
+        differs: bool,
+        /// It has still to fetch what is here: to compare would be to send everything twice.
+        is_fetching: bool,
         silent: bool,
         /// When it was last its turn to be met.
         turn: Duration,
@@ -1381,11 +1892,164 @@ mod node {
     /// knock at a node that sleeps.)
     const FIRST: u32 = 5;
 
+    /// So many spans are compared in one message.
+    pub const MAX_SPANS: usize = 256;
+
+    pub fn record_of_copy((stamp, bytes, context): &Copied) -> Option<(Record, Causal)> {
+        // (The bytes are looked at before they are copied.)
+        Some((Record::from_message(*stamp, bytes)?, context.clone()))
+    }
+
+    /// What some replica of the shard may lack: of a write, until all are known to have it.
+    #[derive(Default)]
+    pub struct Agreement {
+        /// So many records came here that some other replica may lack.
+        pub arrivals: u64,
+        open: HashMap<Vec<u8>, Open>,
+        /// The same by stamp, for the lowest.
+        stamps: BTreeSet<(u64, Vec<u8>)>,
+        /// The same in the order in which they came, and some that are settled.
+        order: VecDeque<(u64, Vec<u8>)>,
+        /// What came before is on all replicas.
+        least: u64,
+        /// By replica: it has what was here when the arrivals were so many.
+        pub agreed: BTreeMap<String, u64>,
+        /// By node: all replicas of its shard have what it knows of up to this stamp. That is true for ever.
+        pub claims: BTreeMap<String, u64>,
+        /// What other replicas do not know yet to be on all.
+        settled: Vec<(String, Vec<(ByteBuf, u64)>)>,
+        is_telling: bool,
+    }
+
+    struct Open {
+        stamp: u64,
+        arrival: u64,
+        /// What its writer had seen.
+        context: Causal,
+    }
+
+    impl Agreement {
+        /// Notes a record that some replica may lack.
+        pub fn note(&mut self, record: &Record, context: Causal) {
+            self.arrivals += 1;
+            let open = Open { stamp: record.stamp(), arrival: self.arrivals, context };
+            self.order.push_back((self.arrivals, record.key().to_vec()));
+            self.stamps.insert((open.stamp, record.key().to_vec()));
+            if let Some(old) = self.open.insert(record.key().to_vec(), open) {
+                self.stamps.remove(&(old.stamp, record.key().to_vec()));
+                self.stamps.insert((record.stamp(), record.key().to_vec()));
+            }
+        }
+
+        /// Notes that all replicas have a record.
+        pub fn settle(&mut self, key: &[u8], stamp: u64) {
+            if self.open.get(key).is_some_and(|open| open.stamp <= stamp)
+                && let Some(open) = self.open.remove(key)
+            {
+                self.stamps.remove(&(open.stamp, key.to_vec()));
+            }
+        }
+
+        /// The same, of one that was written here: the others are to be told.
+        pub fn settle_and_tell(&mut self, key: &[u8], stamp: u64, others: &[String]) {
+            self.settle(key, stamp);
+            for other in others {
+                let news = (ByteBuf::from(key), stamp);
+                match self.settled.iter_mut().find(|(to, _)| to == other) {
+                    Some((_, list)) => list.push(news),
+                    None => self.settled.push((other.clone(), vec![news])),
+                }
+            }
+        }
+
+        pub fn take_settled(&mut self, of: &str) -> Vec<(ByteBuf, u64)> {
+            let index = self.settled.iter().position(|(to, _)| to == of);
+            index.map_or(Vec::new(), |index| self.settled.swap_remove(index).1)
+        }
+
+        /// Whether somebody has to begin to tell the others what is settled.
+        pub fn starts_telling(&mut self) -> bool {
+            !self.settled.is_empty() && !std::mem::replace(&mut self.is_telling, true)
+        }
+
+        pub fn stops_telling(&mut self) {
+            self.is_telling = false;
+        }
+
+        /// The replicas that are to be told of what is settled.
+        pub fn to_tell(&self) -> Vec<String> {
+            self.settled.iter().map(|(to, _)| to.clone()).collect()
+        }
+
+        pub fn is_open(&self, record: &Record) -> bool {
+            self.open.get(record.key()).is_some_and(|open| open.stamp == record.stamp() && open.arrival > self.least)
+        }
+
+        pub fn context_of(&self, record: &Record) -> Causal {
+            let open = self.open.get(record.key()).filter(|open| open.stamp == record.stamp());
+            open.map_or(Causal::new(), |open| open.context.clone())
+        }
+
+        /// Notes that a replica has all that was here when the arrivals were so many. What all `others` have is settled.
+        pub fn agree(&mut self, with: &str, arrivals: u64, others: &[String]) {
+            let agreed = self.agreed.entry(with.to_owned()).or_default();
+            *agreed = arrivals.max(*agreed);
+            let least = others.iter().map(|other| self.agreed.get(other).copied().unwrap_or(0)).min();
+            self.least = least.unwrap_or(0).max(self.least);
+        }
+
+        /// Drops what is settled: some of it at a time, for after a long cut it may be much.
+        pub fn sweep(&mut self) {
+            for _ in 0..SWEEP {
+                let Some((arrival, key)) = self.order.front() else { break };
+                let stamp = self.open.get(key).filter(|open| open.arrival == *arrival).map(|open| open.stamp);
+                match (stamp, self.order.pop_front()) {
+                    (Some(_), Some((arrival, key))) if arrival > self.least => {
+                        return self.order.push_front((arrival, key));
+                    }
+                    (Some(stamp), Some((_, key))) => self.settle(&key, stamp),
+                    _ => {}
+                }
+            }
+            if self.order.is_empty() {
+                (self.order, self.open) = (VecDeque::new(), HashMap::new());
+            }
+        }
+
+        /// Whether there is something that a replica may lack.
+        pub fn awaits(&self, other: &str) -> bool {
+            self.agreed.get(other).is_none_or(|agreed| *agreed < self.arrivals)
+        }
+
+        /// By another table, the replicas may be others, and what they have is to be found out.
+        pub fn begin_anew(&mut self) {
+            self.agreed.clear();
+            self.settled.clear();
+        }
+
+        /// Up to which stamp all replicas have all that is known here, if `clock` is below all stamps that are still to come.
+        pub fn claim(&self, clock: u64, others: &[String]) -> u64 {
+            let lowest = self.stamps.first().map_or(clock, |(stamp, _)| stamp - 1);
+            if others.iter().all(|other| self.agreed.contains_key(other)) { lowest.min(clock - 1) } else { 0 }
+        }
+
+        pub fn learn(&mut self, node: &str, claim: u64) {
+            let known = self.claims.entry(node.to_owned()).or_default();
+            *known = claim.max(*known);
+        }
+
+        /// Up to which stamp all replicas of all shards have everything.
+        pub fn floor(&self, view: &[String]) -> u64 {
+            view.iter().map(|node| self.claims.get(node).copied().unwrap_or(0)).min().unwrap_or(0)
+        }
+    }
+
     pub struct Node {
         /// Its own address; empty in a main instance, which has all keys.
         own: String,
         pub incarnation: u64,
         first_view: Vec<String>,
+        first_factor: usize,
         /// How long a granted lock keeps off other coordinators. It is remembered for longer, and nothing but comfort depends
         /// on this.
         pub lease: Duration,
@@ -1406,7 +2070,13 @@ mod node {
         /// Every node has fetched what that table gives it: the sources in it mean nothing any more.
         complete: bool,
         /// By where they begin, the spans that this node owns and has not fetched: up to where, and from whom.
-        incoming: BTreeMap<Position, (Position, Vec<String>)>,
+        incoming: BTreeMap<Position, Incoming>,
+        /// It went by the table before this one as well, and has kept what it had then.
+        followed: bool,
+        /// What some replica may lack.
+        pub agreement: Agreement,
+        /// The tombstones: since when, and of what.
+        tombstones: VecDeque<(Duration, u64, Record)>,
         promises: Vec<Promise>,
         coordinated: Version,
         coordinating: bool,
@@ -1430,12 +2100,13 @@ mod node {
     }
 
     impl Node {
-        pub fn new(own: String, first_view: Vec<String>, incarnation: u64, now: Duration) -> Node {
+        pub fn new(own: String, first_view: Vec<String>, first_factor: usize, incarnation: u64, now: Duration) -> Node {
             Node {
                 lease: Duration::from_secs(10),
                 own,
                 incarnation,
                 first_view,
+                first_factor,
                 now,
                 rounds: 0,
                 is_asking: false,
@@ -1447,6 +2118,9 @@ mod node {
                 shard: None,
                 complete: false,
                 incoming: BTreeMap::new(),
+                followed: false,
+                agreement: Agreement::default(),
+                tombstones: VecDeque::new(),
                 promises: Vec::new(),
                 coordinated: Version::default(),
                 coordinating: false,
@@ -1479,17 +2153,31 @@ mod node {
             let Some(table) = self.table.as_ref().filter(|_| !self.is_joining()) else { return Place::Unknown };
             let shard = table.shard_at(hash, key);
             if Some(shard) != self.shard {
-                return Place::Node(table.node_of(shard).to_owned());
+                return Place::Node(self.pick(&table.replicas(shard), hash));
             } else if self.incoming.is_empty() {
                 return Place::Here;
             }
             let position = (hash, key.to_vec());
             match self.incoming.range(..=&position).next_back() {
-                Some((_, (to, sources))) if position < *to => {
-                    Place::Incoming(sources[0].clone(), table.version, Span { from: position, to: to.clone() })
+                Some((_, incoming)) if position < incoming.to && incoming.blocks() => {
+                    let missing = incoming.groups.iter().filter(|group| !group.heard).flat_map(|group| &group.left);
+                    let source = self.pick(&missing.cloned().collect::<Vec<_>>(), 0);
+                    Place::Incoming(source, table.version, Span { from: position, to: incoming.to.clone() })
                 }
                 _ => Place::Here,
             }
+        }
+
+        /// One of some nodes that is not silent, if there is such a one: the same for the same key.
+        fn pick(&self, nodes: &[String], hash: u64) -> String {
+            let speaks = |node: &&String| !self.is_silent(node);
+            let speaking: Vec<&String> = nodes.iter().filter(speaks).collect();
+            let among = if speaking.is_empty() { nodes.iter().collect() } else { speaking };
+            among[hash as usize % among.len()].clone()
+        }
+
+        pub fn is_silent(&self, node: &str) -> bool {
+            self.peers.get(node).is_some_and(|peer| peer.silent)
         }
 
         /// Whether this node may go by its table. One that slept meets others first (that is a courtesy to whoever has removed
@@ -1503,10 +2191,30 @@ mod node {
             alone && self.promises.iter().any(|promise| promise.version.coordinator != self.incarnation)
         }
 
-        /// Stamps and stores a record that is a client's.
-        pub fn put(&mut self, hash: u64, mut record: Record) -> Option<Record> {
+        /// Stamps and stores a record that is a client's. Returns what was there before.
+        pub fn put(&mut self, hash: u64, record: &mut Record) -> Option<Record> {
+            // A record of a clock far ahead may have come while this one's was set back.
+            let before = self.records.get(hash, record.key()).map_or(0, Record::stamp);
+            self.clock = self.clock.max(before);
             record.set_stamp(self.stamp());
+            self.keep(hash, record.clone())
+        }
+
+        fn keep(&mut self, hash: u64, record: Record) -> Option<Record> {
+            if record.is_tombstone() {
+                self.tombstones.push_back((self.now, hash, record.clone()));
+            }
             self.records.insert(hash, record)
+        }
+
+        /// What follows a write that a client's context knew of is stamped above it.
+        pub fn know(&mut self, context: &Causal) {
+            self.clock = context.values().fold(self.clock, |clock, stamp| clock.max(*stamp));
+        }
+
+        /// The highest stamp that a client's context may have: one that no clock of ours can have given is forged.
+        pub fn latest(&self) -> u64 {
+            ((self.now + Duration::from_secs(86_400)).as_micros() as u64) << 8
         }
 
         /// A hybrid logical clock (Kulkarni et al. 2014): microseconds that only go up, past each stamp that was met, and
@@ -1527,15 +2235,20 @@ mod node {
                 complete: self.complete,
                 is_member: self.table.as_ref().is_some_and(|table| table.lists(&self.own)),
                 members: self.table.as_ref().map_or(0, |table| table.view.len()),
-                keys: self.records.len(),
+                keys: self.keys(),
                 incoming: self.incoming_sources().into_iter().collect(),
                 coordinated: self.coordinated,
                 coordinating: self.coordinating,
                 promises: self.promises.clone(),
                 first_view: self.first_view.clone(),
+                factor: self.first_factor,
                 rounds: self.rounds,
+                time: self.now.as_micros() as u64,
+                stamp: self.clock,
+                digest: (self.is_replicated() && self.complete).then(|| self.records.digest()),
+                claims: if self.is_replicated() { self.agreement.claims.clone() } else { BTreeMap::new() },
                 table: None,
-                tellers: self.heard.as_ref().map_or_else(|| [self.own.clone()].into(), |(_, tellers)| tellers.clone()),
+                tellers: self.heard.as_ref().map_or_else(|| set_of([self.own.clone()]), |(_, tellers)| tellers.clone()),
             }
         }
 
@@ -1563,11 +2276,16 @@ mod node {
             if theirs > self.version() {
                 self.ahead.insert(from.clone());
             }
-            self.hear(&from, Status { table: None, ..status });
+            self.hear(&from, Status { table: None, ..status }, false);
             let reply = match message {
                 Message::Meet => Reply::Done,
                 Message::Lock(..) => granted,
-                Message::Cut(version, counts) if self.promises.iter().any(|promise| promise.version == version) => {
+                Message::Cut(version, counts, complete)
+                    if self.promises.iter().any(|promise| promise.version == version) =>
+                {
+                    if complete && self.is_replicated() {
+                        self.set_complete();
+                    }
                     Reply::Places(
                         counts.iter().take(1000).map(|count| self.records.nth_highest((*count).max(1))).collect(),
                     )
@@ -1576,13 +2294,29 @@ mod node {
                 Message::Forget(version, span)
                     if self.gives(version, &span) && self.takers.get(&from) == Some(&taker) =>
                 {
-                    self.records.forget(&span);
+                    self.forget(&span);
                     Reply::Done
                 }
-                Message::Give(version, span, limit) if self.gives(version, &span) => {
+                Message::Give(version, span, limit)
+                    if self.gives(version, &span) || self.version() == Some(version) && self.is_replica(&from) =>
+                {
                     self.takers.insert(from, taker);
                     let (records, to) = self.records.first_of(&span, limit.min(MAX_BATCH));
-                    Reply::Records(records.iter().map(Record::to_message).collect(), to)
+                    let is_whole = self.is_whole(&span);
+                    Reply::Records(records.iter().map(|record| self.copy_of(record)).collect(), to, is_whole)
+                }
+                Message::Digests(version, spans) if self.version() == Some(version) && spans.len() <= MAX_SPANS => {
+                    Reply::Digests(self.records.digests_of(&spans))
+                }
+                Message::GiveAll(version, spans) if self.version() == Some(version) && spans.len() <= MAX_SPANS => {
+                    let (mut records, mut count, mut bytes) = (Vec::new(), 0, 0);
+                    while count < spans.len() && bytes < MAX_BATCH {
+                        let all = self.records.all_of(&spans[count]);
+                        bytes += all.iter().map(|record| record.value().len() + 64).sum::<usize>();
+                        records.extend(all.iter().map(|record| self.copy_of(record)));
+                        count += 1;
+                    }
+                    Reply::All(records, count)
                 }
                 _ => Reply::Refused,
             };
@@ -1597,11 +2331,30 @@ mod node {
             })
         }
 
-        /// Takes in what another node tells of itself.
-        pub fn hear(&mut self, from: &str, status: Status) {
+        /// A record as it goes to another node.
+        pub fn copy_of(&self, record: &Record) -> Copied {
+            let (stamp, bytes) = record.to_message();
+            (stamp, bytes, self.agreement.context_of(record))
+        }
+
+        /// Whether this node lacks nothing of a span that it might be asked for.
+        fn is_whole(&self, span: &Span) -> bool {
+            let is_own = self.own_spans().iter().any(|own| own.overlaps(span));
+            if is_own { !self.incoming_in(span).any(|(_, it)| it.blocks()) } else { self.followed }
+        }
+
+        /// Takes in what another node tells of itself, in an answer or in what it says.
+        pub fn hear(&mut self, from: &str, status: Status, has_answered: bool) {
+            self.clock = self.clock.max(status.stamp);
+            status.claims.iter().for_each(|(node, claim)| self.agreement.learn(node, *claim));
             let peer = self.peers.entry(from.to_owned()).or_default();
             peer.version = status.version;
-            if std::mem::take(&mut peer.silent) {
+            let is_new = std::mem::replace(&mut peer.incarnation, status.incarnation) != status.incarnation;
+            peer.is_fetching = !status.incoming.is_empty();
+            peer.time = peer.time.max(status.time);
+            // Who speaks may still not hear (the network may be cut in one direction); but one that started again will.
+            if peer.silent && (has_answered || is_new) {
+                peer.silent = false;
                 self.lines.push(format!("{from} is back"));
             }
             // What its coordinator does not pursue any more, and does not go by, will never be a table.
@@ -1616,11 +2369,26 @@ mod node {
             if status.complete && status.version == self.version() {
                 self.set_complete();
             }
+            if let Some(digest) = status.digest
+                && status.version == self.version()
+                && self.complete
+                && self.is_replica(from)
+            {
+                // Who has the same as this node has all that it has.
+                let differs = digest != self.records.digest();
+                self.peers.entry(from.to_owned()).or_default().differs = differs;
+                if !differs {
+                    self.agree(from, self.agreement.arrivals);
+                }
+            }
         }
 
-        /// Notes that a node did not answer.
-        pub fn note_silence(&mut self, of: &str) {
+        /// Notes that a node did not answer what was said to this life of it.
+        pub fn note_silence(&mut self, of: &str, incarnation: u64) {
             let peer = self.peers.entry(of.to_owned()).or_default();
+            if peer.incarnation != incarnation {
+                return;
+            }
             peer.version = None;
             if !std::mem::replace(&mut peer.silent, true) {
                 self.lines.push(format!("{of} is silent"));
@@ -1657,7 +2425,7 @@ mod node {
         fn consider(&mut self, from: &str, tellers: BTreeSet<String>, incarnation: u64, table: Table) {
             let granted = |promise: &Promise| promise.version == table.version && promise.granted > Duration::ZERO;
             let promised = self.promises.iter().any(granted);
-            let wants = table.lists(&self.own) || self.records.len() == 0 && table.sources().contains(&self.own);
+            let wants = table.lists(&self.own) || self.records.is_empty() && table.sources().contains(&self.own);
             let Some(mine) = &self.table else {
                 // A table that does not name this node, told by one that its VIEW does not name, is another store's.
                 let known = self.heard.as_ref().is_some_and(|(heard, _)| heard.store == table.store);
@@ -1701,100 +2469,393 @@ mod node {
             let named = table.lists(&self.own) || table.sources().contains(&self.own);
             // Who did not go by the table before this one was left out: what it has is not what the others count on.
             let follows = self.version().is_none_or(|version| version == table.base);
-            if self.records.len() > 0 && !(named && follows) {
+            let keeps = named && follows;
+            if !keeps && !self.records.is_empty() {
                 self.garbage.push(std::mem::take(&mut self.records));
             }
+            self.followed = named && follows && self.table.is_some();
             self.shard = table.shard_of(&self.own);
-            let owned = table.spans().filter(|(_, range)| Some(range.shard) == self.shard && !range.sources.is_empty());
-            self.incoming = owned.map(|(span, range)| (span.from, (span.to, range.sources.clone()))).collect();
+            self.incoming = self.incoming_by(&table);
+            self.agreement.begin_anew();
             self.promises.retain(|promise| promise.version > table.version);
-            let given = table.ranges.iter().filter(|range| range.sources.contains(&self.own));
-            let gives: BTreeSet<&str> = given.map(|range| table.node_of(range.shard)).collect();
+            let is_source = |range: &&Range| range.sources.iter().flatten().any(|source| *source == self.own);
+            let given = table.ranges.iter().filter(is_source);
+            let gives = set_of(given.flat_map(|range| table.replicas(range.shard)));
+            let gives: Vec<String> = gives.into_iter().filter(|node| *node != self.own).collect();
             let list = |nodes: Vec<String>| if nodes.is_empty() { "nobody".to_owned() } else { nodes.join(", ") };
             let gains = list(self.incoming_sources().into_iter().collect());
-            let gives = list(gives.into_iter().map(str::to_owned).collect());
+            let gives = list(gives);
             let (version, count) = (table.version, table.view.len());
             self.lines.push(format!("table {version} of {count} nodes: fetches from {gains}, gives to {gives}"));
-            self.complete = false;
+            self.complete = table.sources().is_empty();
             self.takers.clear();
             self.fetching.clear();
             self.heard = None;
             self.table = Some(Arc::new(table));
         }
 
+        /// What this node has to fetch by a table.
+        fn incoming_by(&self, table: &Table) -> BTreeMap<Position, Incoming> {
+            let mut incoming = BTreeMap::new();
+            for (span, range) in table.spans().filter(|(_, range)| Some(range.shard) == self.shard) {
+                let has_it = |group: &Vec<String>| self.followed && table.factor > 1 && group.contains(&self.own);
+                let of_table = |group: &Vec<String>| (group.clone(), has_it(group), true);
+                let mut named: Vec<(Vec<String>, bool, bool)> = range.sources.iter().map(of_table).collect();
+                if !self.followed {
+                    named.push((table.replicas(range.shard), false, false));
+                }
+                let group = |(nodes, heard, of_table): (Vec<String>, bool, bool)| Group {
+                    left: set_of(nodes.into_iter().filter(|node| *node != self.own)),
+                    heard,
+                    of_table,
+                };
+                let groups: Vec<Group> = named.into_iter().map(group).filter(|it| !it.left.is_empty()).collect();
+                if !groups.is_empty() {
+                    incoming.insert(span.from, Incoming { to: span.to, groups });
+                }
+            }
+            incoming
+        }
+
         /// Notes that all nodes have fetched what the table gives them. Once true it stays true, also for one that starts
-        /// again.
+        /// again. What this node kept for others it drops.
         pub fn set_complete(&mut self) {
-            self.complete = true;
-            self.incoming.clear();
+            if std::mem::replace(&mut self.complete, true) {
+                return;
+            }
+            self.retain_groups(|group| !group.of_table);
+            let (Some(table), own) = (self.table.clone(), self.shard) else { return };
+            for (span, _) in table.spans().filter(|(_, range)| Some(range.shard) != own) {
+                self.forget(&span);
+            }
+        }
+
+        fn forget(&mut self, span: &Span) {
+            let forgotten = self.records.forget(span);
+            if !forgotten.is_empty() {
+                self.garbage.push(forgotten);
+            }
+        }
+
+        /// Whether it is this node's turn to find out whether the table is complete.
+        pub fn is_to_finish(&self) -> bool {
+            let Some(table) = self.table.as_ref().filter(|_| !self.complete && self.incoming.is_empty()) else {
+                return false;
+            };
+            let turn = (self.rounds / 16) as usize % table.view.len();
+            self.rounds.is_multiple_of(16) && table.view[turn] == self.own
+        }
+
+        fn retain_groups(&mut self, keep: impl Fn(&Group) -> bool) {
+            self.incoming.retain(|_, incoming| {
+                incoming.groups.retain(&keep);
+                !incoming.groups.is_empty()
+            });
+        }
+
+        // -- Several replicas
+
+        /// Whether its table has several replicas of a shard.
+        pub fn is_replicated(&self) -> bool {
+            self.table.as_ref().is_some_and(|table| table.factor > 1)
+        }
+
+        /// The other replicas of its shard.
+        pub fn others(&self) -> Vec<String> {
+            let (Some(table), Some(shard)) = (&self.table, self.shard) else { return Vec::new() };
+            table.replicas(shard).into_iter().filter(|node| *node != self.own).collect()
+        }
+
+        fn is_replica(&self, node: &str) -> bool {
+            self.others().iter().any(|other| other == node)
+        }
+
+        pub fn own_spans(&self) -> Vec<Span> {
+            let Some(table) = &self.table else { return Vec::new() };
+            table.spans().filter(|(_, range)| Some(range.shard) == self.shard).map(|(span, _)| span).collect()
+        }
+
+        /// How many keys this node has, without those that it keeps for others.
+        pub fn keys(&self) -> usize {
+            match self.is_replicated() && !self.complete {
+                true => self.own_spans().iter().map(|span| self.records.count_of(span)).sum(),
+                false => self.records.len(),
+            }
+        }
+
+        /// Who else is to have a record of a key now, by which table; without the silent, and those that have it (by their
+        /// incarnations). None if this node goes by no table.
+        pub fn lacking(&self, hash: u64, key: &[u8], having: &BTreeMap<String, u64>) -> Option<(Version, Vec<String>)> {
+            let table = self.table.as_ref()?;
+            let has_it = |node: &String| having.get(node) == Some(&self.incarnation_of(node));
+            let lacks = |node: &String| *node != self.own && !has_it(node) && !self.is_silent(node);
+            let replicas = table.replicas(table.shard_at(hash, key));
+            Some((table.version, replicas.into_iter().filter(lacks).collect()))
+        }
+
+        /// A node of a key's shard that was not asked yet, if one is left: of those that are not silent, if there are such.
+        pub fn another(&self, hash: u64, key: &[u8], asked: &[String]) -> Option<String> {
+            let table = self.table.as_ref()?;
+            let mut replicas = table.replicas(table.shard_at(hash, key));
+            replicas.retain(|node| *node != self.own && !asked.contains(node));
+            (!replicas.is_empty()).then(|| self.pick(&replicas, hash))
+        }
+
+        pub fn compose_push(&mut self, to: &str, version: Version, records: Vec<Copied>) -> Push {
+            let settled = self.agreement.take_settled(to);
+            let echo = self.peers.get(to).map_or(0, |peer| peer.time);
+            let (from, to, stamp) = (self.own.clone(), to.to_owned(), self.clock);
+            Push { from, to, version, echo, stamp, records, settled }
+        }
+
+        /// Stores what another replica wrote.
+        pub fn take_push(&mut self, push: Push) -> Pushed {
+            self.clock = self.clock.max(push.stamp);
+            let time = self.now.as_micros() as u64;
+            let version = self.version();
+            let refused = Pushed::Refused(version, time);
+            let is_late = push.echo + (LATE.as_micros() as u64) < time;
+            let records: Option<Vec<(Record, Causal)>> = push.records.iter().map(record_of_copy).collect();
+            let (Some(table), Some(records)) = (self.table.clone(), records) else { return refused };
+            let is_mine = |record: &Record| Some(table.shard_at(hash_of(record.key()), record.key())) == self.shard;
+            if Some(push.version) > version {
+                self.ahead.insert(push.from.clone());
+            }
+            if Some(push.version) != version
+                || is_late && !records.is_empty()
+                || !records.iter().all(|(record, _)| is_mine(record))
+            {
+                return refused;
+            }
+            for (record, context) in records {
+                // A third replica may lack it until the writer says that it does not.
+                self.take(record, context, true);
+            }
+            for (key, stamp) in push.settled {
+                self.agreement.settle(&key, stamp);
+            }
+            Pushed::Taken(self.incarnation)
+        }
+
+        /// Stores a record that another replica has, if it beats the one that is here.
+        fn take(&mut self, record: Record, context: Causal, is_news: bool) {
+            let hash = hash_of(record.key());
+            self.clock = self.clock.max(record.stamp());
+            if self.records.get(hash, record.key()).is_none_or(|known| record.beats(known)) {
+                if is_news || !context.is_empty() {
+                    self.agreement.note(&record, context);
+                }
+                self.keep(hash, record);
+            }
+        }
+
+        /// Stores what another replica gave when it was compared with. Some third replica may lack it, which is not noted of each
+        /// record, since these may be millions: that one has to be compared with as well.
+        pub fn take_all(&mut self, from: &str, records: Vec<(Record, Causal)>) {
+            let digest = self.records.digest();
+            for (record, context) in records {
+                self.take(record, context, false);
+            }
+            if self.records.digest() != digest {
+                self.agreement.agreed.retain(|other, _| other == from);
+            }
+        }
+
+        pub fn incarnation_of(&self, node: &str) -> u64 {
+            self.peers.get(node).map_or(0, |peer| peer.incarnation)
+        }
+
+        pub fn note_time(&mut self, of: &str, time: u64) {
+            let peer = self.peers.entry(of.to_owned()).or_default();
+            peer.time = peer.time.max(time);
+        }
+
+        /// Notes that another replica has all that this node had when its arrivals were so many.
+        pub fn agree(&mut self, with: &str, arrivals: u64) {
+            let others = self.others();
+            self.agreement.agree(with, arrivals, &others);
+        }
+
+        /// Notes who has a record that was written here. If that is every replica, nobody lacks it.
+        pub fn written(&mut self, record: &Record, having: &BTreeMap<String, u64>) {
+            let others = self.others();
+            if others.iter().all(|other| having.contains_key(other)) {
+                self.agreement.settle_and_tell(record.key(), record.stamp(), &others);
+            }
+        }
+
+        /// Whether a key cannot be answered for here without this source.
+        pub fn still_needs(&self, hash: u64, key: &[u8], source: &str) -> bool {
+            matches!(self.place_by_table(hash, key), Place::Incoming(needed, ..) if needed == source)
+        }
+
+        /// Whether to compare with another node now, which was just met; at most once a second with each.
+        pub fn is_to_compare(&mut self, with: &str) -> bool {
+            let blocked = self.incoming.values().any(Incoming::blocks);
+            let (version, now) = (self.version(), self.now);
+            let awaits = self.agreement.awaits(with);
+            if !self.is_replica(with) || blocked {
+                return false;
+            }
+            let peer = self.peers.entry(with.to_owned()).or_default();
+            let due = (awaits || peer.differs)
+                && peer.version == version
+                && !peer.silent
+                && !peer.is_fetching
+                && peer.compared + Duration::from_secs(1) < now;
+            if due {
+                peer.compared = now;
+            }
+            due
+        }
+
+        /// Whether what is here of a key is as new as a context asks for.
+        pub fn satisfies(&self, hash: u64, key: &[u8], context: &Causal) -> bool {
+            let wanted = str::from_utf8(key).ok().and_then(|key| context.get(key)).copied().unwrap_or(0);
+            self.records.get(hash, key).map_or(0, Record::stamp) >= wanted
+        }
+
+        /// A client's context after it wrote or read a record here.
+        pub fn context_after(&self, mut context: Causal, hash: u64, key: &[u8]) -> Causal {
+            let Some(table) = self.table.as_ref().filter(|_| self.is_replicated()) else { return Causal::new() };
+            if let (Some(record), Ok(name)) = (self.records.get(hash, key), str::from_utf8(key))
+                && self.may_lack(record)
+            {
+                for (key, stamp) in
+                    self.agreement.context_of(record).into_iter().chain([(name.to_owned(), record.stamp())])
+                {
+                    let known = context.entry(key).or_default();
+                    *known = stamp.max(*known);
+                }
+            }
+            let floor = self.agreement.floor(&table.view);
+            let is_settled = |key: &str, stamp: u64| {
+                let hash = hash_of(key.as_bytes());
+                let own = Some(table.shard_at(hash, key.as_bytes())) == self.shard;
+                let known = self.records.get(hash, key.as_bytes()).filter(|_| own);
+                known.is_some_and(|record| record.stamp() >= stamp && !self.may_lack(record))
+            };
+            context.retain(|key, stamp| *stamp > floor && !is_settled(key, *stamp));
+            context
+        }
+
+        /// Whether some replica may not have a record of this node's shard.
+        pub fn may_lack(&self, record: &Record) -> bool {
+            !self.others().iter().all(|other| self.agreement.agreed.contains_key(other))
+                || self.agreement.is_open(record)
+        }
+
+        /// Whether only a message is missing until all replicas are known to have a record.
+        pub fn is_settling(&self, record: &Record) -> bool {
+            self.agreement.is_open(record) && self.others().iter().all(|other| !self.is_silent(other))
+        }
+
+        /// Drops tombstones that all replicas have had for long enough, and tells up to where all have everything.
+        pub fn sweep(&mut self) {
+            let others = self.others();
+            let time = (self.now.as_micros() as u64) << 8;
+            if self.is_replicated() {
+                self.agreement.sweep();
+                let claim = self.agreement.claim(self.clock.max(time), &others);
+                self.agreement.learn(&self.own, claim);
+            }
+            for _ in 0..self.tombstones.len().min(SWEEP) {
+                let Some((since, hash, record)) = self.tombstones.pop_front() else { return };
+                if since + TOMBSTONE > self.now {
+                    return self.tombstones.push_front((since, hash, record));
+                } else if self.records.get(hash, record.key()).is_none_or(|known| known.stamp() != record.stamp()) {
+                    continue;
+                } else if self.may_lack(&record) || !self.incoming.is_empty() {
+                    self.tombstones.push_back((self.now, hash, record));
+                } else {
+                    self.records.remove(hash, record.key());
+                }
+            }
         }
 
         // -- Fetching
 
         fn incoming_sources(&self) -> BTreeSet<String> {
-            self.incoming.values().flat_map(|(_, sources)| sources).cloned().collect()
+            set_of(self.incoming.values().flat_map(Incoming::sources).cloned())
         }
 
         /// The incoming spans that have something of this one.
-        fn incoming_in(&self, span: &Span) -> impl Iterator<Item = (Span, &Vec<String>)> {
-            let spans = self.incoming.iter().map(|(from, (to, it))| (Span { from: from.clone(), to: to.clone() }, it));
+        fn incoming_in(&self, span: &Span) -> impl Iterator<Item = (Span, &Incoming)> {
+            let spans = self.incoming.iter().map(|(from, it)| (Span { from: from.clone(), to: it.to.clone() }, it));
             spans.filter(|(other, _)| other.overlaps(span))
         }
 
-        /// The sources that nobody fetches from yet; from now on somebody does.
+        /// The sources that nobody fetches from yet; from now on somebody does. Of a group of which one is enough, one at a time.
         pub fn sources_to_fetch_from(&mut self) -> Vec<String> {
-            let idle: Vec<String> = self.incoming_sources().difference(&self.fetching).cloned().collect();
+            let mut sources = BTreeSet::new();
+            for group in self.incoming.values().flat_map(|incoming| &incoming.groups) {
+                match group.of_table {
+                    true => sources.extend(group.left.iter().cloned()),
+                    false => drop(sources.insert(self.pick(&group.left.iter().cloned().collect::<Vec<_>>(), 0))),
+                }
+            }
+            let idle: Vec<String> = sources.difference(&self.fetching).cloned().collect();
             self.fetching.extend(idle.iter().cloned());
             idle
         }
 
-        /// What to fetch next from a source. Nothing is left if the table is not the one of this version any more.
-        pub fn next_from(&mut self, source: &String, version: Version) -> Option<Span> {
-            let mut spans = self.incoming.iter().filter(|(_, (_, sources))| sources.contains(source));
-            let span = spans.next().map(|(from, (to, _))| Span { from: from.clone(), to: to.clone() });
-            if self.version() == Some(version) && span.is_none() {
+        /// What to fetch next from a source, and whether all but what only this source took is here already. Nothing is left if
+        /// the table is not the one of this version any more.
+        pub fn next_from(&mut self, source: &String, version: Version) -> Option<(Span, bool)> {
+            let mut spans = self.incoming.iter().filter(|(_, incoming)| incoming.is_from(source));
+            let next = spans.next().map(|(from, it)| (Span { from: from.clone(), to: it.to.clone() }, !it.blocks()));
+            if self.version() == Some(version) && next.is_none() {
                 self.fetching.remove(source);
             }
-            span.filter(|_| self.version() == Some(version))
+            next.filter(|_| self.version() == Some(version))
         }
 
         /// Stores what a source gave of a span, as far as it is still to come. False if the table is another one by now.
-        pub fn merge(&mut self, version: Version, source: &String, span: &Span, records: Vec<Record>) -> bool {
+        pub fn merge(&mut self, version: Version, source: &str, span: &Span, records: Vec<(Record, Causal)>) -> bool {
             if self.version() != Some(version) {
                 return false;
             }
-            let from_source = self.incoming_in(span).filter(|(_, sources)| sources.contains(source));
+            let from_source = self.incoming_in(span).filter(|(_, incoming)| incoming.is_from(source));
             let spans: Vec<Span> = from_source.map(|(span, _)| span).collect();
-            for record in records {
+            for (record, context) in records {
                 let hash = hash_of(record.key());
                 let awaited = spans.iter().any(|span| span.contains((hash, record.key())));
-                let wins = |known: &Record| (known.stamp(), known.value()) < (record.stamp(), record.value());
-                if awaited && self.records.get(hash, record.key()).is_none_or(wins) {
+                if awaited && self.is_replicated() {
+                    self.take(record, context, false);
+                } else if awaited && self.records.get(hash, record.key()).is_none_or(|known| record.beats(known)) {
                     self.clock = self.clock.max(record.stamp());
-                    self.records.insert(hash, record);
+                    self.keep(hash, record);
                 }
             }
             true
         }
 
-        /// Crosses off a source for a span that it has forgotten.
-        pub fn arrived(&mut self, version: Version, source: &String, span: &Span) {
+        /// Crosses off a source for a span that it has given, and forgotten where there is one replica.
+        pub fn arrived(&mut self, version: Version, source: &str, span: &Span, is_whole: bool) {
             if self.version() != Some(version) || self.incoming.is_empty() {
                 return;
             }
+            let suffices = is_whole && self.is_replicated();
             let overlaps: Vec<Position> = self.incoming_in(span).map(|(span, _)| span.from).collect();
             for from in overlaps {
-                let Some((to, sources)) = self.incoming.remove(&from) else { continue };
-                let (inner_from, inner_to) = (from.clone().max(span.from.clone()), to.clone().min(span.to.clone()));
-                if inner_to < to {
-                    self.incoming.insert(inner_to.clone(), (to, sources.clone()));
+                let Some(mut incoming) = self.incoming.remove(&from) else { continue };
+                let (inner_from, inner_to) =
+                    (from.clone().max(span.from.clone()), incoming.to.clone().min(span.to.clone()));
+                if inner_to < incoming.to {
+                    self.incoming.insert(inner_to.clone(), incoming.clone());
                 }
                 if from < inner_from {
-                    self.incoming.insert(from, (inner_from.clone(), sources.clone()));
+                    let before = Incoming { to: inner_from.clone(), ..incoming.clone() };
+                    self.incoming.insert(from, before);
                 }
-                let left: Vec<String> = sources.into_iter().filter(|it| it != source).collect();
-                if !left.is_empty() {
-                    self.incoming.insert(inner_from, (inner_to, left));
+                for group in &mut incoming.groups {
+                    group.heard |= group.left.remove(source) && suffices;
+                }
+                // Of the other replicas of its shard, one that started blank needs one: what else others have comes when they
+                // compare.
+                incoming.groups.retain(|group| !group.left.is_empty() && (group.of_table || !group.heard));
+                if !incoming.groups.is_empty() {
+                    self.incoming.insert(inner_from, Incoming { to: inner_to, ..incoming });
                 }
             }
             if self.incoming.is_empty() {
@@ -1809,18 +2870,21 @@ mod node {
         /// second.
         pub fn next_to_meet(&mut self) -> BTreeSet<String> {
             let Some(table) = self.table.clone() else { return BTreeSet::new() };
-            let mut others: BTreeSet<String> = table.view.iter().cloned().collect();
+            let mut others = set_of(table.view.iter().cloned());
             if !self.complete {
-                others.extend(table.sources().into_iter().cloned());
+                others.extend(table.sources());
             }
+            let replicas = self.others();
             others.extend(self.promises.iter().map(|promise| promise.coordinator.clone()));
             others.remove(&self.own);
             self.peers.retain(|node, _| others.contains(node));
             if others.is_empty() {
                 self.met = self.now;
             }
-            let mut in_turn: Vec<String> = others.into_iter().collect();
-            in_turn.sort_by_key(|node| self.peers.get(node).map(|peer| peer.turn));
+            let others: Vec<String> = others.into_iter().collect();
+            let turn = |node: &String| self.peers.get(node).map_or(0, |peer| peer.turn.as_micros() as u64);
+            let in_turn: Vec<String> =
+                in_order(others.iter().map(turn)).into_iter().map(|it| others[it].clone()).collect();
             let version = self.version();
             let odd = |node: &&String| self.peers.get(*node).is_none_or(|peer| peer.silent || peer.version != version);
             let odd = in_turn.iter().filter(odd).take(4);
@@ -1828,7 +2892,8 @@ mod node {
             // neighbour of one that did not.
             let neighbour = in_turn.iter().filter(|node| **node > self.own).min().or(in_turn.iter().min());
             let in_turn = in_turn.iter().take(usize::from(self.rounds.is_multiple_of(4)));
-            let next: BTreeSet<String> = in_turn.chain(neighbour).chain(odd).cloned().collect();
+            let replica = replicas.get(self.rounds as usize % replicas.len().max(1));
+            let next = set_of(in_turn.chain(neighbour).chain(odd).chain(replica).cloned());
             for node in &next {
                 self.peers.entry(node.clone()).or_default().turn = self.now;
             }
@@ -1866,7 +2931,7 @@ mod node {
 
         /// Whom a blank node asks: everybody who may know a table, or a node that does.
         pub fn to_ask(&self) -> Vec<String> {
-            let mut nodes: BTreeSet<&String> = self.first_view.iter().collect();
+            let mut nodes = set_of(&self.first_view);
             nodes.extend(self.heard.iter().flat_map(|(table, from)| table.view.iter().chain(from)));
             nodes.extend(self.promises.iter().flat_map(|promise| &promise.nodes));
             nodes.remove(&self.own);
@@ -1941,8 +3006,10 @@ mod node {
             let kept: Vec<&String> = self.first_view.iter().filter(listed).collect();
             let lowest = kept.iter().copied().min().filter(|_| kept.contains(&&self.own))?;
             let view: Vec<String> = view_of(lowest)?.iter().filter(|node| kept.contains(node)).cloned().collect();
+            let factor = if *lowest == self.own { self.first_factor } else { answers.get(lowest)?.factor };
+            let factor = factor.clamp(1, view.len());
             let agrees = |node: &&String| view_of(node).is_some_and(|theirs| view.iter().all(|it| theirs.contains(it)));
-            kept.iter().all(agrees).then(|| Table::first(view))
+            kept.iter().all(agrees).then(|| Table::first(view, factor))
         }
 
         // -- Coordinating
@@ -2050,8 +3117,11 @@ mod protocol {
         fn with<T>(&self, action: impl FnOnce(&mut Node) -> T) -> T;
         /// Takes messages to nodes, side by side; None for each that was not answered in time.
         fn deliver(&self, envelopes: Vec<Envelope>) -> impl Future<Output = Vec<Option<(Status, Reply)>>>;
-        /// Takes a client's request to the node that owns its key.
-        fn relay(&self, node: &str, request: Request, patience: Duration) -> impl Future<Output = Option<Answer>>;
+        /// Has other replicas store something, side by side; None for each that did not answer in time.
+        fn push(&self, pushes: Vec<Push>) -> impl Future<Output = Vec<Option<Pushed>>>;
+        /// Takes a client's request to a node that has its key. Without an answer, it says whether the request may have got there.
+        fn relay(&self, node: &str, request: Request, patience: Duration)
+        -> impl Future<Output = Result<Answer, Lost>>;
         fn sleep(&self, time: Duration) -> impl Future<Output = ()>;
         fn spawn(&self, activity: Activity);
     }
@@ -2062,6 +3132,10 @@ mod protocol {
         Meet(String),
         Start,
         SettleLocks,
+        /// Tells the other replicas what all have by now.
+        Tell,
+        /// Finds out whether all nodes have fetched what the table gives them.
+        Finish,
     }
 
     pub async fn run(world: impl World, activity: Activity) {
@@ -2069,7 +3143,9 @@ mod protocol {
             Activity::Fetch(source) => fetch_all(&world, &source).await,
             Activity::Meet(node) => meet(&world, &node).await,
             Activity::Start => start(&world).await,
-            Activity::SettleLocks => drop(change_view(&world, None, false).await),
+            Activity::SettleLocks => drop(change_view(&world, None, None, false).await),
+            Activity::Tell => tell_settled(&world).await,
+            Activity::Finish => finish(&world).await,
         }
     }
 
@@ -2088,12 +3164,14 @@ mod protocol {
             let mut replies = Vec::new();
             for group in messages.chunks(SIDE_BY_SIDE) {
                 let compose = |node: &mut Node| group.iter().map(|(to, it)| node.compose(to, it.clone())).collect();
+                let lives: Vec<u64> =
+                    world.with(|node| group.iter().map(|(name, _)| node.incarnation_of(name)).collect());
                 let answers = world.deliver(world.with(compose)).await;
                 world.with(|node| {
-                    for ((name, _), answer) in group.iter().zip(&answers) {
+                    for (((name, _), answer), life) in group.iter().zip(&answers).zip(lives) {
                         match answer {
-                            Some((status, _)) => node.hear(name, status.clone()),
-                            None => node.note_silence(name),
+                            Some((status, _)) => node.hear(name, status.clone(), true),
+                            None => node.note_silence(name, life),
                         }
                     }
                 });
@@ -2124,40 +3202,71 @@ mod protocol {
 
     // -- Answering requests
 
-    /// Takes a request for a key to whoever has it, as soon as somebody does. The answer to a client's request that another
-    /// node gave bears its address.
+    /// Takes a request for a key to whoever has it, as soon as somebody does. `tried` is what came of it here so far. The answer
+    /// to a client's request that another node gave bears its address.
     pub async fn answer_for_key(
         world: &impl World,
         key: &[u8],
-        mut action: Action,
+        mut tried: Tried,
         request: &Request,
         vocabulary: Vocabulary,
     ) -> Answer {
         let hash = hash_of(key);
-        let deadline = world.with(|node| node.now) + PATIENCE;
-        let say = |outcome: Outcome| outcome.answer(vocabulary, &request.verb);
-        let down = |node: &String| say(Outcome::NodeDown(node.clone())).with_address(node, vocabulary);
+        let began = world.with(|node| node.now);
+        let deadline = began + PATIENCE;
+        let say = |outcome: Outcome, context: &Option<Causal>| {
+            outcome.answer(vocabulary, &request.verb).with_context(context)
+        };
+        let down = |node: &String, context: &Option<Causal>| {
+            outcome_down(node).answer(vocabulary, &request.verb).with_address(node, vocabulary).with_context(context)
+        };
         loop {
-            let place;
-            match world.with(|node| perform(node, hash, key, action, request.origin)) {
-                Tried::Done(outcome) => return say(outcome),
-                Tried::NotHere(whose, what) => (place, action) = (whose, what),
-            }
+            let (place, action, context) = match tried {
+                Tried::Done(outcome, context) => return say(outcome, &context),
+                Tried::Written(outcome, record, context) => {
+                    return match replicate(world, hash, &record, deadline).await {
+                        Ok(()) => {
+                            let after = |context| world.with(|node| node.context_after(context, hash, key));
+                            let known = context.map(|mut context| {
+                                // A tombstone may be gone by now, and the key be somebody else's.
+                                context.extend(str::from_utf8(key).ok().map(|key| (key.to_owned(), record.stamp())));
+                                after(context)
+                            });
+                            say(outcome, &known)
+                        }
+                        Err(missing) => down(&missing, &context),
+                    };
+                }
+                Tried::Behind(settling, action, context) => {
+                    match catch_up(world, hash, key, settling, &context, began).await {
+                        Ahead::Here => {
+                            tried = world.with(|node| perform(node, hash, key, action, context, request.origin))
+                        }
+                        Ahead::Nowhere => tried = world.with(|node| perform_anyway(node, hash, key, action, context)),
+                        Ahead::Missing if matches!(action, Action::Delete) => {
+                            tried = world.with(|node| perform_anyway(node, hash, key, action, context));
+                        }
+                        Ahead::Missing => return say(Outcome::Unsatisfied, &context),
+                    }
+                    continue;
+                }
+                Tried::NotHere(place, action, context) => (place, action, context),
+            };
             match place {
-                Place::Node(_) if request.origin != Origin::Client => return say(Outcome::Elsewhere),
-                Place::Node(owner) => match pass_on(world, &owner, request, deadline).await {
+                Place::Node(_) if request.origin != Origin::Client => return say(Outcome::Elsewhere, &context),
+                Place::Node(owner) => match pass_on(world, hash, key, owner, request, deadline).await {
                     // Its table is not ours: one of us learns which is newer.
-                    Some(answer) if answer.status == 421 => {
+                    (owner, Some(answer)) if answer.status == 421 => {
                         ask_one(world, &owner, Message::Meet).await;
                         world.sleep(Duration::from_millis(1)).await;
                     }
-                    Some(answer) => return answer.with_address(&owner, vocabulary),
-                    None => return down(&owner),
+                    (owner, Some(answer)) => return answer.with_address(&owner, vocabulary),
+                    (owner, None) => return down(&owner, &context),
                 },
                 Place::Incoming(source, version, span) => {
                     if fetch(world, &source, version, &span, ON_DEMAND).await.is_none() {
-                        if world.with(|node| node.silent().contains(&source)) {
-                            return down(&source);
+                        if world.with(|node| node.is_silent(&source) && node.still_needs(hash, key, &source)) {
+                            return down(&source, &context);
                         }
                         world.sleep(Duration::from_millis(5)).await;
                     }
@@ -2165,16 +3274,277 @@ mod protocol {
                 Place::Unknown | Place::Here => world.sleep(Duration::from_millis(5)).await,
             }
             if let Some(missing) = world.with(|node| (node.now > deadline).then(|| node.missing())) {
-                return down(&missing);
+                return down(&missing, &context);
+            }
+            tried = world.with(|node| perform(node, hash, key, action, context, request.origin));
+        }
+    }
+
+    fn outcome_down(node: &str) -> Outcome {
+        Outcome::NodeDown(node.to_owned())
+    }
+
+    /// A request got no answer.
+    #[derive(Clone, Copy)]
+    pub struct Lost {
+        /// It may have got there, and have done what it asks for.
+        pub was_sent: bool,
+    }
+
+    /// A read that one replica does not answer is asked of another one after so long.
+    const NEXT_REPLICA: Duration = Duration::from_millis(2000);
+
+    /// Takes a client's request to a node that has its key: to `owner` first, and to other replicas as long as it cannot have
+    /// taken effect. Returns who answered, or who did not.
+    async fn pass_on(
+        world: &impl World,
+        hash: u64,
+        key: &[u8],
+        mut owner: String,
+        request: &Request,
+        deadline: Duration,
+    ) -> (String, Option<Answer>) {
+        let mut asked = Vec::new();
+        loop {
+            let (store, now) = world.with(|node| (node.store().unwrap_or_default(), node.now));
+            let life = world.with(|node| node.incarnation_of(&owner));
+            asked.push(owner.clone());
+            let another = world.with(|node| node.another(hash, key, &asked));
+            let limit = if another.is_some() && request.verb == "GET" { NEXT_REPLICA } else { PATIENCE };
+            let passed_on = Request { origin: Origin::Node(store), ..request.clone() };
+            let lost = match world.relay(&owner, passed_on, deadline.saturating_sub(now).min(limit)).await {
+                Ok(answer) => return (owner, Some(answer)),
+                Err(lost) => lost,
+            };
+            match another.filter(|_| request.verb == "GET" || !lost.was_sent) {
+                Some(another) => {
+                    world.with(|node| node.note_silence(&owner, life));
+                    owner = another;
+                }
+                None => return (owner, None),
             }
         }
     }
 
-    /// Takes a client's request to another node of the store.
-    async fn pass_on(world: &impl World, node: &str, request: &Request, deadline: Duration) -> Option<Answer> {
-        let (store, now) = world.with(|node| (node.store().unwrap_or_default(), node.now));
-        let request = Request { origin: Origin::Node(store), ..request.clone() };
-        world.relay(node, request, deadline.saturating_sub(now)).await
+    // -- Several replicas
+
+    /// Has the other replicas store a record that was written here: all that are not silent, and whoever is to have it by a table
+    /// that comes meanwhile. Only then may the write be acknowledged. The error is a node that did not take it.
+    async fn replicate(world: &impl World, hash: u64, record: &Record, deadline: Duration) -> Result<(), String> {
+        let (mut having, mut by) = (BTreeMap::new(), None);
+        loop {
+            let Some((version, lacking)) = world.with(|node| node.lacking(hash, record.key(), &having)) else {
+                return Ok(());
+            };
+            if by.replace(version) != Some(version) && !having.is_empty() {
+                having.clear();
+                continue;
+            }
+            if lacking.is_empty() {
+                world.with(|node| node.written(record, &having));
+                start_telling(world);
+                return Ok(());
+            }
+            let compose = |node: &mut Node| {
+                let copy = node.copy_of(record);
+                lacking.iter().map(|to| node.compose_push(to, version, vec![copy.clone()])).collect()
+            };
+            let life = |other: &String| (other.clone(), world.with(|node| node.incarnation_of(other)));
+            let lives: HashMap<String, u64> = lacking.iter().map(life).collect();
+            let answers = world.push(world.with(compose)).await;
+            for (other, answer) in lacking.iter().zip(answers) {
+                match answer {
+                    Some(Pushed::Taken(incarnation)) => {
+                        having.insert(other.clone(), incarnation);
+                        // It may have started again since, or before it was last heard.
+                        if world.with(|node| node.incarnation_of(other)) != incarnation {
+                            ask_one(world, other, Message::Meet).await;
+                        }
+                    }
+                    Some(Pushed::Refused(theirs, time)) => {
+                        world.with(|node| node.note_time(other, time));
+                        if theirs != Some(version) {
+                            ask_one(world, other, Message::Meet).await;
+                            world.sleep(Duration::from_millis(2)).await;
+                        }
+                    }
+                    None => world.with(|node| node.note_silence(other, lives[other])),
+                }
+            }
+            if world.with(|node| node.now) > deadline {
+                return lacking.into_iter().find(|it| !having.contains_key(it)).map_or(Ok(()), Err);
+            }
+        }
+    }
+
+    /// Whether what a context asks for of a key is somewhere.
+    enum Ahead {
+        Here,
+        /// All replicas say that they do not have it: it was a deletion, long ago, or was lost with all that had it.
+        Nowhere,
+        /// Somebody who may have it does not answer.
+        Missing,
+    }
+
+    /// After so long what a context asks for is not asked for again: with the time for an answer that makes less than the second
+    /// that the contract allows.
+    const CATCH_UP: Duration = Duration::from_millis(250);
+
+    /// Gets what a context asks for of a key from the other replicas. `settling` is a record that is there, and about to be on all:
+    /// then only a moment is waited for.
+    async fn catch_up(
+        world: &impl World,
+        hash: u64,
+        key: &[u8],
+        settling: bool,
+        context: &Option<Causal>,
+        began: Duration,
+    ) -> Ahead {
+        if settling {
+            world.sleep(Duration::from_millis(3)).await;
+            let waited = world.with(|node| node.now) > began + Duration::from_millis(20);
+            return if waited { Ahead::Nowhere } else { Ahead::Here };
+        }
+        let span = Span { from: (hash, key.to_vec()), to: (hash, [key, &[0]].concat()) };
+        loop {
+            let (version, others) = world.with(|node| (node.version(), node.others()));
+            let Some(version) = version else { return Ahead::Here };
+            let message = Message::GiveAll(version, vec![span.clone()]);
+            let replies = ask(world, &others, message).await;
+            let mut has_all = true;
+            for reply in replies {
+                match reply {
+                    Some((_, Reply::All(copies, _))) => world.with(|node| {
+                        let records: Vec<(Record, Causal)> = copies.iter().filter_map(record_of_copy).collect();
+                        node.take_all("", records);
+                    }),
+                    _ => has_all = false,
+                }
+            }
+            let satisfied = |node: &mut Node| {
+                node.version() != Some(version)
+                    || context.as_ref().is_none_or(|context| node.satisfies(hash, key, context))
+            };
+            if world.with(satisfied) {
+                return Ahead::Here;
+            } else if has_all {
+                return Ahead::Nowhere;
+            } else if world.with(|node| node.now) > began + CATCH_UP {
+                return Ahead::Missing;
+            }
+            world.sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Finds out what another replica has that this one lacks, or the other way round, and evens it out.
+    async fn compare(world: &impl World, other: &str) {
+        let (arrivals, spans) = world.with(|node| (node.agreement.arrivals, node.own_spans()));
+        let Some(version) = world.with(|node| node.version()) else { return };
+        for span in spans {
+            if compare_span(world, other, version, &span).await.is_none() {
+                return;
+            }
+        }
+        world.with(|node| {
+            if node.version() == Some(version) {
+                node.agree(other, arrivals);
+            }
+        });
+    }
+
+    /// Evens out a span with another node that goes by the same table: by buckets, then by parts of those that differ. None if
+    /// that could not be finished.
+    async fn compare_span(world: &impl World, other: &str, version: Version, span: &Span) -> Option<()> {
+        let parts = world.with(|node| node.records.parts_of(span));
+        for group in parts.chunks(MAX_SPANS) {
+            for bucket in differing(world, other, version, group).await? {
+                let pieces = pieces_of(&bucket);
+                let mut left = &differing(world, other, version, &pieces).await?[..];
+                while !left.is_empty() {
+                    let (_, reply) = ask_one(world, other, Message::GiveAll(version, left.to_vec())).await?;
+                    let Reply::All(copies, count) = reply else { return None };
+                    let given;
+                    (given, left) = left.split_at_checked(count.max(1))?;
+                    exchange(world, other, version, given, &copies).await?;
+                }
+            }
+        }
+        Some(())
+    }
+
+    async fn differing(world: &impl World, other: &str, version: Version, spans: &[Span]) -> Option<Vec<Span>> {
+        let (_, reply) = ask_one(world, other, Message::Digests(version, spans.to_vec())).await?;
+        let Reply::Digests(theirs) = reply else { return None };
+        let ours = world.with(|node| (node.version() == Some(version)).then(|| node.records.digests_of(spans)))?;
+        let pairs = spans.iter().zip(ours.into_iter().zip(theirs));
+        Some(pairs.filter(|(_, (ours, theirs))| ours != theirs).map(|(span, _)| span.clone()).collect())
+    }
+
+    /// Cuts a span into as many pieces as one message may compare.
+    fn pieces_of(span: &Span) -> Vec<Span> {
+        let (from, to) = (span.from.0 as u128, span.to.0 as u128);
+        let place = |number: u128| ((from + (to - from) * number / MAX_SPANS as u128) as u64, Vec::new());
+        let inner = (1..MAX_SPANS as u128).map(place).filter(|place| span.from < *place && *place < span.to);
+        let mut places: Vec<Position> = [span.from.clone()].into_iter().chain(inner).chain([span.to.clone()]).collect();
+        places.dedup();
+        places.windows(2).map(|pair| Span { from: pair[0].clone(), to: pair[1].clone() }).collect()
+    }
+
+    /// Takes what another node has of some spans, and has it store what is newer here.
+    async fn exchange(
+        world: &impl World,
+        other: &str,
+        version: Version,
+        spans: &[Span],
+        copies: &[Copied],
+    ) -> Option<()> {
+        let theirs: Vec<(Record, Causal)> = copies.iter().map(record_of_copy).collect::<Option<_>>()?;
+        let mut known = Records::default();
+        for (record, _) in &theirs {
+            known.insert(hash_of(record.key()), record.clone());
+        }
+        let newer = world.with(|node| {
+            let is_newer = |record: &Record| {
+                known.get(hash_of(record.key()), record.key()).is_none_or(|known| record.beats(known))
+            };
+            let here: Vec<Record> = spans.iter().flat_map(|span| node.records.all_of(span)).collect();
+            let newer: Vec<Copied> = here.iter().filter(|it| is_newer(it)).map(|it| node.copy_of(it)).collect();
+            node.take_all(other, theirs);
+            (node.version() == Some(version) && node.others().iter().any(|it| it == other)).then_some(newer)
+        });
+        // One that has left the shard needs nothing.
+        let Some(newer) = newer else { return Some(()) };
+        for batch in newer.chunk_by(|_, _| true).flat_map(|all| all.chunks(500)) {
+            let push = world.with(|node| node.compose_push(other, version, batch.to_vec()));
+            match world.push(vec![push]).await.pop()? {
+                Some(Pushed::Taken(_)) => {}
+                Some(Pushed::Refused(_, time)) => {
+                    world.with(|node| node.note_time(other, time));
+                    return None;
+                }
+                None => return None,
+            }
+        }
+        Some(())
+    }
+
+    /// Tells the other replicas soon what is on all of them by now.
+    fn start_telling(world: &impl World) {
+        if world.with(|node| node.agreement.starts_telling()) {
+            world.spawn(Activity::Tell);
+        }
+    }
+
+    async fn tell_settled(world: &impl World) {
+        // Meanwhile most of it goes along with other writes.
+        world.sleep(Duration::from_millis(2)).await;
+        let pushes = world.with(|node| {
+            node.agreement.stops_telling();
+            let version = node.version().unwrap_or_default();
+            let to_tell = node.agreement.to_tell();
+            to_tell.iter().map(|other| node.compose_push(other, version, Vec::new())).collect()
+        });
+        world.push(pushes).await;
     }
 
     /// Waits until this node may go by its table. The error names a node that it waits for.
@@ -2192,7 +3562,7 @@ mod protocol {
     /// How many keys this instance has.
     pub async fn count_keys(world: &impl World) -> Result<Outcome, Outcome> {
         settle(world).await?;
-        let (count, shard) = world.with(|node| (node.records.len(), node.shard()));
+        let (count, shard) = world.with(|node| (node.keys(), node.shard()));
         let id = shard.map_or(String::new(), |shard| format!(r#","shard-id":"{}""#, shard + 1));
         Ok(Outcome::KeyCount(format!(r#""key-count":{count}{id}"#)))
     }
@@ -2205,12 +3575,21 @@ mod protocol {
             let ids: Vec<String> = (1..=table.shards.len()).map(|id| format!(r#""{id}""#)).collect();
             return Ok(Outcome::Shards(ids.join(",")));
         };
-        let shard = table.shards.get(index).ok_or(Outcome::NoShard)?;
-        let replicas: Vec<&str> = shard.iter().map(|index| table.view[*index].as_str()).collect();
-        let node = table.node_of(index).to_owned();
-        let (status, _) = ask_one(world, &node, Message::Meet).await.ok_or(Outcome::NodeDown(node))?;
-        let (id, count, replicas) = (index + 1, status.keys, replicas.join(r#"",""#));
-        Ok(Outcome::Shard(format!(r#""shard-id":"{id}","key-count":{count},"replicas":["{replicas}"]"#)))
+        if index >= table.shards.len() {
+            return Err(Outcome::NoShard);
+        }
+        let replicas = table.replicas(index);
+        for node in &replicas {
+            // Those that are known to be silent come last.
+            let again = world.with(|it| it.is_silent(node)) && replicas.len() > 1;
+            if !again && let Some((status, _)) = ask_one(world, node, Message::Meet).await {
+                let (id, count, replicas) = (index + 1, status.keys, replicas.join(r#"",""#));
+                return Ok(Outcome::Shard(format!(
+                    r#""shard-id":"{id}","key-count":{count},"replicas":["{replicas}"]"#
+                )));
+            }
+        }
+        Err(outcome_down(&replicas[0]))
     }
 
     // -- Fetching
@@ -2221,27 +3600,39 @@ mod protocol {
 
     /// Fetches the first records of a span from a source, and has them forgotten there: from then on they are here. Until then
     /// nobody answers for them: if a write were acknowledged before, and this node started again, it would fetch the old value.
-    async fn fetch(world: &impl World, source: &String, version: Version, span: &Span, limit: usize) -> Option<()> {
+    async fn fetch(world: &impl World, source: &str, version: Version, span: &Span, limit: usize) -> Option<()> {
         let (_, reply) = ask_one(world, source, Message::Give(version, span.clone(), limit)).await?;
-        let Reply::Records(records, to) = reply else { return None };
-        let records: Option<Vec<Record>> = records.iter().map(Record::from_message).collect();
+        let Reply::Records(copies, to, is_whole) = reply else { return None };
         let span = Span { from: span.from.clone(), to: to.min(span.to.clone()) };
         if span.to <= span.from {
             return None;
         }
-        let records = records?;
+        let records: Vec<(Record, Causal)> = copies.iter().map(record_of_copy).collect::<Option<_>>()?;
         if !world.with(|node| node.merge(version, source, &span, records)) {
             return None;
         }
-        let (_, reply) = ask_one(world, source, Message::Forget(version, span.clone())).await?;
-        matches!(reply, Reply::Done).then(|| world.with(|node| node.arrived(version, source, &span)))
+        // With several replicas the source keeps what it has until all of them have everything.
+        if !world.with(|node| node.is_replicated()) {
+            let (_, reply) = ask_one(world, source, Message::Forget(version, span.clone())).await?;
+            if !matches!(reply, Reply::Done) {
+                return None;
+            }
+        }
+        world.with(|node| node.arrived(version, source, &span, is_whole));
+        Some(())
     }
 
     /// Fetches all that a source has to give, for as long as this node goes by the same table.
     async fn fetch_all(world: &impl World, source: &String) {
         let Some(version) = world.with(|node| node.version()) else { return };
-        while let Some(span) = world.with(|node| node.next_from(source, version)) {
-            if fetch(world, source, version, &span, MAX_BATCH).await.is_none() {
+        while let Some((span, is_here)) = world.with(|node| node.next_from(source, version)) {
+            let fetched = match is_here {
+                true => compare_span(world, source, version, &span).await.map(|()| {
+                    world.with(|node| node.arrived(version, source, &span, true));
+                }),
+                false => fetch(world, source, version, &span, MAX_BATCH).await,
+            };
+            if fetched.is_none() {
                 world.sleep(Duration::from_millis(100)).await;
             }
         }
@@ -2258,7 +3649,10 @@ mod protocol {
     /// Meets some other nodes; a blank node asks everybody that may know what to go by. To be done several times a second:
     /// nobody waits here for one that is silent.
     pub fn keep_in_touch(world: &impl World) {
-        let (blank, next) = world.with(|node| (node.begin_round(), node.next_to_meet()));
+        let (blank, next) = world.with(|node| {
+            node.sweep();
+            (node.begin_round(), node.next_to_meet())
+        });
         if blank {
             world.spawn(Activity::Start);
         }
@@ -2268,7 +3662,25 @@ mod protocol {
         if world.with(|node| node.has_forgotten_lock()) {
             world.spawn(Activity::SettleLocks);
         }
+        if world.with(|node| node.is_to_finish()) {
+            world.spawn(Activity::Finish);
+        }
         start_fetching(world);
+    }
+
+    /// Does what a coordinator does when all has arrived, for one that died before.
+    async fn finish(world: &impl World) {
+        let Some(table) = world.with(|node| node.table()) else { return };
+        let replies = ask(world, &table.view, Message::Meet).await;
+        let has_all =
+            |(status, _): &(Status, Reply)| status.version == Some(table.version) && status.incoming.is_empty();
+        if replies.iter().all(|reply| reply.as_ref().is_some_and(has_all)) {
+            world.with(|node| {
+                if node.version() == Some(table.version) {
+                    node.set_complete();
+                }
+            });
+        }
     }
 
     /// A round of a blank node's asking.
@@ -2285,27 +3697,31 @@ mod protocol {
         ask_one(world, other, Message::Meet).await;
         world.with(|node| node.met = node.met.max(began));
         start_fetching(world);
+        if world.with(|node| node.is_to_compare(other)) {
+            compare(world, other).await;
+        }
     }
 
     // -- Changing the view
 
     /// Answers a PUT of a view: changes it, or passes the request on to a node that can.
-    pub async fn answer_view_change(world: &impl World, request: &Request, view: &[String], force: bool) -> Answer {
+    pub async fn answer_view_change(world: &impl World, request: &Request, wanted: &WantedView) -> Answer {
         let say = |outcome: Outcome| outcome.answer(Vocabulary::Json, &request.verb);
         if let Err(outcome) = settle(world).await {
             return say(outcome);
         }
-        if let Some(node) = better_coordinator(world, view).await {
+        if let Some(node) = better_coordinator(world, &wanted.view).await {
             // It may take as long as it takes.
-            let deadline = world.with(|node| node.now) + CHANGE_LIMIT;
-            return match pass_on(world, &node, request, deadline).await {
-                Some(answer) => answer,
+            let store = world.with(|node| node.store().unwrap_or_default());
+            let passed_on = Request { origin: Origin::Node(store), ..request.clone() };
+            return match world.relay(&node, passed_on, CHANGE_LIMIT).await {
+                Ok(answer) => answer,
                 // It may be there, and have passed the request back, since the view is changing.
-                None if ask_one(world, &node, Message::Meet).await.is_some() => say(Outcome::ChangeUnderWay),
-                None => say(Outcome::NodeDown(node)),
+                Err(_) if ask_one(world, &node, Message::Meet).await.is_some() => say(Outcome::ChangeUnderWay),
+                Err(_) => say(Outcome::NodeDown(node)),
             };
         }
-        match change_view(world, Some(view), force).await {
+        match change_view(world, Some(&wanted.view), wanted.factor, wanted.force).await {
             Ok(changed) => say(changed.outcome()),
             Err(refusal) => say(refusal),
         }
@@ -2331,23 +3747,22 @@ mod protocol {
         answering.next().map(|(node, _)| node)
     }
 
-    /// How a view change ended: how many keys it moves, the nodes with their shares, and who is not reached.
+    /// How a view change ended: how many keys it moves, the shards with their replicas and shares, and who is not reached.
     pub struct Changed {
         pub moved: usize,
-        pub counts: Vec<(String, usize)>,
+        pub shards: Vec<(Vec<String>, usize)>,
         pub unreached: Vec<String>,
     }
 
     impl Changed {
         fn outcome(&self) -> Outcome {
-            let shard = |(index, (node, count)): (usize, &(String, usize))| {
-                format!(
-                    r#"{{"shard-id":"{}","address":"{node}","replicas":["{node}"],"key-count":{count}}}"#,
-                    index + 1
-                )
-            };
-            let shards = self.counts.iter().enumerate().map(shard).collect::<Vec<_>>().join(",");
-            let nodes = self.unreached.join(r#"",""#);
+            let mut shards = Vec::new();
+            for (index, (nodes, count)) in self.shards.iter().enumerate() {
+                let (id, replicas) = (index + 1, nodes.join(r#"",""#));
+                let address = if nodes.len() == 1 { format!(r#""address":"{replicas}","#) } else { String::new() };
+                shards.push(format!(r#"{{"shard-id":"{id}",{address}"replicas":["{replicas}"],"key-count":{count}}}"#));
+            }
+            let (shards, nodes) = (shards.join(","), self.unreached.join(r#"",""#));
             let unreached = if nodes.is_empty() { nodes } else { format!(r#","unreached":["{nodes}"]"#) };
             Outcome::ViewChanged(format!(r#""moved":{},"shards":[{shards}]{unreached}"#, self.moved))
         }
@@ -2356,6 +3771,8 @@ mod protocol {
     /// Why an attempt to change the view came to nothing.
     enum Failure {
         Refused(Outcome),
+        /// To be tried again in a new epoch: nodes that leave are silent, and their shards have other replicas.
+        NewEpoch,
         /// To be tried again with a version above this one, knowing this too.
         Again(Version, Earlier, Outcome),
     }
@@ -2377,14 +3794,20 @@ mod protocol {
     const UNREACHED: Duration = Duration::from_secs(3);
 
     /// Changes the view, as the coordinator. The error is an outcome as well, and then the old view stays in force.
-    pub async fn change_view(world: &impl World, wanted: Wanted<'_>, force: bool) -> Result<Changed, Outcome> {
+    pub async fn change_view(
+        world: &impl World,
+        wanted: Wanted<'_>,
+        factor: Option<usize>,
+        force: bool,
+    ) -> Result<Changed, Outcome> {
+        let mut new_epoch = force;
         let deadline = world.with(|node| node.now) + TRIES;
         let (mut least, mut earlier) = (Version::default(), Earlier::default());
         loop {
-            let Some(version) = world.with(|node| node.begin(least, force)) else {
+            let Some(version) = world.with(|node| node.begin(least, new_epoch)) else {
                 return Err(Outcome::ChangeUnderWay);
             };
-            let attempt = Attempt { world, version, wanted, force, earlier: &earlier };
+            let attempt = Attempt { world, version, wanted, factor, force, new_epoch, earlier: &earlier };
             let result = attempt.run().await;
             world.with(|node| node.end());
             match result {
@@ -2392,12 +3815,14 @@ mod protocol {
                     ask(world, &named, Message::Meet).await;
                     start_fetching(world);
                     let unreached = await_arrival(world, &table).await;
-                    return Ok(Changed { moved, counts, unreached });
+                    let shards = (0..table.shards.len()).map(|shard| table.replicas(shard)).zip(counts).collect();
+                    return Ok(Changed { moved, shards, unreached });
                 }
                 Err((named, failure)) => {
                     // Tells all that nothing will come of this lock.
                     ask(world, &named, Message::Meet).await;
                     match failure {
+                        Failure::NewEpoch => new_epoch = true,
                         Failure::Again(newest, learned, _) if world.with(|node| node.now) < deadline => {
                             least = least.max(newest);
                             earlier.nodes.extend(learned.nodes);
@@ -2415,11 +3840,14 @@ mod protocol {
         world: &'a W,
         version: Version,
         wanted: Wanted<'a>,
+        factor: Option<usize>,
         force: bool,
+        new_epoch: bool,
         earlier: &'a Earlier,
     }
 
-    type Made = (Table, usize, Vec<(String, usize)>, Vec<String>);
+    /// The table that was made, how many keys it moves, how many each shard has then, and the nodes that were locked.
+    type Made = (Table, usize, Vec<usize>, Vec<String>);
 
     impl<W: World> Attempt<'_, W> {
         /// Locks all nodes, makes the next table and adopts it, which is the change. With an error come the nodes that may be
@@ -2429,12 +3857,11 @@ mod protocol {
                 return Err((Vec::new(), self.again(Outcome::ChangeUnderWay)));
             };
             let view = self.wanted.unwrap_or(&base.view);
-            let mut named: BTreeSet<String> =
-                base.view.iter().chain(view).chain(&self.earlier.nodes).cloned().collect();
+            let mut named = set_of(base.view.iter().chain(view).chain(&self.earlier.nodes).cloned());
             // Of two coordinators, each must be asked by the other, member or not.
             named.insert(self.world.with(|node| node.own().to_owned()));
             if !self.world.with(|node| node.is_complete()) {
-                named.extend(base.sources().into_iter().cloned());
+                named.extend(base.sources());
             }
             let named: Vec<String> = named.into_iter().collect();
             let joining: Vec<String> = view.iter().filter(|node| !base.lists(node)).cloned().collect();
@@ -2493,29 +3920,62 @@ mod protocol {
             base: &Table,
             view: &[String],
             named: &[String],
-        ) -> Result<(Table, usize, Vec<(String, usize)>), Failure> {
-            let granted = self.lock(view, named).await?;
+        ) -> Result<(Table, usize, Vec<usize>), Failure> {
+            let granted = self.lock(base, view, named).await?;
             let given_up: Vec<String> = named.iter().filter(|node| !granted.contains_key(*node)).cloned().collect();
+            self.check_given_up(base, &granted, &given_up)?;
             self.check_locks(base, &granted, &given_up)?;
             let complete = self.check_nodes(base, view, &granted, &given_up)?;
-            let members = |node: &&String| base.lists(node) && granted.contains_key(*node);
-            let count = |node: &String| {
-                (node.clone(), granted.get(node).filter(|_| base.lists(node)).map_or(0, |status| status.keys))
+            // A store that shrinks below its factor keeps as many replicas as it has nodes: that is how a dead one leaves.
+            let factor = self.factor.unwrap_or(base.factor).min(view.len());
+            let change = Change::new(base, view, factor);
+            // What a shard has, one of its replicas tells, and where its cuts are.
+            let speaker = |shard| base.replicas(shard).into_iter().find(|node| granted.contains_key(node));
+            let speakers: Vec<Option<String>> = (0..base.shards.len()).map(speaker).collect();
+            let keys = |node: &Option<String>| node.as_ref().map_or(0, |node| granted[node].keys);
+            let held: Vec<usize> = speakers.iter().map(keys).collect();
+            let (moves, counts) = match self.wanted {
+                Some(_) => change.plan(&held),
+                None => (Vec::new(), held.clone()),
             };
-            let mut counts: BTreeMap<String, usize> = named.iter().filter(members).chain(view).map(count).collect();
-            let moves = if self.wanted.is_some() { table::plan(&mut counts, view) } else { Vec::new() };
-            let cuts = self.cut(&moves, granted.into_keys().collect()).await?;
-            let table = match counts.values().sum() {
-                0 if self.wanted.is_some() => base.next_even(self.version, view, &given_up, complete),
-                _ => base.next(self.version, view, &cuts, &given_up, complete),
+            let cuts = self.cut(&moves, &speakers, granted.keys().cloned().collect(), complete).await?;
+            let table = match held.iter().sum() {
+                0 if self.wanted.is_some() => base.next_even(self.version, &change, &given_up, complete),
+                _ => base.next(self.version, &change, &cuts, &given_up, complete),
             };
-            let counts = view.iter().map(|node| (node.clone(), counts[node])).collect();
             Ok((table, moves.iter().map(|(.., count)| count).sum(), counts))
+        }
+
+        /// Checks that nodes which do not answer may be left out: by force; or if another replica of each one's shard answers, and
+        /// more than half of the old view does, so that two sides of a cut cannot both do it.
+        fn check_given_up(
+            &self,
+            base: &Table,
+            granted: &BTreeMap<String, Status>,
+            given_up: &[String],
+        ) -> Result<(), Failure> {
+            let Some(first) = given_up.iter().find(|_| !self.force) else { return Ok(()) };
+            let answering = base.view.iter().filter(|node| granted.contains_key(*node)).count();
+            let answers = |nodes: &Vec<String>| nodes.iter().any(|node| granted.contains_key(node));
+            let is_needed = |node: &String| {
+                let sources = base.ranges.iter().flat_map(|range| &range.sources);
+                let shards = base.shard_of(node).map(|shard| base.replicas(shard));
+                sources.filter(|group| group.contains(node)).chain(&shards).any(|group| !answers(group))
+            };
+            if 2 * answering <= base.view.len() || given_up.iter().any(is_needed) {
+                return Err(Failure::Refused(Outcome::NodeDown(first.clone())));
+            }
+            if self.new_epoch { Ok(()) } else { Err(Failure::NewEpoch) }
         }
 
         /// Locks the nodes, the lowest address first: of two coordinators one fails there, and does not hold what the other
         /// needs. Returns what each told. Only a node that leaves by force need not answer.
-        async fn lock(&self, view: &[String], named: &[String]) -> Result<BTreeMap<String, Status>, Failure> {
+        async fn lock(
+            &self,
+            base: &Table,
+            view: &[String],
+            named: &[String],
+        ) -> Result<BTreeMap<String, Status>, Failure> {
             let mut granted = BTreeMap::new();
             let void: Vec<Version> = self.earlier.void.iter().copied().collect();
             let lock = Message::Lock(self.version, named.to_vec(), void);
@@ -2538,7 +3998,7 @@ mod protocol {
                             return Err(Failure::Again(newest, Earlier::default(), Outcome::ChangeUnderWay));
                         }
                         Some(_) => return Err(Failure::Refused(Outcome::ChangeUnderWay)),
-                        None if self.force && !view.contains(name) => {}
+                        None if (self.force || base.factor > 1) && !view.contains(name) => {}
                         None => return Err(Failure::Refused(Outcome::NodeDown(name.clone()))),
                     }
                 }
@@ -2610,32 +4070,36 @@ mod protocol {
         }
 
         /// Learns the givers' cuts. All are asked: one that has started again since it was locked refuses.
-        async fn cut(&self, moves: &[table::Move], nodes: Vec<String>) -> Result<Vec<Cut>, Failure> {
-            let counts = |giver: &str| {
-                let mut sum = 0;
-                let moves = moves.iter().filter(|(from, ..)| from == giver);
-                moves
-                    .map(|(.., count)| {
-                        sum += count;
-                        sum
-                    })
-                    .collect()
+        async fn cut(
+            &self,
+            moves: &[table::Move],
+            speakers: &[Option<String>],
+            nodes: Vec<String>,
+            complete: bool,
+        ) -> Result<Vec<Cut>, Failure> {
+            let from = |node: &String| -> Vec<&table::Move> {
+                moves.iter().filter(|(giver, ..)| speakers[*giver].as_ref() == Some(node)).collect()
             };
-            let message = |node: &String| (node.clone(), Message::Cut(self.version, counts(node)));
+            let counts = |node: &String| {
+                let mut sum = 0;
+                let add = |(_, _, count): &table::Move| {
+                    sum += count;
+                    sum
+                };
+                from(node).into_iter().map(add).collect()
+            };
+            let message = |node: &String| (node.clone(), Message::Cut(self.version, counts(node), complete));
             let replies = ask_each(self.world, nodes.iter().map(message).collect()).await;
             let mut cuts = Vec::new();
-            for (giver, reply) in nodes.iter().zip(replies) {
+            for (node, reply) in nodes.iter().zip(replies) {
                 let places = match reply {
                     Some((_, Reply::Places(places))) => places,
                     Some(_) => return Err(self.again(Outcome::ChangeUnderWay)),
-                    None => return Err(self.again(Outcome::NodeDown(giver.clone()))),
+                    None => return Err(self.again(Outcome::NodeDown(node.clone()))),
                 };
-                let moves = moves.iter().filter(|(from, ..)| from == giver);
-                cuts.extend(moves.zip(places).map(|((giver, receiver, _), place)| Cut {
-                    giver: giver.clone(),
-                    place,
-                    receiver: receiver.clone(),
-                }));
+                for ((giver, receiver, _), place) in from(node).into_iter().zip(places) {
+                    cuts.push(Cut { giver: *giver, place, receiver: *receiver });
+                }
             }
             Ok(cuts)
         }
@@ -2648,7 +4112,7 @@ mod protocol {
         let (mut waiting, mut pause) = (table.view.clone(), 2);
         let mut heard: BTreeMap<String, Duration> = BTreeMap::new();
         loop {
-            let nodes: BTreeSet<String> = waiting.iter().chain(table.sources()).cloned().collect();
+            let nodes = set_of(waiting.iter().cloned().chain(table.sources()));
             let nodes: Vec<String> = nodes.into_iter().collect();
             let replies = ask(world, &nodes, Message::Meet).await;
             let mut needed = BTreeMap::new();
@@ -2669,7 +4133,7 @@ mod protocol {
                         node.set_complete()
                     }
                 });
-                let all: BTreeSet<String> = table.view.iter().chain(table.sources()).cloned().collect();
+                let all = set_of(table.view.iter().cloned().chain(table.sources()));
                 ask(world, &all.into_iter().collect::<Vec<_>>(), Message::Meet).await;
                 return waiting;
             }
@@ -2679,9 +4143,8 @@ mod protocol {
                     || needed.get(node).is_some_and(|from: &Vec<String>| !from.is_empty() && from.iter().all(silent))
             };
             if waiting.iter().all(stuck) {
-                let named: BTreeSet<&String> =
-                    waiting.iter().chain(needed.values().flatten()).filter(|node| silent(node)).collect();
-                return named.into_iter().cloned().collect();
+                let named = waiting.iter().chain(needed.values().flatten()).filter(|node| silent(node));
+                return set_of(named.cloned()).into_iter().collect();
             }
             world.sleep(Duration::from_millis(pause)).await;
             pause = (pause * 2).min(200);
@@ -2695,7 +4158,7 @@ mod protocol {
 /// anything while holding it.
 static NODE: LazyLock<Mutex<Node>> = LazyLock::new(|| {
     let own = own().unwrap_or_default().to_owned();
-    Mutex::new(Node::new(own, SETTINGS.view.clone(), random(), now()))
+    Mutex::new(Node::new(own, SETTINGS.view.clone(), SETTINGS.factor, random(), now()))
 });
 
 /// The time since 1970 at the start, and since then by a clock that nobody sets.
@@ -2754,7 +4217,21 @@ impl World for Live {
         answers
     }
 
-    async fn relay(&self, node: &str, request: Request, patience: Duration) -> Option<Answer> {
+    async fn push(&self, mut pushes: Vec<Push>) -> Vec<Option<Pushed>> {
+        let Some(last) = pushes.pop() else { return Vec::new() };
+        let mut answers: Vec<Option<Pushed>> = pushes.iter().map(|_| None).collect();
+        let mut last_answer = None;
+        may::coroutine::scope(|scope| {
+            for (push, answer) in pushes.into_iter().zip(&mut answers) {
+                may::go!(scope, move || *answer = push_one(&push));
+            }
+            last_answer = push_one(&last);
+        });
+        answers.push(last_answer);
+        answers
+    }
+
+    async fn relay(&self, node: &str, request: Request, patience: Duration) -> Result<Answer, Lost> {
         Peer::at(node).relay(request, patience)
     }
 
@@ -2777,6 +4254,26 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
     }
 }
 
+/// A replica that does not take a push in this time is silent.
+const PUSH_LIMIT: Duration = Duration::from_millis(1200);
+
+fn push_one(push: &Push) -> Option<Pushed> {
+    let body = postcard::to_stdvec(push).ok()?;
+    let message = Request { origin: Origin::Push, body, ..Request::default() };
+    postcard::from_bytes(&Peer::at(&push.to).relay(message, PUSH_LIMIT).ok()?.body).ok()
+}
+
+/// Stores what another replica pushes, if it is for this node.
+#[inline(never)]
+fn answer_push(body: &[u8]) -> Answer {
+    match postcard::from_bytes::<Push>(body) {
+        Ok(push) if own() == Some(&push.to) && port_of(&push.from).is_some() => {
+            Answer::message(&Live.with(|node| node.take_push(push)))
+        }
+        _ => Outcome::BadRequest.answer(Vocabulary::Form, "POST"),
+    }
+}
+
 fn deliver_one(envelope: &Envelope) -> Option<(Status, Reply)> {
     if own() == Some(&envelope.to) {
         return Some(receive(&Live, envelope.clone()));
@@ -2785,7 +4282,7 @@ fn deliver_one(envelope: &Envelope) -> Option<(Status, Reply)> {
     let message = Request { origin: Origin::Message, body, ..Request::default() };
     // In a large store that starts, all ask all.
     let limit = envelope.message.limit().max(Duration::from_millis(40) * SETTINGS.view.len() as u32);
-    let answer = Peer::at(&envelope.to).relay(message, limit)?;
+    let answer = Peer::at(&envelope.to).relay(message, limit).ok()?;
     postcard::from_bytes(&answer.body).ok().filter(|(status, _): &(Status, Reply)| status.is_plain())
 }
 
@@ -3050,6 +4547,14 @@ mod relay {
     struct Waiter {
         blocker: Blocker,
         answer: Mutex<Option<Answer>>,
+        /// The request was given to a stream, or a thread, so that it may have got there.
+        was_sent: AtomicBool,
+    }
+
+    impl Default for Waiter {
+        fn default() -> Waiter {
+            Waiter { blocker: Blocker::new(false), answer: Mutex::default(), was_sent: AtomicBool::new(false) }
+        }
     }
 
     impl Drop for Waiting {
@@ -3155,6 +4660,7 @@ mod relay {
                     // Writing to a Vec cannot fail.
                     let message = postcard::to_stdvec(&request).unwrap_or_default();
                     waiting.sent = message.len();
+                    waiting.waiter.was_sent.store(true, SeqCst);
                     self.unanswered += message.len();
                     self.outbox.push(number, message);
                 }
@@ -3192,15 +4698,15 @@ mod relay {
             lock(&PEERS).entry(address.into()).or_insert_with(new).clone()
         }
 
-        /// Takes a request to the peer and returns its answer; None if there is none in time, or the request runs in a ring.
-        /// The request is sent once at most. After None it may have taken effect, as after any answer that got lost.
-        pub fn relay(self: Arc<Peer>, mut request: Request, patience: Duration) -> Option<Answer> {
+        /// Takes a request to the peer and returns its answer; an error if there is none in time, or the request runs in a ring.
+        /// The request is sent once at most.
+        pub fn relay(self: Arc<Peer>, mut request: Request, patience: Duration) -> Result<Answer, Lost> {
             if request.via.split(',').any(|hop| hop.trim() == *VIA) {
-                return None;
+                return Err(Lost { was_sent: false });
             }
             request.via = if request.via.is_empty() { VIA.clone() } else { format!("{}, {}", request.via, *VIA) };
             let now = Instant::now();
-            let waiter = Arc::new(Waiter { blocker: Blocker::new(false), answer: Mutex::default() });
+            let waiter = Arc::new(Waiter::default());
             let mut traffic = lock(&self.traffic);
             traffic.last_number += 1;
             traffic.is_rare = traffic.asked.replace(now).is_none_or(|asked| now - asked > REST);
@@ -3213,13 +4719,13 @@ mod relay {
             wake_watch();
             while looks_out && now.elapsed() < LOOKOUT {
                 if let Some(answer) = lock(&waiter.answer).take() {
-                    return Some(answer);
+                    return Ok(answer);
                 }
                 thread::yield_now();
             }
             // The watch ends this at the deadline: a timer for each request would cost more than the rest of the relay.
             let _ = waiter.blocker.park(None);
-            lock(&waiter.answer).take()
+            lock(&waiter.answer).take().ok_or(Lost { was_sent: waiter.was_sent.load(SeqCst) })
         }
 
         /// Sees to it that somebody takes what is queued.
@@ -3432,6 +4938,7 @@ mod relay {
                 let Some(waiting) = traffic.waiters.get(&number) else { continue };
                 let began = Instant::now();
                 let limit = waiting.deadline.saturating_duration_since(began).min(ANSWER_LIMIT);
+                waiting.waiter.was_sent.store(true, SeqCst);
                 drop(traffic);
                 // What only a stream can carry waits until it is known whether the peer takes them.
                 let needs_stream = request.origin != Origin::Message && request.needs_stream();
@@ -3579,10 +5086,15 @@ mod relay {
     /// What a name stands for; nothing if that is not known in time. A name server that does not answer holds a lookup for ten
     /// seconds, so it has a thread of its own, which ends when it ends.
     fn look_up(address: &str) -> Vec<SocketAddr> {
-        let (address, (sender, receiver)) = (address.to_owned(), std::sync::mpsc::channel());
-        let look_up = move || drop(sender.send(address.to_socket_addrs().map_or(Vec::new(), Iterator::collect)));
+        let (address, found) = (address.to_owned(), Arc::new((Mutex::new(None), Condvar::new())));
+        let finder = found.clone();
+        let look_up = move || {
+            *lock(&finder.0) = Some(address.to_socket_addrs().map_or(Vec::new(), Iterator::collect));
+            finder.1.notify_all();
+        };
         let _ = thread::Builder::new().spawn(look_up);
-        receiver.recv_timeout(LOOK_LIMIT).unwrap_or_default()
+        let waited = found.1.wait_timeout_while(lock(&found.0), LOOK_LIMIT, |found| found.is_none());
+        waited.unwrap_or_else(PoisonError::into_inner).0.take().unwrap_or_default()
     }
 
     fn is_no_way(error: &attohttpc::Error) -> bool {
@@ -3974,7 +5486,7 @@ impl Connection {
         if framing.expects_continue {
             self.send_continue();
         }
-        let body = (!request.ignores_body()).then_some(&mut request.body);
+        let body = request.wants_body(framing.length).then_some(&mut request.body);
         if framing.length > 0 && !self.read_body(parsed.body(), framing.length, body) {
             return self.end();
         }
@@ -4534,8 +6046,11 @@ fn is_healthy(listen: SocketAddr) -> bool {
 mod simulation {
     //! Runs stores of two to five nodes through random schedules: messages that get lost, come late or twice, nodes that
     //! sleep, die and start again, networks cut in one direction, rival coordinators, force. The nodes are the program's own
-    //! code, from the request to the table. After every step no key may be answered for by two nodes; at the end every key
-    //! must be answered for, and what clients saw must be explained by some order of their requests.
+    //! code, from the request to the table. Half of the stores have one replica a shard: after every step no key may be answered
+    //! for by two nodes; at the end every key must be answered for, and what clients saw must be explained by some order of their
+    //! requests. The others have two or three: what is acknowledged must be on every replica that its writer could reach, sessions
+    //! must never read less than they know of, and at the end all replicas must agree, on nothing older than what was
+    //! acknowledged, contexts must be empty, and tombstones gone.
     //!
     //! `SEED=n` repeats one schedule, and tells it; `SCHEDULES=n` runs as many.
 
@@ -4563,6 +6078,11 @@ mod simulation {
             request: Request,
             call: usize,
         },
+        Push {
+            to: usize,
+            push: Push,
+            call: usize,
+        },
         /// A call ends at the node that made it.
         Result {
             call: usize,
@@ -4583,6 +6103,7 @@ mod simulation {
         Nothing,
         Reply(Box<(Status, Reply)>),
         Answer(Answer),
+        Pushed(Pushed),
     }
 
     struct Machine {
@@ -4627,6 +6148,7 @@ mod simulation {
     }
 
     struct State {
+        seed: u64,
         random: u64,
         now: Duration,
         events: BTreeMap<(Duration, u64), Event>,
@@ -4650,6 +6172,33 @@ mod simulation {
         lease: Duration,
         /// The versions of the store's tables.
         lineage: HashSet<Version>,
+        /// How many replicas the first table has.
+        factor: usize,
+        replicas: Replicas,
+    }
+
+    /// What is known of a store of several replicas, of which no write may be lost.
+    #[derive(Default)]
+    struct Replicas {
+        /// By key: all records that were ever seen, by stamp; a deletion is None.
+        seen: Vec<BTreeMap<u64, Option<u32>>>,
+        /// By key: no acknowledged write was above this stamp, but those that went with all who had them.
+        bound: Vec<u64>,
+        /// By key: the highest stamp that any node has, and the highest that went with all who had it.
+        highest: Vec<u64>,
+        lost: Vec<u64>,
+        /// By value: what its writer had seen.
+        past: HashMap<u32, Causal>,
+        sessions: Vec<Session>,
+    }
+
+    /// A client that hands on its context, and what it may rely on: by key the stamp that it has seen, or that what it has seen
+    /// follows from.
+    #[derive(Default)]
+    struct Session {
+        context: String,
+        past: Causal,
+        busy: bool,
     }
 
     const ADDRESSES: [&str; 5] = ["n0:1", "n1:1", "n2:1", "n3:1", "n4:1"];
@@ -4767,6 +6316,66 @@ mod simulation {
         }
     }
 
+    impl State {
+        /// Notes which records there are, and which went with all who had them: a deletion only if somebody `died`, since it may
+        /// not be forgotten where an older record is left.
+        fn note_records(&mut self, died: bool) {
+            for key in 0..KEYS {
+                let name = name(key);
+                let hash = hash_of(name.as_bytes());
+                let mut highest = 0;
+                for machine in &self.machines {
+                    let Some(node) = machine.node.as_ref().filter(|_| machine.outlawed.is_none()) else { continue };
+                    let Some(record) = node.records.get(hash, name.as_bytes()) else { continue };
+                    let value = str::from_utf8(record.value()).ok().and_then(|value| value.parse().ok());
+                    self.replicas.seen[key].insert(record.stamp(), value);
+                    highest = highest.max(record.stamp());
+                }
+                let bound = self.replicas.bound[key];
+                let is_forgotten =
+                    |stamp: u64| !died && self.replicas.seen[key].get(&stamp).is_some_and(Option::is_none);
+                if highest < bound && !is_forgotten(bound) {
+                    self.replicas.bound[key] = highest;
+                }
+                let before = self.replicas.highest[key];
+                if highest < before && !is_forgotten(before) {
+                    self.replicas.lost[key] = self.replicas.lost[key].max(before);
+                }
+                if highest > before || !is_forgotten(before) {
+                    self.replicas.highest[key] = highest;
+                }
+            }
+        }
+
+        /// An acknowledged write is on every replica that can be reached, as far as the one that took it knows.
+        fn note_acknowledged(&mut self, machine: usize, key: &[u8], value: Option<u32>, seed: u64) {
+            let hash = hash_of(key);
+            let Some(node) = &self.machines[machine].node else { return };
+            let is_mine = node.table().is_some_and(|table| Some(table.shard_at(hash, key)) == node.shard());
+            let Some(record) =
+                node.records.get(hash, key).filter(|_| is_mine && self.machines[machine].outlawed.is_none())
+            else {
+                return;
+            };
+            let index: usize = str::from_utf8(&key[1..]).expect("a name").parse().expect("a key");
+            // It may have been followed by another one meanwhile.
+            let mut seen = self.replicas.seen[index].iter();
+            let written = match value {
+                Some(_) => seen.find(|(_, it)| **it == value).map(|(stamp, _)| *stamp),
+                None => Some(record.stamp()).filter(|_| record.is_tombstone()),
+            };
+            let Some(stamp) = written else { return };
+            for other in node.others().iter().filter(|other| !node.is_silent(other)) {
+                let Some(there) = &self.machines[machine_of(other)].node else { continue };
+                let takes_part = there.version() == node.version() && there.status().incoming.is_empty();
+                let has = there.records.get(hash, key).is_some_and(|it| it.stamp() >= stamp);
+                let gone = record.is_tombstone() && there.records.get(hash, key).is_none();
+                assert!(!takes_part || has || gone, "SEED={seed}: n{machine} acknowledged what {other} does not have");
+            }
+            self.replicas.bound[index] = self.replicas.bound[index].max(stamp);
+        }
+    }
+
     fn name(key: usize) -> String {
         format!("k{key}")
     }
@@ -4831,17 +6440,40 @@ mod simulation {
             answers
         }
 
-        async fn relay(&self, node: &str, request: Request, _: Duration) -> Option<Answer> {
+        async fn push(&self, pushes: Vec<Push>) -> Vec<Option<Pushed>> {
+            let mut calls = Vec::new();
+            for push in pushes {
+                let mut state = self.state.borrow_mut();
+                let to = machine_of(&push.to);
+                let call = state.call(self.machine, PUSH_LIMIT);
+                for _ in 0..1 + usize::from(state.trouble > 0 && state.percent(3)) {
+                    if let Some(way) = state.way(self.machine, to) {
+                        state.at(way, Event::Push { to, push: push.clone(), call });
+                    }
+                }
+                calls.push(call);
+            }
+            let mut answers = Vec::new();
+            for call in calls {
+                answers.push(if let Ending::Pushed(answer) = Wait(self, call).await { Some(answer) } else { None });
+            }
+            answers
+        }
+
+        async fn relay(&self, node: &str, request: Request, patience: Duration) -> Result<Answer, Lost> {
             let call = {
                 let mut state = self.state.borrow_mut();
-                let (to, limit) = (machine_of(node), if request.is_view_change() { 60_000 } else { 4_400 });
-                let call = state.call(self.machine, Duration::from_millis(limit));
+                let to = machine_of(node);
+                let call = state.call(self.machine, patience.min(Duration::from_secs(60)));
                 if let Some(way) = state.way(self.machine, to) {
                     state.at(way, Event::Relay { to, request, call });
                 }
                 call
             };
-            if let Ending::Answer(answer) = Wait(self, call).await { Some(answer) } else { None }
+            match Wait(self, call).await {
+                Ending::Answer(answer) => Ok(answer),
+                _ => Err(Lost { was_sent: true }),
+            }
         }
 
         async fn sleep(&self, time: Duration) {
@@ -4863,6 +6495,7 @@ mod simulation {
     impl Simulation {
         fn new(seed: u64, told: bool) -> Simulation {
             let mut state = State {
+                seed,
                 random: seed.wrapping_mul(0x2545f4914f6cdd1d),
                 now: Duration::from_secs(1_000_000),
                 events: BTreeMap::new(),
@@ -4882,8 +6515,16 @@ mod simulation {
                 changes: 0,
                 lease: Duration::from_millis(0),
                 lineage: HashSet::new(),
+                factor: 1,
+                replicas: Replicas::default(),
             };
             let count = 2 + state.below(4);
+            // Half of the stores have one replica a shard.
+            state.factor = [1, 1, 2, 3][(seed % 4) as usize];
+            let sessions = (0..3).map(|_| Session { context: "{}".into(), ..Session::default() }).collect();
+            let (seen, bound) = (vec![BTreeMap::new(); KEYS], vec![0; KEYS]);
+            let (highest, lost) = (bound.clone(), bound.clone());
+            state.replicas = Replicas { seen, bound, highest, lost, sessions, ..Replicas::default() };
             state.lease = Duration::from_millis([100, 500, 2000, 10_000][state.below(4)]);
             let machine =
                 |_| Machine { node: None, life: 0, asleep: false, backlog: Vec::new(), outlawed: None, seen: None };
@@ -4909,7 +6550,8 @@ mod simulation {
                 let (incarnation, now) = (state.random.wrapping_add(state.sequence) | 1, state.now);
                 let view: Vec<String> = view.iter().map(|it| address(*it)).collect();
                 state.tell(|| format!("n{machine} starts with {view:?}"));
-                let mut node = Node::new(address(machine), view, incarnation, now);
+                let factor = state.factor.min(view.len());
+                let mut node = Node::new(address(machine), view, factor, incarnation, now);
                 node.lease = state.lease;
                 state.machines[machine].node = Some(node);
                 state.machines[machine].outlawed = None;
@@ -4935,10 +6577,14 @@ mod simulation {
             (dead.asleep, dead.seen) = (false, None);
             dead.backlog.clear();
             let life = dead.life;
+            state.note_records(true);
             state.tasks.retain(|_, (on, of, _)| *on != machine || *of == life);
         }
 
         fn client(&self, machine: usize) {
+            if self.state.borrow().factor > 1 {
+                return self.causal_client(machine, None);
+            }
             let there = self.there(machine);
             let (key, did) = {
                 let mut state = self.state.borrow_mut();
@@ -4969,8 +6615,7 @@ mod simulation {
             };
             self.run_task(there.machine, async move {
                 let name = name(key);
-                let action = Action::of(name.as_bytes(), &request, Vocabulary::Form);
-                let answer = answer_for_key(&there, name.as_bytes(), action, &request, Vocabulary::Form).await;
+                let answer = answer_request(&there, name.as_bytes(), &request).await;
                 let mut state = there.state.borrow_mut();
                 let text = String::from_utf8_lossy(&answer.body).into_owned();
                 state.tell(|| {
@@ -4996,15 +6641,118 @@ mod simulation {
             });
         }
 
+        /// A session reads or writes; `read` is the key that it must read.
+        fn causal_client(&self, machine: usize, read: Option<(usize, usize)>) {
+            let there = self.there(machine);
+            let (session, key, did, context, past) = {
+                let state = &mut *self.state.borrow_mut();
+                state.value += 1;
+                let value = state.value;
+                let did = [Did::Put(value), Did::Put(value), Did::Get, Did::Get, Did::Delete][state.below(5)];
+                let drawn = (state.below(3), state.below(KEYS));
+                let (session, key) = read.unwrap_or(drawn);
+                let did = if read.is_some() { Did::Get } else { did };
+                let it = &mut state.replicas.sessions[session];
+                if std::mem::replace(&mut it.busy, true) && read.is_none() {
+                    return;
+                }
+                let (context, past) = (it.context.clone(), it.past.clone());
+                state.replicas.past.insert(value, past.clone());
+                (session, key, did, context, past)
+            };
+            let (verb, value) = match did {
+                Did::Put(value) => ("PUT", format!(r#""value":{value},"#)),
+                Did::Get => ("GET", String::new()),
+                _ => ("DELETE", String::new()),
+            };
+            let request = Request {
+                verb: verb.into(),
+                target: format!("/kv-store/keys/{}", name(key)),
+                content_type: "application/json".into(),
+                body: format!(r#"{{{value}"causal-context":{context}}}"#).into(),
+                ..Request::default()
+            };
+            let seed = self.seed;
+            self.run_task(there.machine, async move {
+                let answer = answer_request(&there, name(key).as_bytes(), &request).await;
+                let state = &mut *there.state.borrow_mut();
+                let text = String::from_utf8_lossy(&answer.body).trim().to_owned();
+                state.tell(|| {
+                    let n = there.machine;
+                    format!(
+                        "n{n} answers session {session} {verb} {} {did:?} {context}: {} {text}",
+                        name(key),
+                        answer.status
+                    )
+                });
+                let trusted = state.machines[there.machine].outlawed.is_none();
+                state.replicas.sessions[session].busy = false;
+                if !matches!(answer.status, 200 | 201 | 404) || !trusted {
+                    return;
+                }
+                let value = text
+                    .split_once(r#""value":"#)
+                    .and_then(|(_, rest)| rest.split([',', '}']).next().and_then(|value| value.parse::<u32>().ok()));
+                let seen = &state.replicas.seen[key];
+                let stamp_of =
+                    |value: u32| seen.iter().find(|(_, it)| **it == Some(value)).map_or(0, |(stamp, _)| *stamp);
+                let known = past.get(&name(key)).copied().unwrap_or(0);
+                let wanted = if known > state.replicas.lost[key] { known } else { 0 };
+                let mut now = past;
+                match (did, value) {
+                    (Did::Get, Some(value)) => {
+                        let stamp = stamp_of(value);
+                        assert!(
+                            stamp >= wanted,
+                            "SEED={seed}: {} is older than what the session knows: {text}",
+                            name(key)
+                        );
+                        let known = state.replicas.past.get(&value).cloned().unwrap_or_default();
+                        for (key, stamp) in known.into_iter().chain([(name(key), stamp)]) {
+                            let old = now.entry(key).or_default();
+                            *old = stamp.max(*old);
+                        }
+                    }
+                    (Did::Get, None) => {
+                        let deleted = seen.range(wanted..).any(|(_, value)| value.is_none());
+                        assert!(
+                            wanted == 0 || deleted,
+                            "SEED={seed}: the session knows of {}, which is not there",
+                            name(key)
+                        );
+                    }
+                    (Did::Put(value), _) => {
+                        now.insert(name(key), stamp_of(value));
+                    }
+                    _ => {}
+                }
+                let context = text.split_once(r#""causal-context":"#).and_then(|(_, rest)| rest.split_once('}'));
+                let it = &mut state.replicas.sessions[session];
+                it.context = format!("{}}}", context.expect("the answer has a context").0);
+                it.past = now;
+            });
+        }
+
         fn change(&self, machine: usize, view: Vec<usize>, force: bool) {
             let there = self.there(machine);
             let request = Request { verb: "PUT".into(), target: "/kv-store/view-change".into(), ..Request::default() };
             self.state.borrow().tell(|| format!("n{machine} is asked for {view:?}, force {force}"));
             let view: Vec<String> = view.into_iter().map(address).collect();
+            let factor = {
+                let mut state = self.state.borrow_mut();
+                let factor = 1 + state.below(3);
+                // A store with one replica a shard keeps to it: it is judged by other rules.
+                (state.factor > 1).then(|| factor.max(2)).filter(|factor| *factor <= view.len() && state.percent(30))
+            };
+            if self.state.borrow().factor > 1 && view.len() < 2 {
+                return;
+            }
+            let more = factor.map_or(String::new(), |factor| format!(r#","repl-factor":{factor}"#));
+            let wanted = WantedView { view: view.clone(), factor, force };
             // Whoever coordinates in the end reads it from the body.
-            let body = format!(r#"{{"view":{view:?},"force":{force}}}"#).into_bytes();
+            let body = format!(r#"{{"view":{view:?},"force":{force}{more}}}"#).into_bytes();
             self.run_task(machine, async move {
-                let answer = answer_view_change(&there, &Request { body, ..request }, &view, force).await;
+                let answer = answer_view_change(&there, &Request { body, ..request }, &wanted).await;
                 let mut state = there.state.borrow_mut();
                 state.changes += usize::from(answer.status == 200);
                 state.tell(|| format!("n{} answers {}", there.machine, String::from_utf8_lossy(&answer.body).trim()));
@@ -5019,7 +6767,7 @@ mod simulation {
                 state.now = time;
                 let on = match &event {
                     Event::Poll(task) => state.tasks.get(task).map(|(machine, ..)| *machine),
-                    Event::Message { to, .. } | Event::Relay { to, .. } => Some(*to),
+                    Event::Message { to, .. } | Event::Relay { to, .. } | Event::Push { to, .. } => Some(*to),
                     Event::Result { call, .. } => state.calls.get(call).map(|(_, machine, _)| *machine),
                     Event::Spawn { on, .. } => Some(*on),
                     _ => None,
@@ -5037,6 +6785,7 @@ mod simulation {
                 Event::Poll(id) => self.poll(id),
                 Event::Message { to, envelope, call } => self.message(to, *envelope, call),
                 Event::Relay { to, request, call } => self.relayed(to, request, call),
+                Event::Push { to, push, call } => self.pushed(to, push, call),
                 Event::Result { call, result } => {
                     let mut state = self.state.borrow_mut();
                     if let Some((task, ..)) = state.calls.remove(&call) {
@@ -5098,6 +6847,21 @@ mod simulation {
             }
         }
 
+        fn pushed(&self, to: usize, push: Push, call: usize) {
+            let from = machine_of(&push.from);
+            if self.state.borrow().machines[to].node.is_none() {
+                return self.state.borrow_mut().refuse(call);
+            }
+            let keys: Vec<String> =
+                push.records.iter().map(|(_, bytes, _)| String::from_utf8_lossy(&bytes[1..]).into_owned()).collect();
+            let answer = self.there(to).with(|node| node.take_push(push));
+            let mut state = self.state.borrow_mut();
+            state.tell(|| format!("n{from} pushes {keys:?} to n{to}: {answer:?}"));
+            if let Some(way) = state.way(to, from) {
+                state.at(way, Event::Result { call, result: Ending::Pushed(answer) });
+            }
+        }
+
         fn relayed(&self, to: usize, request: Request, call: usize) {
             if self.state.borrow().machines[to].node.is_none() {
                 return self.state.borrow_mut().refuse(call);
@@ -5105,12 +6869,9 @@ mod simulation {
             let there = self.there(to);
             self.run_task(to, async move {
                 let answer = match request.route().0 {
-                    Resource::Key(key) => {
-                        let action = Action::of(&key, &request, Vocabulary::Form);
-                        answer_for_key(&there, &key, action, &request, Vocabulary::Form).await
-                    }
+                    Resource::Key(key) => answer_request(&there, &key, &request).await,
                     _ => match wanted_view(&request.body) {
-                        Ok((view, force)) => Box::pin(answer_view_change(&there, &request, &view, force)).await,
+                        Ok(wanted) => Box::pin(answer_view_change(&there, &request, &wanted)).await,
                         Err(refusal) => refusal.answer(Vocabulary::Json, "PUT"),
                     },
                 };
@@ -5128,6 +6889,9 @@ mod simulation {
             let state = &mut *self.state.borrow_mut();
             state.note_tables();
             self.outlaw(state);
+            if state.factor > 1 {
+                return state.note_records(false);
+            }
             let counts = |machine: &usize| state.machines[*machine].outlawed.is_none() && state.is_member(*machine);
             let machines: Vec<usize> = (0..state.machines.len()).filter(counts).collect();
             for key in 0..KEYS {
@@ -5152,9 +6916,9 @@ mod simulation {
                 let Some(version) = state.machines[machine].node.as_ref().map(Node::version) else { continue };
                 let own = address(machine);
                 let lives_by_it = state.is_member(machine)
-                    && state
-                        .table(machine)
-                        .is_some_and(|table| table.ranges.iter().any(|range| table.node_of(range.shard) == own));
+                    && state.table(machine).is_some_and(|table| {
+                        table.shard_of(&own).is_some_and(|shard| table.ranges.iter().any(|range| range.shard == shard))
+                    });
                 let left_out = lives_by_it
                     && version.is_some_and(|version| version.epoch < newest.version.epoch)
                     && !newest.lists(&own)
@@ -5163,6 +6927,7 @@ mod simulation {
                     state.tell(|| format!("n{machine} is left out by force"));
                     state.vanish(machine, None);
                     state.machines[machine].outlawed = Some(newest.version);
+                    state.note_records(true);
                 } else if !left_out {
                     state.machines[machine].outlawed = None;
                 }
@@ -5335,6 +7100,9 @@ mod simulation {
                 self.describe()
             );
             let members: Vec<usize> = (0..count).filter(|it| self.state.borrow().is_member(*it)).collect();
+            if self.state.borrow().factor > 1 {
+                return self.check_replicas(&members);
+            }
             let before: Vec<usize> = self.state.borrow().history.iter().map(Vec::len).collect();
             for machine in members {
                 (0..KEYS).for_each(|key| self.ask(self.there(machine), key, Did::Get));
@@ -5357,6 +7125,98 @@ mod simulation {
                     self.describe()
                 );
                 assert!(is_linearizable(history), "SEED={}: {} was not kept: {history:#?}", self.seed, name(key));
+            }
+        }
+
+        /// Soon the replicas agree, on nothing older than what was acknowledged, and no context is needed any more.
+        fn check_replicas(&self, members: &[usize]) {
+            let agree = || {
+                if !self.is_settled() {
+                    return false;
+                }
+                let state = self.state.borrow();
+                let newest = state.newest().unwrap_or_default();
+                (0..KEYS).all(|key| {
+                    let name = name(key);
+                    let hash = hash_of(name.as_bytes());
+                    let stamp = |node: &String| {
+                        let node = state.machines[machine_of(node)].node.as_ref();
+                        node.and_then(|node| node.records.find(hash, name.as_bytes()).map(Record::stamp))
+                    };
+                    let stamps: HashSet<Option<u64>> =
+                        newest.replicas(newest.shard_at(hash, name.as_bytes())).iter().map(stamp).collect();
+                    stamps.len() == 1
+                })
+            };
+            for _ in 0..50 {
+                self.for_a_while(Duration::from_millis(100), |_| {});
+                if agree() {
+                    break;
+                }
+            }
+            assert!(agree(), "SEED={}: the replicas do not agree: {}", self.seed, self.describe());
+            self.check_bounds();
+            self.for_a_while(Duration::from_millis(6000), |_| {});
+            for round in 0..2 {
+                for machine in members {
+                    for session in 0..3 {
+                        for key in 0..KEYS {
+                            self.state.borrow_mut().replicas.sessions[session].busy = false;
+                            self.causal_client(*machine, Some((session, key)));
+                            for _ in 0..300 {
+                                self.for_a_while(Duration::from_millis(20), |_| {});
+                                if !self.state.borrow().replicas.sessions[session].busy {
+                                    break;
+                                }
+                            }
+                            let state = self.state.borrow();
+                            let it = &state.replicas.sessions[session];
+                            assert!(
+                                !it.busy,
+                                "SEED={}: {} is not answered at the end: {}",
+                                self.seed,
+                                name(key),
+                                self.describe()
+                            );
+                            assert!(
+                                round == 0 || it.context == "{}",
+                                "SEED={}: a context of {} in a healthy store: {}",
+                                self.seed,
+                                it.context,
+                                self.describe()
+                            );
+                        }
+                    }
+                }
+            }
+            self.for_a_while(Duration::from_millis(15_000), |_| {});
+            assert!(agree(), "SEED={}: the replicas do not agree in the end", self.seed);
+            self.check_bounds();
+            let state = self.state.borrow();
+            let has_tombstones = |node: &Node| {
+                (0..KEYS).any(|key| {
+                    let name = name(key);
+                    node.records.get(hash_of(name.as_bytes()), name.as_bytes()).is_some_and(Record::is_tombstone)
+                })
+            };
+            for machine in members {
+                let node = state.machines[*machine].node.as_ref();
+                assert!(!node.is_some_and(has_tombstones), "SEED={}: n{machine} keeps a tombstone", self.seed);
+            }
+        }
+
+        fn check_bounds(&self) {
+            let state = self.state.borrow();
+            let newest = state.newest().unwrap_or_default();
+            for key in 0..KEYS {
+                let (name, bound) = (name(key), state.replicas.bound[key]);
+                let hash = hash_of(name.as_bytes());
+                let owner = newest.replicas(newest.shard_at(hash, name.as_bytes())).remove(0);
+                let node = state.machines[machine_of(&owner)].node.as_ref().expect("all live");
+                let found = node.records.find(hash, name.as_bytes()).map(Record::stamp);
+                let deleted = state.replicas.seen[key].range(bound..).any(|(_, value)| value.is_none());
+                let kept = found.map_or(bound == 0 || deleted, |stamp| stamp >= bound);
+                assert!(kept, "SEED={}: {name} is at {found:?}, but {bound} was acknowledged", self.seed);
             }
         }
 
@@ -5392,6 +7252,25 @@ mod simulation {
             };
             state.machines.iter().map(describe).collect()
         }
+    }
+
+    /// What `begin` does in the program.
+    async fn answer_request(there: &There, key: &[u8], request: &Request) -> Answer {
+        let (_, vocabulary) = request.route();
+        let context = match causal_context(request, vocabulary) {
+            Ok(context) => context,
+            Err(refusal) => return refusal.answer(vocabulary, &request.verb),
+        };
+        let action = Action::of(key, request, vocabulary);
+        let tried = there.with(|node| perform(node, hash_of(key), key, action, context, request.origin));
+        let answer = answer_for_key(there, key, tried, request, vocabulary).await;
+        let state = &mut *there.state.borrow_mut();
+        if state.factor > 1 && request.verb != "GET" && matches!(answer.status, 200 | 201) {
+            state.note_records(false);
+            let value = member(&request.body, "value").ok().and_then(|value| value.parse().ok());
+            state.note_acknowledged(there.machine, key, value, state.seed);
+        }
+        answer
     }
 
     impl State {
@@ -5451,7 +7330,7 @@ mod simulation {
         if let Some(seed) = number("SEED") {
             return Simulation::new(seed, true).run();
         }
-        let schedules = number("SCHEDULES").unwrap_or(20_000);
+        let schedules = number("SCHEDULES").unwrap_or(10_000);
         let first = number("FIRST").unwrap_or(0);
         let threads = thread::available_parallelism().map_or(2, |it| it.get() as u64);
         let failed = AtomicBool::new(false);
@@ -5521,21 +7400,21 @@ mod tests {
 
     fn put_at_owner(store: &mut Store, key: &str) {
         let (hash, name) = (hash_of(key.as_bytes()), key.as_bytes());
-        let owner = store.0.node_of(store.0.shard_at(hash, name)).to_owned();
+        let owner = store.0.replicas(store.0.shard_at(hash, name)).remove(0);
         put(store.1.entry(owner).or_default(), key);
     }
 
     /// Gives all records of some ranges to their owners, from whoever has them.
     fn settle(store: &mut Store) {
         for (span, range) in store.0.spans() {
-            for source in &range.sources {
+            for source in range.sources.iter().flatten() {
                 let mut span = span.clone();
                 while span.from < span.to {
                     let giver = store.1.entry(source.clone()).or_default();
                     let (records, to) = giver.first_of(&span, 100);
                     let given = Span { from: span.from.clone(), to: to.clone() };
                     giver.forget(&given);
-                    let owner = store.1.entry(store.0.node_of(range.shard).to_owned()).or_default();
+                    let owner = store.1.entry(store.0.replicas(range.shard).remove(0)).or_default();
                     records.into_iter().for_each(|record| drop(owner.insert(hash_of(record.key()), record)));
                     span.from = to;
                 }
@@ -5545,19 +7424,20 @@ mod tests {
 
     /// What a view change does, without the network. Returns how many keys moved.
     fn change(store: &mut Store, view: &[String]) -> usize {
-        let (table, shards) = &*store;
-        let count = |node: &String| (node.clone(), shards.get(node).map_or(0, Records::len));
-        let mut counts: BTreeMap<String, usize> = table.view.iter().chain(view).map(count).collect();
-        let moves = table::plan(&mut counts, view);
-        let mut given: HashMap<&String, usize> = HashMap::new();
+        let (table, records) = &*store;
+        let change = Change::new(table, view, 1);
+        let held: Vec<usize> = table.view.iter().map(|node| records.get(node).map_or(0, Records::len)).collect();
+        let (moves, _) = change.plan(&held);
+        let mut given: HashMap<usize, usize> = HashMap::new();
         let mut cuts = Vec::new();
         for (giver, receiver, count) in &moves {
-            let sum = given.entry(giver).or_default();
+            let sum = given.entry(*giver).or_default();
             *sum += count;
-            cuts.push(Cut { giver: giver.clone(), place: shards[giver].nth_highest(*sum), receiver: receiver.clone() });
+            let place = records[&table.view[*giver]].nth_highest(*sum);
+            cuts.push(Cut { giver: *giver, place, receiver: *receiver });
         }
         let version = Version { number: table.version.number + 1, ..Version::default() };
-        store.0 = table.next(version, view, &cuts, &[], true);
+        store.0 = table.next(version, &change, &cuts, &[], true);
         assert!(store.0.is_valid(), "{:?}", store.0);
         settle(store);
         moves.iter().map(|(.., count)| count).sum()
@@ -5568,7 +7448,7 @@ mod tests {
         let mut numbers = Numbers(1);
         for case in 0..300 {
             let view = numbers.nodes(1);
-            let mut store: Store = (Table::first(view), BTreeMap::new());
+            let mut store: Store = (Table::first(view, 1), BTreeMap::new());
             let keys = [0, 1, 2, 3, 7, 10, 100, 1000][case % 8];
             (0..keys).for_each(|number| put_at_owner(&mut store, &format!("{case} {number}")));
             for round in 0..4 {
@@ -5577,7 +7457,7 @@ mod tests {
                 let (least, rest) = (total / view.len(), total % view.len());
                 // What nodes have above their target, if those with most keys may keep one more.
                 let mut held: Vec<usize> = view.iter().map(|node| store.1.get(node).map_or(0, Records::len)).collect();
-                held.sort_by_key(|count| Reverse(*count));
+                held.sort_by_key(|count| std::cmp::Reverse(*count));
                 let stays: usize =
                     held.iter().enumerate().map(|(rank, count)| (*count).min(least + usize::from(rank < rest))).sum();
                 assert_eq!(change(&mut store, &view), total - stays, "case {case}, round {round}");
@@ -5596,7 +7476,7 @@ mod tests {
     #[test]
     fn a_fourth_node_takes_a_quarter() {
         let node = |number| format!("n{number}:1");
-        let mut store: Store = (Table::first((1..=3).map(node).collect()), BTreeMap::new());
+        let mut store: Store = (Table::first((1..=3).map(node).collect(), 1), BTreeMap::new());
         (0..100_001).for_each(|number| put_at_owner(&mut store, &number.to_string()));
         change(&mut store, &(1..=3).map(node).collect::<Vec<_>>());
         assert_eq!(change(&mut store, &(1..=4).map(node).collect::<Vec<_>>()), 25_000);
@@ -5643,7 +7523,7 @@ mod tests {
     #[test]
     fn keys_with_the_same_hash_are_told_apart() {
         let range = |from, shard| Range { from, shard, sources: Vec::new() };
-        let mut table = Table::first(vec!["a:1".into(), "b:1".into()]);
+        let mut table = Table::first(vec!["a:1".into(), "b:1".into()], 1);
         table.ranges = vec![range(Position::default(), 0), range((7, b"m".to_vec()), 1), range((8, Vec::new()), 0)];
         assert!(table.is_valid());
         assert_eq!((table.shard_at(7, b"l"), table.shard_at(7, b"m"), table.shard_at(8, b"")), (0, 1, 0));
@@ -5652,8 +7532,8 @@ mod tests {
     /// A node that goes by a table of two nodes, and a table that could follow.
     fn node_and_next_table() -> (Node, Table) {
         let view = vec!["a:1".to_owned(), "b:1".to_owned()];
-        let mut node = Node::new("a:1".into(), view.clone(), 1, Duration::ZERO);
-        let blank = Node::new("b:1".into(), view.clone(), 2, Duration::ZERO).status();
+        let mut node = Node::new("a:1".into(), view.clone(), 1, 1, Duration::ZERO);
+        let blank = Node::new("b:1".into(), view.clone(), 1, 2, Duration::ZERO).status();
         for _ in 0..5 {
             node.begin_round();
             let answers = [("b:1".to_owned(), Status { rounds: 5, ..blank.clone() })].into();
@@ -5661,12 +7541,13 @@ mod tests {
         }
         let table = node.table().expect("both agree on the first table");
         let version = Version { epoch: 0, number: 1, coordinator: 2 };
-        (node, table.next(version, &["b:1".to_owned()], &[], &[], true))
+        let change = Change::new(&table, &["b:1".to_owned()], 1);
+        (node, table.next(version, &change, &[], &[], true))
     }
 
     fn tell(node: &mut Node, table: &Table) -> Option<Version> {
-        let other = Node::new("b:1".into(), Vec::new(), 2, Duration::ZERO);
-        node.hear("b:1", Status { version: Some(table.version), table: Some(table.clone()), ..other.status() });
+        let other = Node::new("b:1".into(), Vec::new(), 1, 2, Duration::ZERO);
+        node.hear("b:1", Status { version: Some(table.version), table: Some(table.clone()), ..other.status() }, true);
         node.version()
     }
 
@@ -5690,7 +7571,7 @@ mod tests {
         with(&|table| table.ranges = Vec::new());
         with(&|table| table.ranges[0].from.0 = 1);
         with(&|table| table.ranges[0].shard = 7);
-        with(&|table| table.ranges[0].sources = named("no address"));
+        with(&|table| table.ranges[0].sources = vec![named("no address")]);
         with(&|table| table.ranges = vec![table.ranges[0].clone(); 200_000]);
         with(&|table| table.version.number = u64::MAX);
         with(&|table| table.version.number = 0);
@@ -5703,7 +7584,7 @@ mod tests {
         let before = node.version();
         // A lock of a later epoch has been granted: its coordinator counts on what this node told it.
         let lock = Message::Lock(Version { epoch: 1, number: 9, coordinator: 3 }, vec!["a:1".into()], Vec::new());
-        let other = Node::new("b:1".into(), Vec::new(), 3, Duration::ZERO);
+        let other = Node::new("b:1".into(), Vec::new(), 1, 3, Duration::ZERO);
         assert!(matches!(node.receive(other.compose("a:1", lock)), (_, Reply::Done)));
         assert_eq!(tell(&mut node, &table), before);
     }
@@ -5714,7 +7595,7 @@ mod tests {
         assert_eq!(hash_of(b""), 0x1e924b9d737700d7);
         let shares = (0..30_000).fold([0; 3], |mut shares, number: u32| {
             let view = (0..3).map(|number| format!("n{number}:1")).collect();
-            shares[Table::first(view).shard_at(hash_of(number.to_string().as_bytes()), b"")] += 1;
+            shares[Table::first(view, 1).shard_at(hash_of(number.to_string().as_bytes()), b"")] += 1;
             shares
         });
         assert!(shares.iter().all(|share| (9_700..10_300).contains(share)), "{shares:?}");

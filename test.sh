@@ -40,14 +40,17 @@ launch_docker() {
   for variable in ${settings[$1]}; do variables+=(-e "$variable"); done
   process[$1]=$name-$1
   docker rm -f "${process[$1]}" >/dev/null 2>&1
-  docker run -d --name "${process[$1]}" --network "$name" --network-alias "$1" -p 127.0.0.1::8080 \
-    "${variables[@]}" kv-store:test >/dev/null && locate_docker "$1"
+  # Clients come in over Docker's own network, so that they reach an instance that is cut off from the others.
+  docker create --name "${process[$1]}" -p 127.0.0.1::8080 "${variables[@]}" kv-store:test >/dev/null && heal_docker "$1" &&
+    docker start "${process[$1]}" >/dev/null && locate_docker "$1"
 }
+cut_docker() { docker network disconnect "$name" "${process[$1]}"; }
+heal_docker() { docker network connect --alias "$1" "$name" "${process[$1]}"; }
 locate_docker() { url[$1]=http://$(docker port "${process[$1]}" 8080/tcp | head -n 1); }
 launch_local() {
   local port=${address[$1]##*:}
   # shellcheck disable=SC2086 # settings are words
-  env -u FORWARDING_ADDRESS -u MAINIP -u ADDRESS -u VIEW -u SECRET IP=127.0.0.1 PORT="$port" ${settings[$1]} \
+  env -u FORWARDING_ADDRESS -u MAINIP -u ADDRESS -u VIEW -u REPL_FACTOR -u SECRET IP=127.0.0.1 PORT="$port" ${settings[$1]} \
     target/release/kv-store 2>>"$work/$1.log" &
   process[$1]=$!
   url[$1]=http://127.0.0.1:$port
@@ -78,7 +81,7 @@ run_docker() {
   echo "status $?"
 }
 run_local() {
-  local variables=(FORWARDING_ADDRESS= MAINIP= ADDRESS= VIEW= SECRET= IP= PORT=)
+  local variables=(FORWARDING_ADDRESS= MAINIP= ADDRESS= VIEW= REPL_FACTOR= SECRET= IP= PORT=)
   while [ $# -gt 0 ] && [ "$1" != -- ]; do variables+=("$1") && shift; done
   timeout 10 env "${variables[@]}" target/release/kv-store "${@:2}" 2>&1
   echo "status $?"
@@ -495,9 +498,9 @@ test_unread_stderr_local() {
 # ---- A follower and its main instance --------------------------------------------------------------------------------
 
 test_instances() {
-  expect "main says what it is" '200 {"result":"Success","role":"main","version":"1.0.0","key-count":0}' main GET /kv-store
-  expect "... with a slash too" '200 {"result":"Success","role":"main","version":"1.0.0","key-count":0}' main GET /kv-store/
-  expect "follower says what it is" "200 {\"result\":\"Success\",\"role\":\"follower\",\"version\":\"1.0.0\",\"forwarding-address\":\"${address[main]}\"}" follower GET /kv-store
+  expect "main says what it is" '200 {"result":"Success","role":"main","version":"2.0.0","key-count":0}' main GET /kv-store
+  expect "... with a slash too" '200 {"result":"Success","role":"main","version":"2.0.0","key-count":0}' main GET /kv-store/
+  expect "follower says what it is" "200 {\"result\":\"Success\",\"role\":\"follower\",\"version\":\"2.0.0\",\"forwarding-address\":\"${address[main]}\"}" follower GET /kv-store
   expect "key count of an empty store" '200 {"message":"Key count retrieved successfully","key-count":0}' main GET /kv-store/key-count
   status_of main PUT /kv-store/one -d val=1 >/dev/null
   expect "key count through a follower" '200 {"message":"Key count retrieved successfully","key-count":1}' follower GET /kv-store/key-count
@@ -653,7 +656,7 @@ test_nodes() {
   wait "${clients[@]}"
   check "nodes: a request that comes before the last node is up waits for it" 201 "$(cat "$work/early")"
   await "nodes: both answer for their keys" 200 status_of n2 DELETE /kv-store/keys/early
-  await "nodes: n1 says what it is" "200 {\"result\":\"Success\",\"role\":\"node\",\"version\":\"1.0.0\",\"address\":\"${address[n1]}\",\"view\":[\"$(view n1 n2 | sed 's/,/","/')\"],\"key-count\":0}" ask n1 GET /kv-store
+  await "nodes: n1 says what it is" "200 {\"result\":\"Success\",\"role\":\"node\",\"version\":\"2.0.0\",\"address\":\"${address[n1]}\",\"view\":[\"$(view n1 n2 | sed 's/,/","/')\"],\"key-count\":0}" ask n1 GET /kv-store
   check "nodes: 60 keys through n1 and 60 through n2" "60 60" "$(write n1 a 60) $(write n2 b 60)"
   check "nodes: the key counts add up" 120 "$(total n1 n2)"
   check "nodes: every key is found through every node" "60 60 60 60" "$(found n1 a 60) $(found n1 b 60) $(found n2 a 60) $(found n2 b 60)"
@@ -743,7 +746,7 @@ test_refused_view_changes() {
   check "refused: (the other store grows)" "1 0" "$(shards "$(change_to other other fellow)")"
   expect "refused: a node of another store that goes on without it" "$(json_error 409 "Node ${address[fellow]} holds keys of another store" PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d "{\"view\":\"$(view n1 n2 n3 fellow)\"}"
   local alias=localhost:${address[n4]##*:}
-  [ "$mode" = local ] || alias=$(docker inspect -f '{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}' "${process[n4]}"):8080
+  [ "$mode" = local ] || alias=$(docker inspect -f "{{(index .NetworkSettings.Networks \"$name\").IPAddress}}" "${process[n4]}"):8080
   expect "refused: a node by another name than its own" "$(json_error 503 "Node $alias is down" PUT)" n1 PUT /kv-store/view-change "${json[@]}" -d "{\"view\":\"$(view n1 n2 n3),$alias\"}"
   check "refused: nothing has changed" "$before" "$(view_and_counts)"
   for n in 1 2 3 4 5 6; do
@@ -783,7 +786,7 @@ ask_on_stream() {
 # name TEXT: as it stands in a message.
 name() { printf '\\x%02x%s' "${#1}" "$1"; }
 # greeting FROM TO: who says it and to whom; a blank node's status (incarnation 1); and nothing but that.
-greeting() { printf '%s' "$(name "$1")$(name "$2")\x01" && printf '\\x00%.0s' {1..17}; }
+greeting() { printf '%s' "$(name "$1")$(name "$2")\x01" && printf '\\x00%.0s' {1..22}; }
 # message TEXT: a request whose body is what one node says to another. Verb, target, type and Via are empty.
 message() { printf '%s' "\\x00\\x00\\x00\\x00\\x02\\x$(printf '%b' "$1" | wc -c | xargs printf %02x)$1"; }
 
@@ -1054,7 +1057,7 @@ test_settings() {
   check "settings: a secret without an address, not shown" "status 2, 1 line" "$("run_$mode" SECRET=sesame | grep -v sesame | awk '/SECRET=/ { n++ } END { print $0 ", " n " line" }')"
   check "settings: a secret with a space" "status 2, 1 line" "$("run_$mode" ADDRESS=a:1 "SECRET=open sesame" | grep -v sesame | awk '/SECRET=/ { n++ } END { print $0 ", " n " line" }')"
   check "settings: an argument that is none" "status 2" "$("run_$mode" -- --nonsense | tail -n 1)"
-  check "--version" "kv-store 1.0.0 status 0" "$("run_$mode" -- --version | xargs)"
+  check "--version" "kv-store 2.0.0 status 0" "$("run_$mode" -- --version | xargs)"
   check "--help names the settings" "status 0 7" "$("run_$mode" -- --help | awk '/^  (PORT|IP|FORWARDING_ADDRESS|MAINIP|ADDRESS|VIEW|SECRET) / { n++ } /^status/ { s = $0 } END { print s, n }')"
 }
 
@@ -1072,6 +1075,170 @@ test_image_docker() {
   check "docker stop ends a container with status 0" 0 "$ended"
   check_that "... at once and not after ten seconds (ms)" "$(now) - $began < 5000"
 }
+
+# ---- Several replicas ------------------------------------------------------------------------------------------------
+
+# replicated FACTOR NODE...: starts a store of these nodes, and waits until each answers.
+replicated() {
+  local node
+  for node in "${@:2}"; do "address_$mode" "$node"; done
+  for node in "${@:2}"; do start_node "$node" VIEW="$(view "${@:2}")" REPL_FACTOR="$1"; done
+  for node in "${@:2}"; do await "factor $1: $node answers" 404 status_of "$node" GET /kv-store/keys/none; done
+  for node in "${@:2}"; do await "factor $1: $node has what the others have" yes caught_up "$node"; done
+}
+# members ID NODE: the replicas of a shard, and how many keys it has, as a node tells them.
+members() { ask "$2" GET "/kv-store/shards/$1" | sed -E 's/.*"key-count":([0-9]+),"replicas":\[(.*)\].*/\1 \2/' | tr -d '"'; }
+# caught_up NODE: "yes" when its log says that it has everything, since its last start.
+caught_up() { "log_$mode" "$1" | awk '/listening on/ { has = "no" } /everything is fetched/ { has = "yes" } END { print has }'; }
+# value NODE KEY [CONTEXT]: the value of a key, or the error.
+value() { ask "$1" GET "/kv-store/keys/$2" "${json[@]}" -d "{${3:-}}" | sed -nE 's/.*"(value|error)":("[^"]*"|[0-9]+).*/\2/p' | tr -d '"'; }
+# write_with NODE KEY VALUE [CONTEXT]: writes; prints the context that it got, to be handed on.
+readonly no_context='"causal-context":{}'
+write_with() { ask "$1" PUT "/kv-store/keys/$2" "${json[@]}" -d "{\"value\":\"$3\",${4:-$no_context}}" | grep -o '"causal-context":{[^}]*}'; }
+
+test_shards_of_several() {
+  local answer node
+  replicated 2 r1 r2 r3 r4
+  check "shards of two: dealt out in the order of the view" "0 $(view r1 r2) 0 $(view r3 r4)" "$(members 1 r4) $(members 2 r1)"
+  check "shards of two: 60 keys through r1, 60 through r4" "60 60" "$(write r1 a 60) $(write r4 b 60)"
+  check "shards of two: every key through every node" "120 120 120 120" "$(for node in r1 r2 r3 r4; do echo $(($(found "$node" a 60) + $(found "$node" b 60))); done | paste -sd' ')"
+  check "shards of two: replicas have the same count" "$(count r1) $(count r3)" "$(count r2) $(count r4)"
+  check "shards of two: ... and together all keys" 120 "$(total r1 r3)"
+  check "shards of two: a node of the key's shard adds no address" "$(count r1)" "$(curl -s "${url[r2]}/kv-store/keys/[a-b][1-60]" | grep -vc address)"
+  check "shards of two: another node adds that of a replica" "$(count r1)" "$(curl -s "${url[r3]}/kv-store/keys/[a-b][1-60]" | grep -cE "\"address\":\"(${address[r1]}|${address[r2]})\"")"
+  answer=$(change_to r1 r1 r2 r3 r4)
+  check "shards of two: a view change has no address, and balances" "balanced [\"${address[r1]}\",\"${address[r2]}\"]" \
+    "$(balanced "$(shards "$answer")") $(grep -o '\[[^][]*\]' <<<"$answer" | head -n 1)$(grep -c address <<<"$answer" | grep -v 0)"
+  for answer in 0 5 '"2"' 1.5 true; do
+    expect "factor $answer is refused" "400 {\"error\":\"View is not valid: repl-factor is ${answer//\"/\'}, not a whole number from 1 to 4, the number of nodes\",\"message\":\"Error in PUT\"}" \
+      r1 PUT /kv-store/view-change "${json[@]}" -d "{\"view\":\"$(view r1 r2 r3 r4)\",\"repl-factor\":$answer}"
+  done
+  check "a key is deleted" "201 200" "$(status_of r1 PUT /kv-store/keys/z "${json[@]}" -d '{"value":1}') $(status_of r4 DELETE /kv-store/keys/z)"
+  check "factor 1: four shards" "30 30 30 30" "$(shards "$(change r2 "{\"view\":\"$(view r1 r2 r3 r4)\",\"repl-factor\":1}")")"
+  check "factor 1: what was deleted is not there" "404 404 201 200" "$(for verb in GET DELETE PUT DELETE; do status_of r3 "$verb" /kv-store/keys/z "${json[@]}" -d '{"value":1}'; done | paste -sd' ')"
+  check "factor 1: ... and it stays" "40 40 40" "$(shards "$(change_to r3 r1 r2 r3)")"
+  check "factor 3: one shard" 120 "$(shards "$(change r2 "{\"view\":\"$(view r1 r2 r3 r4)\",\"repl-factor\":3}")")"
+  check "factor 3: every node has every key" "120 120 120 120" "$(counts r1 r2 r3 r4)"
+  check "factor 2: two shards again" "60 60" "$(shards "$(change r4 "{\"view\":\"$(view r1 r2 r3 r4)\",\"repl-factor\":2}")")"
+  check "factor 2: nothing is lost" "60 60" "$(found r1 a 60) $(found r4 b 60)"
+  check "three nodes are one shard: the keys of the other move" 60 "$(moved "$(change_to r1 r1 r2 r3)")"
+  check "... and r4 has left" "0 120" "$(count r4) $(count r3)"
+  check "... and comes back" "60 60" "$(shards "$(change_to r1 r1 r2 r3 r4)")"
+}
+
+test_replicas_killed() {
+  local round reader
+  check "killed: 100 keys" 100 "$(write r1 k 100)"
+  for round in 1 2; do
+    "kill_$mode" r2
+    check "killed: reads go on, round $round" "100 100 100" "$(found r1 k 100) $(found r3 k 100) $(found r4 k 100)"
+    check "killed: writes go on" "100 100" "$(write r1 k 100) $(write r4 l 100)"
+    check "killed: a view change that keeps the dead node is refused" 503 "$(change_to r1 r1 r2 r3 r4 | grep -o '...$')"
+    restart r2
+    await "restarted blank: r2 catches up" yes caught_up r2
+    "kill_$mode" r1
+    check "killed: what r1 had, r2 has" "100 100" "$(found r2 k 100) $(found r3 l 100)"
+    restart r1
+    await "restarted blank: r1 catches up" yes caught_up r1
+  done
+  # Writers and a reader go on while replicas are killed and started again.
+  rm -f "$work/written"
+  write_all_along r3 >"$work/writers" &
+  reader=$!
+  for round in r1 r4 r2 r1 r4 r2; do
+    "kill_$mode" "$round"
+    restart "$round"
+    await "under load: $round catches up" yes caught_up "$round"
+  done
+  touch "$work/written" && wait "$reader"
+  check "under load: every acknowledged write is there, through every node" "$(sort -u "$work/writers" | wc -l)" "$(last_values "$work/writers" r1 r2 r4)"
+  check_that "under load: (there were some)" "$(wc -l <"$work/writers") > 10"
+  "kill_$mode" r4
+  check "a dead replica leaves without force" 200 "$(change_to r1 r1 r2 r3 | grep -o '...$')"
+  check "... nothing is lost" "100 100" "$(found r1 k 100) $(found r3 l 100)"
+  settings[r4]="ADDRESS=${address[r4]}"
+  restart r4
+  await "... and it joins again, blank" 200 status_of_change r1 r1 r2 r3 r4
+  check "... nothing is lost then" "100 100" "$(found r4 k 100) $(found r4 l 100)"
+}
+status_of_change() { change_to "$@" | grep -o '...$'; }
+# write_all_along NODE: writes until there is a file; prints the keys whose write was acknowledged.
+write_all_along() {
+  local n
+  for n in {1..2000}; do
+    [ ! -e "$work/written" ] || break
+    [[ $(status_of "$1" PUT "/kv-store/keys/m$n" "${json[@]}" -d '{"value":"of m"}') != 20? ]] || echo "m$n"
+  done
+}
+# last_values FILE NODE...: how many of these keys each of the nodes finds; one number if they are the same.
+last_values() {
+  local node
+  for node in "${@:2}"; do sed "s|.*|url = \"${url[$node]}/kv-store/keys/&\"|" "$1" | curl -s -m 40 -K - | grep -c '"of m"'; done | sort -u | paste -sd' '
+}
+
+test_replica_paused() {
+  local began
+  check "paused replica: 50 keys" 50 "$(write r1 p 50)"
+  "pause_$mode" r2
+  began=$(now)
+  check "paused replica: a write waits for it once" 201 "$(status_of r1 PUT /kv-store/keys/slow "${json[@]}" -d '{"value":1}')"
+  check "paused replica: ... and then nobody does" 50 "$(write r1 p 50)"
+  check "paused replica: deletions too" 20 "$(curl -s -X DELETE "${url[r1]}/kv-store/keys/p[1-20]" | grep -c Deleted)"
+  check_that "paused replica: (ms)" "$(now) - $began < 8000"
+  check "paused replica: reads through every other node" "30 30 30" "$(found r1 p 50) $(found r3 p 50) $(found r4 p 50)"
+  "resume_$mode" r2
+  await "resumed: it has what it missed" "30 $(count r1)" found_and_count r2
+  check "resumed: what was deleted stays deleted" 30 "$(found r1 p 50)"
+}
+found_and_count() { echo "$(found "$1" p 50) $(count "$1")"; }
+
+test_causal_contexts() {
+  local body
+  expect "context: {} in a healthy store" '201 {"message":"Added successfully","replaced":false,"causal-context":{}}' main PUT /kv-store/keys/causal "${json[@]}" -d '{"value":1,"causal-context":{}}'
+  for node in main follower; do
+    expect "context, $node: a read has it" '200 {"doesExist":true,"message":"Retrieved successfully","value":1,"causal-context":{}}' "$node" GET /kv-store/keys/causal "${json[@]}" -d '{"causal-context":{}}'
+    expect "context, $node: without one there is none" '200 {"doesExist":true,"message":"Retrieved successfully","value":1}' "$node" GET /kv-store/keys/causal
+    expect "context, $node: an error has it" '404 {"doesExist":false,"error":"Key does not exist","message":"Error in DELETE","causal-context":{}}' "$node" DELETE /kv-store/keys/none "${json[@]}" -d '{"causal-context":{}}'
+    for body in '[]' 1 '"x"' null '{"a":1}' '{"a":"xyz"}' '{"a":"ffffffffffffffff"}' '{"a":{}}'; do
+      expect "context, $node: $body is none of ours" "$(json_error 400 'Causal context is not valid' GET)" "$node" GET /kv-store/keys/causal "${json[@]}" -d "{\"causal-context\":$body}"
+    done
+  done
+  expect "context: deleted" '200 {"doesExist":true,"message":"Deleted successfully","causal-context":{}}' main DELETE /kv-store/keys/causal "${json[@]}" -d '{"causal-context":{}}'
+}
+
+# One replica of three is cut off from the others, and clients reach all of them.
+test_cut_network_docker() {
+  local context began node
+  replicated 3 c1 c2 c3
+  check "cut: 30 keys" 30 "$(write c1 q 30)"
+  # Soon after the start: when all have found out that they have the same.
+  await "cut: one more" '"causal-context":{}' write_with c2 x old
+  cut_docker c3
+  context=$(write_with c1 x new)
+  check_that "cut: what c3 may lack is in the context" "${#context} > 25"
+  check "cut: the other side goes on with what it has" old "$(value c3 x)"
+  check "cut: a session that has seen more is told so" "Unable to satisfy request" "$(value c3 x "$context")"
+  began=$(now)
+  check "cut: ... again" "Unable to satisfy request" "$(value c3 x "$context")"
+  check_that "cut: ... within a second (ms)" "$(now) - $began < 1300"
+  check "cut: it reads what is on its own side" new "$(value c2 x "$context")"
+  check "cut: other keys are answered whatever the context asks for" "of q" "$(value c3 q1 "$context")"
+  context=$(write_with c3 x "newer" "$context")
+  check "cut: a write is never refused, and comes after what it knew of" newer "$(value c3 x "$context")"
+  check "cut: deletions on one side" 10 "$(curl -s -X DELETE "${url[c2]}/kv-store/keys/q[1-10]" | grep -c Deleted)"
+  check "cut: ... are not known on the other" 30 "$(found c3 q 30)"
+  check "cut: new keys on both sides" "20 20" "$(write c1 s 20) $(write c3 t 20)"
+  check "cut: a view change is refused" 503 "$(status_of c3 PUT /kv-store/view-change "${json[@]}" -d "{\"view\":\"$(view c2 c3)\"}")"
+  heal_docker c3
+  for node in c1 c2 c3; do
+    await "healed: $node has what both sides wrote" "20 20" both_sides "$node"
+    await "healed: $node has the later value" newer value "$node" x
+    await "healed: what was deleted stays deleted, at $node" 20 found "$node" q 30
+  done
+  await "healed: no context is needed any more" '"causal-context":{}' context_after_read c2 x "$context"
+}
+both_sides() { echo "$(found "$1" s 20) $(found "$1" t 20)"; }
+context_after_read() { ask "$1" GET "/kv-store/keys/$2" "${json[@]}" -d "{$3}" | grep -o '"causal-context":{[^}]*}'; }
 
 # ---- The bench -------------------------------------------------------------------------------------------------------
 #
@@ -1311,6 +1478,63 @@ measure_key_memory() {
   redis_bytes=$((($(status_field redis VmRSS) - before) * 1024 / MEMORY_KEYS))
 }
 
+# measure_replicas: $puts_1, $gets_1 and $puts_3, $gets_3 are requests/s of three nodes with one replica a shard, and with three;
+# $puts_etcd is that of three nodes of etcd, with their data in memory; $caught_up the keys/s of a replica that starts again.
+measure_replicas() {
+  local factor node began
+  puts_1=error gets_1=error puts_3=error gets_3=error puts_etcd=- caught_up=error
+  cat >"$work/keys.lua" <<'END'
+local key = 0
+local headers = { ["Content-Type"] = "application/json" }
+function request()
+  key = (key + 1) % 5000
+  if os.getenv("VERB") == "ETCD" then
+    return wrk.format("POST", "/v3/kv/put", headers, ('{"key":"a2V5%04d","value":"YWJjZGVm"}'):format(key))
+  end
+  return wrk.format(os.getenv("VERB"), "/kv-store/keys/key" .. key, headers, '{"value":"abcdef"}')
+end
+END
+  for node in f1 f2 f3; do address_local "$node"; done
+  for factor in 1 3; do
+    for node in f1 f2 f3; do start_node "$node" VIEW="$(view f1 f2 f3)" REPL_FACTOR="$factor" || return; done
+    until [ "$(status_of f1 GET /kv-store/keys/none)" = 404 ]; do sleep 0.1; done
+    read -r "puts_$factor" <<<"$(rate PUT "${url[f1]}")"
+    read -r "gets_$factor" <<<"$(rate GET "${url[f1]}")"
+    for node in f1 f2 f3; do kill_local "$node"; done
+  done
+  [ -z "$etcd" ] || measure_etcd
+  for node in f1 f2 f3; do start_node "$node" || return; done
+  fill "$MEMORY_KEYS" f1 && change f1 "{\"view\":\"$(view f1 f2 f3)\",\"repl-factor\":3}" >/dev/null || return
+  kill_local f3
+  began=$(now)
+  restart f3
+  until [ "$(count f3)" = "$MEMORY_KEYS" ] || (($(now) > began + 60000)); do sleep 0.05; done
+  caught_up=$((MEMORY_KEYS * 1000 / ($(now) - began)))
+}
+rate() { VERB=$1 wrk -t2 -c64 -d3s -s "$work/keys.lua" "$2" | awk '/Non-2xx/ { bad = 1 } /^Requests.sec/ { rate = int($2) } END { print bad ? "error" : rate }'; }
+measure_etcd() {
+  local node cluster=() data=/dev/shm
+  puts_etcd=error
+  [ -d "$data" ] || data=$work
+  data=$(mktemp -d "$data/kv-store-bench.XXXXXX")
+  for node in etcd1 etcd2 etcd3; do
+    address_local "$node" && address_local "$node.peer"
+    cluster+=("$node=http://${address[$node.peer]}")
+  done
+  for node in etcd1 etcd2 etcd3; do
+    "$etcd" --name "$node" --data-dir "$data/$node" --listen-client-urls "http://${address[$node]}" --advertise-client-urls "http://${address[$node]}" \
+      --listen-peer-urls "http://${address[$node.peer]}" --initial-advertise-peer-urls "http://${address[$node.peer]}" \
+      --initial-cluster "$(IFS=, && echo "${cluster[*]}")" >"$work/$node.log" 2>&1 &
+    process[$node]=$!
+  done
+  local etcd_is_up=(curl -s -f -o /dev/null -d '{"key":"a2V5","value":"YWJj"}' "http://${address[etcd1]}/v3/kv/put")
+  poll "${etcd_is_up[@]}" && puts_etcd=$(rate ETCD "http://${address[etcd1]}")
+  for node in etcd1 etcd2 etcd3; do kill_local "$node"; done
+  rm -rf "$data"
+}
+# over A B: how many times B fits into A.
+over() { awk -v a="$1" -v b="$2" 'BEGIN { if (a + 0 && b + 0) printf "%.2f", a / b; else printf "?" }'; }
+
 # connection_memory INSTANCE: opens connections; prints what each takes, in KiB: before its first request, and after it.
 connection_memory() {
   local host=${url[$1]#http://} pid=${process[$1]} files fd n clients=() rss=()
@@ -1411,10 +1635,12 @@ print_table() {
 }
 
 bench() {
-  local key nginx redis idle_cpu longest_wait keys_a_second key_bytes redis_bytes connection_kib
+  local key nginx redis etcd idle_cpu longest_wait keys_a_second key_bytes redis_bytes connection_kib
+  local puts_1 gets_1 puts_3 gets_3 puts_etcd caught_up
   export LC_ALL=C # numbers with a point
   nginx=$(PATH=$PATH:/usr/local/sbin:/usr/sbin command -v nginx)
   redis=$(command -v redis-server)
+  etcd=$(command -v etcd)
   write_wrk_script
   start_benched || return 1
   measure_all
@@ -1423,6 +1649,8 @@ bench() {
   measure_idle_store
   measure_key_memory
   measure_connection_memory
+  echo "test.sh: replicas" >&2
+  measure_replicas
 
   local model
   model=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)
@@ -1432,6 +1660,7 @@ bench() {
   printf '\n\n'
   local complete=true
   print_table || complete=false
+  [[ "$puts_1 $gets_1 $puts_3 $gets_3 $puts_etcd $caught_up" != *error* ]] || complete=false
   [[ "$keys_a_second $longest_wait $idle_cpu $key_bytes $redis_bytes $connection_kib" != *error* ]] || complete=false
   cat <<END
 
@@ -1444,6 +1673,12 @@ CPU of an idle store of $IDLE_NODES nodes: $idle_cpu% of one core in all.
 Memory of a key: $key_bytes bytes ($MEMORY_KEYS keys of 10 bytes with values of 10 bytes), Redis: $redis_bytes.
 Memory of an idle connection: $connection_kib ($MEMORY_CLIENTS of them).
 END
+  cat <<END
+Three nodes with three replicas, 64 connections to one of them: PUT $puts_3/s, $(over "$puts_3" "$puts_1") x those with one replica, $(over "$puts_3" "$puts_etcd") x those of
+three nodes of etcd ($puts_etcd/s, through its JSON gateway, data in memory); GET $gets_3/s, $(over "$gets_3" "$gets_1") x those with one replica.
+A replica that starts again: $caught_up keys/s, from its start on.
+END
+  [ -n "$etcd" ] || echo "etcd is not installed: apt-get install etcd-server adds its PUTs."
   [ -n "$nginx" ] || echo "nginx is not installed: apt-get install nginx adds its rows and the ratios."
   [ -n "$redis" ] || echo "Redis is not installed: apt-get install redis-server adds its memory of a key."
   "$complete"
@@ -1513,6 +1748,11 @@ test_dead_addresses
 test_blank_node_joins_one
 test_first_views_that_differ
 test_force_by_a_blank_node
+test_causal_contexts
+test_shards_of_several
+test_replicas_killed
+test_replica_paused
+[ "$mode" = docker ] && test_cut_network_docker
 [ "$mode" = local ] && test_port_in_use_local && test_unread_stderr_local
 [ "$mode" = docker ] && test_image_docker
 
