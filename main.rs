@@ -109,6 +109,33 @@ fn in_order(keys: impl Iterator<Item = u64>) -> Vec<usize> {
     keys.into_iter().map(|(_, index)| index).collect()
 }
 
+/// The coroutines that sleep, and until when.
+static SLEEPERS: Mutex<Vec<(Instant, Arc<Blocker>)>> = Mutex::new(Vec::new());
+static SLEEPER_CAME: Condvar = Condvar::new();
+
+/// Lets a coroutine sleep. (`may::coroutine::sleep` sets a timer and then writes to the coroutine once more: if it has woken and
+/// ended by then, it is gone, and the process crashes.)
+fn pause(time: Duration) {
+    let sleeper = Arc::new(Blocker::new(false));
+    lock(&SLEEPERS).push((Instant::now() + time, sleeper.clone()));
+    SLEEPER_CAME.notify_one();
+    let _ = sleeper.park(None);
+}
+
+/// Wakes the coroutines whose time has come. To be repeated by a thread of its own.
+fn wake_sleepers() {
+    let mut sleepers = lock(&SLEEPERS);
+    let now = Instant::now();
+    sleepers.retain(|(due, sleeper)| {
+        if *due <= now {
+            sleeper.unpark();
+        }
+        *due > now
+    });
+    let next = sleepers.iter().map(|(due, _)| due.saturating_duration_since(now)).min();
+    drop(SLEEPER_CAME.wait_timeout(sleepers, next.unwrap_or(Duration::from_secs(3600))));
+}
+
 /// A number that nobody guesses: the standard library keys its hashes with such.
 fn random() -> u64 {
     RandomState::new().hash_one(0)
@@ -4236,7 +4263,7 @@ impl World for Live {
     }
 
     async fn sleep(&self, time: Duration) {
-        may::coroutine::sleep(time);
+        pause(time);
     }
 
     fn spawn(&self, activity: Activity) {
@@ -5316,7 +5343,7 @@ mod answering {
                 take_turn(&mut served, QUESTIONS);
                 // Who does not read answers is not asked for more questions.
                 while lock(&stream.outgoing).outbox.length() > MAX_UNSENT && !stream.has_ended.load(SeqCst) {
-                    may::coroutine::sleep(Duration::from_millis(1));
+                    pause(Duration::from_millis(1));
                 }
                 // The client does not set TCP_NODELAY: its next small write leaves when this one is acknowledged, which may take
                 // 40 ms where nothing goes back on a connection.
@@ -5390,7 +5417,7 @@ struct Progress {
 fn take_turn(served: &mut u64, most: u64) {
     if *served > most {
         *served = 0;
-        may::coroutine::sleep(Duration::from_micros(1));
+        pause(Duration::from_micros(1));
     }
 }
 
@@ -5595,7 +5622,7 @@ impl Connection {
         let given_up = || self.progress.given_up.load(SeqCst);
         while UNREAD.load(SeqCst) > MAX_UNREAD && !given_up() && patience > 0 {
             patience -= 1;
-            may::coroutine::sleep(Duration::from_millis(5));
+            pause(Duration::from_millis(5));
         }
         !given_up()
     }
@@ -5987,6 +6014,7 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
     let _ = keep_stderr();
     repeat(Duration::ZERO, watch_connections);
     repeat(Duration::from_secs(1), give_back_memory);
+    repeat(Duration::ZERO, wake_sleepers);
     repeat(Duration::from_millis(100), relay::watch_peers);
     let _ = server.join();
     fail(1, &format!("IP={} PORT={}: expected to go on listening, but the server ended", listen.ip(), listen.port()))
