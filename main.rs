@@ -6202,6 +6202,8 @@ mod simulation {
         lineage: HashSet<Version>,
         /// How many replicas the first table has.
         factor: usize,
+        /// Networks are cut often and for long, and nodes seldom die.
+        is_cut_up: bool,
         replicas: Replicas,
     }
 
@@ -6544,11 +6546,13 @@ mod simulation {
                 lease: Duration::from_millis(0),
                 lineage: HashSet::new(),
                 factor: 1,
+                is_cut_up: false,
                 replicas: Replicas::default(),
             };
             let count = 2 + state.below(4);
             // Half of the stores have one replica a shard.
             state.factor = [1, 1, 2, 3][(seed % 4) as usize];
+            state.is_cut_up = state.factor > 1 && seed % 8 > 3;
             let sessions = (0..3).map(|_| Session { context: "{}".into(), ..Session::default() }).collect();
             let (seen, bound) = (vec![BTreeMap::new(); KEYS], vec![0; KEYS]);
             let (highest, lost) = (bound.clone(), bound.clone());
@@ -6677,7 +6681,7 @@ mod simulation {
                 state.value += 1;
                 let value = state.value;
                 let did = [Did::Put(value), Did::Put(value), Did::Get, Did::Get, Did::Delete][state.below(5)];
-                let drawn = (state.below(3), state.below(KEYS));
+                let drawn = (state.below(3), state.below(if state.is_cut_up { 3 } else { KEYS }));
                 let (session, key) = read.unwrap_or(drawn);
                 let did = if read.is_some() { Did::Get } else { did };
                 let it = &mut state.replicas.sessions[session];
@@ -6972,7 +6976,9 @@ mod simulation {
             };
             let alive = |machine: usize| self.state.borrow().machines[machine].node.is_some();
             let awake = |machine: usize| alive(machine) && !self.state.borrow().machines[machine].asleep;
-            match roll {
+            // Where networks are cut, most of what else happens are requests.
+            let is_cut_up = self.state.borrow().is_cut_up && !self.state.borrow_mut().percent(15);
+            match if is_cut_up && roll < 95 { 0 } else { roll } {
                 0..58 if awake(one) && self.state.borrow().is_member(one) => self.client(one),
                 58..74 if awake(one) => {
                     let mut view: Vec<usize> = (0..count).filter(|_| self.state.borrow_mut().percent(65)).collect();
@@ -7007,13 +7013,26 @@ mod simulation {
                     self.state.borrow_mut().at(Duration::from_millis(millis), Event::Start(one));
                 }
                 86..90 => drop(self.state.borrow_mut().cut.insert((one, other))),
-                90..98 => self.state.borrow_mut().cut.clear(),
-                98 => {
+                90..98 if !is_cut_up => self.state.borrow_mut().cut.clear(),
+                98 if !is_cut_up => {
                     // All of the first view at once.
                     for machine in first.iter().copied().filter(|it| alive(*it)) {
                         self.kill(machine);
                         self.state.borrow_mut().at(Duration::from_millis(5), Event::Start(machine));
                     }
+                }
+                _ if is_cut_up => {
+                    let mut state = self.state.borrow_mut();
+                    // One or two pairs at a time, half of them in one direction only.
+                    if state.cut.len() > state.below(4) {
+                        state.cut.clear();
+                    }
+                    state.cut.insert((one, other));
+                    if state.percent(50) {
+                        state.cut.insert((other, one));
+                    }
+                    let cut = state.cut.clone();
+                    state.tell(|| format!("cut are {cut:?}"));
                 }
                 _ => {}
             }
@@ -7304,7 +7323,8 @@ mod simulation {
     impl State {
         fn first_view(&self) -> Vec<usize> {
             // The same in every start: it depends on the seed alone.
-            (0..self.machines.len().div_ceil(2)).collect()
+            let count = self.machines.len();
+            (0..if self.is_cut_up { count } else { count.div_ceil(2) }).collect()
         }
     }
 
