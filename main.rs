@@ -1277,7 +1277,7 @@ fn perform_anyway(node: &mut Node, hash: u64, key: &[u8], action: Action, contex
     if matches!(action, Action::Delete) && forgotten.is_some() && node.records.find(hash, key).is_none() {
         let mut record = Record::tombstone(key);
         node.put(hash, &mut record);
-        node.agreement.note(&record, known);
+        node.note_write(&record, known);
         return Tried::Written(Outcome::Deleted, record, context);
     } else if matches!(action, Action::Get) {
         let found = node.records.find(hash, key).cloned();
@@ -1311,7 +1311,7 @@ fn perform_replicated(node: &mut Node, hash: u64, key: &[u8], action: Action, co
     };
     node.know(&known);
     node.put(hash, &mut record);
-    node.agreement.note(&record, known);
+    node.note_write(&record, known);
     Tried::Written(outcome, record, context)
 }
 
@@ -1714,8 +1714,10 @@ mod node {
         pub is_member: bool,
         pub members: usize,
         pub keys: usize,
-        /// The nodes that it has still to fetch from.
+        /// The nodes that it has still to fetch from; and of these, the groups of nodes that have the same, of which it needs one
+        /// before it answers for all its keys.
         pub incoming: Vec<String>,
+        pub waits_for: BTreeSet<Vec<String>>,
         /// The newest lock that it asked for as a coordinator, and whether it is still at it.
         pub coordinated: Version,
         pub coordinating: bool,
@@ -1727,8 +1729,8 @@ mod node {
         /// The time by its clock, in microseconds since 1970, and the highest stamp that it knows.
         pub time: u64,
         pub stamp: u64,
-        /// Of a replica: the digest of what it has, unless some of that is others'; and up to which stamps all replicas have
-        /// what the nodes wrote, as far as it heard.
+        /// Of a replica: the digest of what it has, unless it lacks something, or some of that is others'; and up to which stamps
+        /// all replicas have what the nodes knew of, as far as it heard.
         pub digest: Option<u64>,
         pub claims: BTreeMap<String, u64>,
         /// The table itself, in a reply to one that does not have it. A table comes in replies only, since these are awaited:
@@ -1743,7 +1745,8 @@ mod node {
         pub fn is_plain(&self) -> bool {
             let promises = self.promises.iter().flat_map(|promise| promise.nodes.iter().chain([&promise.coordinator]));
             let known = self.tellers.iter().chain(self.claims.keys());
-            let mut names = self.incoming.iter().chain(&self.first_view).chain(known).chain(promises);
+            let awaited = self.incoming.iter().chain(self.waits_for.iter().flatten());
+            let mut names = awaited.chain(&self.first_view).chain(known).chain(promises);
             names.all(|name| is_plain(name))
         }
     }
@@ -1827,7 +1830,9 @@ mod node {
         pub from: String,
         pub to: String,
         pub version: Version,
-        /// The addressee's time, in microseconds, as the sender last heard it: by this the addressee sees how late this comes.
+        /// The addressee's incarnation and its time, in microseconds, as the sender last heard them: by these the addressee sees
+        /// whether it is meant, and how late this comes.
+        pub life: u64,
         pub echo: u64,
         pub stamp: u64,
         pub records: Vec<Copied>,
@@ -1839,15 +1844,23 @@ mod node {
     pub enum Pushed {
         /// By the one of this incarnation: when it starts again, it has nothing.
         Taken(u64),
-        /// Not by my table, which is of this version, or too late. My time is this.
-        Refused(Option<Version>, u64),
+        /// Not by my table, which is of this version, or too late.
+        Refused(Option<Version>),
     }
 
     /// A push that comes so long after its sender heard of the addressee is refused: it may be of before a deletion whose
     /// tombstone is gone.
     pub const LATE: Duration = Duration::from_secs(5);
-    /// A tombstone stays for so long after all replicas have it: longer than a push may take.
+    /// A tombstone stays for so long after all replicas have it: longer than what is on its way may take.
     const TOMBSTONE: Duration = Duration::from_secs(12);
+
+    struct Tombstone {
+        hash: u64,
+        record: Record,
+        /// When it was last looked at, and whether all replicas had it then.
+        since: Duration,
+        is_everywhere: bool,
+    }
     /// So many tombstones are looked at in a round.
     const SWEEP: usize = 20_000;
 
@@ -1902,9 +1915,13 @@ mod node {
         incarnation: u64,
         /// Its time, in microseconds.
         time: u64,
+        /// When it last answered.
+        answered: Duration,
         /// When it was last compared with, and whether it had something else when it was last heard.
         compared: Duration,
         differs: bool,
+        /// It has started again, and goes by no table yet.
+        is_blank: bool,
         /// It has still to fetch what is here: to compare would be to send everything twice.
         is_fetching: bool,
         silent: bool,
@@ -1919,6 +1936,14 @@ mod node {
     /// knock at a node that sleeps.)
     const FIRST: u32 = 5;
 
+    /// A stamp ends in so many bits of the name of the node that gave it. The rest will do until the year 2112.
+    const NAME_BITS: u32 = 12;
+
+    /// The lowest stamp of a moment.
+    fn stamp_at(time: Duration) -> u64 {
+        (time.as_micros() as u64) << NAME_BITS
+    }
+
     /// So many spans are compared in one message.
     pub const MAX_SPANS: usize = 256;
 
@@ -1927,22 +1952,31 @@ mod node {
         Some((Record::from_message(*stamp, bytes)?, context.clone()))
     }
 
-    /// What some replica of the shard may lack: of a write, until all are known to have it.
+    /// What other replicas of this shard may lack, as far as this one knows. A client that reads such a record here must not read
+    /// an older one there: it is told by its causal context.
     #[derive(Default)]
     pub struct Agreement {
-        /// So many records came here that some other replica may lack.
+        /// So many records came here, from clients and from other nodes.
         pub arrivals: u64,
+        /// Those that are not known to be on all replicas, by key.
         open: HashMap<Vec<u8>, Open>,
-        /// The same by stamp, for the lowest.
-        stamps: BTreeSet<(u64, Vec<u8>)>,
-        /// The same in the order in which they came, and some that are settled.
-        order: VecDeque<(u64, Vec<u8>)>,
-        /// What came before is on all replicas.
+        /// By replica, as long as it lives: it has what was here when the arrivals were so many, or is named in `open`'s keys.
+        agreed: BTreeMap<String, u64>,
+        /// An agreement on less does not count: what arrived later is not all in `open`.
         least: u64,
-        /// By replica: it has what was here when the arrivals were so many.
-        pub agreed: BTreeMap<String, u64>,
-        /// By node: all replicas of its shard have what it knows of up to this stamp. That is true for ever.
-        pub claims: BTreeMap<String, u64>,
+        /// When an agreement was lost last.
+        broken: Duration,
+        /// How many may be in `open` before it is thinned out.
+        limit: usize,
+        /// By key, a stamp and what the writer of that record had seen, as long as some node of the store may lack some of that,
+        /// also when the record itself is everywhere.
+        contexts: BTreeMap<Vec<u8>, (u64, Causal)>,
+        /// Up to which key these were swept.
+        swept: Vec<u8>,
+        /// By node: all replicas of its shard have what it knew of up to this stamp. That stays true for ever.
+        claims: BTreeMap<String, u64>,
+        /// All replicas of all shards have everything up to this stamp.
+        floor: u64,
         /// What other replicas do not know yet to be on all.
         settled: Vec<(String, Vec<(ByteBuf, u64)>)>,
         is_telling: bool,
@@ -1951,34 +1985,42 @@ mod node {
     struct Open {
         stamp: u64,
         arrival: u64,
-        /// What its writer had seen.
-        context: Causal,
+        is_tombstone: bool,
     }
 
+    /// So many records are kept in mind that replicas may lack. If there come to be more, they are forgotten, and so is with whom
+    /// this node agrees: then everything may be missing somewhere, until it has compared with all.
+    const MAX_OPEN: usize = 10_000;
+
     impl Agreement {
-        /// Notes a record that some replica may lack.
-        pub fn note(&mut self, record: &Record, context: Causal) {
+        /// Notes a record that came, which some replica may lack, and what its writer had seen.
+        fn note(&mut self, record: &Record, mut context: Causal, now: Duration) {
             self.arrivals += 1;
-            let open = Open { stamp: record.stamp(), arrival: self.arrivals, context };
-            self.order.push_back((self.arrivals, record.key().to_vec()));
-            self.stamps.insert((open.stamp, record.key().to_vec()));
-            if let Some(old) = self.open.insert(record.key().to_vec(), open) {
-                self.stamps.remove(&(old.stamp, record.key().to_vec()));
-                self.stamps.insert((record.stamp(), record.key().to_vec()));
+            let (key, stamp) = (record.key(), record.stamp());
+            self.open.insert(key.to_vec(), Open { stamp, arrival: self.arrivals, is_tombstone: record.is_tombstone() });
+            // Tombstones are kept in mind, since no digest shows them.
+            if self.open.len() > self.limit.max(MAX_OPEN) {
+                self.open.retain(|_, open| open.is_tombstone);
+                self.open.shrink_to_fit();
+                self.limit = MAX_OPEN + 2 * self.open.len();
+                self.lose_all(now);
+            }
+            context.retain(|_, stamp| *stamp > self.floor);
+            match context.is_empty() {
+                true => drop(self.contexts.remove(key)),
+                false => drop(self.contexts.insert(key.to_vec(), (stamp, context))),
             }
         }
 
         /// Notes that all replicas have a record.
-        pub fn settle(&mut self, key: &[u8], stamp: u64) {
-            if self.open.get(key).is_some_and(|open| open.stamp <= stamp)
-                && let Some(open) = self.open.remove(key)
-            {
-                self.stamps.remove(&(open.stamp, key.to_vec()));
+        fn settle(&mut self, key: &[u8], stamp: u64) {
+            if self.open.get(key).is_some_and(|open| open.stamp <= stamp) {
+                self.open.remove(key);
             }
         }
 
         /// The same, of one that was written here: the others are to be told.
-        pub fn settle_and_tell(&mut self, key: &[u8], stamp: u64, others: &[String]) {
+        fn settle_and_tell(&mut self, key: &[u8], stamp: u64, others: &[String]) {
             self.settle(key, stamp);
             for other in others {
                 let news = (ByteBuf::from(key), stamp);
@@ -1989,7 +2031,7 @@ mod node {
             }
         }
 
-        pub fn take_settled(&mut self, of: &str) -> Vec<(ByteBuf, u64)> {
+        fn take_settled(&mut self, of: &str) -> Vec<(ByteBuf, u64)> {
             let index = self.settled.iter().position(|(to, _)| to == of);
             index.map_or(Vec::new(), |index| self.settled.swap_remove(index).1)
         }
@@ -2008,66 +2050,67 @@ mod node {
             self.settled.iter().map(|(to, _)| to.clone()).collect()
         }
 
-        pub fn is_open(&self, record: &Record) -> bool {
-            self.open.get(record.key()).is_some_and(|open| open.stamp == record.stamp() && open.arrival > self.least)
+        fn is_open(&self, record: &Record) -> bool {
+            self.open.get(record.key()).is_some_and(|open| open.stamp == record.stamp())
         }
 
-        pub fn context_of(&self, record: &Record) -> Causal {
-            let open = self.open.get(record.key()).filter(|open| open.stamp == record.stamp());
-            open.map_or(Causal::new(), |open| open.context.clone())
+        fn has_open_tombstones(&self) -> bool {
+            self.open.values().any(|open| open.is_tombstone)
+        }
+
+        fn context_of(&self, record: &Record) -> Causal {
+            let known = self.contexts.get(record.key()).filter(|(stamp, _)| *stamp == record.stamp());
+            known.map_or(Causal::new(), |(_, context)| context.clone())
         }
 
         /// Notes that a replica has all that was here when the arrivals were so many. What all `others` have is settled.
-        pub fn agree(&mut self, with: &str, arrivals: u64, others: &[String]) {
+        fn agree(&mut self, with: &str, arrivals: u64, others: &[String]) {
+            if arrivals < self.least {
+                return;
+            }
             let agreed = self.agreed.entry(with.to_owned()).or_default();
             *agreed = arrivals.max(*agreed);
-            let least = others.iter().map(|other| self.agreed.get(other).copied().unwrap_or(0)).min();
-            self.least = least.unwrap_or(0).max(self.least);
+            let everywhere = others.iter().map(|other| self.agreed.get(other).copied().unwrap_or(0)).min();
+            self.open.retain(|_, open| open.arrival > everywhere.unwrap_or(u64::MAX));
         }
 
-        /// Drops what is settled: some of it at a time, for after a long cut it may be much.
-        pub fn sweep(&mut self) {
-            for _ in 0..SWEEP {
-                let Some((arrival, key)) = self.order.front() else { break };
-                let stamp = self.open.get(key).filter(|open| open.arrival == *arrival).map(|open| open.stamp);
-                match (stamp, self.order.pop_front()) {
-                    (Some(_), Some((arrival, key))) if arrival > self.least => {
-                        return self.order.push_front((arrival, key));
-                    }
-                    (Some(stamp), Some((_, key))) => self.settle(&key, stamp),
-                    _ => {}
-                }
-            }
-            if self.order.is_empty() {
-                (self.order, self.open) = (VecDeque::new(), HashMap::new());
+        fn agrees_with(&self, others: &[String]) -> bool {
+            others.iter().all(|other| self.agreed.contains_key(other))
+        }
+
+        /// Forgets what a replica had: it has started again.
+        fn lose(&mut self, other: &str, now: Duration) {
+            if self.agreed.remove(other).is_some() {
+                self.broken = now;
             }
         }
 
-        /// Whether there is something that a replica may lack.
-        pub fn awaits(&self, other: &str) -> bool {
-            self.agreed.get(other).is_none_or(|agreed| *agreed < self.arrivals)
-        }
-
-        /// By another table, the replicas may be others, and what they have is to be found out.
-        pub fn begin_anew(&mut self) {
+        fn lose_all(&mut self, now: Duration) {
             self.agreed.clear();
-            self.settled.clear();
+            (self.least, self.broken) = (self.arrivals, now);
         }
 
-        /// Up to which stamp all replicas have all that is known here, if `clock` is below all stamps that are still to come.
-        pub fn claim(&self, clock: u64, others: &[String]) -> u64 {
-            let lowest = self.stamps.first().map_or(clock, |(stamp, _)| stamp - 1);
-            if others.iter().all(|other| self.agreed.contains_key(other)) { lowest.min(clock - 1) } else { 0 }
+        /// Whether another replica may lack something that had come here when the arrivals were `by` or less.
+        fn awaits(&self, other: &str, by: u64) -> bool {
+            let Some(agreed) = self.agreed.get(other) else { return true };
+            self.open.values().any(|open| open.arrival > *agreed && open.arrival <= by)
         }
 
-        pub fn learn(&mut self, node: &str, claim: u64) {
+        fn learn(&mut self, node: &str, claim: u64) {
             let known = self.claims.entry(node.to_owned()).or_default();
             *known = claim.max(*known);
         }
 
-        /// Up to which stamp all replicas of all shards have everything.
-        pub fn floor(&self, view: &[String]) -> u64 {
-            view.iter().map(|node| self.claims.get(node).copied().unwrap_or(0)).min().unwrap_or(0)
+        /// Drops the contexts, some at a time, that name nothing any more which some node may lack.
+        fn sweep_contexts(&mut self) {
+            let after = (Excluded(self.swept.clone()), Unbounded);
+            let keys: Vec<Vec<u8>> = self.contexts.range(after).take(SWEEP / 4).map(|(key, _)| key.clone()).collect();
+            self.swept = keys.last().cloned().unwrap_or_default();
+            for key in keys {
+                if self.contexts[&key].1.values().all(|stamp| *stamp <= self.floor) {
+                    self.contexts.remove(&key);
+                }
+            }
         }
     }
 
@@ -2102,8 +2145,9 @@ mod node {
         followed: bool,
         /// What some replica may lack.
         pub agreement: Agreement,
-        /// The tombstones: since when, and of what.
-        tombstones: VecDeque<(Duration, u64, Record)>,
+        tombstones: VecDeque<Tombstone>,
+        /// How many records had come when this was last noted, and when that was.
+        marked: (Duration, u64),
         promises: Vec<Promise>,
         coordinated: Version,
         coordinating: bool,
@@ -2148,6 +2192,7 @@ mod node {
                 followed: false,
                 agreement: Agreement::default(),
                 tombstones: VecDeque::new(),
+                marked: (now, 0),
                 promises: Vec::new(),
                 coordinated: Version::default(),
                 coordinating: false,
@@ -2195,9 +2240,9 @@ mod node {
             }
         }
 
-        /// One of some nodes that is not silent, if there is such a one: the same for the same key.
+        /// One of some nodes that is neither silent nor blank, if there is such a one: the same for the same key.
         fn pick(&self, nodes: &[String], hash: u64) -> String {
-            let speaks = |node: &&String| !self.is_silent(node);
+            let speaks = |node: &&String| !self.peers.get(*node).is_some_and(|peer| peer.silent || peer.is_blank);
             let speaking: Vec<&String> = nodes.iter().filter(speaks).collect();
             let among = if speaking.is_empty() { nodes.iter().collect() } else { speaking };
             among[hash as usize % among.len()].clone()
@@ -2229,7 +2274,8 @@ mod node {
 
         fn keep(&mut self, hash: u64, record: Record) -> Option<Record> {
             if record.is_tombstone() {
-                self.tombstones.push_back((self.now, hash, record.clone()));
+                let (record, since) = (record.clone(), self.now);
+                self.tombstones.push_back(Tombstone { hash, record, since, is_everywhere: false });
             }
             self.records.insert(hash, record)
         }
@@ -2241,15 +2287,27 @@ mod node {
 
         /// The highest stamp that a client's context may have: one that no clock of ours can have given is forged.
         pub fn latest(&self) -> u64 {
-            ((self.now + Duration::from_secs(86_400)).as_micros() as u64) << 8
+            self.clock.max(stamp_at(self.now + Duration::from_secs(86_400)))
+        }
+
+        /// Notes a record that was written here, and what its writer had seen.
+        pub fn note_write(&mut self, record: &Record, context: Causal) {
+            self.agreement.note(record, context, self.now);
         }
 
         /// A hybrid logical clock (Kulkarni et al. 2014): microseconds that only go up, past each stamp that was met, and
-        /// below them eight bits of the node's name, so that no two nodes make the same.
+        /// below them some bits of the node's name, so that hardly ever two nodes make the same.
         fn stamp(&mut self) -> u64 {
-            let time = (self.now.as_micros() as u64) << 8;
-            self.clock = time.max(self.clock + 256) & !255 | hash_of(self.own.as_bytes()) & 255;
+            const NAME: u64 = (1 << NAME_BITS) - 1;
+            let time = stamp_at(self.now);
+            self.clock = time.max(self.clock.saturating_add(NAME + 1)) & !NAME | hash_of(self.own.as_bytes()) & NAME;
             self.clock
+        }
+
+        /// Whether this node gave a stamp, for the simulation.
+        #[cfg(test)]
+        pub fn has_given(&self, stamp: u64) -> bool {
+            (stamp ^ hash_of(self.own.as_bytes())) & ((1 << NAME_BITS) - 1) == 0
         }
 
         // -- What it tells, and what it hears
@@ -2264,6 +2322,7 @@ mod node {
                 members: self.table.as_ref().map_or(0, |table| table.view.len()),
                 keys: self.keys(),
                 incoming: self.incoming_sources().into_iter().collect(),
+                waits_for: self.waits_for(),
                 coordinated: self.coordinated,
                 coordinating: self.coordinating,
                 promises: self.promises.clone(),
@@ -2272,7 +2331,7 @@ mod node {
                 rounds: self.rounds,
                 time: self.now.as_micros() as u64,
                 stamp: self.clock,
-                digest: (self.is_replicated() && self.complete).then(|| self.records.digest()),
+                digest: self.has_all().then(|| self.records.digest()),
                 claims: if self.is_replicated() { self.agreement.claims.clone() } else { BTreeMap::new() },
                 table: None,
                 tellers: self.heard.as_ref().map_or_else(|| set_of([self.own.clone()]), |(_, tellers)| tellers.clone()),
@@ -2377,12 +2436,19 @@ mod node {
             let peer = self.peers.entry(from.to_owned()).or_default();
             peer.version = status.version;
             let is_new = std::mem::replace(&mut peer.incarnation, status.incarnation) != status.incarnation;
-            peer.is_fetching = !status.incoming.is_empty();
-            peer.time = peer.time.max(status.time);
+            peer.is_blank = status.version.is_none();
+            peer.is_fetching = !status.waits_for.is_empty();
+            peer.time = if is_new { status.time } else { peer.time.max(status.time) };
+            if has_answered {
+                peer.answered = self.now;
+            }
             // Who speaks may still not hear (the network may be cut in one direction); but one that started again will.
             if peer.silent && (has_answered || is_new) {
-                peer.silent = false;
+                (peer.silent, peer.compared) = (false, Duration::ZERO);
                 self.lines.push(format!("{from} is back"));
+            }
+            if is_new {
+                self.agreement.lose(from, self.now);
             }
             // What its coordinator does not pursue any more, and does not go by, will never be a table.
             self.promises.retain(|promise| {
@@ -2398,14 +2464,15 @@ mod node {
             }
             if let Some(digest) = status.digest
                 && status.version == self.version()
-                && self.complete
+                && self.has_all()
                 && self.is_replica(from)
             {
-                // Who has the same as this node has all that it has.
+                // Who has the same as this node has all that it has. (Of the tombstones, those that it had before.)
                 let differs = digest != self.records.digest();
                 self.peers.entry(from.to_owned()).or_default().differs = differs;
-                if !differs {
-                    self.agree(from, self.agreement.arrivals);
+                let others = self.others();
+                if !differs && self.agreement.agreed.contains_key(from) && !self.agreement.has_open_tombstones() {
+                    self.agreement.agree(from, self.agreement.arrivals, &others);
                 }
             }
         }
@@ -2503,7 +2570,9 @@ mod node {
             self.followed = named && follows && self.table.is_some();
             self.shard = table.shard_of(&self.own);
             self.incoming = self.incoming_by(&table);
-            self.agreement.begin_anew();
+            // The replicas may be others, and what they have is to be found out.
+            self.agreement.lose_all(self.now);
+            self.agreement.settled.clear();
             self.promises.retain(|promise| promise.version > table.version);
             let is_source = |range: &&Range| range.sources.iter().flatten().any(|source| *source == self.own);
             let given = table.ranges.iter().filter(is_source);
@@ -2630,9 +2699,9 @@ mod node {
 
         pub fn compose_push(&mut self, to: &str, version: Version, records: Vec<Copied>) -> Push {
             let settled = self.agreement.take_settled(to);
-            let echo = self.peers.get(to).map_or(0, |peer| peer.time);
+            let (life, echo) = self.peers.get(to).map_or((0, 0), |peer| (peer.incarnation, peer.time));
             let (from, to, stamp) = (self.own.clone(), to.to_owned(), self.clock);
-            Push { from, to, version, echo, stamp, records, settled }
+            Push { from, to, version, life, echo, stamp, records, settled }
         }
 
         /// Stores what another replica wrote.
@@ -2640,8 +2709,8 @@ mod node {
             self.clock = self.clock.max(push.stamp);
             let time = self.now.as_micros() as u64;
             let version = self.version();
-            let refused = Pushed::Refused(version, time);
-            let is_late = push.echo + (LATE.as_micros() as u64) < time;
+            let refused = Pushed::Refused(version);
+            let is_late = push.life != self.incarnation || push.echo.saturating_add(LATE.as_micros() as u64) < time;
             let records: Option<Vec<(Record, Causal)>> = push.records.iter().map(record_of_copy).collect();
             let (Some(table), Some(records)) = (self.table.clone(), records) else { return refused };
             let is_mine = |record: &Record| Some(table.shard_at(hash_of(record.key()), record.key())) == self.shard;
@@ -2656,7 +2725,7 @@ mod node {
             }
             for (record, context) in records {
                 // A third replica may lack it until the writer says that it does not.
-                self.take(record, context, true);
+                self.take(record, context);
             }
             for (key, stamp) in push.settled {
                 self.agreement.settle(&key, stamp);
@@ -2664,27 +2733,15 @@ mod node {
             Pushed::Taken(self.incarnation)
         }
 
-        /// Stores a record that another replica has, if it beats the one that is here.
-        fn take(&mut self, record: Record, context: Causal, is_news: bool) {
+        /// Stores a record that another node has, if it beats the one that is here.
+        pub fn take(&mut self, record: Record, context: Causal) {
             let hash = hash_of(record.key());
             self.clock = self.clock.max(record.stamp());
             if self.records.get(hash, record.key()).is_none_or(|known| record.beats(known)) {
-                if is_news || !context.is_empty() {
-                    self.agreement.note(&record, context);
+                if self.is_replicated() {
+                    self.agreement.note(&record, context, self.now);
                 }
                 self.keep(hash, record);
-            }
-        }
-
-        /// Stores what another replica gave when it was compared with. Some third replica may lack it, which is not noted of each
-        /// record, since these may be millions: that one has to be compared with as well.
-        pub fn take_all(&mut self, from: &str, records: Vec<(Record, Causal)>) {
-            let digest = self.records.digest();
-            for (record, context) in records {
-                self.take(record, context, false);
-            }
-            if self.records.digest() != digest {
-                self.agreement.agreed.retain(|other, _| other == from);
             }
         }
 
@@ -2692,15 +2749,12 @@ mod node {
             self.peers.get(node).map_or(0, |peer| peer.incarnation)
         }
 
-        pub fn note_time(&mut self, of: &str, time: u64) {
-            let peer = self.peers.entry(of.to_owned()).or_default();
-            peer.time = peer.time.max(time);
-        }
-
-        /// Notes that another replica has all that this node had when its arrivals were so many.
-        pub fn agree(&mut self, with: &str, arrivals: u64) {
+        /// Notes that another replica, in this life of it, has all that this node had when its arrivals were so many.
+        pub fn agree(&mut self, with: &str, life: u64, arrivals: u64) {
             let others = self.others();
-            self.agreement.agree(with, arrivals, &others);
+            if self.incarnation_of(with) == life {
+                self.agreement.agree(with, arrivals, &others);
+            }
         }
 
         /// Notes who has a record that was written here. If that is every replica, nobody lacks it.
@@ -2711,6 +2765,18 @@ mod node {
             }
         }
 
+        /// The tombstones that some replica may lack.
+        pub fn open_tombstones(&self) -> Vec<Copied> {
+            let open = self.agreement.open.iter().filter(|(_, open)| open.is_tombstone);
+            open.filter_map(|(key, _)| Some(self.copy_of(self.records.get(hash_of(key), key)?))).collect()
+        }
+
+        /// Which other nodes may have something of a span of this shard that is not here.
+        pub fn who_may_have(&self, span: &Span) -> Vec<String> {
+            let sources = self.incoming_in(span).flat_map(|(_, incoming)| incoming.sources());
+            set_of(sources.cloned().chain(self.others())).into_iter().collect()
+        }
+
         /// Whether a key cannot be answered for here without this source.
         pub fn still_needs(&self, hash: u64, key: &[u8], source: &str) -> bool {
             matches!(self.place_by_table(hash, key), Place::Incoming(needed, ..) if needed == source)
@@ -2718,18 +2784,20 @@ mod node {
 
         /// Whether to compare with another node now, which was just met; at most once a second with each.
         pub fn is_to_compare(&mut self, with: &str) -> bool {
-            let blocked = self.incoming.values().any(Incoming::blocks);
             let (version, now) = (self.version(), self.now);
-            let awaits = self.agreement.awaits(with);
-            if !self.is_replica(with) || blocked {
+            // What has just come, its writer is about to tell the others himself.
+            let awaits = self.agreement.awaits(with, self.marked.1);
+            if !self.is_replica(with) || self.incoming.values().any(Incoming::blocks) {
                 return false;
             }
             let peer = self.peers.entry(with.to_owned()).or_default();
+            // That something differs is the rule while clients write.
+            let pause = Duration::from_secs(if awaits { 1 } else { 5 });
             let due = (awaits || peer.differs)
                 && peer.version == version
                 && !peer.silent
                 && !peer.is_fetching
-                && peer.compared + Duration::from_secs(1) < now;
+                && peer.compared + pause < now;
             if due {
                 peer.compared = now;
             }
@@ -2739,37 +2807,39 @@ mod node {
         /// Whether what is here of a key is as new as a context asks for.
         pub fn satisfies(&self, hash: u64, key: &[u8], context: &Causal) -> bool {
             let wanted = str::from_utf8(key).ok().and_then(|key| context.get(key)).copied().unwrap_or(0);
-            self.records.get(hash, key).map_or(0, Record::stamp) >= wanted
+            wanted <= self.agreement.floor || self.records.get(hash, key).map_or(0, Record::stamp) >= wanted
         }
 
         /// A client's context after it wrote or read a record here.
         pub fn context_after(&self, mut context: Causal, hash: u64, key: &[u8]) -> Causal {
             let Some(table) = self.table.as_ref().filter(|_| self.is_replicated()) else { return Causal::new() };
-            if let (Some(record), Ok(name)) = (self.records.get(hash, key), str::from_utf8(key))
-                && self.may_lack(record)
-            {
-                for (key, stamp) in
-                    self.agreement.context_of(record).into_iter().chain([(name.to_owned(), record.stamp())])
-                {
+            if let (Some(record), Ok(name)) = (self.records.get(hash, key), str::from_utf8(key)) {
+                let seen = self.agreement.context_of(record).into_iter().chain([(name.to_owned(), record.stamp())]);
+                for (key, stamp) in seen {
                     let known = context.entry(key).or_default();
                     *known = stamp.max(*known);
                 }
             }
-            let floor = self.agreement.floor(&table.view);
             let is_settled = |key: &str, stamp: u64| {
                 let hash = hash_of(key.as_bytes());
                 let own = Some(table.shard_at(hash, key.as_bytes())) == self.shard;
                 let known = self.records.get(hash, key.as_bytes()).filter(|_| own);
                 known.is_some_and(|record| record.stamp() >= stamp && !self.may_lack(record))
             };
-            context.retain(|key, stamp| *stamp > floor && !is_settled(key, *stamp));
+            context.retain(|key, stamp| *stamp > self.agreement.floor && !is_settled(key, *stamp));
             context
         }
 
-        /// Whether some replica may not have a record of this node's shard.
-        pub fn may_lack(&self, record: &Record) -> bool {
-            !self.others().iter().all(|other| self.agreement.agreed.contains_key(other))
-                || self.agreement.is_open(record)
+        /// Whether some replica may not have a record of this node's shard. While the table is not complete, a former one may not
+        /// have heard of it and go on answering.
+        fn may_lack(&self, record: &Record) -> bool {
+            let agrees = self.complete && self.agreement.agrees_with(&self.others());
+            record.stamp() > self.agreement.floor && (!agrees || self.agreement.is_open(record))
+        }
+
+        /// Whether this node is one of several replicas and lacks nothing, as far as it knows.
+        fn has_all(&self) -> bool {
+            self.is_replicated() && self.complete && self.incoming.is_empty()
         }
 
         /// Whether only a message is missing until all replicas are known to have a record.
@@ -2777,26 +2847,55 @@ mod node {
             self.agreement.is_open(record) && self.others().iter().all(|other| !self.is_silent(other))
         }
 
-        /// Drops tombstones that all replicas have had for long enough, and tells up to where all have everything.
+        /// Drops what is not needed any more of what was kept for other replicas. To be done several times a second.
         pub fn sweep(&mut self) {
-            let others = self.others();
-            let time = (self.now.as_micros() as u64) << 8;
-            if self.is_replicated() {
-                self.agreement.sweep();
-                let claim = self.agreement.claim(self.clock.max(time), &others);
-                self.agreement.learn(&self.own, claim);
+            if self.marked.0 + Duration::from_secs(1) < self.now {
+                self.marked = (self.now, self.agreement.arrivals);
             }
+            self.claim();
+            self.agreement.sweep_contexts();
+            self.sweep_tombstones();
+        }
+
+        /// Finds out up to which stamp all replicas have everything, here and everywhere.
+        fn claim(&mut self) {
+            let agreement = &self.agreement;
+            if self.has_all() && agreement.agrees_with(&self.others()) {
+                // All that is still to come is above this.
+                let clock = self.clock.max(stamp_at(self.now));
+                let lowest = agreement.open.values().map(|open| open.stamp).min().unwrap_or(clock);
+                self.agreement.learn(&self.own, lowest.min(clock) - 1);
+            }
+            let claim = |node: &String| self.agreement.claims.get(node).copied().unwrap_or(0);
+            let lowest = self.table.as_ref().and_then(|table| table.view.iter().map(claim).min());
+            self.agreement.floor = self.agreement.floor.max(lowest.unwrap_or(0));
+        }
+
+        /// Drops the tombstones that all replicas have had at one time, long enough ago that nothing older can still be on its
+        /// way. Each was pushed to all of them, since a comparison begins with the tombstones that one may lack; who started
+        /// again has fetched it with the rest, or has to be compared with anew.
+        fn sweep_tombstones(&mut self) {
+            let peers = self.others();
+            let answered = |node: &String| self.peers.get(node).map_or(Duration::ZERO, |peer| peer.answered);
+            let answered = peers.iter().map(answered).min().unwrap_or(self.now);
             for _ in 0..self.tombstones.len().min(SWEEP) {
-                let Some((since, hash, record)) = self.tombstones.pop_front() else { return };
-                if since + TOMBSTONE > self.now {
-                    return self.tombstones.push_front((since, hash, record));
-                } else if self.records.get(hash, record.key()).is_none_or(|known| known.stamp() != record.stamp()) {
+                let Some(mut it) = self.tombstones.pop_front() else { return };
+                if it.since + TOMBSTONE > self.now {
+                    return self.tombstones.push_front(it);
+                } else if self.records.get(it.hash, it.record.key()).is_none_or(|now| now.stamp() != it.record.stamp())
+                {
                     continue;
-                } else if self.may_lack(&record) || !self.incoming.is_empty() {
-                    self.tombstones.push_back((self.now, hash, record));
-                } else {
-                    self.records.remove(hash, record.key());
                 }
+                // They have heard of no restart of one another since then, or they would have lost an agreement.
+                let is_unbroken = self.agreement.broken < it.since && answered >= it.since;
+                if it.is_everywhere && is_unbroken {
+                    self.records.remove(it.hash, it.record.key());
+                    continue;
+                }
+                let is_needed = self.may_lack(&it.record) || !self.incoming.is_empty();
+                it.is_everywhere = !is_needed && self.agreement.context_of(&it.record).is_empty();
+                it.since = self.now;
+                self.tombstones.push_back(it);
             }
         }
 
@@ -2804,6 +2903,12 @@ mod node {
 
         fn incoming_sources(&self) -> BTreeSet<String> {
             set_of(self.incoming.values().flat_map(Incoming::sources).cloned())
+        }
+
+        /// The groups of which none that lacks nothing was heard.
+        fn waits_for(&self) -> BTreeSet<Vec<String>> {
+            let unheard = self.incoming.values().flat_map(|it| &it.groups).filter(|group| !group.heard);
+            set_of(unheard.map(|group| group.left.iter().cloned().collect()))
         }
 
         /// The incoming spans that have something of this one.
@@ -2847,11 +2952,8 @@ mod node {
             for (record, context) in records {
                 let hash = hash_of(record.key());
                 let awaited = spans.iter().any(|span| span.contains((hash, record.key())));
-                if awaited && self.is_replicated() {
-                    self.take(record, context, false);
-                } else if awaited && self.records.get(hash, record.key()).is_none_or(|known| record.beats(known)) {
-                    self.clock = self.clock.max(record.stamp());
-                    self.keep(hash, record);
+                if awaited {
+                    self.take(record, context);
                 }
             }
             true
@@ -3193,8 +3295,14 @@ mod protocol {
                 let compose = |node: &mut Node| group.iter().map(|(to, it)| node.compose(to, it.clone())).collect();
                 let lives: Vec<u64> =
                     world.with(|node| group.iter().map(|(name, _)| node.incarnation_of(name)).collect());
-                let answers = world.deliver(world.with(compose)).await;
+                let asked = world.with(|node| node.now);
+                let mut answers = world.deliver(world.with(compose)).await;
                 world.with(|node| {
+                    // Of one that slept meanwhile: what it was given may be of before a deletion whose tombstone is gone.
+                    if node.now > asked + LATE {
+                        answers.iter_mut().for_each(|answer| *answer = None);
+                        return;
+                    }
                     for (((name, _), answer), life) in group.iter().zip(&answers).zip(lives) {
                         match answer {
                             Some((status, _)) => node.hear(name, status.clone(), true),
@@ -3280,7 +3388,10 @@ mod protocol {
                 Tried::NotHere(place, action, context) => (place, action, context),
             };
             match place {
-                Place::Node(_) if request.origin != Origin::Client => return say(Outcome::Elsewhere, &context),
+                // (One that is blank does not know whose it is: another replica may.)
+                Place::Node(_) | Place::Unknown if request.origin != Origin::Client => {
+                    return say(Outcome::Elsewhere, &context);
+                }
                 Place::Node(owner) => match pass_on(world, hash, key, owner, request, deadline).await {
                     // Its table is not ours: one of us learns which is newer.
                     (owner, Some(answer)) if answer.status == 421 => {
@@ -3319,7 +3430,7 @@ mod protocol {
     }
 
     /// A read that one replica does not answer is asked of another one after so long.
-    const NEXT_REPLICA: Duration = Duration::from_millis(2000);
+    const NEXT_REPLICA: Duration = Duration::from_millis(1200);
 
     /// Takes a client's request to a node that has its key: to `owner` first, and to other replicas as long as it cannot have
     /// taken effect. Returns who answered, or who did not.
@@ -3358,11 +3469,15 @@ mod protocol {
     /// Has the other replicas store a record that was written here: all that are not silent, and whoever is to have it by a table
     /// that comes meanwhile. Only then may the write be acknowledged. The error is a node that did not take it.
     async fn replicate(world: &impl World, hash: u64, record: &Record, deadline: Duration) -> Result<(), String> {
-        let (mut having, mut by) = (BTreeMap::new(), None);
+        let (mut having, mut by, mut blank) = (BTreeMap::new(), None, None);
         loop {
             let Some((version, lacking)) = world.with(|node| node.lacking(hash, record.key(), &having)) else {
                 return Ok(());
             };
+            // A blank replica will fetch it with the rest, from one of those that had it before this one was asked and was blank.
+            if blank.as_ref() == Some(&lacking) {
+                return Ok(());
+            }
             if by.replace(version) != Some(version) && !having.is_empty() {
                 having.clear();
                 continue;
@@ -3372,36 +3487,49 @@ mod protocol {
                 start_telling(world);
                 return Ok(());
             }
-            let compose = |node: &mut Node| {
-                let copy = node.copy_of(record);
-                lacking.iter().map(|to| node.compose_push(to, version, vec![copy.clone()])).collect()
-            };
-            let life = |other: &String| (other.clone(), world.with(|node| node.incarnation_of(other)));
-            let lives: HashMap<String, u64> = lacking.iter().map(life).collect();
-            let answers = world.push(world.with(compose)).await;
+            let answers = push_to(world, &lacking, version, vec![world.with(|node| node.copy_of(record))]).await;
+            let all_blank = answers.iter().all(|answer| *answer == Some(Pushed::Refused(None)));
+            blank = all_blank.then(|| lacking.clone());
             for (other, answer) in lacking.iter().zip(answers) {
-                match answer {
-                    Some(Pushed::Taken(incarnation)) => {
-                        having.insert(other.clone(), incarnation);
-                        // It may have started again since, or before it was last heard.
-                        if world.with(|node| node.incarnation_of(other)) != incarnation {
-                            ask_one(world, other, Message::Meet).await;
-                        }
+                if let Some(Pushed::Taken(incarnation)) = answer {
+                    having.insert(other.clone(), incarnation);
+                    // It may have started again since, or before it was last heard.
+                    if world.with(|node| node.incarnation_of(other)) != incarnation {
+                        ask_one(world, other, Message::Meet).await;
                     }
-                    Some(Pushed::Refused(theirs, time)) => {
-                        world.with(|node| node.note_time(other, time));
-                        if theirs != Some(version) {
-                            ask_one(world, other, Message::Meet).await;
-                            world.sleep(Duration::from_millis(2)).await;
-                        }
-                    }
-                    None => world.with(|node| node.note_silence(other, lives[other])),
                 }
             }
             if world.with(|node| node.now) > deadline {
                 return lacking.into_iter().find(|it| !having.contains_key(it)).map_or(Ok(()), Err);
             }
         }
+    }
+
+    /// Has some replicas store records. Those that refuse are met, and those that do not answer are silent.
+    async fn push_to(
+        world: &impl World,
+        replicas: &[String],
+        version: Version,
+        records: Vec<Copied>,
+    ) -> Vec<Option<Pushed>> {
+        let compose = |node: &mut Node| -> Vec<Push> {
+            replicas.iter().map(|to| node.compose_push(to, version, records.clone())).collect()
+        };
+        let pushes = world.with(compose);
+        let lives: Vec<u64> = pushes.iter().map(|push| push.life).collect();
+        let answers = world.push(pushes).await;
+        for ((replica, answer), life) in replicas.iter().zip(&answers).zip(lives) {
+            match answer {
+                Some(Pushed::Taken(_)) => {}
+                // One of us learns which table is newer, or how late it is there.
+                Some(Pushed::Refused(_)) => {
+                    ask_one(world, replica, Message::Meet).await;
+                    world.sleep(Duration::from_millis(2)).await;
+                }
+                None => world.with(|node| node.note_silence(replica, life)),
+            }
+        }
+        answers
     }
 
     /// Whether what a context asks for of a key is somewhere.
@@ -3434,7 +3562,7 @@ mod protocol {
         }
         let span = Span { from: (hash, key.to_vec()), to: (hash, [key, &[0]].concat()) };
         loop {
-            let (version, others) = world.with(|node| (node.version(), node.others()));
+            let (version, others) = world.with(|node| (node.version(), node.who_may_have(&span)));
             let Some(version) = version else { return Ahead::Here };
             let message = Message::GiveAll(version, vec![span.clone()]);
             let replies = ask(world, &others, message).await;
@@ -3442,8 +3570,8 @@ mod protocol {
             for reply in replies {
                 match reply {
                     Some((_, Reply::All(copies, _))) => world.with(|node| {
-                        let records: Vec<(Record, Causal)> = copies.iter().filter_map(record_of_copy).collect();
-                        node.take_all("", records);
+                        let records = copies.iter().filter_map(record_of_copy);
+                        records.for_each(|(record, context)| node.take(record, context));
                     }),
                     _ => has_all = false,
                 }
@@ -3463,10 +3591,17 @@ mod protocol {
         }
     }
 
-    /// Finds out what another replica has that this one lacks, or the other way round, and evens it out.
+    /// Finds out what another replica has that this one lacks, or the other way round, and evens it out. From then on it has
+    /// all that is here, as long as it lives.
     async fn compare(world: &impl World, other: &str) {
-        let (arrivals, spans) = world.with(|node| (node.agreement.arrivals, node.own_spans()));
-        let Some(version) = world.with(|node| node.version()) else { return };
+        let (version, spans) = world.with(|node| (node.version(), node.own_spans()));
+        let (life, arrivals) = world.with(|node| (node.incarnation_of(other), node.agreement.arrivals));
+        let Some(version) = version else { return };
+        // Digests do not show them.
+        let tombstones = world.with(|node| node.open_tombstones());
+        if give(world, other, version, life, tombstones).await.is_none() {
+            return;
+        }
         for span in spans {
             if compare_span(world, other, version, &span).await.is_none() {
                 return;
@@ -3474,7 +3609,7 @@ mod protocol {
         }
         world.with(|node| {
             if node.version() == Some(version) {
-                node.agree(other, arrivals);
+                node.agree(other, life, arrivals);
             }
         });
     }
@@ -3536,21 +3671,32 @@ mod protocol {
             };
             let here: Vec<Record> = spans.iter().flat_map(|span| node.records.all_of(span)).collect();
             let newer: Vec<Copied> = here.iter().filter(|it| is_newer(it)).map(|it| node.copy_of(it)).collect();
-            node.take_all(other, theirs);
+            theirs.into_iter().for_each(|(record, context)| node.take(record, context));
             (node.version() == Some(version) && node.others().iter().any(|it| it == other)).then_some(newer)
         });
+        let life = world.with(|node| node.incarnation_of(other));
         // One that has left the shard needs nothing.
-        let Some(newer) = newer else { return Some(()) };
-        for batch in newer.chunk_by(|_, _| true).flat_map(|all| all.chunks(500)) {
-            let push = world.with(|node| node.compose_push(other, version, batch.to_vec()));
-            match world.push(vec![push]).await.pop()? {
-                Some(Pushed::Taken(_)) => {}
-                Some(Pushed::Refused(_, time)) => {
-                    world.with(|node| node.note_time(other, time));
-                    return None;
-                }
-                None => return None,
+        give(world, other, version, life, newer.unwrap_or_default()).await
+    }
+
+    /// Has another replica, in this life of it, store some records.
+    async fn give(
+        world: &impl World,
+        other: &str,
+        version: Version,
+        life: u64,
+        mut records: Vec<Copied>,
+    ) -> Option<()> {
+        while !records.is_empty() {
+            let (mut batch, mut bytes) = (Vec::new(), 0);
+            while bytes < MAX_BATCH
+                && let Some(copy) = records.pop()
+            {
+                bytes += copy.1.len() + 64;
+                batch.push(copy);
             }
+            let answers = push_to(world, &[other.to_owned()], version, batch).await;
+            (answers == [Some(Pushed::Taken(life))]).then_some(())?;
         }
         Some(())
     }
@@ -3957,7 +4103,12 @@ mod protocol {
             let factor = self.factor.unwrap_or(base.factor).min(view.len());
             let change = Change::new(base, view, factor);
             // What a shard has, one of its replicas tells, and where its cuts are.
-            let speaker = |shard| base.replicas(shard).into_iter().find(|node| granted.contains_key(node));
+            let speaker = |shard| {
+                let mut answering = base.replicas(shard);
+                answering.retain(|node| granted.contains_key(node));
+                answering.sort_by_key(|node| !is_whole(base, &granted[node]));
+                answering.into_iter().next()
+            };
             let speakers: Vec<Option<String>> = (0..base.shards.len()).map(speaker).collect();
             let keys = |node: &Option<String>| node.as_ref().map_or(0, |node| granted[node].keys);
             let held: Vec<usize> = speakers.iter().map(keys).collect();
@@ -3982,15 +4133,20 @@ mod protocol {
             given_up: &[String],
         ) -> Result<(), Failure> {
             let Some(first) = given_up.iter().find(|_| !self.force) else { return Ok(()) };
-            let answering = base.view.iter().filter(|node| granted.contains_key(*node)).count();
-            let answers = |nodes: &Vec<String>| nodes.iter().any(|node| granted.contains_key(node));
-            let is_needed = |node: &String| {
-                let sources = base.ranges.iter().flat_map(|range| &range.sources);
-                let shards = base.shard_of(node).map(|shard| base.replicas(shard));
-                sources.filter(|group| group.contains(node)).chain(&shards).any(|group| !answers(group))
-            };
-            if 2 * answering <= base.view.len() || given_up.iter().any(is_needed) {
-                return Err(Failure::Refused(Outcome::NodeDown(first.clone())));
+            // One that has started again vouches for nothing before it has fetched everything.
+            let goes_by_it = |node: &&String| granted.get(*node).is_some_and(|it| it.version == Some(base.version));
+            let answering = base.view.iter().filter(goes_by_it).count();
+            let is_whole = |node: &String| granted.get(node).is_some_and(|status| is_whole(base, status));
+            let is_alone =
+                |node: &String| base.shard_of(node).is_some_and(|shard| !base.replicas(shard).iter().any(is_whole));
+            let is_lost = |group: &Vec<String>| group.iter().all(|node| given_up.contains(node));
+            let waits = granted.values().any(|status| status.waits_for.iter().any(is_lost));
+            if 2 * answering <= base.view.len() || given_up.iter().any(is_alone) || waits {
+                let is_starting = |node: &String| granted.contains_key(node) && !is_whole(node);
+                return Err(match base.view.iter().any(is_starting) {
+                    true => self.again(Outcome::NodeDown(first.clone())),
+                    false => Failure::Refused(Outcome::NodeDown(first.clone())),
+                });
             }
             if self.new_epoch { Ok(()) } else { Err(Failure::NewEpoch) }
         }
@@ -4130,6 +4286,11 @@ mod protocol {
             }
             Ok(cuts)
         }
+    }
+
+    /// Whether a node can speak for its shard: it goes by this table, and lacks nothing that it needs.
+    fn is_whole(base: &Table, status: &Status) -> bool {
+        status.version == Some(base.version) && status.waits_for.is_empty()
     }
 
     /// Waits until all nodes have fetched what a table gives them. Returns the nodes that are not reached: that have not
@@ -6140,6 +6301,8 @@ mod simulation {
         /// Goes up each time it dies: what was begun before is gone.
         life: u64,
         asleep: bool,
+        /// By key, how many deletions it is at.
+        deleting: [u32; KEYS],
         /// What happened to it while it slept.
         backlog: Vec<Event>,
         /// It was removed by force while it was alive, and does not know yet: what it says does not count (the contract, "One
@@ -6387,12 +6550,13 @@ mod simulation {
             else {
                 return;
             };
-            let index: usize = str::from_utf8(&key[1..]).expect("a name").parse().expect("a key");
-            // It may have been followed by another one meanwhile.
+            let index = key_of(key);
+            // It may have been followed by another one meanwhile. Of several deletions it is not known which one this was.
             let mut seen = self.replicas.seen[index].iter();
+            let is_this = |record: &&Record| record.is_tombstone() && self.machines[machine].deleting[index] == 1;
             let written = match value {
                 Some(_) => seen.find(|(_, it)| **it == value).map(|(stamp, _)| *stamp),
-                None => Some(record.stamp()).filter(|_| record.is_tombstone()),
+                None => Some(record).filter(is_this).map(Record::stamp).filter(|stamp| node.has_given(*stamp)),
             };
             let Some(stamp) = written else { return };
             for other in node.others().iter().filter(|other| !node.is_silent(other)) {
@@ -6408,6 +6572,10 @@ mod simulation {
 
     fn name(key: usize) -> String {
         format!("k{key}")
+    }
+
+    fn key_of(name: &[u8]) -> usize {
+        str::from_utf8(&name[1..]).expect("a name").parse().expect("a key")
     }
 
     #[derive(Clone)]
@@ -6558,8 +6726,15 @@ mod simulation {
             let (highest, lost) = (bound.clone(), bound.clone());
             state.replicas = Replicas { seen, bound, highest, lost, sessions, ..Replicas::default() };
             state.lease = Duration::from_millis([100, 500, 2000, 10_000][state.below(4)]);
-            let machine =
-                |_| Machine { node: None, life: 0, asleep: false, backlog: Vec::new(), outlawed: None, seen: None };
+            let machine = |_| Machine {
+                node: None,
+                life: 0,
+                asleep: false,
+                deleting: [0; KEYS],
+                backlog: Vec::new(),
+                outlawed: None,
+                seen: None,
+            };
             state.machines = (0..count).map(machine).collect();
             Simulation { seed, state: Rc::new(RefCell::new(state)) }
         }
@@ -6606,7 +6781,7 @@ mod simulation {
             let dead = &mut state.machines[machine];
             dead.node = None;
             dead.life += 1;
-            (dead.asleep, dead.seen) = (false, None);
+            (dead.asleep, dead.seen, dead.deleting) = (false, None, [0; KEYS]);
             dead.backlog.clear();
             let life = dead.life;
             state.note_records(true);
@@ -7236,7 +7411,7 @@ mod simulation {
                     }
                 }
             }
-            self.for_a_while(Duration::from_millis(15_000), |_| {});
+            self.for_a_while(Duration::from_millis(40_000), |_| {});
             assert!(agree(), "SEED={}: the replicas do not agree in the end", self.seed);
             self.check_bounds();
             let state = self.state.borrow();
@@ -7309,14 +7484,19 @@ mod simulation {
             Err(refusal) => return refusal.answer(vocabulary, &request.verb),
         };
         let action = Action::of(key, request, vocabulary);
+        let deletions = u32::from(request.verb == "DELETE");
+        there.state.borrow_mut().machines[there.machine].deleting[key_of(key)] += deletions;
         let tried = there.with(|node| perform(node, hash_of(key), key, action, context, request.origin));
         let answer = answer_for_key(there, key, tried, request, vocabulary).await;
         let state = &mut *there.state.borrow_mut();
-        if state.factor > 1 && request.verb != "GET" && matches!(answer.status, 200 | 201) {
+        // Who relayed it acknowledged nothing.
+        let is_own = !String::from_utf8_lossy(&answer.body).contains(r#""address""#);
+        if state.factor > 1 && request.verb != "GET" && matches!(answer.status, 200 | 201) && is_own {
             state.note_records(false);
             let value = member(&request.body, "value").ok().and_then(|value| value.parse().ok());
             state.note_acknowledged(there.machine, key, value, state.seed);
         }
+        state.machines[there.machine].deleting[key_of(key)] -= deletions;
         answer
     }
 
