@@ -1984,6 +1984,8 @@ mod node {
 
     struct Open {
         stamp: u64,
+        /// The stamp of the first record of this key that some replica may lack.
+        first: u64,
         arrival: u64,
         is_tombstone: bool,
     }
@@ -1997,7 +1999,9 @@ mod node {
         fn note(&mut self, record: &Record, mut context: Causal, now: Duration) {
             self.arrivals += 1;
             let (key, stamp) = (record.key(), record.stamp());
-            self.open.insert(key.to_vec(), Open { stamp, arrival: self.arrivals, is_tombstone: record.is_tombstone() });
+            let first = self.open.get(key).map_or(stamp, |open| open.first.min(stamp));
+            let open = Open { stamp, first, arrival: self.arrivals, is_tombstone: record.is_tombstone() };
+            self.open.insert(key.to_vec(), open);
             // Tombstones are kept in mind, since no digest shows them.
             if self.open.len() > self.limit.max(MAX_OPEN) {
                 self.open.retain(|_, open| open.is_tombstone);
@@ -2863,7 +2867,7 @@ mod node {
             if self.has_all() && agreement.agrees_with(&self.others()) {
                 // All that is still to come is above this.
                 let clock = self.clock.max(stamp_at(self.now));
-                let lowest = agreement.open.values().map(|open| open.stamp).min().unwrap_or(clock);
+                let lowest = agreement.open.values().map(|open| open.first).min().unwrap_or(clock);
                 self.agreement.learn(&self.own, lowest.min(clock) - 1);
             }
             let claim = |node: &String| self.agreement.claims.get(node).copied().unwrap_or(0);
