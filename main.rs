@@ -1717,7 +1717,7 @@ mod node {
         /// The nodes that it has still to fetch from; and of these, the groups of nodes that have the same, of which it needs one
         /// before it answers for all its keys.
         pub incoming: Vec<String>,
-        pub waits_for: BTreeSet<Vec<String>>,
+        pub waits_for: Vec<Vec<String>>,
         /// The newest lock that it asked for as a coordinator, and whether it is still at it.
         pub coordinated: Version,
         pub coordinating: bool,
@@ -1958,21 +1958,18 @@ mod node {
     pub struct Agreement {
         /// So many records came here, from clients and from other nodes.
         pub arrivals: u64,
-        /// Those that are not known to be on all replicas, by key.
-        open: HashMap<Vec<u8>, Open>,
-        /// By replica, as long as it lives: it has what was here when the arrivals were so many, or is named in `open`'s keys.
+        /// By key, those that some replica may lack, or whose writer had seen what some node may lack.
+        notes: HashMap<Vec<u8>, Note>,
+        /// How many there may be before they are thinned out.
+        limit: usize,
+        /// By replica, as long as it lives: it has what was here when the arrivals were so many, but for what is open.
         agreed: BTreeMap<String, u64>,
-        /// An agreement on less does not count: what arrived later is not all in `open`.
+        /// All replicas have what was here then.
+        everywhere: u64,
+        /// An agreement on less does not count: what arrived later is not all noted.
         least: u64,
         /// When an agreement was lost last.
         broken: Duration,
-        /// How many may be in `open` before it is thinned out.
-        limit: usize,
-        /// By key, a stamp and what the writer of that record had seen, as long as some node of the store may lack some of that,
-        /// also when the record itself is everywhere.
-        contexts: BTreeMap<Vec<u8>, (u64, Causal)>,
-        /// Up to which key these were swept.
-        swept: Vec<u8>,
         /// By node: all replicas of its shard have what it knew of up to this stamp. That stays true for ever.
         claims: BTreeMap<String, u64>,
         /// All replicas of all shards have everything up to this stamp.
@@ -1982,44 +1979,47 @@ mod node {
         is_telling: bool,
     }
 
-    struct Open {
+    struct Note {
         stamp: u64,
-        /// The stamp of the first record of this key that some replica may lack.
-        first: u64,
         arrival: u64,
         is_tombstone: bool,
+        /// Some replica may lack it, or what came before it: from the record with this stamp on.
+        open_since: Option<u64>,
+        /// What its writer had seen, as long as some node of the store may lack some of that, also when all replicas have this.
+        context: Causal,
     }
 
     /// So many records are kept in mind that replicas may lack. If there come to be more, they are forgotten, and so is with whom
     /// this node agrees: then everything may be missing somewhere, until it has compared with all.
-    const MAX_OPEN: usize = 10_000;
+    const MAX_NOTES: usize = 10_000;
 
     impl Agreement {
         /// Notes a record that came, which some replica may lack, and what its writer had seen.
         fn note(&mut self, record: &Record, mut context: Causal, now: Duration) {
             self.arrivals += 1;
-            let (key, stamp) = (record.key(), record.stamp());
-            let first = self.open.get(key).map_or(stamp, |open| open.first.min(stamp));
-            let open = Open { stamp, first, arrival: self.arrivals, is_tombstone: record.is_tombstone() };
-            self.open.insert(key.to_vec(), open);
-            // Tombstones are kept in mind, since no digest shows them.
-            if self.open.len() > self.limit.max(MAX_OPEN) {
-                self.open.retain(|_, open| open.is_tombstone);
-                self.open.shrink_to_fit();
-                self.limit = MAX_OPEN + 2 * self.open.len();
-                self.lose_all(now);
-            }
+            let (stamp, arrival, is_tombstone) = (record.stamp(), self.arrivals, record.is_tombstone());
+            let before = self.notes.get(record.key()).and_then(|note| note.open_since);
             context.retain(|_, stamp| *stamp > self.floor);
-            match context.is_empty() {
-                true => drop(self.contexts.remove(key)),
-                false => drop(self.contexts.insert(key.to_vec(), (stamp, context))),
+            let open_since = Some(before.unwrap_or(stamp).min(stamp));
+            self.notes.insert(record.key().to_vec(), Note { stamp, arrival, is_tombstone, open_since, context });
+            if self.notes.len() > self.limit.max(MAX_NOTES) {
+                // Tombstones stay, since no digest shows them, and contexts, since nobody else has them.
+                self.notes.retain(|_, note| note.is_tombstone || !note.context.is_empty());
+                self.notes.shrink_to_fit();
+                self.limit = MAX_NOTES + 2 * self.notes.len();
+                self.lose_all(now);
             }
         }
 
         /// Notes that all replicas have a record.
         fn settle(&mut self, key: &[u8], stamp: u64) {
-            if self.open.get(key).is_some_and(|open| open.stamp <= stamp) {
-                self.open.remove(key);
+            if let Some(note) = self.notes.get_mut(key)
+                && note.stamp <= stamp
+            {
+                note.open_since = None;
+                if note.context.is_empty() {
+                    self.notes.remove(key);
+                }
             }
         }
 
@@ -2054,17 +2054,24 @@ mod node {
             self.settled.iter().map(|(to, _)| to.clone()).collect()
         }
 
-        fn is_open(&self, record: &Record) -> bool {
-            self.open.get(record.key()).is_some_and(|open| open.stamp == record.stamp())
+        fn note_of(&self, record: &Record) -> Option<&Note> {
+            self.notes.get(record.key()).filter(|note| note.stamp == record.stamp())
         }
 
-        fn has_open_tombstones(&self) -> bool {
-            self.open.values().any(|open| open.is_tombstone)
+        fn is_open(&self, record: &Record) -> bool {
+            self.note_of(record).is_some_and(|note| note.open_since.is_some())
         }
 
         fn context_of(&self, record: &Record) -> Causal {
-            let known = self.contexts.get(record.key()).filter(|(stamp, _)| *stamp == record.stamp());
-            known.map_or(Causal::new(), |(_, context)| context.clone())
+            self.note_of(record).map_or(Causal::new(), |note| note.context.clone())
+        }
+
+        fn open(&self) -> impl Iterator<Item = (&Vec<u8>, &Note)> {
+            self.notes.iter().filter(|(_, note)| note.open_since.is_some())
+        }
+
+        fn has_open_tombstones(&self) -> bool {
+            self.open().any(|(_, note)| note.is_tombstone)
         }
 
         /// Notes that a replica has all that was here when the arrivals were so many. What all `others` have is settled.
@@ -2074,8 +2081,22 @@ mod node {
             }
             let agreed = self.agreed.entry(with.to_owned()).or_default();
             *agreed = arrivals.max(*agreed);
-            let everywhere = others.iter().map(|other| self.agreed.get(other).copied().unwrap_or(0)).min();
-            self.open.retain(|_, open| open.arrival > everywhere.unwrap_or(u64::MAX));
+            let least = others.iter().map(|other| self.agreed.get(other).copied().unwrap_or(0)).min();
+            let everywhere = least.unwrap_or(arrivals);
+            if everywhere > self.everywhere {
+                self.everywhere = everywhere;
+                self.sweep();
+            }
+        }
+
+        /// Drops the notes of what all replicas have, but for the contexts that are still needed.
+        fn sweep(&mut self) {
+            let (floor, everywhere) = (self.floor, self.everywhere);
+            self.notes.retain(|_, note| {
+                note.open_since = note.open_since.filter(|_| note.arrival > everywhere);
+                note.context.retain(|_, stamp| *stamp > floor);
+                note.open_since.is_some() || !note.context.is_empty()
+            });
         }
 
         fn agrees_with(&self, others: &[String]) -> bool {
@@ -2097,24 +2118,12 @@ mod node {
         /// Whether another replica may lack something that had come here when the arrivals were `by` or less.
         fn awaits(&self, other: &str, by: u64) -> bool {
             let Some(agreed) = self.agreed.get(other) else { return true };
-            self.open.values().any(|open| open.arrival > *agreed && open.arrival <= by)
+            self.open().any(|(_, note)| note.arrival > *agreed && note.arrival <= by)
         }
 
         fn learn(&mut self, node: &str, claim: u64) {
             let known = self.claims.entry(node.to_owned()).or_default();
             *known = claim.max(*known);
-        }
-
-        /// Drops the contexts, some at a time, that name nothing any more which some node may lack.
-        fn sweep_contexts(&mut self) {
-            let after = (Excluded(self.swept.clone()), Unbounded);
-            let keys: Vec<Vec<u8>> = self.contexts.range(after).take(SWEEP / 4).map(|(key, _)| key.clone()).collect();
-            self.swept = keys.last().cloned().unwrap_or_default();
-            for key in keys {
-                if self.contexts[&key].1.values().all(|stamp| *stamp <= self.floor) {
-                    self.contexts.remove(&key);
-                }
-            }
         }
     }
 
@@ -2771,7 +2780,7 @@ mod node {
 
         /// The tombstones that some replica may lack.
         pub fn open_tombstones(&self) -> Vec<Copied> {
-            let open = self.agreement.open.iter().filter(|(_, open)| open.is_tombstone);
+            let open = self.agreement.open().filter(|(_, note)| note.is_tombstone);
             open.filter_map(|(key, _)| Some(self.copy_of(self.records.get(hash_of(key), key)?))).collect()
         }
 
@@ -2857,7 +2866,6 @@ mod node {
                 self.marked = (self.now, self.agreement.arrivals);
             }
             self.claim();
-            self.agreement.sweep_contexts();
             self.sweep_tombstones();
         }
 
@@ -2867,12 +2875,15 @@ mod node {
             if self.has_all() && agreement.agrees_with(&self.others()) {
                 // All that is still to come is above this.
                 let clock = self.clock.max(stamp_at(self.now));
-                let lowest = agreement.open.values().map(|open| open.first).min().unwrap_or(clock);
+                let lowest = agreement.open().filter_map(|(_, note)| note.open_since).min().unwrap_or(clock);
                 self.agreement.learn(&self.own, lowest.min(clock) - 1);
             }
             let claim = |node: &String| self.agreement.claims.get(node).copied().unwrap_or(0);
             let lowest = self.table.as_ref().and_then(|table| table.view.iter().map(claim).min());
-            self.agreement.floor = self.agreement.floor.max(lowest.unwrap_or(0));
+            if lowest > Some(self.agreement.floor) {
+                self.agreement.floor = lowest.unwrap_or(0);
+                self.agreement.sweep();
+            }
         }
 
         /// Drops the tombstones that all replicas have had at one time, long enough ago that nothing older can still be on its
@@ -2910,9 +2921,15 @@ mod node {
         }
 
         /// The groups of which none that lacks nothing was heard.
-        fn waits_for(&self) -> BTreeSet<Vec<String>> {
-            let unheard = self.incoming.values().flat_map(|it| &it.groups).filter(|group| !group.heard);
-            set_of(unheard.map(|group| group.left.iter().cloned().collect()))
+        fn waits_for(&self) -> Vec<Vec<String>> {
+            let mut groups = Vec::new();
+            for group in self.incoming.values().flat_map(|it| &it.groups).filter(|group| !group.heard) {
+                let left = group.left.iter().cloned().collect();
+                if !groups.contains(&left) {
+                    groups.push(left);
+                }
+            }
+            groups
         }
 
         /// The incoming spans that have something of this one.
