@@ -6388,6 +6388,8 @@ mod simulation {
         factor: usize,
         /// Networks are cut often and for long, and nodes seldom die.
         is_cut_up: bool,
+        /// A node is cut off from all others for longer than tombstones stay.
+        is_long: bool,
         replicas: Replicas,
     }
 
@@ -6736,12 +6738,14 @@ mod simulation {
                 lineage: HashSet::new(),
                 factor: 1,
                 is_cut_up: false,
+                is_long: false,
                 replicas: Replicas::default(),
             };
             let count = 2 + state.below(4);
             // Half of the stores have one replica a shard.
             state.factor = [1, 1, 2, 3][(seed % 4) as usize];
             state.is_cut_up = state.factor > 1 && seed % 8 > 3;
+            state.is_long = state.is_cut_up && seed % 32 > 27;
             let sessions = (0..3).map(|_| Session { context: "{}".into(), ..Session::default() }).collect();
             let (seen, bound) = (vec![BTreeMap::new(); KEYS], vec![0; KEYS]);
             let (highest, lost) = (bound.clone(), bound.clone());
@@ -7173,8 +7177,9 @@ mod simulation {
             let alive = |machine: usize| self.state.borrow().machines[machine].node.is_some();
             let awake = |machine: usize| alive(machine) && !self.state.borrow().machines[machine].asleep;
             // Where networks are cut, most of what else happens are requests.
-            let is_cut_up = self.state.borrow().is_cut_up && !self.state.borrow_mut().percent(15);
-            match if is_cut_up && roll < 95 { 0 } else { roll } {
+            let (is_cut_up, is_long) = (self.state.borrow().is_cut_up, self.state.borrow().is_long);
+            let is_cut_up = is_cut_up && !self.state.borrow_mut().percent(15);
+            match if is_cut_up && roll < 95 || is_long { 0 } else { roll } {
                 0..58 if awake(one) && self.state.borrow().is_member(one) => self.client(one),
                 58..74 if awake(one) => {
                     let mut view: Vec<usize> = (0..count).filter(|_| self.state.borrow_mut().percent(65)).collect();
@@ -7289,7 +7294,11 @@ mod simulation {
             let length = {
                 let mut state = self.state.borrow_mut();
                 (state.quiet, state.trouble) = (false, [0, 0, 5, 20][state.below(4)]);
-                [2000, 3000, 5000, 12000][state.below(4)]
+                if state.is_long {
+                    let last = count - 1;
+                    (0..last).for_each(|it| state.cut.extend([(it, last), (last, it)]));
+                }
+                if state.is_long { 40_000 } else { [2000, 3000, 5000, 12000][state.below(4)] }
             };
             self.for_a_while(Duration::from_millis(length), |simulation| simulation.random_fault(&first));
             self.heal();
@@ -7302,7 +7311,8 @@ mod simulation {
             while self.state.borrow().now < end && self.step() {
                 let now = self.state.borrow().now;
                 if now >= next {
-                    next = now + Duration::from_millis(self.state.borrow_mut().below(80) as u64);
+                    let longest = if self.state.borrow().is_long { 1000 } else { 80 };
+                    next = now + Duration::from_millis(self.state.borrow_mut().below(longest) as u64);
                     if !self.state.borrow().quiet {
                         trouble(self);
                     }
