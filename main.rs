@@ -6382,6 +6382,8 @@ mod simulation {
         changes: usize,
         /// How long the nodes' locks keep off others.
         lease: Duration,
+        /// A view was changed by force, which may give up anything.
+        forced: bool,
         /// The versions of the store's tables.
         lineage: HashSet<Version>,
         /// How many replicas the first table has.
@@ -6735,6 +6737,7 @@ mod simulation {
                 told,
                 changes: 0,
                 lease: Duration::from_millis(0),
+                forced: false,
                 lineage: HashSet::new(),
                 factor: 1,
                 is_cut_up: false,
@@ -6966,6 +6969,7 @@ mod simulation {
         }
 
         fn change(&self, machine: usize, view: Vec<usize>, force: bool) {
+            self.state.borrow_mut().forced |= force;
             let there = self.there(machine);
             let request = Request { verb: "PUT".into(), target: "/kv-store/view-change".into(), ..Request::default() };
             self.state.borrow().tell(|| format!("n{machine} is asked for {view:?}, force {force}"));
@@ -7156,13 +7160,32 @@ mod simulation {
                     && !newest.lists(&own)
                     && !newest.sources().contains(&own);
                 if left_out && state.machines[machine].outlawed.is_none() {
-                    state.tell(|| format!("n{machine} is left out by force"));
+                    state.tell(|| format!("n{machine} is left out"));
+                    if state.factor > 1 && !state.forced {
+                        self.check_given_up(state, machine);
+                    }
                     state.vanish(machine, None);
                     state.machines[machine].outlawed = Some(newest.version);
                     state.note_records(true);
                 } else if !left_out {
                     state.machines[machine].outlawed = None;
                 }
+            }
+        }
+
+        /// Whoever is left out without force takes nothing with it but what it alone took while it was cut off.
+        fn check_given_up(&self, state: &State, machine: usize) {
+            let record = |node: &Node, name: &str| node.records.get(hash_of(name.as_bytes()), name.as_bytes()).cloned();
+            for key in 0..KEYS {
+                let name = name(key);
+                let gone = state.machines[machine].node.as_ref().expect("it lives");
+                let Some(lost) = record(gone, &name).filter(|it| it.stamp() == state.replicas.bound[key]) else {
+                    continue;
+                };
+                let others = state.machines.iter().enumerate().filter(|(it, _)| *it != machine);
+                let kept =
+                    others.filter_map(|(_, it)| record(it.node.as_ref()?, &name)).any(|it| it.stamp() >= lost.stamp());
+                assert!(kept || gone.has_given(lost.stamp()), "SEED={}: {name} is given up with n{machine}", self.seed);
             }
         }
 
