@@ -40,7 +40,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::process::exit;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::thread;
@@ -378,6 +378,7 @@ enum Vocabulary {
 /// What a path names.
 enum Resource<'a> {
     Instance,
+    Metrics,
     KeyCount,
     ViewChange,
     /// All shards, or one by its index.
@@ -397,6 +398,7 @@ impl Request {
         let key = |segment| Resource::Key(percent_decode(segment).into());
         let mut segments = path.split(|byte| *byte == b'/');
         match [(); 5].map(|()| segments.next()) {
+            [Some(b""), Some(b"metrics"), None, ..] => (Resource::Metrics, typed),
             [Some(b""), Some(b"kv-store"), None | Some(b""), None, _] => (Resource::Instance, Vocabulary::Json),
             [Some(b""), Some(b"kv-store"), Some(b"key-count"), None, _] => (Resource::KeyCount, Vocabulary::Json),
             [Some(b""), Some(b"kv-store"), Some(b"view-change"), None, _] => (Resource::ViewChange, Vocabulary::Json),
@@ -600,6 +602,8 @@ enum Outcome {
     NoShard,
     /// With the members that tell how many keys there are, that describe this instance, or a shard, or with the shards' ids.
     KeyCount(String), Instance(String), Shard(String), Shards(String),
+    /// With the text.
+    Metrics(String),
     /// With the address of the node.
     NodeDown(String), HoldsKeys(String),
     /// With the reason.
@@ -643,6 +647,7 @@ impl Outcome {
             Shard(_)          => [(200, r#"{"message":"Shard information retrieved successfully",<shard>}"#); 2],
             NoShard           => [(404, "Shard does not exist"); 2],
             Instance(_)       => [(200, r#"{"result":"Success",<instance>}"#); 2],
+            Metrics(_)        => [(200, ""); 2],
             AddressNotSet     => [(400, "ADDRESS is not set"); 2],
             NodeDown(_)       => [(501, "Server unavailable"),   (503, "Node <node> is down")],
             ViewMissing       => [(400, "View is missing"); 2],
@@ -660,6 +665,9 @@ impl Outcome {
     /// Says the outcome in a vocabulary.
     fn answer(&self, vocabulary: Vocabulary, verb: &str) -> Answer {
         let (status, text) = self.row()[vocabulary as usize];
+        if let Outcome::Metrics(text) = self {
+            return Answer { status, header: Cow::Borrowed(METRICS), body: text.clone().into_bytes() };
+        }
         let template = match vocabulary {
             _ if text.starts_with('{') => Cow::Borrowed(text),
             Vocabulary::Form => format!(r#"{{"result":"Error","msg":"{text}"}}"#).into(),
@@ -687,6 +695,7 @@ impl Outcome {
 
 /// The headers that our answers have, beside those that every answer has.
 const JSON: &str = "Content-Type: application/json";
+const METRICS: &str = "Content-Type: text/plain; version=0.0.4";
 const CLOSE: &str = "Connection: close\r\n";
 const GET_ONLY: &str = "Content-Type: application/json\r\nAllow: GET, HEAD";
 const PUT_ONLY: &str = "Content-Type: application/json\r\nAllow: PUT";
@@ -903,6 +912,8 @@ mod records {
         table: HashTable<Record>,
         /// Of these so many are keys.
         count: usize,
+        /// The length of all values.
+        bytes: usize,
         /// The XOR of what they add to it.
         digest: u64,
     }
@@ -911,8 +922,9 @@ mod records {
         /// Counts a record that came, or went.
         fn note(&mut self, hash: u64, record: &Record, came: bool) {
             self.digest ^= record.digest(hash);
-            let keys = usize::from(!record.is_tombstone());
-            self.count = if came { self.count + keys } else { self.count - keys };
+            let (keys, bytes) = (usize::from(!record.is_tombstone()), record.value().len());
+            let change = |sum: usize, by| if came { sum + by } else { sum - by };
+            (self.count, self.bytes) = (change(self.count, keys), change(self.bytes, bytes));
         }
     }
 
@@ -920,6 +932,11 @@ mod records {
         /// How many keys there are.
         pub fn len(&self) -> usize {
             self.count
+        }
+
+        /// The length of all values, as JSON text.
+        pub fn bytes(&self) -> usize {
+            self.buckets.values().map(|bucket| bucket.bytes).sum()
         }
 
         pub fn is_empty(&self) -> bool {
@@ -1177,14 +1194,12 @@ fn begin(request: Request) -> Result<Answer, Work> {
     let (resource, vocabulary) = request.route();
     match (&SETTINGS.role, &resource) {
         // What an instance is, only that instance can say.
-        (Role::Follower(main), _) if !(matches!(resource, Resource::Instance) && request.verb == "GET") => {
-            Err(Box::new(move || {
-                let verb = request.verb.clone();
-                let down = || Outcome::MainDown.answer(vocabulary, &verb);
-                let patience = if request.is_view_change() { CHANGE_LIMIT } else { PATIENCE };
-                Peer::at(main).relay(request, patience).unwrap_or_else(|_| down())
-            }))
-        }
+        (Role::Follower(main), resource) if !is_about_this_instance(resource, &request) => Err(Box::new(move || {
+            let verb = request.verb.clone();
+            let down = || Outcome::MainDown.answer(vocabulary, &verb);
+            let patience = if request.is_view_change() { CHANGE_LIMIT } else { PATIENCE };
+            Peer::at(main).relay(request, patience).unwrap_or_else(|_| down())
+        })),
         (_, Resource::Key(key)) => {
             let context = match causal_context(&request, vocabulary) {
                 Ok(context) => context,
@@ -1204,6 +1219,15 @@ fn begin(request: Request) -> Result<Answer, Work> {
             let (resource, vocabulary) = request.route();
             answer_about(&resource, &request, vocabulary)
         })),
+    }
+}
+
+/// Whether only the instance that is asked can answer. (What no instance takes, the main instance may refuse.)
+fn is_about_this_instance(resource: &Resource, request: &Request) -> bool {
+    match resource {
+        Resource::Instance => request.verb == "GET",
+        Resource::Metrics => true,
+        _ => false,
     }
 }
 
@@ -1321,6 +1345,7 @@ fn answer_about(resource: &Resource, request: &Request, vocabulary: Vocabulary) 
     use Outcome::*;
     let outcome = match (resource, request.verb.as_str()) {
         (Resource::Instance, "GET") => Instance(describe_instance()),
+        (Resource::Metrics, "GET") => Metrics(metrics()),
         (Resource::KeyCount, "GET") => block_on(count_keys(&Live)).unwrap_or_else(|failure| failure),
         (Resource::ViewChange, "PUT") | (Resource::Shards(_), "GET") if own().is_none() => AddressNotSet,
         (Resource::Shards(id), "GET") => block_on(describe_shards(&Live, *id)).unwrap_or_else(|failure| failure),
@@ -1372,14 +1397,59 @@ fn wanted_view(body: &[u8]) -> Result<WantedView, Outcome> {
 }
 
 fn describe_instance() -> String {
-    let (count, table) = Live.with(|node| (node.keys(), node.table()));
+    let (count, table, more) = Live.with(|node| (node.keys(), node.table(), node.describe()));
     let view = table.map_or(SETTINGS.view.clone(), |table| table.view.clone()).join(r#"",""#);
     let (role, more) = match &SETTINGS.role {
         Role::Main => ("main", format!(r#""key-count":{count}"#)),
         Role::Follower(main) => ("follower", format!(r#""forwarding-address":"{main}""#)),
-        Role::Node(own) => ("node", format!(r#""address":"{own}","view":["{view}"],"key-count":{count}"#)),
+        Role::Node(own) => ("node", format!(r#""address":"{own}","view":["{view}"],"key-count":{count}{more}"#)),
     };
     format!(r#""role":"{role}","version":"{VERSION}",{more}"#)
+}
+
+/// What clients were answered since the start: by verb, and by the first digit of the status.
+static ANSWERED: [[AtomicU64; 6]; 4] = [const { [const { AtomicU64::new(0) }; 6] }; 4];
+const VERBS: [&str; 4] = ["GET", "PUT", "DELETE", "other"];
+/// What was relayed to other instances since the start, and how often there was no answer.
+static RELAYED: AtomicU64 = AtomicU64::new(0);
+static RELAYED_IN_VAIN: AtomicU64 = AtomicU64::new(0);
+
+fn count_answer(verb: &str, status: u16) {
+    let index = VERBS.iter().position(|it| *it == verb).unwrap_or(3);
+    if let Some(count) = ANSWERED[index].get(status as usize / 100) {
+        count.fetch_add(1, Relaxed);
+    }
+}
+
+/// What this instance counts, in the text format of Prometheus, version 0.0.4.
+fn metrics() -> String {
+    let mut text = String::new();
+    let head =
+        |name: &str, kind: &str, help: &str| format!("# HELP kv_store_{name} {help}\n# TYPE kv_store_{name} {kind}\n");
+    text += &head("requests_total", "counter", "Answers to clients, by verb and class of status.");
+    for (verb, counts) in VERBS.iter().zip(&ANSWERED) {
+        for (class, count) in counts.iter().enumerate().skip(2) {
+            let count = count.load(Relaxed);
+            text += &format!("kv_store_requests_total{{verb=\"{verb}\",class=\"{class}xx\"}} {count}\n");
+        }
+    }
+    let (keys, bytes, [epoch, number, to_fetch, silent]) =
+        Live.with(|node| (node.keys() as u64, node.records.bytes() as u64, node.gauges()));
+    let connections = lock(&CONNECTIONS).len() as u64;
+    for (name, kind, help, value) in [
+        ("relays_total", "counter", "Requests relayed to other instances.", RELAYED.load(Relaxed)),
+        ("relay_failures_total", "counter", "Relays without an answer.", RELAYED_IN_VAIN.load(Relaxed)),
+        ("keys", "gauge", "Keys held.", keys),
+        ("value_bytes", "gauge", "Bytes of the values held.", bytes),
+        ("connections", "gauge", "Open connections.", connections),
+        ("table_epoch", "gauge", "Epoch of the table that this node goes by.", epoch),
+        ("table_number", "gauge", "Number of that table within its epoch.", number),
+        ("keys_to_fetch", "gauge", "Keys that this node has still to fetch, as far as it knows.", to_fetch),
+        ("silent_nodes", "gauge", "Nodes that do not answer this one.", silent),
+    ] {
+        text += &format!("{}kv_store_{name} {value}\n", head(name, kind, help));
+    }
+    text
 }
 
 // ---- Tables: which shard has which key, and who else may have some of it --------------------------------------------
@@ -1788,6 +1858,8 @@ mod node {
         Forget(Version, Span),
         /// Give me the first records of this span, of about so many bytes.
         Give(Version, Span, usize),
+        /// How many keys do you have of these spans?
+        Count(Version, Vec<Span>),
         /// What are the digests of these spans?
         Digests(Version, Vec<Span>),
         /// Give me all records of these spans, or of the first of them.
@@ -1820,6 +1892,7 @@ mod node {
         /// Records, up to where they are all that there is, and whether who gives them lacks nothing there itself.
         Records(Vec<Copied>, Position, bool),
         Digests(Vec<u64>),
+        Count(u64),
         /// All records of so many spans.
         All(Vec<Copied>, usize),
     }
@@ -2177,6 +2250,8 @@ mod node {
         takers: BTreeMap<String, u64>,
         /// The sources that are being fetched from.
         fetching: BTreeSet<String>,
+        /// How many keys these have still to give, once they have said.
+        left: BTreeMap<String, u64>,
         /// What an operator may want to know, to be printed.
         pub lines: Vec<String>,
         /// Records that nobody wants, to be dropped when the lock is gone: that may take seconds.
@@ -2216,6 +2291,7 @@ mod node {
                 ahead: BTreeSet::new(),
                 takers: BTreeMap::new(),
                 fetching: BTreeSet::new(),
+                left: BTreeMap::new(),
                 lines: Vec::new(),
                 garbage: Vec::new(),
             }
@@ -2403,6 +2479,9 @@ mod node {
                     let (records, to) = self.records.first_of(&span, limit.min(MAX_BATCH));
                     let is_whole = self.is_whole(&span);
                     Reply::Records(records.iter().map(|record| self.copy_of(record)).collect(), to, is_whole)
+                }
+                Message::Count(version, spans) if self.version() == Some(version) && spans.len() <= MAX_SPANS => {
+                    Reply::Count(spans.iter().map(|span| self.records.count_of(span) as u64).sum())
                 }
                 Message::Digests(version, spans) if self.version() == Some(version) && spans.len() <= MAX_SPANS => {
                     Reply::Digests(self.records.digests_of(&spans))
@@ -2599,6 +2678,7 @@ mod node {
             self.complete = table.sources().is_empty();
             self.takers.clear();
             self.fetching.clear();
+            self.left.clear();
             self.heard = None;
             self.table = Some(Arc::new(table));
         }
@@ -2952,6 +3032,19 @@ mod node {
             idle
         }
 
+        /// The spans that a source has to give before this node can answer for them.
+        pub fn needed_from(&self, source: &String) -> Vec<Span> {
+            let needed = self.incoming.iter().filter(|(_, incoming)| incoming.blocks() && incoming.is_from(source));
+            needed.map(|(from, it)| Span { from: from.clone(), to: it.to.clone() }).collect()
+        }
+
+        /// Notes how many keys a source has to give.
+        pub fn note_left(&mut self, version: Version, source: &str, left: u64) {
+            if self.version() == Some(version) && self.fetching.contains(source) {
+                self.left.insert(source.to_owned(), left);
+            }
+        }
+
         /// What to fetch next from a source, and whether all but what only this source took is here already. Nothing is left if
         /// the table is not the one of this version any more.
         pub fn next_from(&mut self, source: &String, version: Version) -> Option<(Span, bool)> {
@@ -2959,6 +3052,7 @@ mod node {
             let next = spans.next().map(|(from, it)| (Span { from: from.clone(), to: it.to.clone() }, !it.blocks()));
             if self.version() == Some(version) && next.is_none() {
                 self.fetching.remove(source);
+                self.left.remove(source);
             }
             next.filter(|_| self.version() == Some(version))
         }
@@ -2967,6 +3061,10 @@ mod node {
         pub fn merge(&mut self, version: Version, source: &str, span: &Span, records: Vec<(Record, Causal)>) -> bool {
             if self.version() != Some(version) {
                 return false;
+            }
+            if let Some(left) = self.left.get_mut(source) {
+                let keys = records.iter().filter(|(record, _)| !record.is_tombstone()).count();
+                *left = left.saturating_sub(keys as u64);
             }
             let from_source = self.incoming_in(span).filter(|(_, incoming)| incoming.is_from(source));
             let spans: Vec<Span> = from_source.map(|(span, _)| span).collect();
@@ -3058,6 +3156,32 @@ mod node {
         /// The nodes that do not answer, as far as this one knows.
         pub fn silent(&self) -> Vec<String> {
             self.peers.iter().filter(|(_, peer)| peer.silent).map(|(node, _)| node.clone()).collect()
+        }
+
+        /// How many keys it has still to fetch; None as long as that is not known.
+        fn to_fetch(&self) -> Option<u64> {
+            let waits = |source: &String| self.incoming.values().any(|it| it.blocks() && it.is_from(source));
+            let is_known = self.fetching.iter().all(|source| self.left.contains_key(source) || !waits(source));
+            is_known.then(|| self.left.values().sum())
+        }
+
+        /// What an operator asks of a node first, as members of a JSON object.
+        pub fn describe(&self) -> String {
+            let silent = self.silent().join(r#"",""#);
+            let silent = if silent.is_empty() { silent } else { format!(r#""{silent}""#) };
+            let Some(table) = &self.table else { return format!(r#","silent":[{silent}]"#) };
+            let shard = self.shard.map_or(String::new(), |shard| format!(r#","shard-id":"{}""#, shard + 1));
+            let left = self.to_fetch().map_or("null".into(), |left| left.to_string());
+            let (factor, version) = (table.factor, table.version);
+            format!(
+                r#"{shard},"repl-factor":{factor},"table-version":"{version}","keys-to-fetch":{left},"silent":[{silent}]"#
+            )
+        }
+
+        /// The same as numbers: the epoch and number of its table, how many keys it has still to fetch, and how many are silent.
+        pub fn gauges(&self) -> [u64; 4] {
+            let version = self.version().unwrap_or_default();
+            [version.epoch, version.number, self.to_fetch().unwrap_or(0), self.silent().len() as u64]
         }
 
         /// A node that this one waits for, to name it in an error.
@@ -3819,6 +3943,12 @@ mod protocol {
     /// Fetches all that a source has to give, for as long as this node goes by the same table.
     async fn fetch_all(world: &impl World, source: &String) {
         let Some(version) = world.with(|node| node.version()) else { return };
+        let mut left = 0;
+        for spans in world.with(|node| node.needed_from(source)).chunks(16) {
+            let reply = ask_one(world, source, Message::Count(version, spans.to_vec())).await;
+            left += if let Some((_, Reply::Count(count))) = reply { count } else { 0 };
+        }
+        world.with(|node| node.note_left(version, source, left));
         while let Some((span, is_here)) = world.with(|node| node.next_from(source, version)) {
             let fetched = match is_here {
                 true => compare_span(world, source, version, &span).await.map(|()| {
@@ -4469,7 +4599,7 @@ const PUSH_LIMIT: Duration = Duration::from_millis(1200);
 fn push_one(push: &Push) -> Option<Pushed> {
     let body = postcard::to_stdvec(push).ok()?;
     let message = Request { origin: Origin::Push, body, ..Request::default() };
-    postcard::from_bytes(&Peer::at(&push.to).relay(message, PUSH_LIMIT).ok()?.body).ok()
+    postcard::from_bytes(&Peer::at(&push.to).ask(message, PUSH_LIMIT).ok()?.body).ok()
 }
 
 /// Stores what another replica pushes, if it is for this node.
@@ -4491,7 +4621,7 @@ fn deliver_one(envelope: &Envelope) -> Option<(Status, Reply)> {
     let message = Request { origin: Origin::Message, body, ..Request::default() };
     // In a large store that starts, all ask all.
     let limit = envelope.message.limit().max(Duration::from_millis(40) * SETTINGS.view.len() as u32);
-    let answer = Peer::at(&envelope.to).relay(message, limit).ok()?;
+    let answer = Peer::at(&envelope.to).ask(message, limit).ok()?;
     postcard::from_bytes(&answer.body).ok().filter(|(status, _): &(Status, Reply)| status.is_plain())
 }
 
@@ -4909,7 +5039,15 @@ mod relay {
 
         /// Takes a request to the peer and returns its answer; an error if there is none in time, or the request runs in a ring.
         /// The request is sent once at most.
-        pub fn relay(self: Arc<Peer>, mut request: Request, patience: Duration) -> Result<Answer, Lost> {
+        pub fn relay(self: Arc<Peer>, request: Request, patience: Duration) -> Result<Answer, Lost> {
+            let result = self.ask(request, patience);
+            RELAYED.fetch_add(1, Relaxed);
+            RELAYED_IN_VAIN.fetch_add(result.is_err().into(), Relaxed);
+            result
+        }
+
+        /// The same for what is no client's request.
+        pub fn ask(self: Arc<Peer>, mut request: Request, patience: Duration) -> Result<Answer, Lost> {
             if request.via.split(',').any(|hop| hop.trim() == *VIA) {
                 return Err(Lost { was_sent: false });
             }
@@ -5704,7 +5842,9 @@ impl Connection {
             return self.end();
         }
         self.progress.answering.store(true, SeqCst);
+        let verb = VERBS.into_iter().find(|verb| *verb == request.verb).unwrap_or_default();
         let answer = answer(request);
+        count_answer(verb, answer.status);
         self.progress.answering.store(false, SeqCst);
         // The server takes only headers that live forever: those of a foreign main instance go out as a last word. And it
         // would collect answers without end for a client that does not read them.
@@ -5837,6 +5977,7 @@ impl Connection {
     /// Answers a request whose end is not known or not worth waiting for.
     fn refuse(&mut self, answer: Answer) {
         self.lingers = true;
+        count_answer("other", answer.status);
         self.say_last_word(&answer, false);
     }
 
@@ -6246,7 +6387,8 @@ fn fail(status: i32, line: &str) -> ! {
 /// Asks the instance on this machine whether it answers, as Docker's health check does. (A connection to 0.0.0.0 or [::] is one
 /// to this machine.)
 fn is_healthy(listen: SocketAddr) -> bool {
-    let request = Request { verb: "GET".into(), target: "/kv-store".into(), ..Request::default() };
+    let target = if own().is_some() { "/kv-store/key-count" } else { "/kv-store" };
+    let request = Request { verb: "GET".into(), target: target.into(), ..Request::default() };
     request.send(&listen.to_string(), ANSWER_LIMIT).is_ok_and(|(answer, ..)| answer.status == 200)
 }
 
