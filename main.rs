@@ -6458,6 +6458,7 @@ mod simulation {
         Pushed(Pushed),
     }
 
+    #[derive(Default)]
     struct Machine {
         /// None while it is dead.
         node: Option<Node>,
@@ -6896,16 +6897,7 @@ mod simulation {
             let (highest, lost) = (bound.clone(), bound.clone());
             state.replicas = Replicas { seen, bound, highest, lost, sessions, ..Replicas::default() };
             state.lease = Duration::from_millis([100, 500, 2000, 10_000][state.below(4)]);
-            let machine = |_| Machine {
-                node: None,
-                life: 0,
-                asleep: false,
-                deleting: [0; KEYS],
-                backlog: Vec::new(),
-                outlawed: None,
-                seen: None,
-            };
-            state.machines = (0..count).map(machine).collect();
+            state.machines = (0..count).map(|_| Machine::default()).collect();
             Simulation { seed, state: Rc::new(RefCell::new(state)) }
         }
 
@@ -7747,6 +7739,35 @@ mod simulation {
 
     fn number(variable: &str) -> Option<u64> {
         std::env::var(variable).ok()?.parse().ok()
+    }
+
+    #[test]
+    fn a_replica_that_has_not_fetched_yet_vouches_for_nobody() {
+        let simulation = Simulation::new(2, false);
+        let first = [0, 1, 2, 3];
+        {
+            let mut state = simulation.state.borrow_mut();
+            state.machines.truncate(0);
+            state.machines.extend(first.map(|_| Machine::default()));
+            (state.factor, state.lease) = (2, Duration::from_millis(100));
+        }
+        first.iter().for_each(|machine| simulation.start(*machine, &first));
+        simulation.for_a_while(Duration::from_millis(1600), |_| {});
+        (0..KEYS).for_each(|key| simulation.ask(simulation.there(0), key, Did::Put(key as u32 + 1)));
+        simulation.for_a_while(Duration::from_millis(500), |_| {});
+        // The other replica of n1's shard sleeps, so n1 cannot fetch what it had.
+        simulation.state.borrow_mut().machines[0].asleep = true;
+        simulation.kill(1);
+        simulation.start(1, &first);
+        simulation.for_a_while(Duration::from_millis(3000), |_| {});
+        simulation.change(2, vec![1, 2, 3], false);
+        simulation.for_a_while(Duration::from_millis(8000), |_| {});
+        assert_eq!(simulation.state.borrow().changes, 0, "{}", simulation.describe());
+        simulation.wake(0);
+        simulation.for_a_while(Duration::from_millis(5000), |_| {});
+        let state = simulation.state.borrow();
+        let keys = |machine: &Machine| machine.node.as_ref().map_or(0, Node::keys);
+        assert_eq!(keys(&state.machines[1]) + keys(&state.machines[2]), KEYS, "{}", simulation.describe());
     }
 
     #[test]
