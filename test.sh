@@ -86,6 +86,12 @@ run_local() {
   timeout 10 env "${variables[@]}" target/release/kv-store "${@:2}" 2>&1
   echo "status $?"
 }
+# health_docker INSTANCE: the exit status of the health check of an instance.
+health_docker() { docker exec "${process[$1]}" /kv-store --health && echo 0 || echo 1; }
+health_local() {
+  # shellcheck disable=SC2086 # settings are words
+  env IP=127.0.0.1 PORT="${address[$1]##*:}" ${settings[$1]} timeout 10 target/release/kv-store --health && echo 0 || echo 1
+}
 # status_field INSTANCE FIELD: what the kernel says of the process: VmHWM (the most memory it ever had, in KiB), Threads.
 log_docker() { docker logs "${process[$1]}" 2>&1; }
 log_local() { cat "$work/$1.log"; }
@@ -510,6 +516,33 @@ test_instances() {
 }
 
 # The same questions to main and to a follower: answers are compared byte by byte, with all of their heads but the date.
+# metric INSTANCE NAME: its value, by its name and labels as they stand in the text.
+metric() { curl -s -m 10 "${url[$1]}/metrics" | awk -v name="kv_store_$2" '$1 == name { print $2 }'; }
+
+test_metrics() {
+  local gets puts refused bytes keys relays
+  check "metrics: a type of their own" "200 text/plain; version=0.0.4" "$(ask main GET /metrics | head -n 1 | cut -d ' ' -f 1-3)"
+  expect "metrics: a verb that they do not take" "$(form_error 405 'Method not allowed')" main PUT /metrics -d val=1
+  check "metrics: each has its help and type" 0 "$(curl -s "${url[main]}/metrics" | awk '$1 == "#" { known[$3]++; next } { sub(/{.*/, "", $1); if (known[$1] != 2) wrong++ } END { print wrong + 0 }')"
+  if command -v promtool >/dev/null; then
+    check "metrics: promtool has no complaint" "" "$(curl -s "${url[main]}/metrics" | promtool check metrics 2>&1)"
+  fi
+  gets=$(metric main 'requests_total{verb="GET",class="2xx"}')
+  puts=$(metric main 'requests_total{verb="PUT",class="2xx"}')
+  refused=$(metric main 'requests_total{verb="PUT",class="4xx"}')
+  bytes=$(metric main value_bytes) keys=$(metric main keys) relays=$(metric follower relays_total)
+  ask main PUT /kv-store/metric -d val=123 >/dev/null
+  ask follower PUT /kv-store/metric -d val=12345 >/dev/null
+  ask main PUT /kv-store/metric >/dev/null
+  check "metrics: requests are counted, not those of a follower's clients" "$((puts + 1)) $((refused + 1))" "$(metric main 'requests_total{verb="PUT",class="2xx"}') $(metric main 'requests_total{verb="PUT",class="4xx"}')"
+  check_that "metrics: asking for them is counted" "$(metric main 'requests_total{verb="GET",class="2xx"}') > $gets"
+  check "metrics: keys and the bytes of their values" "$((keys + 1)) $((bytes + 7))" "$(metric main keys) $(metric main value_bytes)"
+  check "metrics: relays are counted, and have not failed" "$((relays + 1)) 0" "$(metric follower relays_total) $(metric follower relay_failures_total)"
+  check_that "metrics: connections, of which this is one" "$(metric main connections) > $IDLE_CLIENTS"
+  ask main DELETE /kv-store/metric >/dev/null
+  check "metrics: what is deleted counts no more" "$keys $bytes" "$(metric main keys) $(metric main value_bytes)"
+}
+
 test_follower_is_no_different() {
   local -a questions=('' '-I' '-X PUT -d val=1' '-X PUT' '-X PUT -d val=%ff' '-X DELETE' '-X POST' '-X OPTIONS' '-H Content-Type:application/json -X PUT -d {}')
   local path question before
@@ -626,7 +659,7 @@ counts() {
   for node in "$@"; do list+=("$(count "$node")"); done
   echo "${list[*]}"
 }
-view_of() { ask "$1" GET /kv-store | grep -o '\[.*\]' | tr -d '[]"'; }
+view_of() { ask "$1" GET /kv-store | grep -o '"view":\[[^]]*\]' | cut -d : -f 2- | tr -d '[]"'; }
 # write NODE PREFIX COUNT / found NODE PREFIX COUNT: puts keys; says how many are there, with their values.
 write() { curl -s -m 40 -X PUT "${json[@]}" -d "{\"value\":\"of $2\"}" -w '%{http_code}\n' -o /dev/null "${url[$1]}/kv-store/keys/$2[1-$3]" | grep -c '^20[01]'; }
 found() { curl -s -m 40 "${url[$1]}/kv-store/keys/$2[1-$3]" | grep -c "\"value\":\"of $2\""; }
@@ -656,7 +689,8 @@ test_nodes() {
   wait "${clients[@]}"
   check "nodes: a request that comes before the last node is up waits for it" 201 "$(cat "$work/early")"
   await "nodes: both answer for their keys" 200 status_of n2 DELETE /kv-store/keys/early
-  await "nodes: n1 says what it is" "200 {\"result\":\"Success\",\"role\":\"node\",\"version\":\"2.0.0\",\"address\":\"${address[n1]}\",\"view\":[\"$(view n1 n2 | sed 's/,/","/')\"],\"key-count\":0}" ask n1 GET /kv-store
+  check "nodes: n1 is healthy" 0 "$("health_$mode" n1)"
+  await "nodes: n1 says what it is" "200 {\"result\":\"Success\",\"role\":\"node\",\"version\":\"2.0.0\",\"address\":\"${address[n1]}\",\"view\":[\"$(view n1 n2 | sed 's/,/","/')\"],\"key-count\":0,\"shard-id\":\"1\",\"repl-factor\":1,\"table-version\":\"0.0\",\"keys-to-fetch\":0,\"silent\":[]}" ask n1 GET /kv-store
   check "nodes: 60 keys through n1 and 60 through n2" "60 60" "$(write n1 a 60) $(write n2 b 60)"
   check "nodes: the key counts add up" 120 "$(total n1 n2)"
   check "nodes: every key is found through every node" "60 60 60 60" "$(found n1 a 60) $(found n1 b 60) $(found n2 a 60) $(found n2 b 60)"
@@ -860,6 +894,9 @@ write_through() { # NUMBER: puts 40 keys, replaces them, deletes the first 20
   curl -s -m 40 -X DELETE "${url[n$((5 - $1))]}/kv-store/keys/w${1}_[1-20]" | grep -c Deleted
 }
 
+# tail_of INSTANCE: what an instance says of itself, from who is silent on.
+tail_of() { ask "$1" GET /kv-store | grep -o '"silent".*'; }
+
 test_node_paused_and_killed() {
   local all began keys
   all=$(total n1 n2 n3)
@@ -870,6 +907,8 @@ test_node_paused_and_killed() {
   "pause_$mode" n2
   expect "paused: its own keys are not to be had" "503 {\"error\":\"Node ${address[n2]} is down\",\"message\":\"Error in GET\",\"address\":\"${address[n2]}\"}" n1 GET "/kv-store/keys/$lost"
   expect "paused: ... in the form vocabulary" "$(form_error 501 'Server unavailable')" n3 DELETE "/kv-store/$lost"
+  await "paused: another says who is silent" "\"silent\":[\"${address[n2]}\"]}" tail_of n1
+  check "paused: ... and counts it" 1 "$(metric n1 silent_nodes)"
   began=$(now)
   check "paused: a view change is refused" "{\"error\":\"Node ${address[n2]} is down\",\"message\":\"Error in PUT\"} 503" "$(change_to n1 n1 n2 n3 n4)"
   check_that "paused: ... soon (ms)" "$(now) - $began < 5000"
@@ -1015,7 +1054,9 @@ test_first_views_that_differ() {
 
 test_blank_node_joins_one() {
   local node
-  for node in one blank; do "address_$mode" "$node" && start_node "$node"; done
+  for node in one blank lonely absent; do "address_$mode" "$node"; done
+  start_node lonely VIEW="$(view lonely absent)" && start_node one && start_node blank
+  check "blank: a node that cannot answer for keys is not healthy" 1 "$("health_$mode" lonely)"
   await "blank: (a store of one has a key)" 201 status_of one PUT /kv-store/key -d val=1
   check "blank: a node without keys may be asked to join it" "1" "$(change_to blank blank one | grep -o '"moved":.*' | grep -c ' 200')"
   check "blank: ... and the key is found through it" 200 "$(status_of blank GET /kv-store/key)"
@@ -1067,7 +1108,7 @@ test_port_in_use_local() {
 
 test_image_docker() {
   check_that "the image is under 2.2 MB (bytes)" "$(docker image inspect -f '{{.Size}}' kv-store:test) < 2200000"
-  check "the image's health check passes" 0 "$(docker exec "${process[main]}" /kv-store --health && echo 0)"
+  check "the image's health check passes" 0 "$(health_docker main)"
   check "the image says which port it serves" 'map[8080/tcp:{}]' "$(docker image inspect -f '{{.Config.ExposedPorts}}' kv-store:test)"
   local began
   began=$(now)
@@ -1724,6 +1765,7 @@ for instance in main follower; do
   test_endless_head "$instance"
 done
 test_follower_is_no_different
+test_metrics
 test_endless_pipelines main
 test_unread_answers
 test_main_paused
