@@ -3033,7 +3033,7 @@ mod node {
         }
 
         /// The spans that a source has to give before this node can answer for them.
-        pub fn needed_from(&self, source: &String) -> Vec<Span> {
+        pub fn needed_from(&self, source: &str) -> Vec<Span> {
             let needed = self.incoming.iter().filter(|(_, incoming)| incoming.blocks() && incoming.is_from(source));
             needed.map(|(from, it)| Span { from: from.clone(), to: it.to.clone() }).collect()
         }
