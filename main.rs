@@ -147,7 +147,7 @@ const HELP: &str = "\
 kv-store: a distributed key-value store over HTTP
 
 usage: kv-store [--help | --version | --health]
-  --health  asks the instance that the same environment describes whether it answers; exit status 0 or 1
+  --health  asks the instance that the same environment describes whether it answers, a node for keys; exit status 0 or 1
 
 environment (an empty variable is an unset one):
   PORT                TCP port to listen on                        [the port of ADDRESS, else 8080]
