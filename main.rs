@@ -485,7 +485,8 @@ fn form_field(text: &[u8]) -> Option<Vec<u8>> {
 /// The member `value` of a JSON object, as the JSON text it came as, so that it goes back digit for digit; only a string is
 /// written anew, as short as can be. Nothing here recurses, however deep the value is nested.
 fn json_value(body: &[u8]) -> Result<String, Outcome> {
-    match member(body, "value")? {
+    let not_text = |refusal| if is_value_broken(body) { Outcome::ValueNotText } else { refusal };
+    match member(body, "value").map_err(not_text)? {
         "null" => Err(Outcome::ValueMissing),
         json if json.starts_with('"') => {
             // JSON can spell half of a surrogate pair (RFC 8259 section 8.2), which is no text.
@@ -494,6 +495,12 @@ fn json_value(body: &[u8]) -> Result<String, Outcome> {
         json if json.len() > MAX_VALUE => Err(Outcome::ValueTooLarge),
         json => Ok(json.to_owned()),
     }
+}
+
+/// Whether a body was refused since its value is a string with bytes that are no UTF-8: replaced, they are no fault any more.
+fn is_value_broken(body: &[u8]) -> bool {
+    let mended = String::from_utf8_lossy(body);
+    member(mended.as_bytes(), "value").is_ok_and(|value| value.starts_with('"') && value.contains('\u{fffd}'))
 }
 
 /// A text as a JSON string. The limit is that of the text: escapes make up to six bytes of one.
@@ -513,8 +520,9 @@ fn member<'a>(body: &'a [u8], name: &str) -> Result<&'a str, Outcome> {
 }
 
 fn find_member<'a>(body: &'a [u8], name: &str) -> Result<Option<&'a str>, Outcome> {
-    let body = if body.is_empty() { b"{}" } else { body };
-    let mut parser = serde_json::Deserializer::from_slice(body);
+    // JSON is UTF-8 (RFC 8259 section 8.1), also where the parser passes over it.
+    let body = str::from_utf8(if body.is_empty() { b"{}" } else { body }).map_err(|_| Outcome::BodyNotObject)?;
+    let mut parser = serde_json::Deserializer::from_str(body);
     let value = parser.deserialize_map(Member(name)).map_err(|_| Outcome::BodyNotObject)?;
     parser.end().map_err(|_| Outcome::BodyNotObject)?;
     Ok(value.map(RawValue::get))
@@ -5816,7 +5824,10 @@ impl Connection {
     fn serve(&mut self, parsed: Parsed, response: &mut Response) {
         let (mut request, framing) = match read_head(&parsed) {
             Ok(head) => head,
-            Err(refusal) => return self.refuse(refusal.answer(Vocabulary::Form, "GET")),
+            Err(refusal) => {
+                self.lingers = true;
+                return self.say_last_word(&refusal.answer(Vocabulary::Form, "GET"), parsed.method() == "HEAD");
+            }
         };
         self.relayed = !request.via.is_empty();
         if request.is_stream() {

@@ -265,6 +265,17 @@ test_json_values() { # INSTANCE
   for value in '"\ud800"' '"a\udc00b"'; do
     expect "JSON, $1: half a surrogate pair: $value" "$(json_error 400 'Value is not valid UTF-8' PUT)" "$1" PUT /kv-store/keys/v "${json[@]}" -d "{\"value\":$value}"
   done
+  # (Bytes that are no UTF-8 are sent from a file: that is the same on every system.)
+  for value in '"a\xffb"' '"\xed\xa0\x80"'; do
+    # shellcheck disable=SC2059 # the format is the point
+    printf "{\"value\":$value}" >"$work/body"
+    expect "JSON, $1: no UTF-8 in the value: $value" "$(json_error 400 'Value is not valid UTF-8' PUT)" "$1" PUT /kv-store/keys/v "${json[@]}" --data-binary "@$work/body"
+  done
+  for value in '{"x":"\xff","value":1}' '{"\xff":1,"value":1}' '{"value":["\xff"]}' '{"value":1,"x":["\xff"]}' '{"value":"1"}\xff'; do
+    # shellcheck disable=SC2059
+    printf "$value" >"$work/body"
+    expect "JSON, $1: no UTF-8 elsewhere: $value" "$(json_error 400 'Body is not a JSON object' PUT)" "$1" PUT /kv-store/keys/v "${json[@]}" --data-binary "@$work/body"
+  done
   { printf '{' && seq -f '"member %.0f":null,' 300000 && printf '"v\\u0061lue":1}'; } >"$work/members"
   expect "JSON, $1: the value among many members" '201 {"message":"Added successfully","replaced":false}' "$1" PUT /kv-store/keys/v "${json[@]}" -d "@$work/members"
   expect "JSON, $1: ... and goes" '200 {"doesExist":true,"message":"Deleted successfully"}' "$1" DELETE /kv-store/keys/v
@@ -375,6 +386,8 @@ test_http() { # INSTANCE
   expect_raw "$p a target that would go on with the host" '404 {"result":"Error","msg":"Not found"}' "$i" "GET @${address[main]}/kv-store HTTP/1.1\r\nConnection: close\r\n\r\n"
   expect_raw "$p asked to continue" "100 $set" "$i" "${put}Expect: 100-continue\r\nContent-Length: 5\r\nConnection: close\r\n\r\nval=1"
   expect_raw "$p HEAD after another request" "$found 200" "$i" "$get\r\nHEAD /kv-store/h HTTP/1.1\r\n\r\n"
+  expect_raw "$p HEAD that is refused" "400" "$i" 'HEAD /kv-store/h HTTP/1.\x31\r\n\r\n'
+  expect_raw "$p HEAD with a chunked body" "411" "$i" 'HEAD /kv-store/h HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n'
   check "$p HEAD gives the length that GET has" "$(curl -s -o /dev/null -w '%header{content-length}' "${url[$i]}/kv-store/h")" \
     "$(curl -s -I -m 5 -w '%header{content-length}' -o /dev/null "${url[$i]}/kv-store/h")"
   check "$p half a body is no request" "" "$(raw_abandoned "$i" "${put}Content-Length: 500\r\n\r\nval=2")"
