@@ -476,6 +476,42 @@ test_endless_pipelines() { # INSTANCE
   wait "${clients[@]}"
 }
 
+# Clients that have one large answer after the other made, and leave in the middle of them; the instance stays the same process.
+test_clients_that_leave() { # INSTANCE
+  local host=${url[$1]#http://} before n
+  before=$("process_id_$mode" "$1")
+  head -c 100000 /dev/zero | tr '\0' v | sed 's/^/val=/' >"$work/leave"
+  status_of "$1" PUT /kv-store/leave -d "@$work/leave" >/dev/null
+  # After three such answers others have their turn, and then this client is gone.
+  local gets=$'GET /kv-store/leave HTTP/1.1\r\nHost: test\r\n\r\n'
+  for n in {1..8}; do
+    for _ in {1..200}; do
+      exec 3<>"/dev/tcp/${host%:*}/${host#*:}" && printf %s "$gets$gets$gets" >&3
+      exec 3>&-
+    done 2>/dev/null &
+    clients[n]=$!
+  done
+  wait "${clients[@]}"
+  check "clients that leave, $1: it goes on" "$before 200" "$("process_id_$mode" "$1") $(status_of "$1" DELETE /kv-store/leave)"
+}
+
+# Many large answers at once by way of a follower; both instances stay the same processes.
+test_large_answers() {
+  local before n
+  before="$("process_id_$mode" main) $("process_id_$mode" follower)"
+  status_of main PUT /kv-store/large -d "@$work/full" >/dev/null
+  for _ in {1..4}; do
+    for n in {1..150}; do
+      curl -s -m 30 -o /dev/null -w '%{http_code} %{size_download}\n' "${url[follower]}/kv-store/large" >"$work/large.$n" &
+      clients[n]=$!
+    done
+    wait "${clients[@]}"
+    check "large answers: 150 at once through a follower" "150 200 $((LIMIT + 32))" "$(cat "$work"/large.* | sort | uniq -c | xargs)"
+  done
+  check "large answers: the instances go on" "$before 200 200" \
+    "$("process_id_$mode" main) $("process_id_$mode" follower) $(status_of main GET /kv-store) $(status_of follower DELETE /kv-store/large)"
+}
+
 # Clients that ask for large values and read nothing.
 test_unread_answers() {
   local host n fds=()
@@ -1780,6 +1816,8 @@ done
 test_follower_is_no_different
 test_metrics
 test_endless_pipelines main
+test_clients_that_leave main
+test_large_answers
 test_unread_answers
 test_main_paused
 test_settings
