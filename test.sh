@@ -482,11 +482,12 @@ test_clients_that_leave() { # INSTANCE
   before=$("process_id_$mode" "$1")
   head -c 100000 /dev/zero | tr '\0' v | sed 's/^/val=/' >"$work/leave"
   status_of "$1" PUT /kv-store/leave -d "@$work/leave" >/dev/null
-  # After three such answers others have their turn, and then this client is gone.
-  local gets=$'GET /kv-store/leave HTTP/1.1\r\nHost: test\r\n\r\n'
+  # After each three such answers others have their turn, and after the last ones this client is gone.
+  local gets
+  gets=$(yes $'GET /kv-store/leave HTTP/1.1\r\nHost: test\r\n\r' | head -n 90)$'\n'
   for n in {1..8}; do
     for _ in {1..200}; do
-      exec 3<>"/dev/tcp/${host%:*}/${host#*:}" && printf %s "$gets$gets$gets" >&3
+      exec 3<>"/dev/tcp/${host%:*}/${host#*:}" && printf %s "$gets" >&3
       exec 3>&-
     done 2>/dev/null &
     clients[n]=$!
