@@ -84,6 +84,8 @@ const MAX_UNSENT: u64 = 4 << 20;
 /// The answers that all connections together may have waiting for clients that do not read, in bytes. Each takes up to four
 /// times that in memory: in the server's buffer, which doubles, and in the copies that a connection keeps.
 const MAX_UNREAD: u64 = 48 << 20;
+/// What idle connections may keep, in bytes of answers: the server's buffers do not shrink. Each byte is two in memory.
+const MAX_KEPT: u64 = 96 << 20;
 /// After so many bytes of answers a client that sends one request after the other lets others have their turn.
 const TURN: u64 = 256 << 10;
 /// A connection on which nothing happens for this long is closed. Load balancers do so after 60 s: the client's side should be
@@ -5749,6 +5751,9 @@ fn take_turn(served: &mut u64, most: u64) {
     }
 }
 
+/// The most that was ever unsent of each connection, of all that are open.
+static KEPT: AtomicU64 = AtomicU64::new(0);
+
 /// What is unread of all connections.
 static UNREAD: AtomicU64 = AtomicU64::new(0);
 
@@ -5858,11 +5863,14 @@ impl Connection {
         count_answer(verb, answer.status);
         self.progress.answering.store(false, SeqCst);
         // The server takes only headers that live forever: those of a foreign main instance go out as a last word. And it
-        // would collect answers without end for a client that does not read them.
+        // would collect answers without end for a client that does not read them, and keep the room for large ones until it leaves.
         if self.handed - self.taken > MAX_UNSENT {
             self.forget_taken();
         }
-        let unfit = matches!(answer.header, Cow::Owned(_)) || self.handed - self.taken > MAX_UNSENT;
+        let is_kept = answer.body.len() as u64 > self.most_unsent + (64 << 10);
+        let unfit = matches!(answer.header, Cow::Owned(_))
+            || self.handed - self.taken > MAX_UNSENT
+            || is_kept && KEPT.load(SeqCst) > MAX_KEPT;
         if framing.closing || framing.is_head || unfit {
             self.lingers = !framing.closing;
             self.say_last_word(&answer, framing.is_head);
@@ -5939,7 +5947,8 @@ impl Connection {
             response.header(header);
         }
         response.body_vec(answer.body);
-        self.most_unsent = self.most_unsent.max(self.handed - self.taken);
+        let most = self.most_unsent.max(self.handed - self.taken);
+        KEPT.fetch_add(most - std::mem::replace(&mut self.most_unsent, most), SeqCst);
         if self.handed - self.taken > 4 << 10 {
             self.forget_taken();
             self.progress.tell(self.handed, self.taken);
@@ -6060,6 +6069,7 @@ impl Drop for Connection {
         }
         lock(&CONNECTIONS).remove(&self.socket.as_raw_fd());
         self.progress.tell(0, 0);
+        KEPT.fetch_sub(self.most_unsent, SeqCst);
         // The buffers, the stack, and three times the answers: in the server's buffer, which doubles, and in our copies.
         FREED.fetch_add((80 << 10) + 3 * self.most_unsent, SeqCst);
     }
