@@ -531,6 +531,21 @@ test_unread_answers() {
   for fd in "${fds[@]}"; do exec {fd}>&-; done
   await_less "unread answers: with the clients, the memory goes" 65536 status_field greedy VmRSS
 }
+# Clients that have read a large value and then rest: no new one makes the instance keep more.
+test_resting_clients() {
+  local host n fds=()
+  start resting
+  host=${url[resting]#http://}
+  ask resting PUT /kv-store/big -d "@$work/full" >/dev/null
+  for n in {1..250}; do
+    exec {fd}<>"/dev/tcp/${host%:*}/${host#*:}"
+    printf 'GET /kv-store/big HTTP/1.1\r\nHost: test\r\n\r\n' >&"$fd"
+    head -c "$LIMIT" <&"$fd" >/dev/null
+    fds+=("$fd")
+  done
+  check_that "resting clients: memory stays under 350 MiB beside $n that read a value of the limit" "$(status_field resting VmRSS) < 358400"
+  for fd in "${fds[@]}"; do exec {fd}>&-; done
+}
 # await_less WHAT LIMIT COMMAND...: soon, the command prints less.
 await_less() {
   poll is_less "${@:2}"
@@ -1820,6 +1835,7 @@ test_endless_pipelines main
 test_clients_that_leave main
 test_large_answers
 test_unread_answers
+test_resting_clients
 test_main_paused
 test_settings
 test_idle_clients main
