@@ -5,6 +5,14 @@
 #        ./test.sh docker     in containers, on a network of their own
 #        ./test.sh local      with processes of target/release/kv-store
 #        ./test.sh bench      measures instead of testing, in about three minutes: needs wrk, compares with nginx and Redis
+#        ./test.sh grade IMAGE [SECTION...]
+#                             grades any image, as a black box in containers: needs jq. Sections: single forwarding shards
+#                             replicas; without any, all of them. Options, before or after IMAGE:
+#          --port N           the port that the image serves, which is also given to it as PORT (8080)
+#          --prefix /PATH     what all paths begin with (/kv-store)
+#          --tap, --json      prints TAP version 13, or one JSON object as Gradescope takes it
+#          --timeout S        for each request, in seconds (10)
+#          --limit S          for everything, in seconds (600); what has not been asked then has failed
 #
 # Builds what it tests, starts what it needs and removes it again. Prints a line a check, and at the end
 # "N passed, N failed"; exit status 1 if any failed. Can run several times at once.
@@ -1790,6 +1798,713 @@ END
   "$complete"
 }
 
+# ---- The grader: any image, as a black box ---------------------------------------------------------------------------
+#
+# It asks only for what the assignments ask for: JSON is compared with its members in any order, and with more of them
+# than expected. Each section has containers of its own. When they cannot be asked (one did not come up, or the time is
+# over), $hopeless says why, and every check that is left fails with that sentence: so the maximum is the same for all images.
+
+readonly GRADED_SECTIONS=(single forwarding shards replicas)
+readonly COMES_UP_WITHIN=20 # seconds; interpreters take their time
+image='' served=8080 prefix=/kv-store style=text patience_of_request=10 limit=600
+sections=() section='' hopeless=''
+points=0 points_of_all=0 points_of_section=0 points_of_section_of_all=0 checks=0 wrong=0 silent=0
+sent=()              # the requests of the check, as curl lines
+want='' got=''       # what it expected and what came
+kept='' kept_sent=() # an answer that was kept, and its requests
+held='' keys_of=()   # the key count of a node, and those of several
+no_answer=''         # why there was none, if there was none
+status='' body=''    # the last answer; no status: there was none
+hosts='' first_host=0 # of the network: its first three numbers, and the last number of the network itself
+
+usage() { sed -n '2,21s/^# \{0,1\}//p' "$0"; }
+# refuse_to_grade SENTENCE: a mistake of the caller, not of the image.
+refuse_to_grade() { echo "test.sh: $1" >&2 && exit 2; }
+
+read_grade_options() { # ARGUMENT...
+  local words=()
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --tap | --json)
+        [ "$style" = text ] || [ "$style" = "${1#--}" ] || refuse_to_grade "--tap or --json, not both"
+        style=${1#--}
+        ;;
+      --port | --prefix | --timeout | --limit)
+        [ $# -gt 1 ] || refuse_to_grade "$1 needs a value"
+        set_grade_option "$1" "$2"
+        shift
+        ;;
+      --help | -h) usage && exit ;;
+      -*) refuse_to_grade "no option $1; ./test.sh --help tells them" ;;
+      *) words+=("$1") ;;
+    esac
+    shift
+  done
+  [ ${#words[@]} -gt 0 ] || refuse_to_grade "grade what? ./test.sh grade IMAGE"
+  image=${words[0]} sections=("${words[@]:1}")
+  [ ${#sections[@]} -gt 0 ] || sections=("${GRADED_SECTIONS[@]}")
+  for section in "${sections[@]}"; do
+    [[ " ${GRADED_SECTIONS[*]} " == *" $section "* ]] || refuse_to_grade "no section '$section'; there are ${GRADED_SECTIONS[*]}"
+  done
+}
+set_grade_option() { # OPTION VALUE
+  case $1 in
+    --prefix) [[ $2 =~ ^(/[A-Za-z0-9._~-]+)*$ ]] || refuse_to_grade "--prefix is a path, /kvs for instance, not '$2'" ;;
+    *) [[ $2 =~ ^[1-9][0-9]{0,4}$ ]] || refuse_to_grade "$1 is a whole number from 1, not '$2'" ;;
+  esac
+  case $1 in
+    --port)
+      [ "$2" -lt 65536 ] || refuse_to_grade "--port is a number up to 65535, not $2"
+      served=$2
+      ;;
+    --prefix) prefix=$2 ;;
+    --timeout) patience_of_request=$2 ;;
+    --limit) limit=$2 ;;
+  esac
+}
+need_for_grading() {
+  command -v curl >/dev/null || refuse_to_grade "curl is missing: apt-get install curl"
+  command -v jq >/dev/null || refuse_to_grade "jq is missing: apt-get install jq"
+  command -v docker >/dev/null || refuse_to_grade "docker is missing: apt-get install docker.io"
+  docker info >/dev/null 2>&1 || refuse_to_grade "no Docker engine answers"
+  docker image inspect "$image" >/dev/null 2>&1 || timeout "$limit" docker pull -q "$image" >/dev/null 2>"$work/error" ||
+    refuse_to_grade "no image $image: $(tail -n 1 "$work/error")"
+}
+
+# seconds_left MOST: to the end of the time in all, 1 at least.
+seconds_left() { echo $((limit - SECONDS < 1 ? 1 : limit - SECONDS < $1 ? limit - SECONDS : $1)); }
+# given_up: whether this section cannot be asked any more.
+given_up() {
+  [ "$SECONDS" -lt "$limit" ] || hopeless="the time in all is over, $limit s (--limit)"
+  [ -n "$hopeless" ]
+}
+# again_until DEADLINE COMMAND...: polls.
+again_until() {
+  until "${@:2}"; do
+    [ "$SECONDS" -lt "$1" ] && ! given_up || return
+    sleep 0.1
+  done
+}
+
+# ---- The grader: containers ------------------------------------------------------------------------------------------
+
+# engine ARGUMENT...: docker, which does not hang. It is out of reach of Ctrl-C, or a container would come up behind our back.
+engine() { timeout 60 docker "$@" </dev/null 2>"$work/error"; }
+# engine_must ARGUMENT...: when Docker refuses, the section is over.
+engine_must() { engine "$@" >/dev/null || hopeless="Docker does not $1: $(tail -n 1 "$work/error")"; }
+
+# The assignments give containers fixed addresses. Docker lets us choose them only in a subnet that was given by name: the
+# one that it has just found to be free.
+create_network() {
+  local subnet try
+  for try in {1..5}; do
+    engine network create --label "kv-grade=$name" "$name" >/dev/null || return
+    subnet=$(engine network inspect -f '{{(index .IPAM.Config 0).Subnet}}' "$name")
+    engine network rm "$name" >/dev/null
+    # Another grader may have been quicker.
+    engine network create --label "kv-grade=$name" --subnet "$subnet" "$name" >/dev/null || continue
+    subnet=${subnet%/*} hosts=${subnet%.*} first_host=${subnet##*.}
+    return
+  done
+  echo "test.sh: no subnet after $try tries" >&2
+  return 1
+}
+# place NODE...: fixes the addresses of nodes. The network's first one is the host's.
+place() {
+  local node
+  for node in "$@"; do address[$node]=$hosts.$((first_host + 2 + ${#address[@]})):$served; done
+}
+
+# bring_up NODE...: makes containers with their settings, starts them, and waits until each answers.
+bring_up() {
+  local node
+  for node in "$@"; do given_up || make_container "$node"; done
+  for node in "$@"; do given_up || await_container "$node"; done
+}
+make_container() { # NODE
+  local variables=(-e "PORT=$served") variable
+  for variable in ${settings[$1]}; do variables+=(-e "$variable"); done
+  process[$1]=$name-$1
+  engine_must create --name "${process[$1]}" --label "kv-grade=$name" --network "$name" --ip "${address[$1]%:*}" \
+    -p "127.0.0.1::$served" "${variables[@]}" "$image"
+  given_up || engine_must start "${process[$1]}"
+}
+await_container() { # NODE
+  again_until $((SECONDS + COMES_UP_WITHIN)) answers_or_ended "$1" || {
+    given_up || hopeless="$1 did not answer on port $served within $COMES_UP_WITHIN s of its start"
+  }
+}
+# answers_or_ended NODE: any answer will do, to a key or to no path at all.
+answers_or_ended() {
+  local state
+  state=$(engine inspect -f '{{.State.Running}} {{.State.ExitCode}}' "${process[$1]}")
+  [ "${state% *}" = true ] || { hopeless="$1 ended with status ${state#* } before it answered" && return; }
+  find_port "$1"
+  curl -s -o /dev/null -m 2 "${url[$1]}$prefix/none" || curl -s -o /dev/null -m 2 "${url[$1]}/"
+}
+# A container that has been started again, or is in another network, has another port.
+find_port() { url[$1]=http://$(engine port "${process[$1]}" "$served/tcp" | head -n 1); } # NODE
+
+stop_container() { given_up || engine_must stop -t 1 "${process[$1]}"; }  # NODE
+kill_container() { given_up || engine_must kill "${process[$1]}"; }       # NODE
+start_again() { # NODE
+  given_up || engine_must start "${process[$1]}"
+  given_up || await_container "$1"
+}
+# cut_off NODE: from the other nodes. We still reach it, over Docker's own network.
+cut_off() {
+  given_up || engine_must network connect bridge "${process[$1]}"
+  given_up || engine_must network disconnect "$name" "${process[$1]}"
+  given_up || find_port "$1"
+}
+join_up() { # NODE
+  given_up || engine_must network connect --ip "${address[$1]%:*}" "$name" "${process[$1]}"
+  given_up || engine_must network disconnect bridge "${process[$1]}"
+  given_up || find_port "$1"
+}
+remove_containers() { docker ps -aq --filter "label=kv-grade=$name" | xargs -r timeout 60 docker rm -f -v >/dev/null 2>&1; }
+clean_grade() {
+  remove_containers
+  docker network ls -q --filter "label=kv-grade=$name" | xargs -r docker network rm >/dev/null 2>&1
+}
+
+# ---- The grader: questions -------------------------------------------------------------------------------------------
+
+# as_typed WORD...: a command line that can be pasted.
+as_typed() {
+  local word words=()
+  for word in "$@"; do
+    [[ $word =~ ^[A-Za-z0-9_./:=@%+,-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
+    words+=("$word")
+  done
+  echo "${words[*]}"
+}
+
+# fetch NODE VERB PATH [CURL ARGUMENT...]: prints body and status of each answer, on lines of their own. A path like /keys/a[1-9]
+# is nine requests, and the first that is not answered is the last. $fed is a command whose output curl reads.
+fetch() {
+  local seconds line
+  seconds=$(seconds_left "$patience_of_request")
+  line=$(as_typed curl -m "$seconds" -X "$2" "${url[$1]}$prefix$3" "${@:4}")
+  [ -z "${fed:-}" ] || line="{ $fed; } | $line"
+  sent+=("$line")
+  { if [ -n "${fed:-}" ]; then bash -c "$fed"; fi; } |
+    timeout --foreground "$(seconds_left "$limit")" curl -s -S --fail-early -m "$seconds" -X "$2" -w '\n%{http_code}\n' "${url[$1]}$prefix$3" "${@:4}" 2>"$work/error" |
+    tr -d '\0' >"$work/answer"
+  local ended=${PIPESTATUS[1]}
+  no_answer=''
+  case $ended in
+    0) return 0 ;;
+    28 | 124) no_answer="no answer within $seconds s" ;;
+    7) no_answer="no answer: connection refused" ;;
+    52 | 56) no_answer="no answer: the connection was closed" ;;
+    *) no_answer="no answer: $(head -n 1 "$work/error")" ;;
+  esac
+  return 1
+}
+# request NODE VERB PATH [CURL ARGUMENT...]: asks once; sets $status, $body and $got.
+request() {
+  status='' body=''
+  fetch "$@" || { got=$no_answer && return 1; }
+  status=$(tail -n 1 "$work/answer") body=$(head -n -1 "$work/answer")
+  got="$status $body"
+  jq -e 'type == "object"' >/dev/null 2>&1 <<<"$body" || got+=" (which is no JSON object)"
+}
+
+# Whether what is expected is within what came: in objects there may be more members. The order of an array counts.
+# shellcheck disable=SC2016 # the variables are jq's
+readonly WITHIN='def within($got): . as $want
+  | if type == "object" then ($got | type) == "object" and all(keys[]; . as $k | ($got | has($k)) and ($want[$k] | within($got[$k])))
+    elif type == "array" then ($got | type) == "array" and length == ($got | length) and all(range(length); . as $i | $want[$i] | within($got[$i]))
+    else . == $got end;'
+
+# Predicates: each sets $want and $got.
+
+# answers STATUS JSON NODE VERB PATH [CURL ARGUMENT...]
+answers() {
+  want="$1 $2"
+  request "${@:3}" && [ "$status" = "$1" ] && jq -e -s --argjson want "$2" "$WITHIN length == 1 and (.[0] as \$got | \$want | within(\$got))" >/dev/null 2>&1 <<<"$body"
+}
+# collect COUNT NODE VERB PATH [CURL ARGUMENT...]: asks for so many answers; they are in $work/answers, as [{"status","body"},...].
+collect() {
+  fetch "${@:2}" || { got="$no_answer (request $(($(grep -c -x '[1-9][0-9][0-9]' "$work/answer") + 1)) of $1)" && return 1; }
+  jq -n -c '[foreach inputs as $x ({}; if $x | type == "number" then {status: $x, body: .next, done: true} else {next: $x} end; select(.done) | {status, body})]' \
+    "$work/answer" >"$work/answers" 2>/dev/null || { got="an answer that is no JSON: $(head -c 300 "$work/answer")" && return 1; }
+  got="$(jq length "$work/answers") answers"
+  [ "$got" = "$1 answers" ]
+}
+# all_answer COUNT STATUS JSON NODE VERB PATH [CURL ARGUMENT...]
+all_answer() {
+  want="$1 times $2 $3"
+  collect "$1" "${@:4}" || return
+  got=$(jq -r --argjson status "$2" --argjson want "$3" "$WITHIN"'
+    map(select(.status != $status or (.body as $got | $want | within($got) | not))) as $other
+    | "\(length - ($other | length)) times" + ($other[:1][] | "; the first other answer: \(.status) \(.body | tojson)") // "\(length) times"' "$work/answers")
+  [ "$got" = "$1 times" ]
+}
+# keep_answer: the last one, for checks of its parts.
+keep_answer() { kept=$body kept_sent=("${sent[@]}"); }
+# told FILTER EXPECTED: what jq makes of the answer that was kept.
+told() {
+  sent=("${kept_sent[@]}")
+  want="$1 is $2"
+  got="$1 is $(jq -c "$1" 2>/dev/null <<<"$kept")"
+  [ "$got" = "$want" ] || { got+=" in $kept" && return 1; }
+}
+
+# ---- The grader: checks and their report -----------------------------------------------------------------------------
+
+# judge POINTS WHAT PREDICATE...: a check. It may take $patience seconds to come true.
+judge() {
+  local deadline=$((SECONDS + ${patience:-0}))
+  want='' got='' sent=() no_answer='' body=''
+  if given_up; then
+    got=$hopeless
+  elif attempt "${@:3}"; then
+    report "$1" "$1" "$2" ''
+    return
+  else
+    while [ "$SECONDS" -lt "$deadline" ] && ! given_up; do
+      sleep 0.2
+      attempt "${@:3}" && report "$1" "$1" "$2" '' && return
+    done
+  fi
+  if [ -n "$hopeless$no_answer" ]; then silent=$((silent + 1)); else wrong=$((wrong + 1)); fi
+  report 0 "$1" "$2" "$(explain)"
+}
+attempt() { sent=() no_answer='' && "$@"; }
+wants() { judge "$1" "$2" answers "${@:3}"; }        # POINTS WHAT STATUS JSON NODE VERB PATH [CURL ARGUMENT...]
+wants_all() { judge "$1" "$2" all_answer "${@:3}"; } # POINTS WHAT COUNT STATUS JSON NODE VERB PATH [CURL ARGUMENT...]
+
+# explain: why a check failed.
+explain() {
+  local line
+  for line in "${sent[@]}"; do printf 'sent      %.1000s\n' "$line"; done
+  [ -z "$want" ] || printf 'expected  %.600s\n' "$want"
+  printf 'got       %.600s\n' "$got"
+}
+# report POINTS OF WHAT EXPLANATION
+report() {
+  local what="$section: $3" mark=FAIL
+  checks=$((checks + 1))
+  points_of_section=$((points_of_section + $1)) points_of_section_of_all=$((points_of_section_of_all + $2))
+  [ "$1" -lt "$2" ] || mark=ok
+  case $style in
+    text) printf '%-5s %s/%s  %s\n' "$mark" "$1" "$2" "$what" && indent '           ' "$4" ;;
+    tap) printf '%s %s - %s (%s of %s)\n' "$([ "$mark" = ok ] || printf 'not ')ok" "$checks" "$what" "$1" "$2" && indent '# ' "$4" ;;
+    json) jq -n -c --arg name "$what" --argjson score "$1" --argjson of "$2" --arg output "$4" '{name: $name, score: $score, max_score: $of, output: $output}' >>"$work/tests" ;;
+  esac
+}
+# tell TEXT: what is no check.
+tell() {
+  case $style in
+    text) printf '%s\n' "$1" ;;
+    tap) indent '# ' "$1" ;;
+    json) printf '%s\n' "$1" >>"$work/told" ;;
+  esac
+}
+indent() { [ -z "$2" ] || printf '%s\n' "$2" | sed "s/^/$1/"; }
+
+grade_section() { # SECTION
+  section=$1 hopeless='' points_of_section=0 points_of_section_of_all=0
+  address=() url=() process=() settings=()
+  "grade_$section"
+  [ "$points_of_section" -eq "$points_of_section_of_all" ] || tell_logs
+  tell "$section: $points_of_section of $points_of_section_of_all points"
+  points=$((points + points_of_section)) points_of_all=$((points_of_all + points_of_section_of_all))
+  remove_containers
+}
+tell_logs() {
+  local node
+  for node in $(printf '%s\n' "${!process[@]}" | sort); do
+    tell "last lines of $node's log:"
+    tell "$(timeout 10 docker logs --tail 5 "${process[$node]}" 2>&1 | tr -d '\000-\010\013-\037' | cut -c 1-300 | sed 's/^/  /')"
+  done
+}
+
+grade() {
+  need_for_grading
+  create_network || refuse_to_grade "Docker makes no network: $(tail -n 1 "$work/error")"
+  [ "$style" != tap ] || echo 'TAP version 13'
+  for section in "${sections[@]}"; do grade_section "$section"; done
+  tell "total: $points of $points_of_all points; $wrong wrong, $silent without an answer"
+  case $style in
+    tap) echo "1..$checks" ;;
+    json) jq -s --argjson score "$points" --rawfile output "$work/told" '{score: $score, output: $output, tests: .}' "$work/tests" ;;
+  esac
+  [ "$points" -eq "$points_of_all" ]
+}
+
+# ---- The grader: one instance, and a follower ------------------------------------------------------------------------
+
+readonly NO_KEY='{"result":"Error","msg":"Key does not exist"}'
+readonly NO_VALUE='{"result":"Error","msg":"No value provided"}'
+readonly BAD_KEY='{"result":"Error","msg":"Key not valid"}'
+readonly TOO_LARGE='{"result":"Error","msg":"Object too large. Size limit is 1MB"}'
+readonly NO_MAIN='{"result":"Error","msg":"Server unavailable"}'
+readonly NEW='{"replaced":"False","msg":"New key created"}'
+readonly REPLACED='{"replaced":"True","msg":"Value of existing key replaced"}'
+readonly DELETED='{"result":"Success"}'
+found_value() { echo "{\"result\":\"Success\",\"value\":\"$1\"}"; } # VALUE
+# letters COUNT: a command that prints "val=" and so many letters; they are too many for a command line.
+letters() { printf '%s' "printf val= && head -c $1 /dev/zero | tr '\\0' v"; }
+
+grade_single() {
+  local long
+  long=$(printf 'k%.0s' {1..200})
+  place main
+  settings[main]=
+  bring_up main
+  wants 1 "GET of no key" 404 "$NO_KEY" main GET /foo
+  wants 1 "DELETE of no key" 404 "$NO_KEY" main DELETE /foo
+  wants 1 "PUT makes a key" 201 "$NEW" main PUT /foo -d val=bar
+  wants 1 "GET finds it" 200 "$(found_value bar)" main GET /foo
+  wants 1 "PUT replaces the value" 200 "$REPLACED" main PUT /foo -d val=baz
+  wants 1 "GET finds the new value" 200 "$(found_value baz)" main GET /foo
+  wants 1 "PUT makes another key" 201 "$NEW" main PUT /other_2 -d val=2
+  wants 1 "... and the first has kept its value" 200 "$(found_value baz)" main GET /foo
+  wants 1 "case counts in keys" 404 "$NO_KEY" main GET /FOO
+  wants 1 "PUT of a value with spaces and signs" 200 "$REPLACED" main PUT /other_2 --data-urlencode 'val=a b & c=d + 100%'
+  wants 1 "... which comes back as it was" 200 "$(found_value 'a b & c=d + 100%')" main GET /other_2
+  wants 1 "PUT without a value" 403 "$NO_VALUE" main PUT /foo
+  wants 1 "a key of 200 characters" 201 "$NEW" main PUT "/$long" -d val=long
+  wants 1 "... which is found" 200 "$(found_value long)" main GET "/$long"
+  wants 1 "a key of 201 characters is too long" 403 "$BAD_KEY" main PUT "/${long}k" -d val=long
+  fed=$(letters 900000) wants 1 "a value of 900,000 bytes" 201 "$NEW" main PUT /large -H Expect: --data-binary @-
+  judge 1 "... which comes back" has_length 900000 main GET /large
+  fed=$(letters 1100000) wants 1 "a value of 1,100,000 bytes is too large" 403 "$TOO_LARGE" main PUT /foo -H Expect: --data-binary @-
+  wants 1 "a refused PUT leaves the value" 200 "$(found_value baz)" main GET /foo
+  wants 1 "DELETE removes the key" 200 "$DELETED" main DELETE /foo
+  wants 1 "GET of a deleted key" 404 "$NO_KEY" main GET /foo
+  wants 1 "DELETE of a deleted key" 404 "$NO_KEY" main DELETE /foo
+  wants 1 "PUT makes a deleted key new" 201 "$NEW" main PUT /foo -d val=again
+  wants 1 "... with the new value" 200 "$(found_value again)" main GET /foo
+  wants 1 "the other key is still there" 200 "$(found_value 'a b & c=d + 100%')" main GET /other_2
+}
+# has_length LENGTH NODE VERB PATH: the value is a string of so many characters.
+has_length() {
+  want="200 and a value of $1 characters"
+  request "${@:2}" || return
+  [ "$status" != 200 ] || got="200 and a value of $(jq -r '.value | strings | length' 2>/dev/null <<<"$body") characters"
+  [ "$got" = "$want" ]
+}
+
+grade_forwarding() {
+  place main follower
+  settings[main]=
+  settings[follower]="FORWARDING_ADDRESS=${address[main]} MAINIP=${address[main]}"
+  bring_up main follower
+  wants 1 "GET of no key through the follower" 404 "$NO_KEY" follower GET /foo
+  wants 1 "DELETE of no key through the follower" 404 "$NO_KEY" follower DELETE /foo
+  wants 1 "PUT through the follower makes a key" 201 "$NEW" follower PUT /foo -d val=bar
+  wants 1 "... which the main instance has" 200 "$(found_value bar)" main GET /foo
+  wants 1 "... and the follower finds" 200 "$(found_value bar)" follower GET /foo
+  wants 1 "PUT to the main instance replaces the value" 200 "$REPLACED" main PUT /foo -d val=baz
+  wants 1 "... which the follower sees" 200 "$(found_value baz)" follower GET /foo
+  wants 1 "PUT through the follower replaces the value" 200 "$REPLACED" follower PUT /foo --data-urlencode 'val=a b & c=d + 100%'
+  wants 1 "... which the main instance sees as it was" 200 "$(found_value 'a b & c=d + 100%')" main GET /foo
+  wants 1 "PUT without a value through the follower" 403 "$NO_VALUE" follower PUT /foo
+  wants 1 "a key that is too long, through the follower" 403 "$BAD_KEY" follower PUT "/$(printf 'k%.0s' {1..201})" -d val=1
+  wants 1 "DELETE through the follower removes the key" 200 "$DELETED" follower DELETE /foo
+  wants 1 "... which the main instance has no more" 404 "$NO_KEY" main GET /foo
+  wants 1 "PUT to the main instance makes it again" 201 "$NEW" main PUT /foo -d val=again
+  stop_container main
+  wants 1 "the main instance has stopped: GET" 501 "$NO_MAIN" follower GET /foo
+  wants 1 "the main instance has stopped: PUT" 501 "$NO_MAIN" follower PUT /foo -d val=bar
+  wants 1 "the main instance has stopped: DELETE" 501 "$NO_MAIN" follower DELETE /foo
+  start_again main
+  patience=10 wants 1 "the main instance has started again: the follower reaches it" 404 "$NO_KEY" follower GET /never
+  wants 1 "... PUT" 201 "$NEW" follower PUT /back -d val=bar
+  wants 1 "... which the main instance has" 200 "$(found_value bar)" main GET /back
+}
+
+# ---- The grader: a store of several nodes ----------------------------------------------------------------------------
+
+readonly ADDED='{"message":"Added successfully","replaced":false}'
+readonly UPDATED='{"message":"Updated successfully","replaced":true}'
+readonly REMOVED='{"doesExist":true,"message":"Deleted successfully"}'
+readonly CHANGED='{"message":"View change successful"}'
+retrieved() { echo "{\"doesExist\":true,\"message\":\"Retrieved successfully\",\"value\":\"$1\"}"; } # VALUE
+no_such_key() { echo "{\"doesExist\":false,\"error\":\"Key does not exist\",\"message\":\"Error in $1\"}"; } # VERB
+error_in_put() { echo "{\"error\":\"$1\",\"message\":\"Error in PUT\"}"; } # ERROR
+value_is() { echo "{\"value\":\"$1\"}"; } # VALUE
+# addresses NODE...: a JSON array of them, sorted.
+addresses() { view "$@" | jq -R -c 'split(",") | sort'; }
+
+grade_shards() {
+  local node view
+  place node1 node2 node3
+  view=$(view node1 node2)
+  for node in node1 node2; do settings[$node]="ADDRESS=${address[$node]} VIEW=$view"; done
+  bring_up node1 node2
+  for node in node1 node2; do
+    patience=10 wants 1 "$node is ready, and has no such key" 404 "$(no_such_key GET)" "$node" GET /keys/none
+  done
+  wants_all 1 "60 keys are put through node1" 60 201 "$ADDED" node1 PUT '/keys/a[1-60]' "${json[@]}" -d "$(value_is 'of a')"
+  wants_all 1 "60 keys are put through node2" 60 201 "$ADDED" node2 PUT '/keys/b[1-60]' "${json[@]}" -d "$(value_is 'of b')"
+  for node in node1 node2; do
+    wants 1 "$node says how many keys it has" 200 '{"message":"Key count retrieved successfully"}' "$node" GET /key-count
+  done
+  judge 1 "the key counts add up" add_up 120 node1 node2
+  judge 1 "the keys are on both nodes, roughly balanced" are_balanced node1 node2
+  wants_all 1 "node1 finds the keys that node1 took" 60 200 "$(retrieved 'of a')" node1 GET '/keys/a[1-60]'
+  wants_all 1 "node1 finds the keys that node2 took" 60 200 "$(retrieved 'of b')" node1 GET '/keys/b[1-60]'
+  wants_all 1 "node2 finds the keys that node1 took" 60 200 "$(retrieved 'of a')" node2 GET '/keys/a[1-60]'
+  wants_all 1 "node2 finds the keys that node2 took" 60 200 "$(retrieved 'of b')" node2 GET '/keys/b[1-60]'
+  judge 1 "node1 gives node2's address with node2's keys, and none with its own" tells_owner node1 node2
+  judge 1 "node2 gives node1's address with node1's keys, and none with its own" tells_owner node2 node1
+  wants_all 1 "node2 replaces the values of all that node1 took" 60 200 "$UPDATED" node2 PUT '/keys/a[1-60]' "${json[@]}" -d "$(value_is new)"
+  wants_all 1 "... and node1 finds the new ones" 60 200 "$(retrieved new)" node1 GET '/keys/a[1-60]'
+  wants 1 "PUT without a value" 400 "$(error_in_put 'Value is missing')" node1 PUT /keys/a1 "${json[@]}" -d '{}'
+  wants 1 "PUT with a key of 51 characters" 400 "$(error_in_put 'Key is too long')" node1 PUT "/keys/$(printf 'k%.0s' {1..51})" "${json[@]}" -d "$(value_is long)"
+  wants_all 1 "node1 deletes 10 of the keys that node2 took" 10 200 "$REMOVED" node1 DELETE '/keys/b[51-60]'
+  wants_all 1 "... which node2 does not find any more" 10 404 "$(no_such_key GET)" node2 GET '/keys/b[51-60]'
+  wants_all 1 "... and cannot delete again" 10 404 "$(no_such_key DELETE)" node2 DELETE '/keys/b[51-60]'
+  judge 1 "the key counts add up after the deletions" add_up 110 node1 node2
+
+  view=$(view node1 node2 node3)
+  settings[node3]="ADDRESS=${address[node3]} VIEW=$view"
+  bring_up node3
+  wants 2 "a view change adds node3" 200 "$CHANGED" node1 PUT /view-change "${json[@]}" -d "{\"view\":\"$view\"}"
+  keep_answer
+  judge 1 "its answer has the addresses of all nodes" told '[.shards[].address] | sort' "$(addresses node1 node2 node3)"
+  judge 1 "its answer has key counts that add up" told '[.shards[]."key-count"] | add' 110
+  judge 1 "the nodes have as many keys as its answer says" are_counted_alike node1 node2 node3
+  judge 1 "the key counts of the three nodes add up" add_up 110 node1 node2 node3
+  judge 1 "the keys are on all three nodes, roughly balanced" are_balanced node1 node2 node3
+  for node in node1 node2 node3; do
+    wants_all 1 "after the view change $node finds the keys that node1 took" 60 200 "$(retrieved new)" "$node" GET '/keys/a[1-60]'
+    wants_all 1 "after the view change $node finds the keys that node2 took" 50 200 "$(retrieved 'of b')" "$node" GET '/keys/b[1-50]'
+  done
+  wants_all 1 "after the view change node3 takes new keys" 10 201 "$ADDED" node3 PUT '/keys/c[1-10]' "${json[@]}" -d "$(value_is 'of c')"
+  wants_all 1 "... which node1 finds" 10 200 "$(retrieved 'of c')" node1 GET '/keys/c[1-10]'
+}
+# count_keys NODE: sets $held to the number that it tells.
+count_keys() {
+  held=''
+  request "$1" GET /key-count || return
+  held=$(jq -r '."key-count" | numbers | select(. >= 0 and . < 1000000 and . == floor)' 2>/dev/null <<<"$body")
+  [ -n "$held" ]
+}
+# count_all NODE...: sets $keys_of to the numbers of all.
+count_all() {
+  local node held
+  keys_of=()
+  for node in "$@"; do count_keys "$node" && keys_of+=("$held") || return; done
+}
+# add_up COUNT NODE...
+add_up() {
+  want="$1 keys in all"
+  count_all "${@:2}" || return
+  got="$(sum "${keys_of[*]}") keys in all: ${keys_of[*]}"
+  [ "${got%:*}" = "$want" ]
+}
+# are_counted_alike NODE...: as in the answer to the view change that was kept.
+are_counted_alike() {
+  local counts
+  counts=$(jq -r '[.shards[]."key-count"] | sort | join(" ")' 2>/dev/null <<<"$kept")
+  want="key counts, sorted: ${counts:-those of the answer, which has none}"
+  count_all "$@" || return
+  got="key counts, sorted: $(printf '%s\n' "${keys_of[@]}" | sort -n | paste -sd' ')"
+  [ "$got" = "$want" ]
+}
+# are_balanced NODE...: none has less than half or more than twice of the mean.
+are_balanced() {
+  local total held
+  want='each node has from 1/2 to 2 times the mean'
+  count_all "$@" || return
+  got="keys: ${keys_of[*]}"
+  total=$(sum "${keys_of[*]}")
+  [ "$total" -gt 0 ] || return
+  for held in "${keys_of[@]}"; do ((held * $# * 2 >= total && held * $# <= total * 2)) || return; done
+}
+# tells_owner NODE OTHER: of the 120 keys, as many as the other has come with its address, the rest with none.
+tells_owner() {
+  count_keys "$2" || { want="the key count of $2" && return 1; }
+  want="$held answers with ${address[$2]}, $((120 - held)) without an address"
+  collect 120 "$1" GET '/keys/[a-b][1-60]' || return
+  got=$(jq -r --arg other "${address[$2]}" '[.[].body.address?] | "\(map(select(. == $other)) | length) answers with \($other), \(map(select(. == null)) | length) without an address"' "$work/answers")
+  [ "$got" = "$want" ]
+}
+
+# ---- The grader: several replicas ------------------------------------------------------------------------------------
+
+readonly UNABLE='{"error":"Unable to satisfy request","message":"Error in GET"}'
+
+# In what follows first and second are the replicas of one shard, third and fourth those of the other.
+grade_replicas() {
+  local node view first=node1 second=node2 third=node3 fourth=node4 key context='{}'
+  local -a own=()
+  place node1 node2 node3 node4 node5 node6
+  view=$(view node1 node2 node3 node4)
+  for node in node1 node2 node3 node4; do settings[$node]="ADDRESS=${address[$node]} VIEW=$view REPL_FACTOR=2"; done
+  bring_up node1 node2 node3 node4
+  for node in node1 node2 node3 node4; do
+    patience=10 wants 1 "$node is ready, and has no such key" 404 "$(no_such_key GET)" "$node" GET /keys/none
+  done
+  wants 1 "the shards are told" 200 '{"message":"Shard membership retrieved successfully"}' node1 GET /shards
+  keep_answer
+  judge 1 "... there are two" told '.shards | sort' '["1","2"]'
+  for key in 1 2; do
+    wants 1 "shard $key is told" 200 "{\"message\":\"Shard information retrieved successfully\",\"shard-id\":\"$key\"}" node1 GET "/shards/$key"
+    keep_answer
+    judge 1 "... shard $key has two replicas" told '.replicas | length' 2
+  done
+  judge 1 "every node is in one shard" are_members 2 node1 node2 node3 node4
+  find_second
+
+  wants_all 1 "60 keys are put through node1" 60 201 "$ADDED" node1 PUT '/keys/a[1-60]' "${json[@]}" -d "$(value_is 'of a')"
+  wants_all 1 "60 keys are put through node4" 60 201 "$ADDED" node4 PUT '/keys/b[1-60]' "${json[@]}" -d "$(value_is 'of b')"
+  for node in node1 node2 node3 node4; do
+    patience=10 wants_all 1 "$node finds the keys that node1 took" 60 200 "$(retrieved 'of a')" "$node" GET '/keys/a[1-60]'
+    patience=10 wants_all 1 "$node finds the keys that node4 took" 60 200 "$(retrieved 'of b')" "$node" GET '/keys/b[1-60]'
+  done
+  patience=10 judge 1 "the key counts of the shards add up" shards_add_up 120 2
+  patience=10 judge 1 "$first and $second have the same key count" count_the_same "$first" "$second"
+  patience=10 judge 1 "$third and $fourth have the same key count" count_the_same "$third" "$fourth"
+  for node in "$first" "$second"; do
+    patience=10 judge 1 "$node answers for all keys of its shard itself, and for no others" answers_for_its_own "$node"
+  done
+  find_own_keys
+
+  kill_container "$second"
+  for node in "$first" "$third" "$fourth"; do
+    patience=10 wants_all 1 "$second is killed: $node reads" 20 200 "$(retrieved 'of a')" "$node" GET '/keys/a[1-20]'
+  done
+  wants_all 1 "$second is killed: $first writes" 10 200 "$UPDATED" "$first" PUT '/keys/a[1-10]' "${json[@]}" -d "$(value_is killed)"
+  wants_all 1 "$second is killed: $third writes" 10 200 "$UPDATED" "$third" PUT '/keys/a[11-20]' "${json[@]}" -d "$(value_is killed)"
+  wants_all 1 "$second is killed: $fourth makes keys" 20 201 "$ADDED" "$fourth" PUT '/keys/c[1-20]' "${json[@]}" -d "$(value_is 'of c')"
+  wants_all 1 "$second is killed: $first finds them" 20 200 "$(retrieved 'of c')" "$first" GET '/keys/c[1-20]'
+  start_again "$second"
+  patience=10 wants_all 1 "$second is started again: it finds what was written" 20 200 "$(retrieved killed)" "$second" GET '/keys/a[1-20]'
+  patience=10 wants_all 1 "$second is started again: it finds what was made" 20 200 "$(retrieved 'of c')" "$second" GET '/keys/c[1-20]'
+  patience=10 judge 1 "$second is started again: it has as many keys as $first" count_the_same "$first" "$second"
+  kill_container "$first"
+  patience=10 wants_all 1 "$first is killed then: $second has what was written" 20 200 "$(retrieved killed)" "$second" GET '/keys/a[1-20]'
+  patience=10 wants_all 1 "$first is killed then: $third finds it too" 20 200 "$(retrieved killed)" "$third" GET '/keys/a[1-20]'
+  start_again "$first"
+  patience=10 judge 1 "$first is started again: it has as many keys as $second" count_the_same "$first" "$second"
+
+  grade_causal_contexts
+  grade_cut_network
+
+  view=$(view node1 node2 node3 node4 node5 node6)
+  for node in node5 node6; do settings[$node]="ADDRESS=${address[$node]} VIEW=$view REPL_FACTOR=2"; done
+  bring_up node5 node6
+  wants 2 "a view change makes three shards of six nodes" 200 "$CHANGED" node1 PUT /view-change "${json[@]}" -d "{\"view\":\"$view\",\"repl-factor\":2}"
+  keep_answer
+  judge 1 "its answer has three shards" told '[.shards[]."shard-id"] | sort' '["1","2","3"]'
+  judge 1 "its answer has two replicas of each" told '[.shards[].replicas | length]' '[2,2,2]'
+  judge 1 "its answer has every node once" told '[.shards[].replicas[]] | sort' "$(addresses node1 node2 node3 node4 node5 node6)"
+  patience=10 judge 1 "the six nodes are in three shards" are_members 3 node1 node2 node3 node4 node5 node6
+  patience=10 judge 1 "the key counts of the three shards add up" shards_add_up 140 3
+  for node in node1 node4 node5 node6; do
+    patience=10 wants_all 1 "after the view change $node finds the keys that were put first" 60 200 "$(retrieved 'of b')" "$node" GET '/keys/b[1-60]'
+    patience=10 wants_all 1 "after the view change $node finds those that came later" 20 200 "$(retrieved 'of c')" "$node" GET '/keys/c[1-20]'
+  done
+}
+
+# Uses first, second and own of grade_replicas.
+grade_causal_contexts() {
+  wants 1 "a write without anything known gets a causal-context" 200 "$UPDATED" "$first" PUT "/keys/${own[0]}" "${json[@]}" -d '{"value":"caused","causal-context":{}}'
+  keep_answer
+  judge 1 "... it is in the answer" told 'has("causal-context")' true
+  context=$(context_of "$kept")
+  wants 1 "$second, given it, answers with what was written" 200 "$(retrieved caused)" "$second" GET "/keys/${own[0]}" "${json[@]}" -d "{\"causal-context\":$context}"
+  keep_answer
+  judge 1 "... and hands on a causal-context" told 'has("causal-context")' true
+  context=$(context_of "$kept")
+}
+context_of() { jq -c '."causal-context" // {}' 2>/dev/null <<<"$1" || echo '{}'; } # BODY
+
+# second is cut off from all others, and clients reach both sides.
+grade_cut_network() {
+  local key=${own[0]}
+  cut_off "$second"
+  patience=10 wants_all 1 "$second is cut off: $third reads" 20 200 "$(retrieved 'of c')" "$third" GET '/keys/c[1-20]'
+  patience=10 wants 1 "$second is cut off: it reads a key of its shard" 200 "$(retrieved caused)" "$second" GET "/keys/$key"
+  wants 1 "$second is cut off: $first writes" 200 "$UPDATED" "$first" PUT "/keys/$key" "${json[@]}" -d "{\"value\":\"unseen\",\"causal-context\":$context}"
+  context=$(context_of "$body")
+  wants 1 "$second is cut off: $third reads what $first wrote" 200 "$(retrieved unseen)" "$third" GET "/keys/$key" "${json[@]}" -d "{\"causal-context\":$context}"
+  wants 1 "$second is cut off: it does not answer who has seen more with less" 400 "$UNABLE" "$second" GET "/keys/$key" "${json[@]}" -d "{\"causal-context\":$context}"
+  wants 1 "$second is cut off: it writes another key of its shard" 200 "$UPDATED" "$second" PUT "/keys/${own[1]}" "${json[@]}" -d "$(value_is alone)"
+  wants 1 "$second is cut off: it reads what it wrote" 200 "$(retrieved alone)" "$second" GET "/keys/${own[1]}"
+  wants 1 "both sides write a third key: $first" 200 "$UPDATED" "$first" PUT "/keys/${own[2]}" "${json[@]}" -d "$(value_is 'of first')"
+  wants 1 "both sides write a third key: $second" 200 "$UPDATED" "$second" PUT "/keys/${own[2]}" "${json[@]}" -d "$(value_is 'of second')"
+  join_up "$second"
+  patience=10 wants 1 "the network is whole again: $second has what $first wrote" 200 "$(retrieved unseen)" "$second" GET "/keys/$key" "${json[@]}" -d "{\"causal-context\":$context}"
+  patience=10 wants 1 "the network is whole again: $first has what $second wrote" 200 "$(retrieved alone)" "$first" GET "/keys/${own[1]}"
+  patience=10 judge 1 "the network is whole again: they agree on what both wrote" agree "${own[2]}" "$first" "$second" "$third"
+  patience=10 judge 1 "the network is whole again: they have the same key count" count_the_same "$first" "$second"
+}
+
+# are_members COUNT NODE...: so many shards share out these nodes.
+are_members() {
+  local id list=()
+  want="the replicas of $1 shards, sorted: $(addresses "${@:2}")"
+  for ((id = 1; id <= $1; id++)); do
+    request node1 GET "/shards/$id" || return
+    list+=("$(jq -c '.replicas | arrays' 2>/dev/null <<<"$body")")
+  done
+  got="the replicas of $1 shards, sorted: $(jq -s -c 'add | sort' 2>/dev/null <<<"${list[*]}")"
+  [ "$got" = "$want" ]
+}
+# find_second: who shares the shard of node1; as in the order of the view, if that cannot be found out.
+find_second() {
+  local id node rest=()
+  for id in 1 2; do
+    given_up || ! request node1 GET "/shards/$id" || ! jq -e --arg own "${address[node1]}" '.replicas | index($own)' >/dev/null 2>&1 <<<"$body" || break
+  done
+  for node in node2 node3 node4; do
+    if jq -e --arg other "${address[$node]}" '.replicas | index($other)' >/dev/null 2>&1 <<<"$body"; then second=$node; fi
+  done
+  for node in node2 node3 node4; do [ "$node" = "$second" ] || rest+=("$node"); done
+  third=${rest[0]} fourth=${rest[1]}
+}
+# find_own_keys: keys of the shard of first and second, which they answer for themselves.
+find_own_keys() {
+  given_up || ! collect 40 "$first" GET '/keys/a[21-60]' ||
+    mapfile -t own < <(jq -r 'to_entries[] | select(.value.body | has("address") | not) | "a\(.key + 21)"' "$work/answers" 2>/dev/null)
+  own+=(a21 a22 a23)
+}
+# shards_add_up COUNT SHARDS: as node1 tells them.
+shards_add_up() {
+  local id list=()
+  want="$1 keys in all"
+  for ((id = 1; id <= $2; id++)); do
+    request node1 GET "/shards/$id" || return
+    list+=("$(jq -r '."key-count" | numbers | floor' 2>/dev/null <<<"$body")")
+  done
+  got="$(sum "${list[*]}") keys in all: ${list[*]}"
+  [ "${got%:*}" = "$want" ]
+}
+# count_the_same NODE OTHER
+count_the_same() {
+  want="the same key count"
+  count_all "$@" || return
+  got="key counts: ${keys_of[*]}"
+  [ "${keys_of[0]}" = "${keys_of[1]}" ]
+}
+# answers_for_its_own NODE: to as many of all keys as it has, it adds no address.
+answers_for_its_own() {
+  count_keys "$1" || { want="the key count of $1" && return 1; }
+  want="$held of 120 answers without an address, as many as $1 has keys"
+  collect 120 "$1" GET '/keys/[a-b][1-60]' || return
+  got="$(jq '[.[].body | objects | select(has("address") | not)] | length' "$work/answers") of 120 answers without an address, as many as $1 has keys"
+  [ "$got" = "$want" ]
+}
+# agree KEY NODE...: all of them give the same value.
+agree() {
+  local node values=()
+  want="the same value from ${*:2}"
+  for node in "${@:2}"; do
+    request "$node" GET "/keys/$1" || return
+    values+=("$status $(jq -c .value 2>/dev/null <<<"$body")")
+  done
+  got=$(IFS=, && echo "${values[*]}")
+  [[ $got == 200* ]] && [ "$(printf '%s\n' "${values[@]}" | sort -u | wc -l)" = 1 ]
+}
+
 # ---- The run ---------------------------------------------------------------------------------------------------------
 
 mode=${1:-}
@@ -1798,8 +2513,10 @@ task=tests
 case $mode in
   local | docker) ;;
   bench) mode=local task=bench ;;
+  grade) task=grade name=kv-grade-$$-$RANDOM && read_grade_options "${@:2}" ;;
+  --help | -h | help) usage && exit ;;
   *)
-    sed -n '2,10s/^# \{0,1\}//p' "$0"
+    usage
     exit 2
     ;;
 esac
@@ -1807,6 +2524,10 @@ work=$(mktemp -d)
 trap clean EXIT
 trap 'exit 130' INT TERM HUP
 
+if [ "$task" = grade ]; then
+  grade
+  exit
+fi
 [ "$task" = tests ] || need_wrk
 "build_$mode" || { cat "$work/build" && echo "test.sh: the build failed" && exit 1; }
 if [ "$mode" = docker ]; then docker network create "$name" >/dev/null || exit 1; fi
