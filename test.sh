@@ -110,6 +110,7 @@ status_field() { awk -v field="$2:" '$1 == field { print $2 }' "/proc/$("process
 clean_docker() {
   docker ps -aq --filter "name=^$name-" | xargs -r docker rm -f >/dev/null 2>&1
   docker network rm "$name" >/dev/null 2>&1
+  docker images -q "$name-server" | sort -u | xargs -r docker rmi -f >/dev/null 2>&1
 }
 clean_local() {
   local instance
@@ -2505,6 +2506,87 @@ agree() {
   [[ $got == 200* ]] && [ "$(printf '%s\n' "${values[@]}" | sort -u | wc -l)" = 1 ]
 }
 
+# ---- The grader graded: servers with one defect each -----------------------------------------------------------------
+
+# write_small_server: a server of the form vocabulary, in Perl, which the base image has. Its JSON is spelled otherwise than
+# ours. DEFECT: created (200 in place of 201), delete (it forgets to), silent (a DELETE has no answer), dead (it ends at once).
+write_small_server() {
+  cat >"$work/server/server.pl" <<'END'
+use strict;
+use IO::Socket::INET;
+my ($defect, %values, @unanswered) = $ENV{DEFECT};
+die "server.pl: out of order\n" if $defect eq 'dead';
+my $listener = IO::Socket::INET->new(LocalPort => $ENV{PORT}, Listen => 50, ReuseAddr => 1) or die "server.pl: $!\n";
+sub answer { # verb, key, body
+  my ($verb, $key, $body) = @_;
+  my $error = '{ "msg" : "%s", "result" : "Error", "more" : [] }';
+  if ($verb eq 'PUT') {
+    return 403, sprintf $error, 'Key not valid' unless $key =~ /^\w{1,200}$/a;
+    return 403, sprintf $error, 'No value provided' unless $body =~ s/^val=//;
+    return 403, sprintf $error, 'Object too large. Size limit is 1MB' if length $body > 1048576;
+    my $known = exists $values{$key};
+    $values{$key} = $body =~ s/\+/ /gr =~ s/%(..)/chr hex $1/ger =~ s/(["\\])/\\$1/gr;
+    return 200, '{ "msg" : "Value of existing key replaced", "replaced" : "True" }' if $known;
+    return $defect eq 'created' ? 200 : 201, '{ "msg" : "New key created", "replaced" : "False" }';
+  }
+  return 404, sprintf $error, 'Key does not exist' unless exists $values{$key};
+  return 200, qq({ "value" : "$values{$key}", "result" : "Success" }) if $verb eq 'GET';
+  delete $values{$key} unless $defect eq 'delete';
+  return 200, '{ "result" : "Success" }';
+}
+while (my $client = $listener->accept) {
+  my ($length, $body) = (0, '');
+  my ($verb, $key) = (<$client> // '') =~ m{^(\S+) /kv-store/(\S+)} or next;
+  while (<$client>) { last if /^\r?$/; $length = $1 if /^content-length: *(\d+)/i }
+  read $client, $body, $length;
+  if ($verb eq 'DELETE' && $defect eq 'silent') { push @unanswered, $client; next }
+  my ($status, $json) = answer($verb, $key, $body);
+  print $client "HTTP/1.1 $status -\r\nConnection: close\r\nContent-Length: ", length $json, "\r\n\r\n$json";
+}
+END
+}
+build_small_server() { # DEFECT
+  docker build -q -t "$name-server:$1" --build-arg "DEFECT=$1" "$work/server" >/dev/null 2>"$work/build"
+}
+
+# verdict ARGUMENT...: what the grader says, in short. The whole is in $work/graded.
+verdict() {
+  local ended
+  (echo "$BASHPID" >>"$work/graders" && exec ./test.sh grade --json "$@") >"$work/graded" 2>"$work/grader.err"
+  ended=$?
+  jq -r --arg ended "$ended" '([.tests[] | select(.score < .max_score)] | length) as $failed
+    | if $failed == 0 and .score == ([.tests[].max_score] | add) then "all points" else "\($failed) failed" end + ", status " + $ended' "$work/graded" || cat "$work/grader.err"
+}
+# refused_with PATTERN: how many checks failed with it, as the last verdict says.
+refused_with() { jq -r '.tests[] | select(.score < .max_score) | .output' "$work/graded" | grep -c "$1"; }
+left_of_graders() {
+  local pid
+  while read -r pid; do docker ps -aq --filter "name=^kv-grade-$pid-" && docker network ls -q --filter "name=^kv-grade-$pid-"; done <"$work/graders" | wc -l
+}
+
+test_grader_docker() {
+  local defect base
+  command -v jq >/dev/null || { echo "test.sh: jq is missing (apt-get install jq): the grader is not tested" >&2 && return; }
+  base=$(awk '$1 == "FROM" && $2 ~ /^rust:/ { print $2 }' Dockerfile)
+  mkdir "$work/server"
+  write_small_server
+  printf '%s\n' "FROM $base" 'ARG DEFECT' "ENV DEFECT=\$DEFECT" 'COPY server.pl /' 'CMD ["perl", "/server.pl"]' >"$work/server/Dockerfile"
+  for defect in none created delete silent dead; do build_small_server "$defect" || cat "$work/build" >&2; done
+  check "grader: this project's own image" "all points, status 0" "$(verdict kv-store:test)"
+  check "grader: JSON spelled in another way" "all points, status 0" "$(verdict "$name-server:none" single)"
+  check "grader: ... in TAP" "TAP version 13, 25 ok, 1..25" "$(./test.sh grade "$name-server:none" single --tap | awk 'NR == 1 { first = $0 } /^ok / { n++ } END { print first ", " n " ok, " $0 }')"
+  check "grader: 200 in place of 201" "5 failed, status 1" "$(verdict "$name-server:created" single)"
+  check "grader: ... and that is why" 5 "$(refused_with '^got  *200 .*New key created')"
+  check "grader: DELETE forgets to" "3 failed, status 1" "$(verdict "$name-server:delete" single)"
+  check "grader: DELETE has no answer" "5 failed, status 1" "$(verdict "$name-server:silent" single --timeout 1)"
+  check "grader: ... which is told from a wrong one" 3 "$(refused_with '^got  *no answer within 1 s')"
+  check "grader: a server that ends at once" "25 failed, status 1" "$(verdict "$name-server:dead" single)"
+  check "grader: ... and that is why" 25 "$(refused_with '^got  *main ended with status .* before it answered')"
+  check "grader: the time in all" "status 1" "$(verdict "$name-server:silent" single --limit 4 | grep -o 'status .')"
+  check_that "grader: ... ends it" "$(refused_with '^got  *the time in all is over, 4 s') > 20"
+  check "grader: nothing is left of its containers and networks" 0 "$(left_of_graders)"
+}
+
 # ---- The run ---------------------------------------------------------------------------------------------------------
 
 mode=${1:-}
@@ -2586,6 +2668,7 @@ test_replica_paused
 [ "$mode" = docker ] && test_cut_network_docker
 [ "$mode" = local ] && test_port_in_use_local && test_unread_stderr_local
 [ "$mode" = docker ] && test_image_docker
+[ "$mode" = docker ] && test_grader_docker
 
 printf '%d passed, %d failed\n' "$passed" "$failed"
 [ "$failed" -eq 0 ]
