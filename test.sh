@@ -1806,10 +1806,12 @@ END
 # over), $hopeless says why, and every check that is left fails with that sentence: so the maximum is the same for all images.
 
 readonly GRADED_SECTIONS=(single forwarding shards replicas)
-readonly COMES_UP_WITHIN=20 # seconds; interpreters take their time
+readonly COMES_UP_WITHIN=20  # seconds; interpreters take their time
+readonly SETTLES_WITHIN=10   # seconds; then replicas agree
 image='' served=8080 prefix=/kv-store style=text patience_of_request=10 limit=600
 sections=() section='' hopeless=''
 points=0 points_of_all=0 points_of_section=0 points_of_section_of_all=0 checks=0 wrong=0 silent=0
+settled=0            # the second by which what has happened last is known to all nodes
 sent=()              # the requests of the check, as curl lines
 want='' got=''       # what it expected and what came
 kept='' kept_sent=() # an answer that was kept, and its requests
@@ -1921,6 +1923,7 @@ bring_up() {
   local node
   for node in "$@"; do given_up || make_container "$node"; done
   for node in "$@"; do given_up || await_container "$node"; done
+  settle
 }
 make_container() { # NODE
   local variables=(-e "PORT=$served") variable
@@ -1932,7 +1935,7 @@ make_container() { # NODE
 }
 await_container() { # NODE
   again_until $((SECONDS + COMES_UP_WITHIN)) answers_or_ended "$1" || {
-    given_up || hopeless="$1 did not answer on port $served within $COMES_UP_WITHIN s of its start"
+    given_up || hopeless="$1 gave no HTTP answer on port $served within $COMES_UP_WITHIN s of its start"
   }
 }
 # answers_or_ended NODE: any answer will do, to a key or to no path at all.
@@ -1946,22 +1949,30 @@ answers_or_ended() {
 # A container that has been started again, or is in another network, has another port.
 find_port() { url[$1]=http://$(engine port "${process[$1]}" "$served/tcp" | head -n 1); } # NODE
 
+# settle: something has happened that nodes take time to find out.
+settle() { settled=$((SECONDS + SETTLES_WITHIN)); }
 stop_container() { given_up || engine_must stop -t 1 "${process[$1]}"; }  # NODE
-kill_container() { given_up || engine_must kill "${process[$1]}"; }       # NODE
+kill_container() { # NODE
+  given_up || engine_must kill "${process[$1]}"
+  settle
+}
 start_again() { # NODE
   given_up || engine_must start "${process[$1]}"
   given_up || await_container "$1"
+  settle
 }
 # cut_off NODE: from the other nodes. We still reach it, over Docker's own network.
 cut_off() {
   given_up || engine_must network connect bridge "${process[$1]}"
   given_up || engine_must network disconnect "$name" "${process[$1]}"
   given_up || find_port "$1"
+  settle
 }
 join_up() { # NODE
   given_up || engine_must network connect --ip "${address[$1]%:*}" "$name" "${process[$1]}"
   given_up || engine_must network disconnect bridge "${process[$1]}"
   given_up || find_port "$1"
+  settle
 }
 remove_containers() { docker ps -aq --filter "label=kv-grade=$name" | xargs -r timeout 60 docker rm -f -v >/dev/null 2>&1; }
 clean_grade() {
@@ -2055,9 +2066,8 @@ told() {
 
 # ---- The grader: checks and their report -----------------------------------------------------------------------------
 
-# judge POINTS WHAT PREDICATE...: a check. It may take $patience seconds to come true.
+# judge POINTS WHAT PREDICATE...: a check. It may become true as late as $by.
 judge() {
-  local deadline=$((SECONDS + ${patience:-0}))
   want='' got='' sent=() no_answer='' body=''
   if given_up; then
     got=$hopeless
@@ -2065,7 +2075,7 @@ judge() {
     report "$1" "$1" "$2" ''
     return
   else
-    while [ "$SECONDS" -lt "$deadline" ] && ! given_up; do
+    while [ "$SECONDS" -lt "${by:-0}" ] && ! given_up; do
       sleep 0.2
       attempt "${@:3}" && report "$1" "$1" "$2" '' && return
     done
@@ -2116,10 +2126,10 @@ grade_section() { # SECTION
   remove_containers
 }
 tell_logs() {
-  local node
+  local node lines
   for node in $(printf '%s\n' "${!process[@]}" | sort); do
-    tell "last lines of $node's log:"
-    tell "$(timeout 10 docker logs --tail 5 "${process[$node]}" 2>&1 | tr -d '\000-\010\013-\037' | cut -c 1-300 | sed 's/^/  /')"
+    lines=$(timeout 10 docker logs --tail 5 "${process[$node]}" 2>&1 | tr -d '\000-\010\013-\037' | cut -c 1-300)
+    tell "last lines of $node's log:$(indent '  ' "${lines:-(there are none)}" | sed '1s/^/\n/')"
   done
 }
 
@@ -2214,9 +2224,9 @@ grade_forwarding() {
   wants 1 "the main instance has stopped: PUT" 501 "$NO_MAIN" follower PUT /foo -d val=bar
   wants 1 "the main instance has stopped: DELETE" 501 "$NO_MAIN" follower DELETE /foo
   start_again main
-  patience=10 wants 1 "the main instance has started again: the follower reaches it" 404 "$NO_KEY" follower GET /never
+  by=$settled wants 1 "the main instance has started again: the follower reaches it" 404 "$NO_KEY" follower GET /never
   wants 1 "... PUT" 201 "$NEW" follower PUT /back -d val=bar
-  wants 1 "... which the main instance has" 200 "$(found_value bar)" main GET /back
+  wants 1 "... which the main instance has then" 200 "$(found_value bar)" main GET /back
 }
 
 # ---- The grader: a store of several nodes ----------------------------------------------------------------------------
@@ -2239,7 +2249,7 @@ grade_shards() {
   for node in node1 node2; do settings[$node]="ADDRESS=${address[$node]} VIEW=$view"; done
   bring_up node1 node2
   for node in node1 node2; do
-    patience=10 wants 1 "$node is ready, and has no such key" 404 "$(no_such_key GET)" "$node" GET /keys/none
+    by=$settled wants 1 "$node is ready, and has no such key" 404 "$(no_such_key GET)" "$node" GET /keys/none
   done
   wants_all 1 "60 keys are put through node1" 60 201 "$ADDED" node1 PUT '/keys/a[1-60]' "${json[@]}" -d "$(value_is 'of a')"
   wants_all 1 "60 keys are put through node2" 60 201 "$ADDED" node2 PUT '/keys/b[1-60]' "${json[@]}" -d "$(value_is 'of b')"
@@ -2341,7 +2351,7 @@ grade_replicas() {
   for node in node1 node2 node3 node4; do settings[$node]="ADDRESS=${address[$node]} VIEW=$view REPL_FACTOR=2"; done
   bring_up node1 node2 node3 node4
   for node in node1 node2 node3 node4; do
-    patience=10 wants 1 "$node is ready, and has no such key" 404 "$(no_such_key GET)" "$node" GET /keys/none
+    by=$settled wants 1 "$node is ready, and has no such key" 404 "$(no_such_key GET)" "$node" GET /keys/none
   done
   wants 1 "the shards are told" 200 '{"message":"Shard membership retrieved successfully"}' node1 GET /shards
   keep_answer
@@ -2356,35 +2366,36 @@ grade_replicas() {
 
   wants_all 1 "60 keys are put through node1" 60 201 "$ADDED" node1 PUT '/keys/a[1-60]' "${json[@]}" -d "$(value_is 'of a')"
   wants_all 1 "60 keys are put through node4" 60 201 "$ADDED" node4 PUT '/keys/b[1-60]' "${json[@]}" -d "$(value_is 'of b')"
+  settle
   for node in node1 node2 node3 node4; do
-    patience=10 wants_all 1 "$node finds the keys that node1 took" 60 200 "$(retrieved 'of a')" "$node" GET '/keys/a[1-60]'
-    patience=10 wants_all 1 "$node finds the keys that node4 took" 60 200 "$(retrieved 'of b')" "$node" GET '/keys/b[1-60]'
+    by=$settled wants_all 1 "$node finds the keys that node1 took" 60 200 "$(retrieved 'of a')" "$node" GET '/keys/a[1-60]'
+    by=$settled wants_all 1 "$node finds the keys that node4 took" 60 200 "$(retrieved 'of b')" "$node" GET '/keys/b[1-60]'
   done
-  patience=10 judge 1 "the key counts of the shards add up" shards_add_up 120 2
-  patience=10 judge 1 "$first and $second have the same key count" count_the_same "$first" "$second"
-  patience=10 judge 1 "$third and $fourth have the same key count" count_the_same "$third" "$fourth"
+  by=$settled judge 1 "the key counts of the shards add up" shards_add_up 120 2
+  by=$settled judge 1 "$first and $second have the same key count" count_the_same "$first" "$second"
+  by=$settled judge 1 "$third and $fourth have the same key count" count_the_same "$third" "$fourth"
   for node in "$first" "$second"; do
-    patience=10 judge 1 "$node answers for all keys of its shard itself, and for no others" answers_for_its_own "$node"
+    by=$settled judge 1 "$node answers for all keys of its shard itself, and for no others" answers_for_its_own "$node"
   done
   find_own_keys
 
   kill_container "$second"
   for node in "$first" "$third" "$fourth"; do
-    patience=10 wants_all 1 "$second is killed: $node reads" 20 200 "$(retrieved 'of a')" "$node" GET '/keys/a[1-20]'
+    by=$settled wants_all 1 "$second is killed: $node reads" 20 200 "$(retrieved 'of a')" "$node" GET '/keys/a[1-20]'
   done
   wants_all 1 "$second is killed: $first writes" 10 200 "$UPDATED" "$first" PUT '/keys/a[1-10]' "${json[@]}" -d "$(value_is killed)"
   wants_all 1 "$second is killed: $third writes" 10 200 "$UPDATED" "$third" PUT '/keys/a[11-20]' "${json[@]}" -d "$(value_is killed)"
   wants_all 1 "$second is killed: $fourth makes keys" 20 201 "$ADDED" "$fourth" PUT '/keys/c[1-20]' "${json[@]}" -d "$(value_is 'of c')"
   wants_all 1 "$second is killed: $first finds them" 20 200 "$(retrieved 'of c')" "$first" GET '/keys/c[1-20]'
   start_again "$second"
-  patience=10 wants_all 1 "$second is started again: it finds what was written" 20 200 "$(retrieved killed)" "$second" GET '/keys/a[1-20]'
-  patience=10 wants_all 1 "$second is started again: it finds what was made" 20 200 "$(retrieved 'of c')" "$second" GET '/keys/c[1-20]'
-  patience=10 judge 1 "$second is started again: it has as many keys as $first" count_the_same "$first" "$second"
+  by=$settled wants_all 1 "$second is started again: it finds what was written" 20 200 "$(retrieved killed)" "$second" GET '/keys/a[1-20]'
+  by=$settled wants_all 1 "$second is started again: it finds what was made" 20 200 "$(retrieved 'of c')" "$second" GET '/keys/c[1-20]'
+  by=$settled judge 1 "$second is started again: it has as many keys as $first" count_the_same "$first" "$second"
   kill_container "$first"
-  patience=10 wants_all 1 "$first is killed then: $second has what was written" 20 200 "$(retrieved killed)" "$second" GET '/keys/a[1-20]'
-  patience=10 wants_all 1 "$first is killed then: $third finds it too" 20 200 "$(retrieved killed)" "$third" GET '/keys/a[1-20]'
+  by=$settled wants_all 1 "$first is killed then: $second has what was written" 20 200 "$(retrieved killed)" "$second" GET '/keys/a[1-20]'
+  by=$settled wants_all 1 "$first is killed then: $third finds it too" 20 200 "$(retrieved killed)" "$third" GET '/keys/a[1-20]'
   start_again "$first"
-  patience=10 judge 1 "$first is started again: it has as many keys as $second" count_the_same "$first" "$second"
+  by=$settled judge 1 "$first is started again: it has as many keys as $second" count_the_same "$first" "$second"
 
   grade_causal_contexts
   grade_cut_network
@@ -2394,14 +2405,15 @@ grade_replicas() {
   bring_up node5 node6
   wants 2 "a view change makes three shards of six nodes" 200 "$CHANGED" node1 PUT /view-change "${json[@]}" -d "{\"view\":\"$view\",\"repl-factor\":2}"
   keep_answer
+  settle
   judge 1 "its answer has three shards" told '[.shards[]."shard-id"] | sort' '["1","2","3"]'
   judge 1 "its answer has two replicas of each" told '[.shards[].replicas | length]' '[2,2,2]'
   judge 1 "its answer has every node once" told '[.shards[].replicas[]] | sort' "$(addresses node1 node2 node3 node4 node5 node6)"
-  patience=10 judge 1 "the six nodes are in three shards" are_members 3 node1 node2 node3 node4 node5 node6
-  patience=10 judge 1 "the key counts of the three shards add up" shards_add_up 140 3
+  by=$settled judge 1 "the six nodes are in three shards" are_members 3 node1 node2 node3 node4 node5 node6
+  by=$settled judge 1 "the key counts of the three shards add up" shards_add_up 140 3
   for node in node1 node4 node5 node6; do
-    patience=10 wants_all 1 "after the view change $node finds the keys that were put first" 60 200 "$(retrieved 'of b')" "$node" GET '/keys/b[1-60]'
-    patience=10 wants_all 1 "after the view change $node finds those that came later" 20 200 "$(retrieved 'of c')" "$node" GET '/keys/c[1-20]'
+    by=$settled wants_all 1 "after the view change $node finds the keys that were put first" 60 200 "$(retrieved 'of b')" "$node" GET '/keys/b[1-60]'
+    by=$settled wants_all 1 "after the view change $node finds those that came later" 20 200 "$(retrieved 'of c')" "$node" GET '/keys/c[1-20]'
   done
 }
 
@@ -2422,8 +2434,8 @@ context_of() { jq -c '."causal-context" // {}' 2>/dev/null <<<"$1" || echo '{}';
 grade_cut_network() {
   local key=${own[0]}
   cut_off "$second"
-  patience=10 wants_all 1 "$second is cut off: $third reads" 20 200 "$(retrieved 'of c')" "$third" GET '/keys/c[1-20]'
-  patience=10 wants 1 "$second is cut off: it reads a key of its shard" 200 "$(retrieved caused)" "$second" GET "/keys/$key"
+  by=$settled wants_all 1 "$second is cut off: $third reads" 20 200 "$(retrieved 'of c')" "$third" GET '/keys/c[1-20]'
+  by=$settled wants 1 "$second is cut off: it reads a key of its shard" 200 "$(retrieved caused)" "$second" GET "/keys/$key"
   wants 1 "$second is cut off: $first writes" 200 "$UPDATED" "$first" PUT "/keys/$key" "${json[@]}" -d "{\"value\":\"unseen\",\"causal-context\":$context}"
   context=$(context_of "$body")
   wants 1 "$second is cut off: $third reads what $first wrote" 200 "$(retrieved unseen)" "$third" GET "/keys/$key" "${json[@]}" -d "{\"causal-context\":$context}"
@@ -2433,10 +2445,10 @@ grade_cut_network() {
   wants 1 "both sides write a third key: $first" 200 "$UPDATED" "$first" PUT "/keys/${own[2]}" "${json[@]}" -d "$(value_is 'of first')"
   wants 1 "both sides write a third key: $second" 200 "$UPDATED" "$second" PUT "/keys/${own[2]}" "${json[@]}" -d "$(value_is 'of second')"
   join_up "$second"
-  patience=10 wants 1 "the network is whole again: $second has what $first wrote" 200 "$(retrieved unseen)" "$second" GET "/keys/$key" "${json[@]}" -d "{\"causal-context\":$context}"
-  patience=10 wants 1 "the network is whole again: $first has what $second wrote" 200 "$(retrieved alone)" "$first" GET "/keys/${own[1]}"
-  patience=10 judge 1 "the network is whole again: they agree on what both wrote" agree "${own[2]}" "$first" "$second" "$third"
-  patience=10 judge 1 "the network is whole again: they have the same key count" count_the_same "$first" "$second"
+  by=$settled wants 1 "the network is whole again: $second has what $first wrote" 200 "$(retrieved unseen)" "$second" GET "/keys/$key" "${json[@]}" -d "{\"causal-context\":$context}"
+  by=$settled wants 1 "the network is whole again: $first has what $second wrote" 200 "$(retrieved alone)" "$first" GET "/keys/${own[1]}"
+  by=$settled judge 1 "the network is whole again: they agree on what both wrote" agree "${own[2]}" "$first" "$second" "$third"
+  by=$settled judge 1 "the network is whole again: they have the same key count" count_the_same "$first" "$second"
 }
 
 # are_members COUNT NODE...: so many shards share out these nodes.
