@@ -67,7 +67,7 @@ use url::{Position as Part, Url};
 use node::*;
 use protocol::*;
 use records::*;
-use relay::{ANSWER_LIMIT, PATIENCE, Peer};
+use relay::{ANSWER_LIMIT, PATIENCE, Peer, Question};
 use streams::*;
 use table::*;
 
@@ -2094,6 +2094,18 @@ mod node {
             }
         }
 
+        /// The same for one of many that are fetched, before this node agrees with anybody: it has to compare with all of them, so only
+        /// what no comparison shows is kept in mind.
+        fn note_fetched(&mut self, record: &Record, context: Causal, now: Duration) {
+            if record.is_tombstone() || !context.is_empty() {
+                self.note(record, context, now);
+            } else {
+                self.arrivals += 1;
+                self.notes.remove(record.key());
+                self.lose_all(now);
+            }
+        }
+
         /// Notes that all replicas have a record.
         fn settle(&mut self, key: &[u8], stamp: u64) {
             if let Some(note) = self.notes.get_mut(key)
@@ -2838,11 +2850,15 @@ mod node {
 
         /// Stores a record that another node has, if it beats the one that is here.
         pub fn take(&mut self, record: Record, context: Causal) {
+            self.take_in(record, context, Agreement::note);
+        }
+
+        fn take_in(&mut self, record: Record, context: Causal, note: fn(&mut Agreement, &Record, Causal, Duration)) {
             let hash = hash_of(record.key());
             self.clock = self.clock.max(record.stamp());
             if self.records.get(hash, record.key()).is_none_or(|known| record.beats(known)) {
                 if self.is_replicated() {
-                    self.agreement.note(&record, context, self.now);
+                    note(&mut self.agreement, &record, context, self.now);
                 }
                 self.keep(hash, record);
             }
@@ -3082,7 +3098,7 @@ mod node {
                 let hash = hash_of(record.key());
                 let awaited = spans.iter().any(|span| span.contains((hash, record.key())));
                 if awaited {
-                    self.take(record, context);
+                    self.take_in(record, context, Agreement::note_fetched);
                 }
             }
             true
@@ -4566,18 +4582,16 @@ impl World for Live {
         answers
     }
 
-    async fn push(&self, mut pushes: Vec<Push>) -> Vec<Option<Pushed>> {
-        let Some(last) = pushes.pop() else { return Vec::new() };
-        let mut answers: Vec<Option<Pushed>> = pushes.iter().map(|_| None).collect();
-        let mut last_answer = None;
-        may::coroutine::scope(|scope| {
-            for (push, answer) in pushes.into_iter().zip(&mut answers) {
-                may::go!(scope, move || *answer = push_one(&push));
-            }
-            last_answer = push_one(&last);
-        });
-        answers.push(last_answer);
-        answers
+    async fn push(&self, pushes: Vec<Push>) -> Vec<Option<Pushed>> {
+        let begin = |push: &Push| {
+            let body = postcard::to_stdvec(push).ok()?;
+            let message = Request { origin: Origin::Push, body, ..Request::default() };
+            Peer::at(&push.to).begin(message, PUSH_LIMIT).ok()
+        };
+        // All are asked before the first is waited for.
+        let questions: Vec<Option<Question>> = pushes.iter().map(begin).collect();
+        let answer = |question: Option<Question>| postcard::from_bytes(&question?.answer().ok()?.body).ok();
+        questions.into_iter().map(answer).collect()
     }
 
     async fn relay(&self, node: &str, request: Request, patience: Duration) -> Result<Answer, Lost> {
@@ -4605,12 +4619,6 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
 
 /// A replica that does not take a push in this time is silent.
 const PUSH_LIMIT: Duration = Duration::from_millis(1200);
-
-fn push_one(push: &Push) -> Option<Pushed> {
-    let body = postcard::to_stdvec(push).ok()?;
-    let message = Request { origin: Origin::Push, body, ..Request::default() };
-    postcard::from_bytes(&Peer::at(&push.to).ask(message, PUSH_LIMIT).ok()?.body).ok()
-}
 
 /// Stores what another replica pushes, if it is for this node.
 #[inline(never)]
@@ -4900,6 +4908,28 @@ mod relay {
         was_sent: AtomicBool,
     }
 
+    /// What was asked of a peer.
+    pub struct Question {
+        waiter: Arc<Waiter>,
+        looks_out: bool,
+    }
+
+    impl Question {
+        /// Waits for the answer.
+        pub fn answer(self) -> Result<Answer, Lost> {
+            let (waiter, began) = (self.waiter, Instant::now());
+            while self.looks_out && began.elapsed() < LOOKOUT {
+                if let Some(answer) = lock(&waiter.answer).take() {
+                    return Ok(answer);
+                }
+                thread::yield_now();
+            }
+            // The watch ends this at the deadline: a timer for each request would cost more than the rest of the relay.
+            let _ = waiter.blocker.park(None);
+            lock(&waiter.answer).take().ok_or(Lost { was_sent: waiter.was_sent.load(SeqCst) })
+        }
+    }
+
     impl Default for Waiter {
         fn default() -> Waiter {
             Waiter { blocker: Blocker::new(false), answer: Mutex::default(), was_sent: AtomicBool::new(false) }
@@ -5057,7 +5087,12 @@ mod relay {
         }
 
         /// The same for what is no client's request.
-        pub fn ask(self: Arc<Peer>, mut request: Request, patience: Duration) -> Result<Answer, Lost> {
+        pub fn ask(self: Arc<Peer>, request: Request, patience: Duration) -> Result<Answer, Lost> {
+            self.begin(request, patience)?.answer()
+        }
+
+        /// Begins to ask: what others are asked meanwhile goes on beside it.
+        pub fn begin(self: Arc<Peer>, mut request: Request, patience: Duration) -> Result<Question, Lost> {
             if request.via.split(',').any(|hop| hop.trim() == *VIA) {
                 return Err(Lost { was_sent: false });
             }
@@ -5074,15 +5109,7 @@ mod relay {
             let looks_out = traffic.alone > 10;
             self.dispatch(traffic);
             wake_watch();
-            while looks_out && now.elapsed() < LOOKOUT {
-                if let Some(answer) = lock(&waiter.answer).take() {
-                    return Ok(answer);
-                }
-                thread::yield_now();
-            }
-            // The watch ends this at the deadline: a timer for each request would cost more than the rest of the relay.
-            let _ = waiter.blocker.park(None);
-            lock(&waiter.answer).take().ok_or(Lost { was_sent: waiter.was_sent.load(SeqCst) })
+            Ok(Question { waiter, looks_out })
         }
 
         /// Sees to it that somebody takes what is queued.
