@@ -2829,7 +2829,7 @@ mod node {
             let records: Option<Vec<(Record, Causal)>> = push.records.iter().map(record_of_copy).collect();
             let (Some(table), Some(records)) = (self.table.clone(), records) else { return refused };
             let is_mine = |record: &Record| Some(table.shard_at(hash_of(record.key()), record.key())) == self.shard;
-            if Some(push.version) > version {
+            if Some(push.version) > version && port_of(&push.from).is_some() {
                 self.ahead.insert(push.from.clone());
             }
             if Some(push.version) != version
@@ -4624,9 +4624,7 @@ const PUSH_LIMIT: Duration = Duration::from_millis(1200);
 #[inline(never)]
 fn answer_push(body: &[u8]) -> Answer {
     match postcard::from_bytes::<Push>(body) {
-        Ok(push) if own() == Some(&push.to) && port_of(&push.from).is_some() => {
-            Answer::message(&Live.with(|node| node.take_push(push)))
-        }
+        Ok(push) if own() == Some(&push.to) => Answer::message(&Live.with(|node| node.take_push(push))),
         _ => Outcome::BadRequest.answer(Vocabulary::Form, "POST"),
     }
 }
