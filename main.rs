@@ -7821,7 +7821,7 @@ mod simulation {
         if let Some(seed) = number("SEED") {
             return Simulation::new(seed, true).run();
         }
-        let schedules = number("SCHEDULES").unwrap_or(10_000);
+        let schedules = number("SCHEDULES").unwrap_or(6_000);
         let first = number("FIRST").unwrap_or(0);
         let threads = thread::available_parallelism().map_or(2, |it| it.get() as u64);
         let failed = AtomicBool::new(false);
