@@ -83,7 +83,7 @@ const MAX_HEAD: usize = 64 << 10;
 const MAX_UNSENT: u64 = 4 << 20;
 /// The answers that all connections together may have waiting for clients that do not read, in bytes. Each takes up to four
 /// times that in memory: in the server's buffer, which doubles, and in the copies that a connection keeps.
-const MAX_UNREAD: u64 = 48 << 20;
+const MAX_UNREAD: u64 = 32 << 20;
 /// What idle connections may keep, in bytes of answers: the server's buffers do not shrink. Each byte is two in memory.
 const MAX_KEPT: u64 = 96 << 20;
 /// After so many bytes of answers a client that sends one request after the other lets others have their turn.
@@ -6150,7 +6150,7 @@ static FREED: AtomicU64 = AtomicU64::new(0);
 
 /// Gives memory back to the system when there is much.
 fn give_back_memory() {
-    if FREED.load(SeqCst) > 48 << 20 {
+    if FREED.load(SeqCst) > 16 << 20 {
         FREED.store(0, SeqCst);
         // SAFETY: malloc_trim has no preconditions.
         unsafe { libc::malloc_trim(0) };
