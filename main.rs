@@ -811,6 +811,10 @@ mod records {
             self.from < other.to && other.from < self.to
         }
 
+        fn covers(&self, other: &Span) -> bool {
+            self.from <= other.from && other.to <= self.to
+        }
+
         pub fn contains(&self, (hash, key): (u64, &[u8])) -> bool {
             (self.from.0, &self.from.1[..]) <= (hash, key) && (hash, key) < (self.to.0, &self.to.1[..])
         }
@@ -1034,6 +1038,19 @@ mod records {
             self.buckets.range(..=hash).next_back().map_or(0, |(first, _)| *first)
         }
 
+        /// The buckets that may have something of a span, each with the stretch of the order that it is for.
+        fn buckets_of(&self, span: &Span) -> impl Iterator<Item = (Span, &Bucket)> {
+            let last = span.to.0;
+            // (A span from outside may end before it begins, which a range of the map must not.)
+            let buckets =
+                self.buckets.range(self.bucket_at(span.from.0)..).take_while(move |(first, _)| **first <= last);
+            buckets.map(|(first, bucket)| {
+                let next = self.buckets.range((Excluded(*first), Unbounded)).next();
+                let to = next.map_or_else(end_of_order, |(next, _)| (*next, Vec::new()));
+                (Span { from: (*first, Vec::new()), to }, bucket)
+            })
+        }
+
         /// The part of each bucket that is in a span.
         pub fn parts_of(&self, span: &Span) -> Vec<Span> {
             let firsts = self.buckets.range(self.bucket_at(span.from.0)..).map(|(first, _)| (*first, Vec::new()));
@@ -1047,15 +1064,13 @@ mod records {
         pub fn digests_of(&self, spans: &[Span]) -> Vec<u64> {
             let mut digests = vec![0; spans.len()];
             let (Some(head), Some(tail)) = (spans.first(), spans.last()) else { return digests };
-            let mut buckets = self.buckets.range(self.bucket_at(head.from.0)..).peekable();
-            while let Some((first, bucket)) = buckets.next().filter(|(first, _)| **first <= tail.to.0) {
-                let start = (*first, Vec::new());
-                let end = buckets.peek().map_or_else(end_of_order, |(next, _)| (**next, Vec::new()));
+            let all = Span { from: head.from.clone(), to: tail.to.clone() };
+            for (stretch, bucket) in self.buckets_of(&all) {
                 let index_of = |place: (u64, &[u8])| {
                     let index = spans.partition_point(|span| (span.from.0, &span.from.1[..]) <= place);
                     index.checked_sub(1).filter(|index| spans[*index].contains(place))
                 };
-                match spans.iter().position(|span| span.from <= start && end <= span.to) {
+                match spans.iter().position(|span| span.covers(&stretch)) {
                     Some(whole) => digests[whole] ^= bucket.digest,
                     None => {
                         for record in &bucket.table {
@@ -1077,9 +1092,7 @@ mod records {
 
         /// Clones all records of a span: of one bucket or less, or it takes long.
         pub fn all_of(&self, span: &Span) -> Vec<Record> {
-            let buckets =
-                self.buckets.range(self.bucket_at(span.from.0)..).take_while(|(first, _)| **first <= span.to.0);
-            let records = buckets.flat_map(|(_, bucket)| &bucket.table);
+            let records = self.buckets_of(span).flat_map(|(_, bucket)| &bucket.table);
             records.filter(|record| span.contains(record.position())).cloned().collect()
         }
 
@@ -1140,17 +1153,12 @@ mod records {
 
         /// How many keys a span has.
         pub fn count_of(&self, span: &Span) -> usize {
-            let mut buckets = self.buckets.range(self.bucket_at(span.from.0)..).peekable();
-            let mut count = 0;
-            while let Some((first, bucket)) = buckets.next().filter(|(first, _)| **first <= span.to.0) {
-                let end = buckets.peek().map_or_else(end_of_order, |(next, _)| (**next, Vec::new()));
-                let is_in = |record: &&Record| !record.is_tombstone() && span.contains(record.position());
-                count += match span.from <= (*first, Vec::new()) && end <= span.to {
-                    true => bucket.count,
-                    false => bucket.table.iter().filter(is_in).count(),
-                };
-            }
-            count
+            let is_in = |record: &&Record| !record.is_tombstone() && span.contains(record.position());
+            let count = |(stretch, bucket): (Span, &Bucket)| match span.covers(&stretch) {
+                true => bucket.count,
+                false => bucket.table.iter().filter(is_in).count(),
+            };
+            self.buckets_of(span).map(count).sum()
         }
 
         /// The place of the n-th highest key; the lowest place of all if there are fewer. Steps over buckets, not keys.

@@ -428,11 +428,16 @@ test_pipelines() { # INSTANCE
   } | awk '/^HTTP\/1.1 201/ { a++ } /True/ { b++ } /^HTTP\/1.1 200/ { c++ } END { print a, b, c }')"
 }
 
+# connect INSTANCE: opens a connection; its descriptor is in $fd.
+connect() {
+  local host=${url[$1]#http://}
+  exec {fd}<>"/dev/tcp/${host%:*}/${host#*:}"
+}
 open_idle_clients() { # INSTANCE
-  local host=${url[$1]#http://} n
+  local n
   idle=()
   for ((n = 0; n < IDLE_CLIENTS; n++)); do
-    exec {fd}<>"/dev/tcp/${host%:*}/${host#*:}"
+    connect "$1"
     idle+=("$fd")
   done
   idle_since=$(now)
@@ -524,12 +529,11 @@ test_large_answers() {
 
 # Clients that ask for large values and read nothing.
 test_unread_answers() {
-  local host n fds=()
+  local n fds=()
   start greedy
-  host=${url[greedy]#http://}
   ask greedy PUT /kv-store/big -d "@$work/full" >/dev/null
   for n in {1..150}; do
-    exec {fd}<>"/dev/tcp/${host%:*}/${host#*:}"
+    connect greedy
     for _ in {1..5}; do printf 'GET /kv-store/big HTTP/1.1\r\nHost: test\r\n\r\n' >&"$fd" || break; done
     fds+=("$fd")
   done 2>/dev/null
@@ -542,12 +546,11 @@ test_unread_answers() {
 }
 # Clients that have read a large value and then rest: no new one makes the instance keep more.
 test_resting_clients() {
-  local host n fds=()
+  local n fds=()
   start resting
-  host=${url[resting]#http://}
   ask resting PUT /kv-store/big -d "@$work/full" >/dev/null
   for n in {1..250}; do
-    exec {fd}<>"/dev/tcp/${host%:*}/${host#*:}"
+    connect resting
     printf 'GET /kv-store/big HTTP/1.1\r\nHost: test\r\n\r\n' >&"$fd"
     head -c "$LIMIT" <&"$fd" >/dev/null
     fds+=("$fd")
@@ -1652,12 +1655,12 @@ over() { awk -v a="$1" -v b="$2" 'BEGIN { if (a + 0 && b + 0) printf "%.2f", a /
 
 # connection_memory INSTANCE: opens connections; prints what each takes, in KiB: before its first request, and after it.
 connection_memory() {
-  local host=${url[$1]#http://} pid=${process[$1]} files fd n clients=() rss=()
+  local pid=${process[$1]} files fd n clients=() rss=()
   ulimit -S -n $((MEMORY_CLIENTS + 100)) 2>/dev/null
   files=$(find "/proc/$pid/fd" | wc -l)
   rss+=("$(status_field "$1" VmRSS)")
   for ((n = 0; n < MEMORY_CLIENTS; n++)); do
-    exec {fd}<>"/dev/tcp/${host%:*}/${host#*:}" || return
+    connect "$1" || return
     clients+=("$fd")
   done
   # Whether all of them were accepted shows in the files that the instance has open.
