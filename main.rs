@@ -13,17 +13,20 @@
 //! requests, outcomes, records, owners, tables, the node, what it does, the relay, and last the connections, where bytes come
 //! from and go to.
 //!
-//! In a store of several nodes each key is answered for by the one node that has it, until that one hands it on. Where that is
-//! decided is `Node::place`; where a key changes hands is `Node::adopt` (who gives stops answering), `fetch` (who gets asks
-//! for it) and `Node::arrived` (who gets begins to answer).
+//! In a store with one replica of each shard, a key is answered for by the one node that has it, until that one hands it on. Where
+//! that is decided is `Node::place`; where a key changes hands is `Node::adopt` (who gives stops answering), `fetch` (who gets
+//! asks for it) and `Node::arrived` (who gets begins to answer).
 //!
 //! With REPL_FACTOR a shard lives on several nodes, and each of these answers. A write goes to the others before it is acknowledged
 //! (`replicate`), a node that started again fetches its shard, and whatever else replicas lack they find out when they meet
 //! (`compare`). What some replica may lack is kept in an `Agreement`, and told to clients as their causal context.
 //!
-//! may's workers run each connection as a coroutine and must never block. What blocks has threads of its own: the HTTP client
-//! (two threads for each stream to another instance; a coroutine that waits for an answer holds no worker), the watches over
-//! connections and over what waits for other instances, and in a node the one that keeps in touch with the others.
+//! The library `may` runs each connection as a coroutine, on a few worker threads, and these must never block. What blocks has
+//! threads of its own: the HTTP client (two threads for each stream to another instance; a coroutine that waits for an answer
+//! holds no worker), the watches over connections and over what waits for other instances, and in a node the one that keeps in
+//! touch with the others.
+//!
+//! "The contract" in the comments is the section of this name in README.md, which says all that a client may see.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap, VecDeque};
@@ -97,18 +100,19 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The same in order, and each once. (To collect into a set would sort: that is several kB of code for each type.)
+/// Collects into a set. (`collect` would sort first, which is several kB of code for each type.)
 fn set_of<T: Ord>(items: impl IntoIterator<Item = T>) -> BTreeSet<T> {
     let mut set = BTreeSet::new();
     set.extend(items);
     set
 }
 
-/// The indices of some keys in the order of the keys; of equals, the first comes first. (One sort for all, see above.)
-fn in_order(keys: impl Iterator<Item = u64>) -> Vec<usize> {
-    let mut keys: Vec<(u64, usize)> = keys.zip(0..).collect();
-    keys.sort_unstable();
-    keys.into_iter().map(|(_, index)| index).collect()
+/// The indices of some numbers, in the order of the numbers; of equals, the first comes first. (One sort for all who need one,
+/// for the same reason.)
+fn in_order(numbers: impl Iterator<Item = u64>) -> Vec<usize> {
+    let mut numbers: Vec<(u64, usize)> = numbers.zip(0..).collect();
+    numbers.sort_unstable();
+    numbers.into_iter().map(|(_, index)| index).collect()
 }
 
 /// The coroutines that sleep, and until when.
@@ -612,7 +616,7 @@ enum Outcome {
     NoShard,
     /// With the members that tell how many keys there are, that describe this instance, or a shard, or with the shards' ids.
     KeyCount(String), Instance(String), Shard(String), Shards(String),
-    /// With the text.
+    /// With the text, but for its last line break.
     Metrics(String),
     /// With the address of the node.
     NodeDown(String), HoldsKeys(String),
@@ -657,7 +661,7 @@ impl Outcome {
             Shard(_)          => [(200, r#"{"message":"Shard information retrieved successfully",<shard>}"#); 2],
             NoShard           => [(404, "Shard does not exist"); 2],
             Instance(_)       => [(200, r#"{"result":"Success",<instance>}"#); 2],
-            Metrics(_)        => [(200, ""); 2],
+            Metrics(_)        => [(200, "<metrics>"); 2],
             AddressNotSet     => [(400, "ADDRESS is not set"); 2],
             NodeDown(_)       => [(501, "Server unavailable"),   (503, "Node <node> is down")],
             ViewMissing       => [(400, "View is missing"); 2],
@@ -675,11 +679,8 @@ impl Outcome {
     /// Says the outcome in a vocabulary.
     fn answer(&self, vocabulary: Vocabulary, verb: &str) -> Answer {
         let (status, text) = self.row()[vocabulary as usize];
-        if let Outcome::Metrics(text) = self {
-            return Answer { status, header: Cow::Borrowed(METRICS), body: text.clone().into_bytes() };
-        }
         let template = match vocabulary {
-            _ if text.starts_with('{') => Cow::Borrowed(text),
+            _ if text.starts_with(['{', '<']) => Cow::Borrowed(text),
             Vocabulary::Form => format!(r#"{{"result":"Error","msg":"{text}"}}"#).into(),
             Vocabulary::Json => format!(r#"{{"error":"{text}","message":"Error in <verb>"}}"#).into(),
         };
@@ -693,12 +694,18 @@ impl Outcome {
                 (Outcome::Found(record), _) => body.extend(record.value()),
                 (Outcome::KeyCount(text) | Outcome::Shard(text) | Outcome::Shards(text), _)
                 | (Outcome::Instance(text) | Outcome::NodeDown(text) | Outcome::HoldsKeys(text), _)
-                | (Outcome::ViewInvalid(text) | Outcome::ViewChanged(text), _) => body.extend(text.as_bytes()),
+                | (Outcome::ViewInvalid(text) | Outcome::ViewChanged(text) | Outcome::Metrics(text), _) => {
+                    body.extend(text.as_bytes());
+                }
                 _ => {}
             }
         }
         body.push(b'\n');
-        let header = if let Outcome::VerbNotAllowed(header) = self { header } else { JSON };
+        let header = match self {
+            Outcome::VerbNotAllowed(header) => header,
+            Outcome::Metrics(_) => METRICS,
+            _ => JSON,
+        };
         Answer { status, header: Cow::Borrowed(header), body }
     }
 }
@@ -818,6 +825,18 @@ mod records {
         pub fn contains(&self, (hash, key): (u64, &[u8])) -> bool {
             (self.from.0, &self.from.1[..]) <= (hash, key) && (hash, key) < (self.to.0, &self.to.1[..])
         }
+
+        /// Cuts it at those of some hash values, which must rise, that lie within.
+        pub fn cut_at(&self, hashes: impl Iterator<Item = u64>) -> Vec<Span> {
+            let (mut parts, mut from) = (Vec::new(), self.from.clone());
+            for place in hashes.map(|hash| (hash, Vec::new())) {
+                if from < place && place < self.to {
+                    parts.push(Span { from: std::mem::replace(&mut from, place.clone()), to: place });
+                }
+            }
+            parts.push(Span { from, to: self.to.clone() });
+            parts
+        }
     }
 
     /// SipHash-2-4 with a key of zeros (Aumasson and Bernstein, 2012): the same in every build.
@@ -919,7 +938,12 @@ mod records {
         buckets: BTreeMap<u64, Bucket>,
         /// How many keys there are: records that are no tombstones.
         count: usize,
+        /// About how many bytes of memory were freed one record at a time, since somebody last asked.
+        freed: usize,
     }
+
+    /// What a record takes of memory beside its value, in bytes: about, for a short key.
+    const OVERHEAD: usize = 80;
 
     #[derive(Default)]
     struct Bucket {
@@ -940,6 +964,23 @@ mod records {
             let change = |sum: usize, by| if came { sum + by } else { sum - by };
             (self.count, self.bytes) = (change(self.count, keys), change(self.bytes, bytes));
         }
+
+        /// Clones those of some records that have the lowest places, of about `limit` bytes, and says where the first of the others is:
+        /// at `end` if all fit.
+        fn lowest(&self, records: &[&Record], limit: usize, end: Position) -> (Vec<Record>, Position) {
+            let mut places: Vec<(u64, &[u8])> = records.iter().map(|record| record.position()).collect();
+            places.sort_unstable();
+            let (mut lowest, mut weight) = (Vec::new(), 0);
+            for (hash, key) in places {
+                if weight >= limit {
+                    return (lowest, (hash, key.to_vec()));
+                } else if let Some(record) = self.table.find(hash, |record| record.key() == key) {
+                    weight += record.weight();
+                    lowest.push(record.clone());
+                }
+            }
+            (lowest, end)
+        }
     }
 
     impl Records {
@@ -951,6 +992,15 @@ mod records {
         /// The length of all values, as JSON text.
         pub fn bytes(&self) -> usize {
             self.buckets.values().map(|bucket| bucket.bytes).sum()
+        }
+
+        /// About how much memory they take, in bytes.
+        pub fn footprint(&self) -> usize {
+            self.bytes() + self.count * OVERHEAD
+        }
+
+        pub fn take_freed(&mut self) -> usize {
+            std::mem::take(&mut self.freed)
         }
 
         pub fn is_empty(&self) -> bool {
@@ -974,7 +1024,7 @@ mod records {
             }
             // A bucket at 0 is never taken away while there are others.
             let (first, bucket) = self.buckets.range_mut(..=hash).next_back()?;
-            let before = bucket.count;
+            let (before, length) = (bucket.count, record.value().len());
             bucket.note(hash, &record, true);
             let old = match bucket.table.entry(hash, |it| it.key() == record.key(), |it| hash_of(it.key())) {
                 Entry::Occupied(mut old) => Some(std::mem::replace(old.get_mut(), record)),
@@ -985,6 +1035,7 @@ mod records {
             };
             if let Some(old) = &old {
                 bucket.note(hash, old, false);
+                self.freed += old.value().len().saturating_sub(length);
             }
             self.count = self.count + bucket.count - before;
             if bucket.table.len() > BUCKET {
@@ -1018,6 +1069,7 @@ mod records {
             let (record, _) = bucket.table.find_entry(hash, |record| record.key() == key).ok()?.remove();
             bucket.note(hash, &record, false);
             self.count -= usize::from(!record.is_tombstone());
+            self.freed += record.value().len() + OVERHEAD;
             let first = *first;
             self.tidy(first);
             Some(record)
@@ -1053,10 +1105,7 @@ mod records {
 
         /// The part of each bucket that is in a span.
         pub fn parts_of(&self, span: &Span) -> Vec<Span> {
-            let firsts = self.buckets.range(self.bucket_at(span.from.0)..).map(|(first, _)| (*first, Vec::new()));
-            let inner = firsts.filter(|place| span.from < *place && *place < span.to);
-            let places: Vec<Position> = [span.from.clone()].into_iter().chain(inner).chain([span.to.clone()]).collect();
-            places.windows(2).map(|pair| Span { from: pair[0].clone(), to: pair[1].clone() }).collect()
+            span.cut_at(self.buckets_of(span).map(|(stretch, _)| stretch.from.0))
         }
 
         /// The digests of some spans, which stand in order and do not overlap. Looks at each record only of those buckets that
@@ -1099,32 +1148,15 @@ mod records {
         /// Clones the first records of a span, in no order, from one bucket and of about `limit` bytes, and says up to where
         /// these are all that there is.
         pub fn first_of(&self, span: &Span, limit: usize) -> (Vec<Record>, Position) {
-            let start = self.bucket_at(span.from.0);
-            for (first, bucket) in self.buckets.range(start..).take_while(|(first, _)| **first <= span.to.0) {
+            for (stretch, bucket) in self.buckets_of(span) {
                 let is_in = |record: &&Record| span.contains(record.position());
-                let mut records: Vec<&Record> = bucket.table.iter().filter(is_in).collect();
-                if records.is_empty() {
-                    continue;
-                }
-                let next = self.buckets.range((Excluded(*first), Unbounded)).next();
-                let mut end = next.map_or(span.to.clone(), |(next, _)| (*next, Vec::new()).min(span.to.clone()));
+                let records: Vec<&Record> = bucket.table.iter().filter(is_in).collect();
+                let end = stretch.to.min(span.to.clone());
                 if records.iter().map(|record| record.weight()).sum::<usize>() > limit {
-                    let mut places: Vec<(u64, &[u8])> = records.iter().map(|record| record.position()).collect();
-                    places.sort_unstable();
-                    records.clear();
-                    let mut weight = 0;
-                    for (hash, key) in places {
-                        if weight >= limit {
-                            end = (hash, key.to_vec());
-                            break;
-                        }
-                        if let Some(record) = bucket.table.find(hash, |record| record.key() == key) {
-                            weight += record.weight();
-                            records.push(record);
-                        }
-                    }
+                    return bucket.lowest(&records, limit, end);
+                } else if !records.is_empty() {
+                    return (records.into_iter().cloned().collect(), end);
                 }
-                return (records.into_iter().cloned().collect(), end);
             }
             (Vec::new(), span.to.clone())
         }
@@ -1195,15 +1227,14 @@ fn own() -> Option<&'static str> {
 
 /// The whole road of a request, from its owner to its answer.
 fn answer(request: Request) -> Answer {
-    begin(request).unwrap_or_else(|work| work())
+    answer_or_defer(request).unwrap_or_else(|work| work())
 }
 
 /// What is left to be done for an answer.
 type Work = Box<dyn FnOnce() -> Answer + Send>;
 
-/// Answers a request at once, if it asks for what this instance has. What has to ask others, and takes its time, is returned as
-/// work.
-fn begin(request: Request) -> Result<Answer, Work> {
+/// Answers a request at once if this instance can do so alone. What has to ask other instances is returned as work.
+fn answer_or_defer(request: Request) -> Result<Answer, Work> {
     match request.origin {
         Origin::Message => return Ok(answer_message(&request.body)),
         Origin::Push => return Ok(answer_push(&request.body)),
@@ -1240,7 +1271,7 @@ fn begin(request: Request) -> Result<Answer, Work> {
     }
 }
 
-/// Whether only the instance that is asked can answer. (What no instance takes, the main instance may refuse.)
+/// Whether only the instance that is asked can answer. (A verb that no instance takes there is left to the main instance.)
 fn is_about_this_instance(resource: &Resource, request: &Request) -> bool {
     match resource {
         Resource::Instance => request.verb == "GET",
@@ -1268,15 +1299,17 @@ impl Action {
     }
 }
 
-/// What became of a request at this instance, and the causal context after it, if it had one.
+/// What became of a request at this instance so far; and its causal context, if it had one.
 enum Tried {
     Done(Outcome, Option<Causal>),
-    /// A record was written, which other replicas are to have before this is answered.
+    /// A record was written, which the other replicas are to have before this is answered.
     Written(Outcome, Record, Option<Causal>),
-    /// Who has the key instead, and what is still to be done.
+    /// Another instance has the key, and what the request wants is still to be done.
     NotHere(Place, Action, Option<Causal>),
-    /// The context asks for something newer than what is here of the key, or (true) what is here is about to be on all replicas.
-    Behind(bool, Action, Option<Causal>),
+    /// The context asks for a newer record of the key than the one that is here.
+    Behind(Action, Option<Causal>),
+    /// The record that is here is just being written to the other replicas. In a moment they are known to have it.
+    Settling(Action, Option<Causal>),
 }
 
 /// Does what a request wants if this instance has the key.
@@ -1307,50 +1340,57 @@ fn perform(node: &mut Node, hash: u64, key: &[u8], action: Action, context: Opti
     Tried::Done(outcome, context.map(|_| Causal::new()))
 }
 
-/// Does what a request wants although nobody has what its context asks for.
-fn perform_anyway(node: &mut Node, hash: u64, key: &[u8], action: Action, context: Option<Causal>) -> Tried {
-    let mut known = context.clone().unwrap_or_default();
-    node.know(&known);
-    let forgotten = str::from_utf8(key).ok().and_then(|key| known.remove(key));
-    if node.place(hash, key) != Place::Here {
-        return Tried::NotHere(node.place(hash, key), action, context);
-    }
-    // A key that the client knows of is deleted, also if this replica never saw it.
-    if matches!(action, Action::Delete) && forgotten.is_some() && node.records.find(hash, key).is_none() {
-        let mut record = Record::tombstone(key);
-        node.put(hash, &mut record);
-        node.note_write(&record, known);
-        return Tried::Written(Outcome::Deleted, record, context);
-    } else if matches!(action, Action::Get) {
-        let found = node.records.find(hash, key).cloned();
-        let after = context.map(|_| node.context_after(known, hash, key));
-        return Tried::Done(found.map_or(Outcome::Missing, Outcome::Found), after);
-    }
-    perform_replicated(node, hash, key, action, Some(known))
-}
-
-/// The same, where other replicas have the key as well.
+/// `perform` where the key's shard has several replicas.
 fn perform_replicated(node: &mut Node, hash: u64, key: &[u8], action: Action, context: Option<Causal>) -> Tried {
     use Outcome::*;
     let known = context.clone().unwrap_or_default();
     let found = node.records.find(hash, key).cloned();
     if matches!(action, Action::Get | Action::Delete) && !node.satisfies(hash, key, &known) {
-        return Tried::Behind(false, action, context);
+        return Tried::Behind(action, context);
     }
-    let (outcome, mut record) = match action {
-        Action::Get
-            if context.is_some() && node.records.get(hash, key).is_some_and(|record| node.is_settling(record)) =>
-        {
-            return Tried::Behind(true, action, context);
+    match action {
+        Action::Refuse(outcome) => Tried::Done(outcome, context),
+        Action::Put(record) => {
+            write(node, hash, record, if found.is_some() { Replaced } else { Created }, known, context)
         }
-        Action::Put(record) => (if found.is_some() { Replaced } else { Created }, record),
-        Action::Delete if found.is_some() => (Deleted, Record::tombstone(key)),
+        Action::Delete if found.is_some() => write(node, hash, Record::tombstone(key), Deleted, known, context),
+        Action::Get if context.is_some() && node.is_settling(hash, key) => Tried::Settling(action, context),
         Action::Get | Action::Delete => {
             let after = context.map(|context| node.context_after(context, hash, key));
-            return Tried::Done(found.map_or(Missing, Found), after);
+            Tried::Done(found.map_or(Missing, Found), after)
         }
-        Action::Refuse(outcome) => return Tried::Done(outcome, context),
-    };
+    }
+}
+
+/// Does what a request wants with what is here of the key, since no replica has what its context asks for.
+fn perform_anyway(node: &mut Node, hash: u64, key: &[u8], action: Action, context: Option<Causal>) -> Tried {
+    let mut known = context.clone().unwrap_or_default();
+    node.know(&known);
+    let asked_for = str::from_utf8(key).ok().and_then(|key| known.remove(key));
+    let found = node.records.find(hash, key).cloned();
+    match action {
+        _ if node.place(hash, key) != Place::Here => Tried::NotHere(node.place(hash, key), action, context),
+        // A key that the client knows of is deleted, also if this replica never saw it.
+        Action::Delete if found.is_some() || asked_for.is_some() => {
+            write(node, hash, Record::tombstone(key), Outcome::Deleted, known, context)
+        }
+        Action::Get | Action::Delete => {
+            let after = context.map(|_| node.context_after(known, hash, key));
+            Tried::Done(found.map_or(Outcome::Missing, Outcome::Found), after)
+        }
+        Action::Put(_) | Action::Refuse(_) => perform_replicated(node, hash, key, action, context),
+    }
+}
+
+/// Writes a record here, for a client that knows of what is `known`.
+fn write(
+    node: &mut Node,
+    hash: u64,
+    mut record: Record,
+    outcome: Outcome,
+    known: Causal,
+    context: Option<Causal>,
+) -> Tried {
     node.know(&known);
     node.put(hash, &mut record);
     node.note_write(&record, known);
@@ -1439,7 +1479,7 @@ fn count_answer(verb: &str, status: u16) {
     }
 }
 
-/// What this instance counts, in the text format of Prometheus, version 0.0.4.
+/// What this instance counts, in the text format of Prometheus, version 0.0.4, without the last line break.
 fn metrics() -> String {
     let mut text = String::new();
     let head =
@@ -1467,7 +1507,7 @@ fn metrics() -> String {
     ] {
         text += &format!("{}kv_store_{name} {value}\n", head(name, kind, help));
     }
-    text
+    text.trim_end().to_owned()
 }
 
 // ---- Tables: which shard has which key, and who else may have some of it --------------------------------------------
@@ -1480,13 +1520,13 @@ mod table {
     use super::*;
 
     /// Tables come in one order: by epoch, then by number, then by who made them. The version of a table is that of the lock
-    /// under which it was made. A new epoch begins when nodes are left out by force: it beats whatever these may have made.
+    /// under which it was made. A new epoch begins when silent nodes are left out: it beats whatever these may have made.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
     pub struct Version {
         pub epoch: u64,
         pub number: u64,
-        /// The incarnation of the coordinator. In a first table, the number of nodes and a hash of the view: the larger view
-        /// counts.
+        /// Decides between two tables with the same number, and tells who made it: the incarnation of the coordinator. Nobody made
+        /// a first table: there it is the number of nodes, so that the larger view counts, and a hash of the view.
         pub coordinator: u64,
     }
 
@@ -1601,9 +1641,9 @@ mod table {
             self.ranges.iter().zip(ends).map(|(range, to)| (Span { from: range.from.clone(), to }, range))
         }
 
-        /// The table after this one. Shards give up what is above their cuts (the place and the receiver, from the highest
-        /// place down). Sources are whoever had a place in this table, and whoever was its source already where `complete` does
-        /// not say that these have nothing left; but not the nodes that are given up.
+        /// The table after this one. Each shard gives away what is above its cuts. The sources of a range are the nodes that own it
+        /// by this table and, unless this table is `complete` (all has been fetched), its sources in this table; but never the nodes
+        /// that are given up.
         pub fn next(
             &self,
             version: Version,
@@ -1769,8 +1809,9 @@ mod table {
 // ---- The node: what it knows of its store, and what it decides ------------------------------------------------------
 
 mod node {
-    //! A store has no moment at which all of its nodes agree, and needs none. Each key is answered for by the one node that has
-    //! it, until that node hands it on:
+    //! A store has no moment at which all of its nodes agree, and needs none.
+    //!
+    //! **With one replica of each shard**, a key is answered for by the one node that has it, until that node hands it on:
     //!
     //! - A node answers for a key if its table gives it the key, and no source of that range can have it any more (`place`).
     //! - Who adopts a newer table answers from then on for nothing that it gives to others, and keeps those records until the
@@ -1779,9 +1820,26 @@ mod node {
     //!   forgotten it (`merge`, `arrived`). A node that does not know the newer table goes on answering, and rightly: nobody can
     //!   have fetched from it.
     //!
-    //! Where a shard has several replicas, the order of stamps decides instead: of two records of a key the one with the higher
-    //! stamp stays, wherever and however often they meet. So replicas may take writes on their own, give records twice, and answer
-    //! while others still fetch; nothing but a replica that was never heard of a write can be behind.
+    //! So a PUT to a key that is just being moved meets, at the old owner before that adopts the table, `Place::Here`: it is written
+    //! and moves later. After that, `Place::Node`: it is relayed (`pass_on`). The new owner, if it has not heard of the table,
+    //! answers 421, is met, and adopts it (`hear`, `consider`). Then it finds `Place::Incoming`: it fetches the beginning of that span
+    //! from the source (`fetch`), has it forgotten there, and writes.
+    //!
+    //! **With several replicas**, the order of stamps decides: of two records of a key the one with the higher stamp stays,
+    //! wherever and however often they meet. So replicas may take writes on their own, give records twice, and answer while others
+    //! still fetch. What one of them may lack, the others have in mind (`Agreement`).
+    //!
+    //! So when a replica dies in the middle of a write, there are two cases. If it was to store what another one wrote, its silence
+    //! is noted after `PUSH_LIMIT` (`push_to`), the write is acknowledged without it (`replicate`), and remains in mind as one that it
+    //! may lack, until it has fetched its shard and been compared with. If it was the one that wrote, its client gets no answer, or
+    //! from a node in between 503, and the write may have reached some of the others: whoever has it holds it in mind as one
+    //! that others may lack, and `compare` brings it to all of them.
+    //!
+    //! The words: a node is *blank* when it has just started and goes by no table yet. One *life* of a node, from start to end, is told
+    //! by its *incarnation*, a random number. To *go by* a table is to answer by it. A *range* of the table is *incoming* at its owner as
+    //! long as one of its *sources* has not been heard; it *blocks* as long as the owner cannot answer for its keys. A table is
+    //! *complete* when all of its nodes have fetched what it gives them. A node that grants a coordinator its *lock* keeps a *promise*: a
+    //! promise is *void* when nothing can come of it any more. A record is *open* if some replica may lack it, and *settled* when all have it.
     //!
     //! This type is a value that gets messages and the time, and gives answers: no statics, no clock, no network. What it does
     //! over time stands in the next section; the simulation at the end runs both, many nodes in one process.
@@ -1797,6 +1855,7 @@ mod node {
         pub version: Option<Version>,
         /// The store that this table is of.
         pub store: Option<u64>,
+        /// As far as it knows, all nodes have fetched what that table gives them.
         pub complete: bool,
         /// Whether that table lists it, how many nodes it lists, and how many keys this one has.
         pub is_member: bool,
@@ -1817,9 +1876,9 @@ mod node {
         /// The time by its clock, in microseconds since 1970, and the highest stamp that it knows.
         pub time: u64,
         pub stamp: u64,
-        /// Of a replica: the digest of what it has, unless it lacks something, or some of that is others'; and up to which stamps
-        /// all replicas have what the nodes knew of, as far as it heard.
+        /// Of a replica: the digest of all that it has. None as long as it lacks something, or keeps something for others.
         pub digest: Option<u64>,
+        /// Of a replica: what it knows of the claims of all nodes (see `Agreement`).
         pub claims: BTreeMap<String, u64>,
         /// The table itself, in a reply to one that does not have it. A table comes in replies only, since these are awaited:
         /// in a message it could be as late as a life of its sender, and of the whole store, ago.
@@ -1848,6 +1907,7 @@ mod node {
         pub coordinator: String,
         /// All nodes that the change names: one of them may go by its table when nobody else knows of it.
         pub nodes: Vec<String>,
+        /// When this life of the node granted it. Zero is a promise that others told of.
         #[serde(skip)]
         granted: Duration,
     }
@@ -1866,8 +1926,8 @@ mod node {
     pub enum Message {
         /// Nothing but what every message tells.
         Meet,
-        /// Promise to take part in a change that makes this version and names these nodes. Nothing has come, or will, of the
-        /// promises of these versions: all that they name are bound by this lock's coordinator.
+        /// Promise to take part in a change that makes this version and names these nodes. The promises of the versions that come
+        /// last are void: all nodes that they name have granted this coordinator its lock, or are given up. Drop them.
         Lock(Version, Vec<String>, Vec<Version>),
         /// Under that lock: where are your n-th highest keys? (And whether every node has what your table gives it: then drop what
         /// is others'.)
@@ -1955,12 +2015,12 @@ mod node {
     /// So many tombstones are looked at in a round.
     const SWEEP: usize = 20_000;
 
-    /// Who has a key.
+    /// Who may answer for a key.
     #[derive(Debug, PartialEq)]
     pub enum Place {
         Here,
         Node(String),
-        /// It becomes this node's, and this source may have it, as it may the rest of the span.
+        /// Nobody, until this node has fetched it from this source, which may have the rest of the span as well.
         Incoming(String, Version, Span),
         /// This node goes by no table yet, or cannot tell whether its table is still good.
         Unknown,
@@ -1976,32 +2036,33 @@ mod node {
     /// The replicas that a shard had, which should all have the same.
     #[derive(Clone, Debug)]
     struct Group {
-        /// Those that were not heard yet.
-        left: BTreeSet<String>,
-        /// One that lacked nothing was heard, or is this node itself. With several replicas that will do to answer for a key;
-        /// what only another one took, while the two were cut off from each other, comes later.
-        heard: bool,
+        /// Those that have not given what they have, yet.
+        unheard: BTreeSet<String>,
+        /// One of them that lacked nothing has given all, or is this node itself. With several replicas that will do to answer for a
+        /// key; what only another one took, while the two were cut off from each other, comes later.
+        is_covered: bool,
         /// The table names it. (Otherwise it is the other replicas of this shard, since this node started blank.)
         of_table: bool,
     }
 
     impl Incoming {
+        /// Whether this node cannot answer for these keys yet: of some group it has no whole copy.
         fn blocks(&self) -> bool {
-            self.groups.iter().any(|group| !group.heard)
+            self.groups.iter().any(|group| !group.is_covered)
         }
 
         fn is_from(&self, source: &str) -> bool {
-            self.groups.iter().any(|group| group.left.contains(source))
+            self.groups.iter().any(|group| group.unheard.contains(source))
         }
 
         fn sources(&self) -> impl Iterator<Item = &String> {
-            self.groups.iter().flat_map(|group| &group.left)
+            self.groups.iter().flat_map(|group| &group.unheard)
         }
     }
 
     /// What a node last heard from another.
     #[derive(Default)]
-    struct Peer {
+    struct PeerInfo {
         version: Option<Version>,
         incarnation: u64,
         /// Its time, in microseconds.
@@ -2045,28 +2106,34 @@ mod node {
 
     /// What other replicas of this shard may lack, as far as this one knows. A client that reads such a record here must not read
     /// an older one there: it is told by its causal context.
+    ///
+    /// The arrivals of records at this node are counted, and that count serves as a clock. What is always true: a replica with which
+    /// this node has *agreed* at some count of arrivals has everything that had arrived by then; of what arrived later it can lack
+    /// only records with an open note. With a replica that is not in `agreed` nothing is known: it may lack anything.
     #[derive(Default)]
     pub struct Agreement {
-        /// So many records came here, from clients and from other nodes.
+        /// How many records have come here, from clients and from other nodes.
         pub arrivals: u64,
-        /// By key, those that some replica may lack, or whose writer had seen what some node may lack.
+        /// By key: the records that some replica may lack, and those whose writer had seen what some node may lack.
         notes: HashMap<Vec<u8>, Note>,
-        /// How many there may be before they are thinned out.
+        /// How many notes there may be before they are thinned out.
         limit: usize,
-        /// By replica, as long as it lives: it has what was here when the arrivals were so many, but for what is open.
+        /// By replica, as long as it lives: the count of arrivals at which it had everything.
         agreed: BTreeMap<String, u64>,
-        /// All replicas have what was here then.
+        /// The count of arrivals at which all replicas had everything.
         everywhere: u64,
-        /// An agreement on less does not count: what arrived later is not all noted.
+        /// An agreement at a lower count is of no use: not all that arrived since then was noted.
         least: u64,
         /// When an agreement was lost last.
         broken: Duration,
-        /// By node: all replicas of its shard have what it knew of up to this stamp. That stays true for ever.
+        /// By node of the store, a stamp: whatever that node knew of up to it, all replicas of its shard have. What is claimed once
+        /// stays true.
         claims: BTreeMap<String, u64>,
-        /// All replicas of all shards have everything up to this stamp.
+        /// The lowest claim of all nodes of the table: all replicas of all shards have everything up to this stamp.
         floor: u64,
-        /// What other replicas do not know yet to be on all.
+        /// By replica: the keys and stamps of settled records that it takes for open.
         settled: Vec<(String, Vec<(ByteBuf, u64)>)>,
+        /// Somebody is about to tell them.
         is_telling: bool,
     }
 
@@ -2080,8 +2147,8 @@ mod node {
         context: Causal,
     }
 
-    /// So many records are kept in mind that replicas may lack. If there come to be more, they are forgotten, and so is with whom
-    /// this node agrees: then everything may be missing somewhere, until it has compared with all.
+    /// How many records that replicas may lack are kept in mind. If there are more, they are forgotten, and so are all agreements:
+    /// then everything may be missing somewhere, until this node has compared with all other replicas.
     const MAX_NOTES: usize = 10_000;
 
     impl Agreement {
@@ -2102,8 +2169,8 @@ mod node {
             }
         }
 
-        /// The same for one of many that are fetched, before this node agrees with anybody: it has to compare with all of them, so only
-        /// what no comparison shows is kept in mind.
+        /// Notes a record that was fetched with many others. This node agrees with nobody yet and has to compare with all, so it keeps
+        /// in mind only what no comparison shows: tombstones and contexts.
         fn note_fetched(&mut self, record: &Record, context: Causal, now: Duration) {
             if record.is_tombstone() || !context.is_empty() {
                 self.note(record, context, now);
@@ -2126,7 +2193,7 @@ mod node {
             }
         }
 
-        /// The same, of one that was written here: the others are to be told.
+        /// Notes that all replicas have a record that was written here. The others are to be told.
         fn settle_and_tell(&mut self, key: &[u8], stamp: u64, others: &[String]) {
             self.settle(key, stamp);
             for other in others {
@@ -2177,7 +2244,7 @@ mod node {
             self.open().any(|(_, note)| note.is_tombstone)
         }
 
-        /// Notes that a replica has all that was here when the arrivals were so many. What all `others` have is settled.
+        /// Notes that a replica has everything that had arrived here at a count of arrivals. What all `others` have is settled.
         fn agree(&mut self, with: &str, arrivals: u64, others: &[String]) {
             if arrivals < self.least {
                 return;
@@ -2218,7 +2285,7 @@ mod node {
             (self.least, self.broken) = (self.arrivals, now);
         }
 
-        /// Whether another replica may lack something that had come here when the arrivals were `by` or less.
+        /// Whether another replica may lack something that had arrived here at the count `by`.
         fn awaits(&self, other: &str, by: u64) -> bool {
             let Some(agreed) = self.agreed.get(other) else { return true };
             self.open().any(|(_, note)| note.arrival > *agreed && note.arrival <= by)
@@ -2236,8 +2303,8 @@ mod node {
         pub incarnation: u64,
         first_view: Vec<String>,
         first_factor: usize,
-        /// How long a granted lock keeps off other coordinators. It is remembered for longer, and nothing but comfort depends
-        /// on this.
+        /// How long a granted lock keeps off other coordinators. (It is remembered for longer. On this depends how soon another change
+        /// succeeds, and never whether one is right.)
         pub lease: Duration,
         /// The time, since 1970, as of the last look. It never goes back.
         pub now: Duration,
@@ -2257,12 +2324,14 @@ mod node {
         complete: bool,
         /// By where they begin, the spans that this node owns and has not fetched: up to where, and from whom.
         incoming: BTreeMap<Position, Incoming>,
-        /// It went by the table before this one as well, and has kept what it had then.
-        followed: bool,
+        /// It went by the table before this one as well, and has kept the records that it had then: all of them, unless sources of
+        /// that table have not been heard.
+        kept_records: bool,
         /// What some replica may lack.
         pub agreement: Agreement,
         tombstones: VecDeque<Tombstone>,
-        /// How many records had come when this was last noted, and when that was.
+        /// A moment one or two seconds ago, and the count of arrivals then. What arrived later is no reason to compare: its writer is
+        /// about to tell all others.
         marked: (Duration, u64),
         promises: Vec<Promise>,
         coordinated: Version,
@@ -2270,10 +2339,10 @@ mod node {
         /// The newest lock that it ever granted, also if nothing came of that.
         newest_grant: Version,
         /// When this node last tried to settle a forgotten lock.
-        settled_locks: Duration,
+        resolved_locks: Duration,
         /// The newest table that a blank node has heard of, and who went by it then.
         heard: Option<(Table, BTreeSet<String>)>,
-        peers: BTreeMap<String, Peer>,
+        peers: BTreeMap<String, PeerInfo>,
         /// Nodes that have shown to go by a newer table, and are to be asked for it.
         ahead: BTreeSet<String>,
         /// Who fetches from here: the incarnation that asked last.
@@ -2281,7 +2350,7 @@ mod node {
         /// The sources that are being fetched from.
         fetching: BTreeSet<String>,
         /// How many keys these have still to give, once they have said.
-        left: BTreeMap<String, u64>,
+        keys_left: BTreeMap<String, u64>,
         /// What an operator may want to know, to be printed.
         pub lines: Vec<String>,
         /// Records that nobody wants, to be dropped when the lock is gone: that may take seconds.
@@ -2307,7 +2376,7 @@ mod node {
                 shard: None,
                 complete: false,
                 incoming: BTreeMap::new(),
-                followed: false,
+                kept_records: false,
                 agreement: Agreement::default(),
                 tombstones: VecDeque::new(),
                 marked: (now, 0),
@@ -2315,13 +2384,13 @@ mod node {
                 coordinated: Version::default(),
                 coordinating: false,
                 newest_grant: Version::default(),
-                settled_locks: now,
+                resolved_locks: now,
                 heard: None,
                 peers: BTreeMap::new(),
                 ahead: BTreeSet::new(),
                 takers: BTreeMap::new(),
                 fetching: BTreeSet::new(),
-                left: BTreeMap::new(),
+                keys_left: BTreeMap::new(),
                 lines: Vec::new(),
                 garbage: Vec::new(),
             }
@@ -2329,17 +2398,17 @@ mod node {
 
         // -- Who has a key
 
-        /// Answers the question of the whole program.
+        /// Answers the question of the whole program: who may answer for a key now? `hash` is that of the key.
         pub fn place(&self, hash: u64, key: &[u8]) -> Place {
             if self.own.is_empty() {
                 return Place::Here;
-            } else if !self.is_settled() {
+            } else if !self.may_answer() {
                 return Place::Unknown;
             }
             self.place_by_table(hash, key)
         }
 
-        /// The same, also of a node that slept.
+        /// Who may answer for a key, by the table alone: also if this node slept, and others may know better.
         pub fn place_by_table(&self, hash: u64, key: &[u8]) -> Place {
             let Some(table) = self.table.as_ref().filter(|_| !self.is_joining()) else { return Place::Unknown };
             let shard = table.shard_at(hash, key);
@@ -2351,7 +2420,8 @@ mod node {
             let position = (hash, key.to_vec());
             match self.incoming.range(..=&position).next_back() {
                 Some((_, incoming)) if position < incoming.to && incoming.blocks() => {
-                    let missing = incoming.groups.iter().filter(|group| !group.heard).flat_map(|group| &group.left);
+                    let missing =
+                        incoming.groups.iter().filter(|group| !group.is_covered).flat_map(|group| &group.unheard);
                     let source = self.pick(&missing.cloned().collect::<Vec<_>>(), 0);
                     Place::Incoming(source, table.version, Span { from: position, to: incoming.to.clone() })
                 }
@@ -2359,7 +2429,7 @@ mod node {
             }
         }
 
-        /// One of some nodes that is neither silent nor blank, if there is such a one: the same for the same key.
+        /// One of some nodes: of those that are neither silent nor blank, if there are such. The same for the same key.
         fn pick(&self, nodes: &[String], hash: u64) -> String {
             let speaks = |node: &&String| !self.peers.get(*node).is_some_and(|peer| peer.silent || peer.is_blank);
             let speaking: Vec<&String> = nodes.iter().filter(speaks).collect();
@@ -2373,7 +2443,7 @@ mod node {
 
         /// Whether this node may go by its table. One that slept meets others first (that is a courtesy to whoever has removed
         /// it by force; nothing else depends on it). A store of one that is asked to join another takes no more keys.
-        pub fn is_settled(&self) -> bool {
+        pub fn may_answer(&self) -> bool {
             self.own.is_empty() || self.table.is_some() && self.now < self.met + ASLEEP && !self.is_joining()
         }
 
@@ -2399,7 +2469,7 @@ mod node {
             self.records.insert(hash, record)
         }
 
-        /// What follows a write that a client's context knew of is stamped above it.
+        /// Sees to it that what is written next gets a higher stamp than anything that a client's context knows of.
         pub fn know(&mut self, context: &Causal) {
             self.clock = context.values().fold(self.clock, |clock, stamp| clock.max(*stamp));
         }
@@ -2471,64 +2541,71 @@ mod node {
         /// Answers a message.
         pub fn receive(&mut self, envelope: Envelope) -> (Status, Reply) {
             let Envelope { from, status, message, .. } = envelope;
-            let theirs = status.version;
-            // The lock comes first: its holder may bring a table that no one else may.
+            let (theirs, life) = (status.version, status.incarnation);
+            // A lock is granted by what this node knew before it heard its coordinator.
             let granted = match &message {
                 Message::Lock(version, nodes, void) => self.grant(*version, status.store, &from, nodes.clone(), void),
                 _ => Reply::Refused,
             };
-            let taker = status.incarnation;
             if theirs > self.version() {
                 self.ahead.insert(from.clone());
             }
             self.hear(&from, Status { table: None, ..status }, false);
-            let reply = match message {
+            let reply = if let Message::Lock(..) = message { granted } else { self.reply_to(from, life, message) };
+            (Status { table: self.table_for(theirs), ..self.status() }, reply)
+        }
+
+        /// Replies to what a node says in this life of it.
+        fn reply_to(&mut self, from: String, life: u64, message: Message) -> Reply {
+            let goes_by = |version| self.version() == Some(version);
+            match message {
                 Message::Meet => Reply::Done,
-                Message::Lock(..) => granted,
-                Message::Cut(version, counts, complete)
-                    if self.promises.iter().any(|promise| promise.version == version) =>
-                {
+                // Not if it has started again since it granted the lock, and now has nothing.
+                Message::Cut(version, counts, complete) if self.has_granted(version) => {
                     if complete && self.is_replicated() {
                         self.set_complete();
                     }
-                    Reply::Places(
-                        counts.iter().take(1000).map(|count| self.records.nth_highest((*count).max(1))).collect(),
-                    )
+                    let place = |count: &usize| self.records.nth_highest((*count).max(1));
+                    Reply::Places(counts.iter().take(1000).map(place).collect())
                 }
-                // Not if it was asked by one that has started again since, and now has nothing.
+                // Not if it was fetched in an earlier life of the taker, which now has nothing.
                 Message::Forget(version, span)
-                    if self.gives(version, &span) && self.takers.get(&from) == Some(&taker) =>
+                    if self.gives(version, &span) && self.takers.get(&from) == Some(&life) =>
                 {
                     self.forget(&span);
                     Reply::Done
                 }
                 Message::Give(version, span, limit)
-                    if self.gives(version, &span) || self.version() == Some(version) && self.is_replica(&from) =>
+                    if self.gives(version, &span) || goes_by(version) && self.is_replica(&from) =>
                 {
-                    self.takers.insert(from, taker);
+                    self.takers.insert(from, life);
                     let (records, to) = self.records.first_of(&span, limit.min(MAX_BATCH));
-                    let is_whole = self.is_whole(&span);
+                    let is_whole = self.lacks_nothing_of(&span);
                     Reply::Records(records.iter().map(|record| self.copy_of(record)).collect(), to, is_whole)
                 }
-                Message::Count(version, spans) if self.version() == Some(version) && spans.len() <= MAX_SPANS => {
+                Message::Count(version, spans) if goes_by(version) && spans.len() <= MAX_SPANS => {
                     Reply::Count(spans.iter().map(|span| self.records.count_of(span) as u64).sum())
                 }
-                Message::Digests(version, spans) if self.version() == Some(version) && spans.len() <= MAX_SPANS => {
+                Message::Digests(version, spans) if goes_by(version) && spans.len() <= MAX_SPANS => {
                     Reply::Digests(self.records.digests_of(&spans))
                 }
-                Message::GiveAll(version, spans) if self.version() == Some(version) && spans.len() <= MAX_SPANS => {
-                    let (mut records, mut count, mut bytes) = (Vec::new(), 0, 0);
-                    while count < spans.len() && bytes < MAX_BATCH {
-                        let all = self.records.all_of(&spans[count]);
-                        bytes += all.iter().map(|record| record.value().len() + 64).sum::<usize>();
-                        records.extend(all.iter().map(|record| self.copy_of(record)));
-                        count += 1;
-                    }
-                    Reply::All(records, count)
+                Message::GiveAll(version, spans) if goes_by(version) && spans.len() <= MAX_SPANS => {
+                    self.give_all(&spans)
                 }
                 _ => Reply::Refused,
-            };
-            (Status { table: self.table_for(theirs), ..self.status() }, reply)
+            }
+        }
+
+        /// All records of the first of some spans, of as many as fit into a message.
+        fn give_all(&self, spans: &[Span]) -> Reply {
+            let (mut records, mut count, mut bytes) = (Vec::new(), 0, 0);
+            while count < spans.len() && bytes < MAX_BATCH {
+                let all = self.records.all_of(&spans[count]);
+                bytes += all.iter().map(|record| record.value().len() + 64).sum::<usize>();
+                records.extend(all.iter().map(|record| self.copy_of(record)));
+                count += 1;
+            }
+            Reply::All(records, count)
         }
 
         /// Whether this node may give, or forget, a span: it goes by this very table, and the span is others'.
@@ -2545,16 +2622,37 @@ mod node {
             (stamp, bytes, self.agreement.context_of(record))
         }
 
-        /// Whether this node lacks nothing of a span that it might be asked for.
-        fn is_whole(&self, span: &Span) -> bool {
+        /// Whether this node lacks nothing of a span, so that a copy of what it has suffices to answer for it.
+        fn lacks_nothing_of(&self, span: &Span) -> bool {
             let is_own = self.own_spans().iter().any(|own| own.overlaps(span));
-            if is_own { !self.incoming_in(span).any(|(_, it)| it.blocks()) } else { self.followed }
+            if is_own { !self.incoming_in(span).any(|(_, it)| it.blocks()) } else { self.kept_records }
         }
 
         /// Takes in what another node tells of itself, in an answer or in what it says.
         pub fn hear(&mut self, from: &str, status: Status, has_answered: bool) {
             self.clock = self.clock.max(status.stamp);
             status.claims.iter().for_each(|(node, claim)| self.agreement.learn(node, *claim));
+            self.note_peer(from, &status, has_answered);
+            // What its coordinator does not pursue any more, and does not go by, will never be a table.
+            self.promises.retain(|promise| {
+                let pursued = promise.version > status.coordinated
+                    || promise.version == status.coordinated && status.coordinating;
+                promise.version.coordinator != status.incarnation || pursued || status.version >= Some(promise.version)
+            });
+            if let Some(table) = status.table.filter(Table::is_valid) {
+                self.consider(from, status.tellers, status.incarnation, table);
+            }
+            if status.complete && status.version == self.version() {
+                self.set_complete();
+            }
+            if let Some(digest) = status.digest
+                && status.version == self.version()
+            {
+                self.note_digest(from, digest);
+            }
+        }
+
+        fn note_peer(&mut self, from: &str, status: &Status, has_answered: bool) {
             let peer = self.peers.entry(from.to_owned()).or_default();
             peer.version = status.version;
             let is_new = std::mem::replace(&mut peer.incarnation, status.incarnation) != status.incarnation;
@@ -2572,30 +2670,20 @@ mod node {
             if is_new {
                 self.agreement.lose(from, self.now);
             }
-            // What its coordinator does not pursue any more, and does not go by, will never be a table.
-            self.promises.retain(|promise| {
-                let pursued = promise.version > status.coordinated
-                    || promise.version == status.coordinated && status.coordinating;
-                promise.version.coordinator != status.incarnation || pursued || status.version >= Some(promise.version)
-            });
-            if let Some(table) = status.table.filter(Table::is_valid) {
-                self.consider(from, status.tellers, status.incarnation, table);
+        }
+
+        /// Compares what another replica has, by its digest, with what is here.
+        fn note_digest(&mut self, from: &str, digest: u64) {
+            if !self.has_all() || !self.is_replica(from) {
+                return;
             }
-            if status.complete && status.version == self.version() {
-                self.set_complete();
-            }
-            if let Some(digest) = status.digest
-                && status.version == self.version()
-                && self.has_all()
-                && self.is_replica(from)
-            {
-                // Who has the same as this node has all that it has. (Of the tombstones, those that it had before.)
-                let differs = digest != self.records.digest();
-                self.peers.entry(from.to_owned()).or_default().differs = differs;
-                let others = self.others();
-                if !differs && self.agreement.agreed.contains_key(from) && !self.agreement.has_open_tombstones() {
-                    self.agreement.agree(from, self.agreement.arrivals, &others);
-                }
+            let differs = digest != self.records.digest();
+            self.peers.entry(from.to_owned()).or_default().differs = differs;
+            let others = self.others();
+            // Who has the same as this node has all that it has. (But no digest shows tombstones: so only if none is open, and those
+            // of before are known to be there.)
+            if !differs && self.agreement.agreed.contains_key(from) && !self.agreement.has_open_tombstones() {
+                self.agreement.agree(from, self.agreement.arrivals, &others);
             }
         }
 
@@ -2637,46 +2725,58 @@ mod node {
             self.shard
         }
 
-        /// Looks at a table that another node sent, and adopts it if it is newer and concerns this one.
+        /// Looks at a table that another node sent. It is adopted if it is newer, concerns this node, and no other coordinator's lock
+        /// forbids it. A blank node keeps it in mind until enough others go by it (`let_in`).
         fn consider(&mut self, from: &str, tellers: BTreeSet<String>, incarnation: u64, table: Table) {
-            let granted = |promise: &Promise| promise.version == table.version && promise.granted > Duration::ZERO;
-            let promised = self.promises.iter().any(granted);
-            let wants = table.lists(&self.own) || self.records.is_empty() && table.sources().contains(&self.own);
-            let Some(mine) = &self.table else {
-                // A table that does not name this node, told by one that its VIEW does not name, is another store's.
-                let known = self.heard.as_ref().is_some_and(|(heard, _)| heard.store == table.store);
-                let ours = wants || known || self.first_view.iter().any(|node| node == from);
-                if promised && table.lists(&self.own) {
-                    self.adopt(table);
-                } else if ours {
-                    match &mut self.heard {
-                        Some((heard, known)) if heard.version == table.version => known.extend(tellers),
-                        Some((heard, _)) if heard.version > table.version => {}
-                        heard => *heard = Some((table, tellers)),
-                    }
-                }
-                return;
-            };
-            // A node goes over to another store only where it leaves nobody: it was alone, or has left already, or agreed to
-            // join.
-            let is_free = promised || mine.view == [self.own.as_str()] || !mine.lists(&self.own);
-            let follows = !mine.lists(&self.own) && mine.lists(from);
-            let concerns = table.store == mine.store || wants && is_free || follows;
+            let Some(mine) = &self.table else { return self.consider_blank(from, tellers, table) };
+            let concerns = table.store == mine.store || self.may_change_store(mine, &table, from);
             // A lock binds: its coordinator counts on what this node told it. It may itself bring a table from before its
             // lock, since it asks again. (One that has no keys, and gets none, cannot do harm.)
             let matters = mine.lists(&self.own) || table.lists(&self.own);
-            let barred = matters
-                && self.promises.iter().any(|promise| {
-                    promise.version > table.version
-                        && ![incarnation, self.incarnation].contains(&promise.version.coordinator)
-                });
-            let newer = table.version > mine.version;
-            if newer && concerns && !barred {
+            let forbids = |promise: &Promise| {
+                promise.version > table.version
+                    && ![incarnation, self.incarnation].contains(&promise.version.coordinator)
+            };
+            let is_forbidden = matters && self.promises.iter().any(forbids);
+            if concerns && table.version > mine.version && !is_forbidden {
                 self.adopt(table);
             } else if !concerns {
-                // The locks of that store have come to tables, and these to nothing here.
-                let settled = |it: &Promise| it.store == Some(table.store) && it.version <= table.version;
-                self.promises.retain(|promise| !settled(promise));
+                // The locks of that store have come to tables, and to nothing here.
+                let is_void = |it: &Promise| it.store == Some(table.store) && it.version <= table.version;
+                self.promises.retain(|promise| !is_void(promise));
+            }
+        }
+
+        /// Whether this node may go over to another store: only where it leaves nobody.
+        fn may_change_store(&self, mine: &Table, table: &Table, from: &str) -> bool {
+            let has_left = !mine.lists(&self.own);
+            let is_free = has_left || mine.view == [self.own.as_str()] || self.has_granted(table.version);
+            is_free && self.is_named_in(table) || has_left && mine.lists(from)
+        }
+
+        /// Whether this life of the node granted the lock under which a table was made.
+        fn has_granted(&self, version: Version) -> bool {
+            self.promises.iter().any(|promise| promise.version == version && promise.granted > Duration::ZERO)
+        }
+
+        /// Whether a table has this node as a member, or as a source that has nothing to lose.
+        fn is_named_in(&self, table: &Table) -> bool {
+            table.lists(&self.own) || self.records.is_empty() && table.sources().contains(&self.own)
+        }
+
+        /// Looks at a table that another node sent to this blank one.
+        fn consider_blank(&mut self, from: &str, tellers: BTreeSet<String>, table: Table) {
+            // A table that does not name this node, told by one that its VIEW does not name, is another store's.
+            let is_known = self.heard.as_ref().is_some_and(|(heard, _)| heard.store == table.store);
+            let is_ours = is_known || self.is_named_in(&table) || self.first_view.iter().any(|node| node == from);
+            if table.lists(&self.own) && self.has_granted(table.version) {
+                self.adopt(table);
+            } else if is_ours {
+                match &mut self.heard {
+                    Some((heard, known)) if heard.version == table.version => known.extend(tellers),
+                    Some((heard, _)) if heard.version > table.version => {}
+                    heard => *heard = Some((table, tellers)),
+                }
             }
         }
 
@@ -2684,51 +2784,57 @@ mod node {
         fn adopt(&mut self, table: Table) {
             let named = table.lists(&self.own) || table.sources().contains(&self.own);
             // Who did not go by the table before this one was left out: what it has is not what the others count on.
-            let follows = self.version().is_none_or(|version| version == table.base);
-            let keeps = named && follows;
+            let is_successor = self.version().is_none_or(|version| version == table.base);
+            let keeps = named && is_successor;
             if !keeps && !self.records.is_empty() {
                 self.garbage.push(std::mem::take(&mut self.records));
             }
-            self.followed = named && follows && self.table.is_some();
+            // (One that started blank, and has not fetched everything from another replica, still has to.)
+            let is_filling = self.incoming.values().flat_map(|it| &it.groups).any(|it| !it.of_table && !it.is_covered);
+            self.kept_records = keeps && self.table.is_some() && !is_filling;
             self.shard = table.shard_of(&self.own);
             self.incoming = self.incoming_by(&table);
             // The replicas may be others, and what they have is to be found out.
             self.agreement.lose_all(self.now);
             self.agreement.settled.clear();
             self.promises.retain(|promise| promise.version > table.version);
+            self.lines.push(self.line_about(&table));
+            self.complete = table.sources().is_empty();
+            self.takers.clear();
+            self.fetching.clear();
+            self.keys_left.clear();
+            self.heard = None;
+            self.table = Some(Arc::new(table));
+        }
+
+        /// Tells an operator of the table that is just being adopted.
+        fn line_about(&self, table: &Table) -> String {
             let is_source = |range: &&Range| range.sources.iter().flatten().any(|source| *source == self.own);
             let given = table.ranges.iter().filter(is_source);
             let gives = set_of(given.flat_map(|range| table.replicas(range.shard)));
             let gives: Vec<String> = gives.into_iter().filter(|node| *node != self.own).collect();
             let list = |nodes: Vec<String>| if nodes.is_empty() { "nobody".to_owned() } else { nodes.join(", ") };
             let gains = list(self.incoming_sources().into_iter().collect());
-            let gives = list(gives);
-            let (version, count) = (table.version, table.view.len());
-            self.lines.push(format!("table {version} of {count} nodes: fetches from {gains}, gives to {gives}"));
-            self.complete = table.sources().is_empty();
-            self.takers.clear();
-            self.fetching.clear();
-            self.left.clear();
-            self.heard = None;
-            self.table = Some(Arc::new(table));
+            let (version, count, gives) = (table.version, table.view.len(), list(gives));
+            format!("table {version} of {count} nodes: fetches from {gains}, gives to {gives}")
         }
 
         /// What this node has to fetch by a table.
         fn incoming_by(&self, table: &Table) -> BTreeMap<Position, Incoming> {
             let mut incoming = BTreeMap::new();
             for (span, range) in table.spans().filter(|(_, range)| Some(range.shard) == self.shard) {
-                let has_it = |group: &Vec<String>| self.followed && table.factor > 1 && group.contains(&self.own);
+                let has_it = |group: &Vec<String>| self.kept_records && table.factor > 1 && group.contains(&self.own);
                 let of_table = |group: &Vec<String>| (group.clone(), has_it(group), true);
                 let mut named: Vec<(Vec<String>, bool, bool)> = range.sources.iter().map(of_table).collect();
-                if !self.followed {
+                if !self.kept_records {
                     named.push((table.replicas(range.shard), false, false));
                 }
-                let group = |(nodes, heard, of_table): (Vec<String>, bool, bool)| Group {
-                    left: set_of(nodes.into_iter().filter(|node| *node != self.own)),
-                    heard,
+                let group = |(nodes, is_covered, of_table): (Vec<String>, bool, bool)| Group {
+                    unheard: set_of(nodes.into_iter().filter(|node| *node != self.own)),
+                    is_covered,
                     of_table,
                 };
-                let groups: Vec<Group> = named.into_iter().map(group).filter(|it| !it.left.is_empty()).collect();
+                let groups: Vec<Group> = named.into_iter().map(group).filter(|it| !it.unheard.is_empty()).collect();
                 if !groups.is_empty() {
                     incoming.insert(span.from, Incoming { to: span.to, groups });
                 }
@@ -2808,7 +2914,8 @@ mod node {
             let table = self.table.as_ref()?;
             let has_it = |node: &String| having.get(node) == Some(&self.incarnation_of(node));
             let lacks = |node: &String| *node != self.own && !has_it(node) && !self.is_silent(node);
-            let replicas = table.replicas(table.shard_at(hash, key));
+            // Where there is one replica now, it fetches the record from here, and may have deleted it since.
+            let replicas = if table.factor > 1 { table.replicas(table.shard_at(hash, key)) } else { Vec::new() };
             Some((table.version, replicas.into_iter().filter(lacks).collect()))
         }
 
@@ -2912,7 +3019,6 @@ mod node {
         /// Whether to compare with another node now, which was just met; at most once a second with each.
         pub fn is_to_compare(&mut self, with: &str) -> bool {
             let (version, now) = (self.version(), self.now);
-            // What has just come, its writer is about to tell the others himself.
             let awaits = self.agreement.awaits(with, self.marked.1);
             if !self.is_replica(with) || self.incoming.values().any(Incoming::blocks) {
                 return false;
@@ -2969,9 +3075,10 @@ mod node {
             self.is_replicated() && self.complete && self.incoming.is_empty()
         }
 
-        /// Whether only a message is missing until all replicas are known to have a record.
-        pub fn is_settling(&self, record: &Record) -> bool {
-            self.agreement.is_open(record) && self.others().iter().all(|other| !self.is_silent(other))
+        /// Whether the record of a key is open only because its writer has not yet told that all replicas have it.
+        pub fn is_settling(&self, hash: u64, key: &[u8]) -> bool {
+            let is_open = self.records.get(hash, key).is_some_and(|record| self.agreement.is_open(record));
+            is_open && self.others().iter().all(|other| !self.is_silent(other))
         }
 
         /// Drops what is not needed any more of what was kept for other replicas. To be done several times a second.
@@ -3015,7 +3122,7 @@ mod node {
                 {
                     continue;
                 }
-                // They have heard of no restart of one another since then, or they would have lost an agreement.
+                // Every other replica has answered since the last look, and none has started again: that would have cost an agreement.
                 let is_unbroken = self.agreement.broken < it.since && answered >= it.since;
                 if it.is_everywhere && is_unbroken {
                     self.records.remove(it.hash, it.record.key());
@@ -3034,11 +3141,11 @@ mod node {
             set_of(self.incoming.values().flat_map(Incoming::sources).cloned())
         }
 
-        /// The groups of which none that lacks nothing was heard.
+        /// The groups of which one must be heard before this node can answer for all its keys.
         fn waits_for(&self) -> Vec<Vec<String>> {
             let mut groups = Vec::new();
-            for group in self.incoming.values().flat_map(|it| &it.groups).filter(|group| !group.heard) {
-                let left = group.left.iter().cloned().collect();
+            for group in self.incoming.values().flat_map(|it| &it.groups).filter(|group| !group.is_covered) {
+                let left = group.unheard.iter().cloned().collect();
                 if !groups.contains(&left) {
                     groups.push(left);
                 }
@@ -3052,13 +3159,13 @@ mod node {
             spans.filter(|(other, _)| other.overlaps(span))
         }
 
-        /// The sources that nobody fetches from yet; from now on somebody does. Of a group of which one is enough, one at a time.
+        /// The sources that this node does not fetch from yet; from now on it does. Of a group of which one is enough, one at a time.
         pub fn sources_to_fetch_from(&mut self) -> Vec<String> {
             let mut sources = BTreeSet::new();
             for group in self.incoming.values().flat_map(|incoming| &incoming.groups) {
                 match group.of_table {
-                    true => sources.extend(group.left.iter().cloned()),
-                    false => drop(sources.insert(self.pick(&group.left.iter().cloned().collect::<Vec<_>>(), 0))),
+                    true => sources.extend(group.unheard.iter().cloned()),
+                    false => drop(sources.insert(self.pick(&group.unheard.iter().cloned().collect::<Vec<_>>(), 0))),
                 }
             }
             let idle: Vec<String> = sources.difference(&self.fetching).cloned().collect();
@@ -3075,28 +3182,29 @@ mod node {
         /// Notes how many keys a source has to give.
         pub fn note_left(&mut self, version: Version, source: &str, left: u64) {
             if self.version() == Some(version) && self.fetching.contains(source) {
-                self.left.insert(source.to_owned(), left);
+                self.keys_left.insert(source.to_owned(), left);
             }
         }
 
-        /// What to fetch next from a source, and whether all but what only this source took is here already. Nothing is left if
-        /// the table is not the one of this version any more.
+        /// What to fetch next from a source, and whether this node answers for it already: then the two only compare what they have.
+        /// None if nothing is left, or the table is not the one of this version any more.
         pub fn next_from(&mut self, source: &String, version: Version) -> Option<(Span, bool)> {
             let mut spans = self.incoming.iter().filter(|(_, incoming)| incoming.is_from(source));
             let next = spans.next().map(|(from, it)| (Span { from: from.clone(), to: it.to.clone() }, !it.blocks()));
             if self.version() == Some(version) && next.is_none() {
                 self.fetching.remove(source);
-                self.left.remove(source);
+                self.keys_left.remove(source);
             }
             next.filter(|_| self.version() == Some(version))
         }
 
-        /// Stores what a source gave of a span, as far as it is still to come. False if the table is another one by now.
+        /// Stores what a source gave of a span. What is not incoming any more is left out: a client may have written or deleted it here
+        /// since then. False if the table is another one by now.
         pub fn merge(&mut self, version: Version, source: &str, span: &Span, records: Vec<(Record, Causal)>) -> bool {
             if self.version() != Some(version) {
                 return false;
             }
-            if let Some(left) = self.left.get_mut(source) {
+            if let Some(left) = self.keys_left.get_mut(source) {
                 let keys = records.iter().filter(|(record, _)| !record.is_tombstone()).count();
                 *left = left.saturating_sub(keys as u64);
             }
@@ -3131,11 +3239,11 @@ mod node {
                     self.incoming.insert(from, before);
                 }
                 for group in &mut incoming.groups {
-                    group.heard |= group.left.remove(source) && suffices;
+                    group.is_covered |= group.unheard.remove(source) && suffices;
                 }
                 // Of the other replicas of its shard, one that started blank needs one: what else others have comes when they
                 // compare.
-                incoming.groups.retain(|group| !group.left.is_empty() && (group.of_table || !group.heard));
+                incoming.groups.retain(|group| !group.unheard.is_empty() && (group.of_table || !group.is_covered));
                 if !incoming.groups.is_empty() {
                     self.incoming.insert(inner_from, Incoming { to: inner_to, ..incoming });
                 }
@@ -3195,8 +3303,8 @@ mod node {
         /// How many keys it has still to fetch; None as long as that is not known.
         fn to_fetch(&self) -> Option<u64> {
             let waits = |source: &String| self.incoming.values().any(|it| it.blocks() && it.is_from(source));
-            let is_known = self.fetching.iter().all(|source| self.left.contains_key(source) || !waits(source));
-            is_known.then(|| self.left.values().sum())
+            let is_known = self.fetching.iter().all(|source| self.keys_left.contains_key(source) || !waits(source));
+            is_known.then(|| self.keys_left.values().sum())
         }
 
         /// What an operator asks of a node first, as members of a JSON object.
@@ -3259,7 +3367,6 @@ mod node {
             }
             for promise in answers.values().flat_map(|status| &status.promises) {
                 if !self.promises.iter().any(|it| it.version == promise.version) {
-                    // Not granted by this life: it is no leave to adopt that table.
                     self.promises.push(Promise { granted: Duration::ZERO, ..promise.clone() });
                 }
             }
@@ -3275,9 +3382,11 @@ mod node {
             self.adopt(table);
         }
 
+        /// Whether this blank node may go by a table. Yes if more than half of its other nodes go by it, or each of them does or is blank
+        /// too; and nobody goes by a newer one, is making one, or may have made one that only some know.
         fn may_go_by(&self, table: &Table, known: &[Promise], answers: &BTreeMap<String, Status>) -> bool {
-            // A change whose table only some know: all that it names must have been asked since this node was told of it.
-            let settled = |promise: &Promise| {
+            // All that an open lock names must have answered since this node was told of it.
+            let is_resolved = |promise: &Promise| {
                 let answered = |node: &String| *node == self.own || answers.contains_key(node);
                 promise.version <= table.version
                     || known.iter().any(|it| it.version == promise.version) && promise.nodes.iter().all(answered)
@@ -3287,7 +3396,7 @@ mod node {
                 |node: &&&String| answers.get(**node).is_some_and(|status| status.version == Some(table.version));
             let blank = |node: &&&String| answers.get(**node).is_some_and(|status| status.version.is_none());
             let (by_it, blank) = (others.iter().filter(by_it).count(), others.iter().filter(blank).count());
-            let asked = |node: &&String| answers.get(*node).is_none_or(|status| status.rounds >= FIRST);
+            let has_waited = |node: &&String| answers.get(*node).is_none_or(|status| status.rounds >= FIRST);
             let newer = |status: &Status| status.store == Some(table.store) && status.version > Some(table.version);
             let known_to_enough = 2 * by_it > others.len() || by_it + blank == others.len();
             // What nobody goes by any more was lost with its nodes.
@@ -3295,9 +3404,9 @@ mod node {
                 table.version.is_first() || answers.values().any(|status| status.version == Some(table.version));
             known_to_enough
                 && lives
-                && (by_it > 0 || self.rounds >= FIRST && others.iter().all(asked))
+                && (by_it > 0 || self.rounds >= FIRST && others.iter().all(has_waited))
                 && !answers.values().any(|status| status.coordinating || newer(status))
-                && self.promises.iter().all(settled)
+                && self.promises.iter().all(is_resolved)
         }
 
         /// The table of the first view. Nodes are struck from it whose own `VIEW` does not list them, or that another one's
@@ -3324,7 +3433,7 @@ mod node {
 
         /// Begins to coordinate a change: its version, above all that this node knows and above `least`; none if one is under
         /// way.
-        pub fn begin(&mut self, least: Version, force: bool) -> Option<Version> {
+        pub fn begin_change(&mut self, least: Version, force: bool) -> Option<Version> {
             let table = self.table.as_ref().filter(|_| !self.coordinating)?;
             let newest = self.promises.iter().map(|promise| promise.version).max().unwrap_or_default();
             let known = [table.version, newest, self.coordinated, least];
@@ -3338,7 +3447,7 @@ mod node {
             Some(self.coordinated)
         }
 
-        pub fn end(&mut self) {
+        pub fn end_change(&mut self) {
             self.coordinating = false;
         }
 
@@ -3351,49 +3460,47 @@ mod node {
             nodes: Vec<String>,
             void: &[Version],
         ) -> Reply {
-            let newest = self
-                .promises
-                .iter()
-                .map(|promise| promise.version)
-                .chain(self.version())
-                .chain([self.newest_grant])
-                .max();
-            // A coordinator that is known to be silent holds nobody up: nothing but comfort depends on who is refused here.
-            let holds = |promise: &Promise| {
-                let silent = self.peers.get(&promise.coordinator).is_some_and(|peer| peer.silent);
-                promise.version.coordinator != version.coordinator && !silent && promise.granted + self.lease > self.now
-            };
-            if let Some(newest) = newest.filter(|newest| version <= *newest) {
-                return Reply::Outdated(newest);
-            } else if nodes.len() > 3000
-                || nodes.iter().any(|node| port_of(node).is_none())
-                || version.number > u64::MAX / 2
-                || version.epoch > u64::MAX / 2
-                || self.promises.len() > 100
-            {
-                return Reply::Refused;
-            } else if self.promises.iter().any(holds) {
-                return Reply::Busy;
+            if let Some(refusal) = self.refusal_of_lock(version, &nodes) {
+                return refusal;
             }
             self.newest_grant = version;
             self.promises.retain(|promise| !void.contains(&promise.version));
-            self.promises.push(Promise {
-                version,
-                store,
-                coordinator: coordinator.to_owned(),
-                nodes,
-                granted: self.now,
-            });
+            let (coordinator, granted) = (coordinator.to_owned(), self.now);
+            self.promises.push(Promise { version, store, coordinator, nodes, granted });
             Reply::Done
+        }
+
+        /// Why a lock is not granted, if it is not.
+        fn refusal_of_lock(&self, version: Version, nodes: &[String]) -> Option<Reply> {
+            let promised = self.promises.iter().map(|promise| promise.version);
+            let newest = promised.chain(self.version()).chain([self.newest_grant]).max();
+            // A coordinator that is known to be silent holds nobody up. (On this depends how soon another change succeeds, and never
+            // whether one is right.)
+            let holds = |promise: &Promise| {
+                let is_silent = self.is_silent(&promise.coordinator);
+                promise.version.coordinator != version.coordinator
+                    && !is_silent
+                    && promise.granted + self.lease > self.now
+            };
+            let is_absurd = nodes.len() > 3000
+                || nodes.iter().any(|node| port_of(node).is_none())
+                || version.number.max(version.epoch) > u64::MAX / 2
+                || self.promises.len() > 100;
+            match newest {
+                Some(newest) if version <= newest => Some(Reply::Outdated(newest)),
+                _ if is_absurd => Some(Reply::Refused),
+                _ if self.promises.iter().any(holds) => Some(Reply::Busy),
+                _ => None,
+            }
         }
 
         /// Whether a lock was never followed by a table, nor by the word that there will be none: somebody has to find out.
         /// True at most once in a while.
         pub fn has_forgotten_lock(&mut self) -> bool {
             let forgotten = self.promises.iter().any(|promise| promise.granted + self.lease * 3 / 2 < self.now);
-            let due = forgotten && self.table.is_some() && self.settled_locks + self.lease < self.now;
+            let due = forgotten && self.table.is_some() && self.resolved_locks + self.lease < self.now;
             if due {
-                self.settled_locks = self.now;
+                self.resolved_locks = self.now;
             }
             due
         }
@@ -3439,7 +3546,7 @@ mod protocol {
         Fetch(String),
         Meet(String),
         Start,
-        SettleLocks,
+        ResolveLocks,
         /// Tells the other replicas what all have by now.
         Tell,
         /// Finds out whether all nodes have fetched what the table gives them.
@@ -3451,7 +3558,7 @@ mod protocol {
             Activity::Fetch(source) => fetch_all(&world, &source).await,
             Activity::Meet(node) => meet(&world, &node).await,
             Activity::Start => start(&world).await,
-            Activity::SettleLocks => drop(change_view(&world, None, None, false).await),
+            Activity::ResolveLocks => drop(change_view(&world, None, None, false).await),
             Activity::Tell => tell_settled(&world).await,
             Activity::Finish => finish(&world).await,
         }
@@ -3516,89 +3623,179 @@ mod protocol {
 
     // -- Answering requests
 
-    /// Takes a request for a key to whoever has it, as soon as somebody does. `tried` is what came of it here so far. The answer
-    /// to a client's request that another node gave bears its address.
+    /// A request for a key on its way to whoever has the key.
+    pub struct KeyRequest<'a, W> {
+        world: &'a W,
+        hash: u64,
+        key: &'a [u8],
+        request: &'a Request,
+        vocabulary: Vocabulary,
+        began: Duration,
+        deadline: Duration,
+    }
+
+    /// Answers a request for a key, of which `tried` is what came of it here so far.
     pub async fn answer_for_key(
         world: &impl World,
         key: &[u8],
-        mut tried: Tried,
+        tried: Tried,
         request: &Request,
         vocabulary: Vocabulary,
     ) -> Answer {
-        let hash = hash_of(key);
-        let began = world.with(|node| node.now);
-        let deadline = began + PATIENCE;
-        let say = |outcome: Outcome, context: &Option<Causal>| {
-            outcome.answer(vocabulary, &request.verb).with_context(context)
-        };
-        let down = |node: &String, context: &Option<Causal>| {
-            outcome_down(node).answer(vocabulary, &request.verb).with_address(node, vocabulary).with_context(context)
-        };
-        loop {
-            let (place, action, context) = match tried {
-                Tried::Done(outcome, context) => return say(outcome, &context),
-                Tried::Written(outcome, record, context) => {
-                    return match replicate(world, hash, &record, deadline).await {
-                        Ok(()) => {
-                            let after = |context| world.with(|node| node.context_after(context, hash, key));
-                            let known = context.map(|mut context| {
-                                // A tombstone may be gone by now, and the key be somebody else's.
-                                context.extend(str::from_utf8(key).ok().map(|key| (key.to_owned(), record.stamp())));
-                                after(context)
-                            });
-                            say(outcome, &known)
+        let (hash, began) = (hash_of(key), world.with(|node| node.now));
+        let request = KeyRequest { world, hash, key, request, vocabulary, began, deadline: began + PATIENCE };
+        request.answer(tried).await
+    }
+
+    impl<W: World> KeyRequest<'_, W> {
+        async fn answer(&self, mut tried: Tried) -> Answer {
+            loop {
+                tried = match tried {
+                    Tried::Done(outcome, context) => return self.render(outcome, &context),
+                    Tried::Written(outcome, record, context) => return self.finish(outcome, record, context).await,
+                    Tried::NotHere(place, action, context) => match self.seek(place, &context).await {
+                        Some(answer) => return answer,
+                        None => self.perform(action, context),
+                    },
+                    Tried::Behind(action, context) => match self.catch_up(&context).await {
+                        Ahead::Here => self.perform(action, context),
+                        // (A DELETE is never refused for its context.)
+                        Ahead::Missing if !matches!(action, Action::Delete) => {
+                            return self.render(Outcome::Unsatisfied, &context);
                         }
-                        Err(missing) => down(&missing, &context),
-                    };
-                }
-                Tried::Behind(settling, action, context) => {
-                    match catch_up(world, hash, key, settling, &context, began).await {
-                        Ahead::Here => {
-                            tried = world.with(|node| perform(node, hash, key, action, context, request.origin))
+                        Ahead::Nowhere | Ahead::Missing => self.perform_anyway(action, context),
+                    },
+                    Tried::Settling(action, context) => {
+                        self.world.sleep(Duration::from_millis(3)).await;
+                        // If it takes longer, the client is told by its context.
+                        match self.world.with(|node| node.now) > self.began + Duration::from_millis(20) {
+                            true => self.perform_anyway(action, context),
+                            false => self.perform(action, context),
                         }
-                        Ahead::Nowhere => tried = world.with(|node| perform_anyway(node, hash, key, action, context)),
-                        Ahead::Missing if matches!(action, Action::Delete) => {
-                            tried = world.with(|node| perform_anyway(node, hash, key, action, context));
-                        }
-                        Ahead::Missing => return say(Outcome::Unsatisfied, &context),
                     }
-                    continue;
                 }
-                Tried::NotHere(place, action, context) => (place, action, context),
-            };
+            }
+        }
+
+        fn perform(&self, action: Action, context: Option<Causal>) -> Tried {
+            self.world.with(|node| perform(node, self.hash, self.key, action, context, self.request.origin))
+        }
+
+        fn perform_anyway(&self, action: Action, context: Option<Causal>) -> Tried {
+            self.world.with(|node| perform_anyway(node, self.hash, self.key, action, context))
+        }
+
+        fn render(&self, outcome: Outcome, context: &Option<Causal>) -> Answer {
+            outcome.answer(self.vocabulary, &self.request.verb).with_context(context)
+        }
+
+        fn render_down(&self, node: &str, context: &Option<Causal>) -> Answer {
+            let answer = Outcome::NodeDown(node.to_owned()).answer(self.vocabulary, &self.request.verb);
+            answer.with_address(node, self.vocabulary).with_context(context)
+        }
+
+        /// Answers for a record that was written here, as soon as the other replicas have it.
+        async fn finish(&self, outcome: Outcome, record: Record, context: Option<Causal>) -> Answer {
+            if let Err(missing) = replicate(self.world, self.hash, &record, self.deadline).await {
+                return self.render_down(&missing, &context);
+            }
+            let after = context.map(|mut context| {
+                // A tombstone may be gone by now, and the key be somebody else's.
+                context.extend(str::from_utf8(self.key).ok().map(|key| (key.to_owned(), record.stamp())));
+                self.world.with(|node| node.context_after(context, self.hash, self.key))
+            });
+            self.render(outcome, &after)
+        }
+
+        /// Brings the request to the key, or the key to the request. None if it is to be tried here again.
+        async fn seek(&self, place: Place, context: &Option<Causal>) -> Option<Answer> {
+            let world = self.world;
             match place {
-                // (One that is blank does not know whose it is: another replica may.)
-                Place::Node(_) | Place::Unknown if request.origin != Origin::Client => {
-                    return say(Outcome::Elsewhere, &context);
+                // What another node passed on is not passed on again. (A blank node does not even know whose the key is.)
+                Place::Node(_) | Place::Unknown if self.request.origin != Origin::Client => {
+                    return Some(self.render(Outcome::Elsewhere, context));
                 }
-                Place::Node(owner) => match pass_on(world, hash, key, owner, request, deadline).await {
+                Place::Node(owner) => match self.pass_on(owner).await {
                     // Its table is not ours: one of us learns which is newer.
                     (owner, Some(answer)) if answer.status == 421 => {
                         ask_one(world, &owner, Message::Meet).await;
                         world.sleep(Duration::from_millis(1)).await;
                     }
-                    (owner, Some(answer)) => return answer.with_address(&owner, vocabulary),
-                    (owner, None) => return down(&owner, &context),
+                    (owner, Some(answer)) => return Some(answer.with_address(&owner, self.vocabulary)),
+                    (owner, None) => return Some(self.render_down(&owner, context)),
                 },
                 Place::Incoming(source, version, span) => {
                     if fetch(world, &source, version, &span, ON_DEMAND).await.is_none() {
-                        if world.with(|node| node.is_silent(&source) && node.still_needs(hash, key, &source)) {
-                            return down(&source, &context);
+                        let needs_it = |node: &mut Node| node.still_needs(self.hash, self.key, &source);
+                        if world.with(|node| node.is_silent(&source) && needs_it(node)) {
+                            return Some(self.render_down(&source, context));
                         }
                         world.sleep(Duration::from_millis(5)).await;
                     }
                 }
                 Place::Unknown | Place::Here => world.sleep(Duration::from_millis(5)).await,
             }
-            if let Some(missing) = world.with(|node| (node.now > deadline).then(|| node.missing())) {
-                return down(&missing, &context);
-            }
-            tried = world.with(|node| perform(node, hash, key, action, context, request.origin));
+            let missing = world.with(|node| (node.now > self.deadline).then(|| node.missing()))?;
+            Some(self.render_down(&missing, context))
         }
-    }
 
-    fn outcome_down(node: &str) -> Outcome {
-        Outcome::NodeDown(node.to_owned())
+        /// Takes a client's request to a node that has its key: to `owner` first, and to other replicas as long as it cannot have
+        /// taken effect. Returns who answered, or who did not.
+        async fn pass_on(&self, mut owner: String) -> (String, Option<Answer>) {
+            let (world, is_read, mut asked) = (self.world, self.request.verb == "GET", Vec::new());
+            loop {
+                asked.push(owner.clone());
+                let (store, life, now, another) = world.with(|node| {
+                    let another = node.another(self.hash, self.key, &asked);
+                    (node.store().unwrap_or_default(), node.incarnation_of(&owner), node.now, another)
+                });
+                let limit = if another.is_some() && is_read { NEXT_REPLICA } else { PATIENCE };
+                let passed_on = Request { origin: Origin::Node(store), ..self.request.clone() };
+                let lost = match world.relay(&owner, passed_on, self.deadline.saturating_sub(now).min(limit)).await {
+                    Ok(answer) => return (owner, Some(answer)),
+                    Err(lost) => lost,
+                };
+                match another.filter(|_| is_read || !lost.was_sent) {
+                    Some(another) => {
+                        world.with(|node| node.note_silence(&owner, life));
+                        owner = another;
+                    }
+                    None => return (owner, None),
+                }
+            }
+        }
+
+        /// Gets what a context asks for of the key from the other replicas.
+        async fn catch_up(&self, context: &Option<Causal>) -> Ahead {
+            let (world, key) = (self.world, self.key);
+            let span = Span { from: (self.hash, key.to_vec()), to: (self.hash, [key, &[0]].concat()) };
+            loop {
+                let (version, others) = world.with(|node| (node.version(), node.who_may_have(&span)));
+                let Some(version) = version else { return Ahead::Here };
+                let replies = ask(world, &others, Message::GiveAll(version, vec![span.clone()])).await;
+                let has_all = replies.iter().all(|reply| matches!(reply, Some((_, Reply::All(..)))));
+                let is_here = world.with(|node| {
+                    if node.version() != Some(version) {
+                        return true;
+                    }
+                    for reply in replies.iter().flatten() {
+                        if let (_, Reply::All(copies, _)) = reply {
+                            let records = copies.iter().filter_map(record_of_copy);
+                            records.for_each(|(record, context)| node.take(record, context));
+                        }
+                    }
+                    context.as_ref().is_none_or(|context| node.satisfies(self.hash, key, context))
+                });
+                if is_here {
+                    return Ahead::Here;
+                } else if has_all {
+                    return Ahead::Nowhere;
+                } else if world.with(|node| node.now) > self.began + CATCH_UP {
+                    return Ahead::Missing;
+                }
+                world.sleep(Duration::from_millis(50)).await;
+            }
+        }
     }
 
     /// A request got no answer.
@@ -3611,67 +3808,51 @@ mod protocol {
     /// A read that one replica does not answer is asked of another one after so long.
     const NEXT_REPLICA: Duration = Duration::from_millis(1200);
 
-    /// Takes a client's request to a node that has its key: to `owner` first, and to other replicas as long as it cannot have
-    /// taken effect. Returns who answered, or who did not.
-    async fn pass_on(
-        world: &impl World,
-        hash: u64,
-        key: &[u8],
-        mut owner: String,
-        request: &Request,
-        deadline: Duration,
-    ) -> (String, Option<Answer>) {
-        let mut asked = Vec::new();
-        loop {
-            let (store, now) = world.with(|node| (node.store().unwrap_or_default(), node.now));
-            let life = world.with(|node| node.incarnation_of(&owner));
-            asked.push(owner.clone());
-            let another = world.with(|node| node.another(hash, key, &asked));
-            let limit = if another.is_some() && request.verb == "GET" { NEXT_REPLICA } else { PATIENCE };
-            let passed_on = Request { origin: Origin::Node(store), ..request.clone() };
-            let lost = match world.relay(&owner, passed_on, deadline.saturating_sub(now).min(limit)).await {
-                Ok(answer) => return (owner, Some(answer)),
-                Err(lost) => lost,
-            };
-            match another.filter(|_| request.verb == "GET" || !lost.was_sent) {
-                Some(another) => {
-                    world.with(|node| node.note_silence(&owner, life));
-                    owner = another;
-                }
-                None => return (owner, None),
-            }
-        }
+    /// Whether what a context asks for of a key is somewhere.
+    enum Ahead {
+        /// It is here now; or the table is another one, and it is to be seen anew who has the key.
+        Here,
+        /// All replicas say that they do not have it: it was a deletion, long ago, or was lost with all that had it.
+        Nowhere,
+        /// Somebody who may have it does not answer.
+        Missing,
     }
+
+    /// After so long what a context asks for is not asked for again: with the time for an answer that makes less than the second
+    /// that the contract allows.
+    const CATCH_UP: Duration = Duration::from_millis(250);
 
     // -- Several replicas
 
     /// Has the other replicas store a record that was written here: all that are not silent, and whoever is to have it by a table
-    /// that comes meanwhile. Only then may the write be acknowledged. The error is a node that did not take it.
+    /// that comes meanwhile. Only then may the write be acknowledged. The error is a node that did not take it in time: the write is
+    /// not undone, but its client is not told that it was done.
     async fn replicate(world: &impl World, hash: u64, record: &Record, deadline: Duration) -> Result<(), String> {
-        let (mut having, mut by, mut blank) = (BTreeMap::new(), None, None);
+        let (mut stored_at, mut table, mut blank_last_time) = (BTreeMap::new(), None, None);
         loop {
-            let Some((version, lacking)) = world.with(|node| node.lacking(hash, record.key(), &having)) else {
+            let Some((version, lacking)) = world.with(|node| node.lacking(hash, record.key(), &stored_at)) else {
                 return Ok(());
             };
-            // A blank replica will fetch it with the rest, from one of those that had it before this one was asked and was blank.
-            if blank.as_ref() == Some(&lacking) {
-                return Ok(());
-            }
-            if by.replace(version) != Some(version) && !having.is_empty() {
-                having.clear();
+            // By another table it is to be stored anew: other nodes may be to have it, and who had it may have dropped it.
+            if table.replace(version).is_some_and(|before| before != version) {
+                (stored_at, blank_last_time) = (BTreeMap::new(), None);
                 continue;
             }
             if lacking.is_empty() {
-                world.with(|node| node.written(record, &having));
+                world.with(|node| node.written(record, &stored_at));
                 start_telling(world);
+                return Ok(());
+            }
+            // Those that lack it were blank when all others had it already: they fetch it from these with the rest of the shard.
+            if blank_last_time.as_ref() == Some(&lacking) {
                 return Ok(());
             }
             let answers = push_to(world, &lacking, version, vec![world.with(|node| node.copy_of(record))]).await;
             let all_blank = answers.iter().all(|answer| *answer == Some(Pushed::Refused(None)));
-            blank = all_blank.then(|| lacking.clone());
+            blank_last_time = all_blank.then(|| lacking.clone());
             for (other, answer) in lacking.iter().zip(answers) {
                 if let Some(Pushed::Taken(incarnation)) = answer {
-                    having.insert(other.clone(), incarnation);
+                    stored_at.insert(other.clone(), incarnation);
                     // It may have started again since, or before it was last heard.
                     if world.with(|node| node.incarnation_of(other)) != incarnation {
                         ask_one(world, other, Message::Meet).await;
@@ -3679,7 +3860,7 @@ mod protocol {
                 }
             }
             if world.with(|node| node.now) > deadline {
-                return lacking.into_iter().find(|it| !having.contains_key(it)).map_or(Ok(()), Err);
+                return lacking.into_iter().find(|it| !stored_at.contains_key(it)).map_or(Ok(()), Err);
             }
         }
     }
@@ -3709,65 +3890,6 @@ mod protocol {
             }
         }
         answers
-    }
-
-    /// Whether what a context asks for of a key is somewhere.
-    enum Ahead {
-        Here,
-        /// All replicas say that they do not have it: it was a deletion, long ago, or was lost with all that had it.
-        Nowhere,
-        /// Somebody who may have it does not answer.
-        Missing,
-    }
-
-    /// After so long what a context asks for is not asked for again: with the time for an answer that makes less than the second
-    /// that the contract allows.
-    const CATCH_UP: Duration = Duration::from_millis(250);
-
-    /// Gets what a context asks for of a key from the other replicas. `settling` is a record that is there, and about to be on all:
-    /// then only a moment is waited for.
-    async fn catch_up(
-        world: &impl World,
-        hash: u64,
-        key: &[u8],
-        settling: bool,
-        context: &Option<Causal>,
-        began: Duration,
-    ) -> Ahead {
-        if settling {
-            world.sleep(Duration::from_millis(3)).await;
-            let waited = world.with(|node| node.now) > began + Duration::from_millis(20);
-            return if waited { Ahead::Nowhere } else { Ahead::Here };
-        }
-        let span = Span { from: (hash, key.to_vec()), to: (hash, [key, &[0]].concat()) };
-        loop {
-            let (version, others) = world.with(|node| (node.version(), node.who_may_have(&span)));
-            let Some(version) = version else { return Ahead::Here };
-            let message = Message::GiveAll(version, vec![span.clone()]);
-            let replies = ask(world, &others, message).await;
-            let mut has_all = true;
-            for reply in replies {
-                match reply {
-                    Some((_, Reply::All(copies, _))) => world.with(|node| {
-                        let records = copies.iter().filter_map(record_of_copy);
-                        records.for_each(|(record, context)| node.take(record, context));
-                    }),
-                    _ => has_all = false,
-                }
-            }
-            let satisfied = |node: &mut Node| {
-                node.version() != Some(version)
-                    || context.as_ref().is_none_or(|context| node.satisfies(hash, key, context))
-            };
-            if world.with(satisfied) {
-                return Ahead::Here;
-            } else if has_all {
-                return Ahead::Nowhere;
-            } else if world.with(|node| node.now) > began + CATCH_UP {
-                return Ahead::Missing;
-            }
-            world.sleep(Duration::from_millis(50)).await;
-        }
     }
 
     /// Finds out what another replica has that this one lacks, or the other way round, and evens it out. From then on it has
@@ -3824,11 +3946,7 @@ mod protocol {
     /// Cuts a span into as many pieces as one message may compare.
     fn pieces_of(span: &Span) -> Vec<Span> {
         let (from, to) = (span.from.0 as u128, span.to.0 as u128);
-        let place = |number: u128| ((from + (to - from) * number / MAX_SPANS as u128) as u64, Vec::new());
-        let inner = (1..MAX_SPANS as u128).map(place).filter(|place| span.from < *place && *place < span.to);
-        let mut places: Vec<Position> = [span.from.clone()].into_iter().chain(inner).chain([span.to.clone()]).collect();
-        places.dedup();
-        places.windows(2).map(|pair| Span { from: pair[0].clone(), to: pair[1].clone() }).collect()
+        span.cut_at((1..MAX_SPANS as u128).map(|number| (from + (to - from) * number / MAX_SPANS as u128) as u64))
     }
 
     /// Takes what another node has of some spans, and has it store what is newer here.
@@ -3850,12 +3968,16 @@ mod protocol {
             };
             let here: Vec<Record> = spans.iter().flat_map(|span| node.records.all_of(span)).collect();
             let newer: Vec<Copied> = here.iter().filter(|it| is_newer(it)).map(|it| node.copy_of(it)).collect();
+            if node.version() != Some(version) {
+                return None;
+            }
             theirs.into_iter().for_each(|(record, context)| node.take(record, context));
-            (node.version() == Some(version) && node.others().iter().any(|it| it == other)).then_some(newer)
+            // One that has left the shard needs nothing.
+            let is_replica = node.others().iter().any(|it| it == other);
+            Some((node.incarnation_of(other), if is_replica { newer } else { Vec::new() }))
         });
-        let life = world.with(|node| node.incarnation_of(other));
-        // One that has left the shard needs nothing.
-        give(world, other, version, life, newer.unwrap_or_default()).await
+        let (life, newer) = newer?;
+        give(world, other, version, life, newer).await
     }
 
     /// Has another replica, in this life of it, store some records.
@@ -3900,9 +4022,9 @@ mod protocol {
     }
 
     /// Waits until this node may go by its table. The error names a node that it waits for.
-    async fn settle(world: &impl World) -> Result<(), Outcome> {
+    async fn await_table(world: &impl World) -> Result<(), Outcome> {
         let deadline = world.with(|node| node.now) + PATIENCE;
-        while !world.with(|node| node.is_settled()) {
+        while !world.with(|node| node.may_answer()) {
             if world.with(|node| node.now) > deadline {
                 return Err(Outcome::NodeDown(world.with(|node| node.missing())));
             }
@@ -3913,7 +4035,7 @@ mod protocol {
 
     /// How many keys this instance has.
     pub async fn count_keys(world: &impl World) -> Result<Outcome, Outcome> {
-        settle(world).await?;
+        await_table(world).await?;
         let (count, shard) = world.with(|node| (node.keys(), node.shard()));
         let id = shard.map_or(String::new(), |shard| format!(r#","shard-id":"{}""#, shard + 1));
         Ok(Outcome::KeyCount(format!(r#""key-count":{count}{id}"#)))
@@ -3921,7 +4043,7 @@ mod protocol {
 
     /// The ids of all shards; or, with an index, what one of them is.
     pub async fn describe_shards(world: &impl World, index: Option<usize>) -> Result<Outcome, Outcome> {
-        settle(world).await?;
+        await_table(world).await?;
         let table = world.with(|node| node.table()).ok_or(Outcome::NoShard)?;
         let Some(index) = index else {
             let ids: Vec<String> = (1..=table.shards.len()).map(|id| format!(r#""{id}""#)).collect();
@@ -3931,17 +4053,27 @@ mod protocol {
             return Err(Outcome::NoShard);
         }
         let replicas = table.replicas(index);
-        for node in &replicas {
-            // Those that are known to be silent come last.
-            let again = world.with(|it| it.is_silent(node)) && replicas.len() > 1;
-            if !again && let Some((status, _)) = ask_one(world, node, Message::Meet).await {
-                let (id, count, replicas) = (index + 1, status.keys, replicas.join(r#"",""#));
-                return Ok(Outcome::Shard(format!(
-                    r#""shard-id":"{id}","key-count":{count},"replicas":["{replicas}"]"#
-                )));
+        let count = count_of_shard(world, &table, &replicas).await;
+        let Some(count) = count else { return Err(Outcome::NodeDown(replicas[0].clone())) };
+        let (id, replicas) = (index + 1, replicas.join(r#"",""#));
+        Ok(Outcome::Shard(format!(r#""shard-id":"{id}","key-count":{count},"replicas":["{replicas}"]"#)))
+    }
+
+    /// How many keys a shard has, by the first of its replicas that answers and lacks nothing; or by one that lacks something, if all
+    /// that answer do.
+    async fn count_of_shard(world: &impl World, table: &Table, replicas: &[String]) -> Option<usize> {
+        let mut replicas = replicas.to_vec();
+        // Those that are known to be silent come last.
+        world.with(|node| replicas.sort_by_key(|it| node.is_silent(it)));
+        let mut count = None;
+        for node in replicas {
+            let Some((status, _)) = ask_one(world, &node, Message::Meet).await else { continue };
+            if may_speak(table, &status) {
+                return Some(status.keys);
             }
+            count = count.or(Some(status.keys));
         }
-        Err(outcome_down(&replicas[0]))
+        count
     }
 
     // -- Fetching
@@ -3977,12 +4109,13 @@ mod protocol {
     /// Fetches all that a source has to give, for as long as this node goes by the same table.
     async fn fetch_all(world: &impl World, source: &String) {
         let Some(version) = world.with(|node| node.version()) else { return };
-        let mut left = 0;
+        let mut left = Some(0);
         for spans in world.with(|node| node.needed_from(source)).chunks(16) {
             let reply = ask_one(world, source, Message::Count(version, spans.to_vec())).await;
-            left += if let Some((_, Reply::Count(count))) = reply { count } else { 0 };
+            let count = if let Some((_, Reply::Count(count))) = reply { Some(count) } else { None };
+            left = left.and_then(|left| Some(left + count?));
         }
-        world.with(|node| node.note_left(version, source, left));
+        world.with(|node| left.iter().for_each(|left| node.note_left(version, source, *left)));
         while let Some((span, is_here)) = world.with(|node| node.next_from(source, version)) {
             let fetched = match is_here {
                 true => compare_span(world, source, version, &span).await.map(|()| {
@@ -4018,7 +4151,7 @@ mod protocol {
             world.spawn(Activity::Meet(node));
         }
         if world.with(|node| node.has_forgotten_lock()) {
-            world.spawn(Activity::SettleLocks);
+            world.spawn(Activity::ResolveLocks);
         }
         if world.with(|node| node.is_to_finish()) {
             world.spawn(Activity::Finish);
@@ -4033,12 +4166,17 @@ mod protocol {
         let has_all =
             |(status, _): &(Status, Reply)| status.version == Some(table.version) && status.incoming.is_empty();
         if replies.iter().all(|reply| reply.as_ref().is_some_and(has_all)) {
-            world.with(|node| {
-                if node.version() == Some(table.version) {
-                    node.set_complete();
-                }
-            });
+            complete(world, &table);
         }
+    }
+
+    /// Notes that all nodes have fetched what a table gives them. The others hear of it when they meet.
+    fn complete(world: &impl World, table: &Table) {
+        world.with(|node| {
+            if node.version() == Some(table.version) {
+                node.set_complete();
+            }
+        });
     }
 
     /// A round of a blank node's asking.
@@ -4065,7 +4203,7 @@ mod protocol {
     /// Answers a PUT of a view: changes it, or passes the request on to a node that can.
     pub async fn answer_view_change(world: &impl World, request: &Request, wanted: &WantedView) -> Answer {
         let say = |outcome: Outcome| outcome.answer(Vocabulary::Json, &request.verb);
-        if let Err(outcome) = settle(world).await {
+        if let Err(outcome) = await_table(world).await {
             return say(outcome);
         }
         if let Some(node) = better_coordinator(world, &wanted.view).await {
@@ -4085,8 +4223,8 @@ mod protocol {
         }
     }
 
-    /// Who should coordinate instead of this node: a member of its table, if it is none. And a store of one without keys
-    /// leaves it to a node of the view that has some, or that others live with: it is the one that joins.
+    /// Who should coordinate instead of this node, if anybody: a member of its table, if this one is none. And if this node is alone and
+    /// without keys, one of the view's other nodes that has keys, or a store around it: then this one joins that store.
     async fn better_coordinator(world: &impl World, view: &[String]) -> Option<String> {
         let (table, status) = world.with(|node| (node.table(), node.status()));
         let (table, own) = (table?, world.with(|node| node.own().to_owned()));
@@ -4162,12 +4300,12 @@ mod protocol {
         let deadline = world.with(|node| node.now) + TRIES;
         let (mut least, mut earlier) = (Version::default(), Earlier::default());
         loop {
-            let Some(version) = world.with(|node| node.begin(least, new_epoch)) else {
+            let Some(version) = world.with(|node| node.begin_change(least, new_epoch)) else {
                 return Err(Outcome::ChangeUnderWay);
             };
             let attempt = Attempt { world, version, wanted, factor, force, new_epoch, earlier: &earlier };
             let result = attempt.run().await;
-            world.with(|node| node.end());
+            world.with(|node| node.end_change());
             match result {
                 Ok((table, moved, counts, named)) => {
                     ask(world, &named, Message::Meet).await;
@@ -4287,14 +4425,8 @@ mod protocol {
             // A store that shrinks below its factor keeps as many replicas as it has nodes: that is how a dead one leaves.
             let factor = self.factor.unwrap_or(base.factor).min(view.len());
             let change = Change::new(base, view, factor);
-            // What a shard has, one of its replicas tells, and where its cuts are.
-            let speaker = |shard| {
-                let mut answering = base.replicas(shard);
-                answering.retain(|node| granted.contains_key(node));
-                answering.sort_by_key(|node| !is_whole(base, &granted[node]));
-                answering.into_iter().next()
-            };
-            let speakers: Vec<Option<String>> = (0..base.shards.len()).map(speaker).collect();
+            let speakers: Vec<Option<String>> =
+                (0..base.shards.len()).map(|shard| speaker(base, &granted, shard)).collect();
             let keys = |node: &Option<String>| node.as_ref().map_or(0, |node| granted[node].keys);
             let held: Vec<usize> = speakers.iter().map(keys).collect();
             let (moves, counts) = match self.wanted {
@@ -4318,22 +4450,21 @@ mod protocol {
             given_up: &[String],
         ) -> Result<(), Failure> {
             let Some(first) = given_up.iter().find(|_| !self.force) else { return Ok(()) };
-            // One that has started again vouches for nothing before it has fetched everything.
             let goes_by_it = |node: &&String| granted.get(*node).is_some_and(|it| it.version == Some(base.version));
-            let answering = base.view.iter().filter(goes_by_it).count();
-            let is_whole = |node: &String| granted.get(node).is_some_and(|status| is_whole(base, status));
+            let is_majority = 2 * base.view.iter().filter(goes_by_it).count() > base.view.len();
+            // One that has started again vouches for nothing before it has fetched everything.
+            let is_whole = |node: &String| granted.get(node).is_some_and(|status| may_speak(base, status));
             let is_alone =
                 |node: &String| base.shard_of(node).is_some_and(|shard| !base.replicas(shard).iter().any(is_whole));
             let is_lost = |group: &Vec<String>| group.iter().all(|node| given_up.contains(node));
-            let waits = granted.values().any(|status| status.waits_for.iter().any(is_lost));
-            if 2 * answering <= base.view.len() || given_up.iter().any(is_alone) || waits {
-                let is_starting = |node: &String| granted.contains_key(node) && !is_whole(node);
-                return Err(match base.view.iter().any(is_starting) {
-                    true => self.again(Outcome::NodeDown(first.clone())),
-                    false => Failure::Refused(Outcome::NodeDown(first.clone())),
-                });
+            let is_waited_for = granted.values().any(|status| status.waits_for.iter().any(is_lost));
+            let is_starting = |node: &String| granted.contains_key(node) && !is_whole(node);
+            match is_majority && !is_waited_for && !given_up.iter().any(is_alone) {
+                true if self.new_epoch => Ok(()),
+                true => Err(Failure::NewEpoch),
+                false if base.view.iter().any(is_starting) => Err(self.again(Outcome::NodeDown(first.clone()))),
+                false => Err(Failure::Refused(Outcome::NodeDown(first.clone()))),
             }
-            if self.new_epoch { Ok(()) } else { Err(Failure::NewEpoch) }
         }
 
         /// Locks the nodes, the lowest address first: of two coordinators one fails there, and does not hold what the other
@@ -4405,7 +4536,8 @@ mod protocol {
             }
         }
 
-        /// Checks that all go by the table in force, and wait for nothing. Returns whether no source has anything left.
+        /// Checks that all go by the table in force and wait for nothing. Returns whether that table is complete, so that its sources
+        /// need not be sources of the next one.
         fn check_nodes(
             &self,
             base: &Table,
@@ -4473,8 +4605,16 @@ mod protocol {
         }
     }
 
+    /// The replica of a shard that is to tell what the shard has, and where its cuts are: one that lacks nothing, if there is one.
+    fn speaker(base: &Table, granted: &BTreeMap<String, Status>, shard: usize) -> Option<String> {
+        let mut answering = base.replicas(shard);
+        answering.retain(|node| granted.contains_key(node));
+        answering.sort_by_key(|node| !may_speak(base, &granted[node]));
+        answering.into_iter().next()
+    }
+
     /// Whether a node can speak for its shard: it goes by this table, and lacks nothing that it needs.
-    fn is_whole(base: &Table, status: &Status) -> bool {
+    fn may_speak(base: &Table, status: &Status) -> bool {
         status.version == Some(base.version) && status.waits_for.is_empty()
     }
 
@@ -4501,11 +4641,7 @@ mod protocol {
                 needed.insert(node.clone(), status.incoming);
             }
             if waiting.is_empty() {
-                world.with(|node| {
-                    if node.version() == Some(table.version) {
-                        node.set_complete()
-                    }
-                });
+                complete(world, table);
                 let all = set_of(table.view.iter().cloned().chain(table.sources()));
                 ask(world, &all.into_iter().collect::<Vec<_>>(), Message::Meet).await;
                 return waiting;
@@ -4559,7 +4695,9 @@ fn hand_out(mut node: MutexGuard<Node>) {
     // Without a thread, the lines are lost, which is better than the node.
     let _ = thread::Builder::new().spawn(move || {
         lines.iter().for_each(|line| say(line));
+        let freed: usize = garbage.iter().map(Records::footprint).sum();
         drop(garbage);
+        FREED.fetch_add(freed as u64, SeqCst);
     });
 }
 
@@ -4675,6 +4813,9 @@ mod streams {
 
     /// The media type of both requests and of the answer.
     pub const STREAM: &str = "application/x-kv-store-stream";
+    /// What the two requests are for.
+    pub const REQUESTS: &str = "requests";
+    pub const ANSWERS: &str = "answers";
     /// A frame carries so much of a message at most: whatever is small passes between the frames of what is large.
     pub const FRAME: usize = 64 << 10;
     const HEAD: usize = 13;
@@ -4685,9 +4826,9 @@ mod streams {
     pub const NO_NUMBER: u64 = 0;
 
     /// Proves to the other end of a stream that this one knows the secret, without telling it: any client can have a node open a
-    /// stream to anywhere, by naming it in a view. The proof is good for this stream and this `purpose`: the address of the node
-    /// that is asked, or its answers. (SipHash is made to be a code for messages under a secret key.)
-    /// None without a secret.
+    /// stream to anywhere, by naming it in a view. The proof is good for this stream (its `id`) and this `purpose`, which names the
+    /// direction and the node that is asked: what one node answers proves nothing in the name of another. (SipHash is made to be
+    /// a code for messages under a secret key.) None without a secret.
     pub fn proof(id: &str, purpose: &str) -> Option<String> {
         let secret = SETTINGS.secret.as_ref()?;
         let key = sip128::SipHasher24::new().hash(secret.as_bytes());
@@ -4699,11 +4840,6 @@ mod streams {
     /// was sent.
     pub fn is_proven(given: &[u8], id: &str, purpose: &str) -> bool {
         proof(id, purpose).is_none_or(|proof| proof.as_bytes().ct_eq(given).into())
-    }
-
-    /// The header of the answer to a message that came without a stream.
-    pub fn message_type(id: &str) -> String {
-        format!("Content-Type: {STREAM}; proof={}", proof(id, "answers").unwrap_or_default())
     }
 
     /// What is to be written on a stream: messages, and in between, one after the other, the large ones in pieces.
@@ -4822,8 +4958,8 @@ mod streams {
 mod relay {
     //! A request to a peer stands in its queue until a stream to the peer, or a thread, takes it. A stream takes whatever is
     //! queued; it is opened when there is something to send, and closed when there was nothing for a moment. Nodes
-    //! take streams, and so does a main instance that says so in its answers (`Accept-Post`). One by one, each from a thread that
-    //! is blocked meanwhile, go the requests to any other main instance, and what a node says to one that it seldom meets.
+    //! take streams, and so does a main instance that says so in its answers (`Accept-Post`). To any other main instance the
+    //! requests go one by one, each from a thread that is blocked meanwhile.
 
     use super::*;
 
@@ -4891,8 +5027,6 @@ mod relay {
         /// When something was last asked, and when something last came on the stream.
         asked: Option<Instant>,
         heard: Option<Instant>,
-        /// The last request came after a time without any.
-        is_rare: bool,
         is_looked_for: bool,
         /// So many requests in a row were alone on their way.
         alone: u64,
@@ -4949,7 +5083,7 @@ mod relay {
     }
 
     impl Waiting {
-        fn settle(self, answer: Answer) {
+        fn deliver(self, answer: Answer) {
             *lock(&self.waiter.answer) = Some(Answer { header: known_header(&answer.header), ..answer });
         }
     }
@@ -5052,11 +5186,6 @@ mod relay {
             }
         }
 
-        /// What a node says to one that it seldom meets is not worth a stream: in a large store, all ask all when it starts.
-        fn is_lone_message(&self) -> bool {
-            self.is_rare && self.queue.len() == 1 && self.queue[0].1.origin == Origin::Message
-        }
-
         /// Whoever waits for what is queued gets no answer.
         fn give_up_queue(&mut self) {
             for (number, _) in self.queue.drain(..) {
@@ -5107,7 +5236,7 @@ mod relay {
             let waiter = Arc::new(Waiter::default());
             let mut traffic = lock(&self.traffic);
             traffic.last_number += 1;
-            traffic.is_rare = traffic.asked.replace(now).is_none_or(|asked| now - asked > REST);
+            traffic.asked = Some(now);
             let number = traffic.last_number;
             traffic.waiters.insert(number, Waiting { waiter: waiter.clone(), deadline: now + patience, sent: 0 });
             traffic.queue.push_back((number, request));
@@ -5130,7 +5259,7 @@ mod relay {
                     // Beside others it runs after the coroutines that are ready now, and takes along what these queue.
                     if is_alone { write() } else { drop(may::go!(write)) }
                 }
-                State::Closed if traffic.takes_streams && !traffic.is_lone_message() => {
+                State::Closed if traffic.takes_streams => {
                     traffic.stream = State::Opening;
                     if thread::Builder::new().spawn(move || peer.run_stream()).is_err() {
                         traffic.stream = State::Closed;
@@ -5175,16 +5304,16 @@ mod relay {
             let request = |host: &str, part: &str| {
                 let url = format!("http://{host}/kv-store?{part}={id}");
                 let builder = client("POST", &url)?.read_timeout(ANSWER_LIMIT).try_header("Content-Type", STREAM)?;
-                Ok::<_, attohttpc::Error>(match proof(&id, &self.address) {
+                Ok::<_, attohttpc::Error>(match proof(&id, &format!("{REQUESTS} {}", self.address)) {
                     Some(proof) => builder.bearer_auth(proof),
                     None => builder,
                 })
             };
             let Some(host) = self.host() else { return true };
-            let Ok(answers) = request(&host, "answers").and_then(|it| it.send()) else { return true };
+            let Ok(answers) = request(&host, ANSWERS).and_then(|it| it.send()) else { return true };
             let (status, headers, reader) = answers.split();
             let proven = headers.get("Authentication-Info").map_or("".as_bytes(), HeaderValue::as_bytes);
-            let is_proven = is_proven(proven, &id, "answers");
+            let is_proven = is_proven(proven, &id, &format!("{ANSWERS} {}", self.address));
             let takes_streams = headers.get("Content-Type").is_some_and(|it| it == STREAM);
             if (status == StatusCode::FORBIDDEN || takes_streams && !is_proven)
                 && lock(&STRANGERS).insert(self.address.clone())
@@ -5197,7 +5326,7 @@ mod relay {
             let (peer, of) = (self.clone(), stream.clone());
             if thread::Builder::new().spawn(move || peer.read_answers(&of, reader)).is_ok() {
                 let questions = Questions { peer: self, stream };
-                let _ = request(&host, "requests").and_then(|it| it.body(questions).send());
+                let _ = request(&host, REQUESTS).and_then(|it| it.body(questions).send());
             }
             true
         }
@@ -5285,9 +5414,9 @@ mod relay {
             }
             drop(traffic);
             let is_one = answered.len() < 2;
-            let settle = move || answered.into_iter().for_each(|(waiting, answer)| waiting.settle(answer));
+            let deliver = move || answered.into_iter().for_each(|(waiting, answer)| waiting.deliver(answer));
             // To wake a coroutine takes a thread a system call, and a coroutine none: one wakes all the others.
-            if is_one { settle() } else { drop(may::go!(settle)) }
+            if is_one { deliver() } else { drop(may::go!(deliver)) }
         }
 
         fn end_stream(self: &Arc<Peer>, stream: &Arc<Stream>) {
@@ -5322,46 +5451,26 @@ mod relay {
         /// Takes requests to the peer, one at a time, until none is queued.
         fn send_plainly(self: Arc<Peer>) {
             let mut traffic = lock(&self.traffic);
-            while (!traffic.takes_streams || traffic.is_lone_message() && matches!(traffic.stream, State::Closed))
+            while !traffic.takes_streams
                 && let Some((number, request)) = traffic.queue.pop_front()
             {
                 let Some(waiting) = traffic.waiters.get(&number) else { continue };
-                let began = Instant::now();
-                let limit = waiting.deadline.saturating_duration_since(began).min(ANSWER_LIMIT);
                 waiting.waiter.was_sent.store(true, SeqCst);
+                let deadline = waiting.deadline;
                 drop(traffic);
                 // What only a stream can carry waits until it is known whether the peer takes them.
-                let needs_stream = request.origin != Origin::Message && request.needs_stream();
-                let sent = catch_unwind(AssertUnwindSafe(|| {
-                    let host = self.host().ok_or(io::Error::from(HostUnreachable))?;
-                    match request.origin {
-                        Origin::Message => self.send_message(&request, &host, limit),
-                        _ if needs_stream => request.as_greeting().send(&host, limit),
-                        _ => request.send(&host, limit),
-                    }
-                }));
-                traffic = lock(&self.traffic);
-                let answer = match sent {
-                    Ok(Ok((answer, takes_streams))) => {
-                        traffic.takes_streams |= takes_streams;
-                        Some(answer)
-                    }
-                    Ok(Err(error)) => {
-                        self.forget_addresses();
-                        // If there is no way to the peer at all, whatever else waits for it is told so as well.
-                        if is_no_way(&error) && began.elapsed() < limit {
-                            traffic.give_up_queue();
-                        }
-                        None
-                    }
-                    Err(_) => None,
+                let needs_stream = request.needs_stream();
+                let answer = match needs_stream {
+                    true => self.send_one(&request.as_greeting(), deadline),
+                    false => self.send_one(&request, deadline),
                 };
+                traffic = lock(&self.traffic);
                 if needs_stream && traffic.takes_streams {
                     traffic.queue.push_front((number, request));
                 } else if let Some(waiting) = traffic.waiters.remove(&number)
                     && let Some(answer) = answer.filter(|_| !needs_stream)
                 {
-                    waiting.settle(answer);
+                    waiting.deliver(answer);
                 }
             }
             traffic.threads -= 1;
@@ -5370,17 +5479,29 @@ mod relay {
             }
         }
 
-        /// Says to a node what would go on a stream if there was one.
-        fn send_message(&self, request: &Request, host: &str, limit: Duration) -> attohttpc::Result<(Answer, bool)> {
-            let id = format!("{:016x}", random());
-            let target = format!("/kv-store?message={id}.{}", proof(&id, &self.address).unwrap_or_default());
-            // Writing to a Vec cannot fail.
-            let body = postcard::to_stdvec(request).unwrap_or_default();
-            let (verb, content_type) = ("POST".into(), STREAM.into());
-            let (answer, _) = Request { verb, target, content_type, body, ..Request::default() }.send(host, limit)?;
-            let is_proven: bool = answer.header.as_bytes().ct_eq(message_type(&id).as_bytes()).into();
-            let answer = postcard::from_bytes(&answer.body).ok().filter(|_| is_proven);
-            answer.map(|answer| (answer, true)).ok_or(io::Error::from(io::ErrorKind::InvalidData).into())
+        /// Sends a request as plain HTTP and waits for its answer. Learns from it whether the peer takes streams.
+        fn send_one(&self, request: &Request, deadline: Instant) -> Option<Answer> {
+            let began = Instant::now();
+            let limit = deadline.saturating_duration_since(began).min(ANSWER_LIMIT);
+            // After a panic there is no answer.
+            let sent = catch_unwind(AssertUnwindSafe(|| {
+                let host = self.host().ok_or(io::Error::from(HostUnreachable))?;
+                request.send(&host, limit)
+            }));
+            match sent.ok()? {
+                Ok((answer, takes_streams)) => {
+                    lock(&self.traffic).takes_streams |= takes_streams;
+                    Some(answer)
+                }
+                Err(error) => {
+                    self.forget_addresses();
+                    // If there is no way to the peer at all, whatever else waits for it is told so as well.
+                    if is_no_way(&error) && began.elapsed() < limit {
+                        lock(&self.traffic).give_up_queue();
+                    }
+                    None
+                }
+            }
         }
 
         // -- Where a peer is
@@ -5528,11 +5649,8 @@ mod relay {
         /// Sends the request to a host and reads the answer, of which status, `Content-Type`, `Allow` and body go on; and
         /// whether the host takes streams.
         pub fn send(&self, host: &str, limit: Duration) -> attohttpc::Result<(Answer, bool)> {
-            // The limit is for the whole answer, however slowly it drips; it costs a thread, which a node's answer is not worth.
-            let mut builder = client(&self.verb, &self.url(host))?.read_timeout(limit);
-            if self.content_type != STREAM {
-                builder = builder.timeout(limit);
-            }
+            // The second limit is for the whole answer, however slowly it drips.
+            let mut builder = client(&self.verb, &self.url(host))?.read_timeout(limit).timeout(limit);
             if !self.via.is_empty() {
                 builder = builder.try_header("Via", &self.via)?;
             }
@@ -5645,7 +5763,7 @@ mod answering {
             }
             let in_vain = |_| Outcome::MainDown.answer(Vocabulary::Form, "GET");
             // A panic must not leave whoever asked without an answer.
-            match catch_unwind(|| begin(request)).unwrap_or_else(|panic| Ok(in_vain(panic))) {
+            match catch_unwind(|| answer_or_defer(request)).unwrap_or_else(|panic| Ok(in_vain(panic))) {
                 Ok(answer) => self.push(number, &answer),
                 Err(work) if WORK.load(SeqCst) >= MAX_WORK => self.push(number, &work()),
                 Err(work) => {
@@ -5675,7 +5793,8 @@ mod answering {
         // Whoever takes a number that is taken already cuts off the other: it is a random one.
         lock(&STREAMS).insert(id.to_owned(), stream.clone());
         // Without a length, the body ends with the connection (RFC 9112 section 6.3).
-        let proof = proof(id, "answers").map_or(String::new(), |proof| format!("Authentication-Info: {proof}\r\n"));
+        let proof = proof(id, &format!("{ANSWERS} {}", own().unwrap_or_default()));
+        let proof = proof.map_or(String::new(), |proof| format!("Authentication-Info: {proof}\r\n"));
         let head = format!("HTTP/1.1 200 OK\r\nServer: M\r\nContent-Type: {STREAM}\r\n{proof}{CLOSE}\r\n");
         if stream.write(head.as_bytes()).is_err() {
             stream.end();
@@ -5724,7 +5843,7 @@ mod answering {
         let mut headers = parsed.headers().iter();
         let given = headers.find(|header| header.name.eq_ignore_ascii_case("Authorization"));
         let given = given.map(|header| header.value.strip_prefix(b"Bearer ").unwrap_or_default());
-        match is_proven(given.unwrap_or_default(), id, own().unwrap_or_default()) {
+        match is_proven(given.unwrap_or_default(), id, &format!("{REQUESTS} {}", own().unwrap_or_default())) {
             false if given.is_some() => Err(Outcome::NotOfStore),
             knows => Ok(knows),
         }
@@ -5735,25 +5854,32 @@ mod answering {
 //
 // may_minihttp parses requests and sends answers, many of them in one write where a client pipelines. What it cannot do is
 // done on the socket, behind its back: answer what it refused to parse, answer without a body (HEAD), and close. Each of
-// these is a connection's last word. So that it does not overtake, drop or repeat an answer, a connection keeps a copy of
-// those that it handed to the server until the kernel has them.
+// these is the last answer of a connection. So that it does not overtake, drop or repeat an earlier one, a connection keeps a
+// copy of those that it handed to the server until the kernel has them.
+//
+// A connection is closed
+// - after an answer that the server cannot give (`answer_and_close`): to HEAD, to `Connection: close` and HTTP/1.0, one with headers
+//   of a main instance of another kind, and one that would make too much wait for a client that does not read;
+// - after a refusal, since where the next request begins is not known, or not worth reading up to it (`refuse`);
+// - without an answer, when a body ends before its length, or the stream that it carries ends (`end`);
+// - by the watch, when nothing happened on it for long, a head does not end, or too many answers are unread (`watch_connections`);
+// - at once, when there are too many (`new_service`).
 
 /// One client connection: the server's service.
 struct Connection {
     socket: Socket,
     /// What the watch looks at.
     progress: Arc<Progress>,
-    /// Answers that the server may not have written yet, and where each ends in the stream of answers.
-    unsent: VecDeque<(u64, Answer)>,
-    /// The bytes of that stream: those that the server was handed, and those that the kernel was seen to have.
-    /// What lies between them is what `unsent` covers.
+    /// How many bytes of answers the server was handed, and how many of these the kernel was seen to have.
     handed: u64,
     taken: u64,
-    /// Those that it was handed since others had their turn.
+    /// The answers of which the kernel may not have all yet; and at which count of bytes handed each ends.
+    unsent: VecDeque<(u64, Answer)>,
+    /// How many bytes were handed since other connections had their turn.
     served: u64,
-    /// The most that was ever unsent.
+    /// The most that was ever unsent, in bytes.
     most_unsent: u64,
-    /// The last word is said. What the server still reads is not looked at.
+    /// Nothing more is answered. What the server still reads is not looked at.
     ended: bool,
     /// The client may still be sending when the connection is closed.
     lingers: bool,
@@ -5764,11 +5890,11 @@ struct Connection {
 /// How far a connection has got.
 #[derive(Default)]
 struct Progress {
-    /// Goes up when a request begins to be dealt with and when it has been.
+    /// Goes up when a request begins to be dealt with and when that ends: it is odd meanwhile.
     calls: AtomicU32,
     /// The whole request is there, and its answer is not yet: that may take as long as a view change.
     answering: AtomicBool,
-    /// How many bytes of answers were to be sent, and how many of them the kernel had not when last looked at.
+    /// How many bytes of answers there were, and how many of them the client's kernel had no room for, when last looked at.
     handed: AtomicU64,
     unread: AtomicU64,
     /// The watch closed the connection, since its client does not read.
@@ -5798,6 +5924,18 @@ impl Progress {
         let before = self.unread.swap(unread, SeqCst);
         // It wraps around, and back.
         UNREAD.fetch_add(unread.wrapping_sub(before), SeqCst);
+    }
+}
+
+/// The answer to a PUT or POST whose body is too large to be read.
+fn refusal_of_oversized(request: &Request) -> Answer {
+    let (resource, vocabulary) = request.route();
+    match &resource {
+        Resource::Key(key) => match Action::of(key, request, vocabulary) {
+            Action::Refuse(outcome) => outcome.answer(vocabulary, &request.verb),
+            _ => Outcome::BadRequest.answer(vocabulary, &request.verb),
+        },
+        _ => answer_about(&resource, request, vocabulary),
     }
 }
 
@@ -5862,22 +6000,13 @@ impl Connection {
     fn serve(&mut self, parsed: Parsed, response: &mut Response) {
         let (mut request, framing) = match read_head(&parsed) {
             Ok(head) => head,
-            Err(refusal) => {
-                self.lingers = true;
-                return self.say_last_word(&refusal.answer(Vocabulary::Form, "GET"), parsed.method() == "HEAD");
-            }
+            Err(refusal) => return self.refuse(refusal.answer(Vocabulary::Form, "GET"), parsed.method() == "HEAD"),
         };
         self.relayed = !request.via.is_empty();
         if request.is_stream() {
-            return self.serve_stream(&request, parsed, framing.length);
-        }
-        if request.oversized {
-            let (resource, vocabulary) = request.route();
-            let refusal = match &resource {
-                Resource::Key(key) => record_of(key, &request, vocabulary).err().unwrap_or(Outcome::BadRequest),
-                _ => return self.refuse(answer_about(&resource, &request, vocabulary)),
-            };
-            return self.refuse(refusal.answer(vocabulary, &request.verb));
+            return self.serve_stream(&request, parsed);
+        } else if request.oversized {
+            return self.refuse(refusal_of_oversized(&request), false);
         }
         if framing.expects_continue {
             self.send_continue();
@@ -5895,62 +6024,46 @@ impl Connection {
         let answer = answer(request);
         count_answer(verb, answer.status);
         self.progress.answering.store(false, SeqCst);
-        // The server takes only headers that live forever: those of a foreign main instance go out as a last word. And it
-        // would collect answers without end for a client that does not read them, and keep the room for large ones until it leaves.
-        if self.handed - self.taken > MAX_UNSENT {
-            self.forget_taken();
-        }
-        let is_kept = answer.body.len() as u64 > self.most_unsent + (64 << 10);
-        let unfit = matches!(answer.header, Cow::Owned(_))
-            || self.handed - self.taken > MAX_UNSENT
-            || is_kept && KEPT.load(SeqCst) > MAX_KEPT;
-        if framing.closing || framing.is_head || unfit {
+        if framing.closing || framing.is_head || !self.may_hand_over(&answer) {
             self.lingers = !framing.closing;
-            self.say_last_word(&answer, framing.is_head);
+            self.answer_and_close(&answer, framing.is_head);
         } else {
             self.hand_over(answer, response);
         }
     }
 
-    /// Is one of the two connections of a stream, as long as that lives.
-    fn serve_stream(&mut self, request: &Request, parsed: Parsed, length: usize) {
-        if let Some(("/kv-store?message", id)) = request.target.split_once('=') {
-            return self.serve_message(id, parsed, length);
+    /// Whether the server can be given an answer. It takes only headers that live forever, not those of a foreign main instance. And
+    /// it would collect answers without end for a client that does not read them, and keep the room for large ones as long as
+    /// the connection is open.
+    fn may_hand_over(&mut self, answer: &Answer) -> bool {
+        if self.handed - self.taken > MAX_UNSENT {
+            self.forget_taken();
         }
+        let needs_room = answer.body.len() as u64 > self.most_unsent + (64 << 10);
+        matches!(answer.header, Cow::Borrowed(_))
+            && self.handed - self.taken <= MAX_UNSENT
+            && (!needs_room || KEPT.load(SeqCst) <= MAX_KEPT)
+    }
+
+    /// Becomes one of the two connections of a stream, as long as that lives.
+    fn serve_stream(&mut self, request: &Request, parsed: Parsed) {
         let part = request.target.strip_prefix("/kv-store?").and_then(|query| query.split_once('='));
+        let bad_request = || Outcome::BadRequest.answer(Vocabulary::Form, "POST");
         let knows_secret = match answering::knows_secret(&parsed, part.map_or("", |(_, id)| id)) {
             Ok(knows) => knows,
-            Err(refusal) => return self.refuse(refusal.answer(Vocabulary::Form, "POST")),
+            Err(refusal) => return self.refuse(refusal.answer(Vocabulary::Form, "POST"), false),
         };
         match part {
             // Pipelined after something else, it would overtake the answer to that.
-            _ if self.handed > 0 => return self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "POST")),
-            Some(("answers", id)) if id.len() <= 16 => {
+            _ if self.handed > 0 => return self.refuse(bad_request(), false),
+            Some((ANSWERS, id)) if id.len() <= 16 => {
                 self.progress.answering.store(true, SeqCst);
                 answering::carry_answers(id, &self.socket);
             }
-            Some(("requests", id)) => answering::take_questions(id, parsed.body(), &self.socket, knows_secret),
-            _ => return self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "POST")),
+            Some((REQUESTS, id)) => answering::take_questions(id, parsed.body(), &self.socket, knows_secret),
+            _ => return self.refuse(bad_request(), false),
         }
         self.end();
-    }
-
-    /// Answers what a node says without a stream.
-    fn serve_message(&mut self, id: &str, parsed: Parsed, length: usize) {
-        let (id, given) = id.split_once('.').unwrap_or((id, ""));
-        let mut body = Vec::new();
-        if !is_proven(given.as_bytes(), id, own().unwrap_or_default()) {
-            return self.refuse(Outcome::NotOfStore.answer(Vocabulary::Form, "POST"));
-        } else if length > MAX_MESSAGE {
-            return self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "POST"));
-        } else if !self.read_body(parsed.body(), length, Some(&mut body)) {
-            return self.end();
-        }
-        let answer = match postcard::from_bytes::<Request>(&body) {
-            Ok(request) if request.origin == Origin::Message => answer(request),
-            _ => return self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "POST")),
-        };
-        self.say_last_word(&Answer { header: message_type(id).into(), ..Answer::message(&answer) }, false);
     }
 
     /// Reads a whole body, to keep it or not. False is a client that left before it was complete: its request never happened.
@@ -6027,15 +6140,15 @@ impl Connection {
         }
     }
 
-    /// Answers a request whose end is not known or not worth waiting for.
-    fn refuse(&mut self, answer: Answer) {
+    /// Answers a request whose end is not known or not worth reading up to it.
+    fn refuse(&mut self, answer: Answer, without_body: bool) {
         self.lingers = true;
         count_answer("other", answer.status);
-        self.say_last_word(&answer, false);
+        self.answer_and_close(&answer, without_body);
     }
 
     /// Sends an answer directly, after what the server has not sent of those before it, and closes the connection.
-    fn say_last_word(&mut self, answer: &Answer, without_body: bool) {
+    fn answer_and_close(&mut self, answer: &Answer, without_body: bool) {
         let mut bytes = self.take_unsent();
         let before = bytes.len();
         // A follower that does not know this instance yet asks one thing a connection: this reaches it (W3C, Linked Data
@@ -6073,20 +6186,20 @@ impl Drop for Connection {
         // To the watch, this is a call: no head is awaited any more.
         self.progress.calls.fetch_or(1, SeqCst);
         let info = info(&self.socket);
-        let left = matches!(self.socket.peek(&mut [0]), Ok(0));
-        // The server does not look at what it read if it came together with the end of the stream. (The kernel counts the end as
-        // one more byte received.)
+        let has_left = matches!(self.socket.peek(&mut [0]), Ok(0));
+        // Bytes came, and no request: what comes together with the end of the stream, the server does not look at. (The kernel counts
+        // the end as one more byte received.)
         let received = info.map_or(0, |info| info.tcpi_bytes_received);
-        let unheard = received > 1 && self.progress.calls.load(SeqCst) == 1;
+        let is_unheard = received > 1 && self.progress.calls.load(SeqCst) == 1;
         if self.ended
             || thread::panicking()
             || !info.is_some_and(|info| [ESTABLISHED, CLOSE_WAIT].contains(&info.tcpi_state))
         {
             // Nothing can be sent any more.
-        } else if !left {
-            self.refuse(Outcome::Unparsed.answer(Vocabulary::Form, "GET"));
-        } else if unheard {
-            self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "GET"));
+        } else if !has_left {
+            self.refuse(Outcome::Unparsed.answer(Vocabulary::Form, "GET"), false);
+        } else if is_unheard {
+            self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "GET"), false);
         } else {
             // The client sends nothing more, but may still be reading. What the server had not sent, it drops.
             let unsent = self.take_unsent();
@@ -6111,16 +6224,17 @@ impl Drop for Connection {
 /// What the watch remembers of a connection.
 struct Watched {
     progress: Arc<Progress>,
-    /// The calls when last seen: odd while a request is being dealt with. Since when.
+    /// The count of calls when last seen, and since when it is the same.
     seen: u32,
     since: Instant,
-    /// What had been received at the last look, and since they stay the same: the head of a request.
+    /// How many bytes had been received at the last look, if the count of calls was the same then.
     received: Option<u64>,
+    /// How many bytes were received while the count stayed the same: those of a request's head.
     head: u64,
     /// How many bytes of answers the client had at the last look, and since when.
     acknowledged: u64,
     moved: Instant,
-    /// Nothing came lately, and what comes is reported.
+    /// Nothing came lately: there is nothing to look at until ARRIVALS reports that something has come.
     is_quiet: bool,
 }
 
@@ -6153,13 +6267,19 @@ fn watch_connections() {
     thread::sleep(Duration::from_millis(5));
 }
 
-/// What connections that are gone had of memory, in bytes, by estimate: the allocator keeps it.
+/// What connections and records that are gone had of memory, in bytes, by estimate: the allocator keeps it.
 static FREED: AtomicU64 = AtomicU64::new(0);
 
-/// Gives memory back to the system when there is much.
+/// Gives memory back to the system when there is much, and no more is being freed. (To give it back holds up whoever allocates.) To
+/// be done once a second.
 fn give_back_memory() {
-    if FREED.load(SeqCst) > 16 << 20 {
-        FREED.store(0, SeqCst);
+    let freed = Live.with(|node| node.records.take_freed()) as u64;
+    let total = FREED.fetch_add(freed, SeqCst) + freed;
+    static BEFORE: AtomicU64 = AtomicU64::new(0);
+    let growth = total.saturating_sub(BEFORE.swap(total, SeqCst));
+    if total > 16 << 20 && growth < 1 << 20 || total > 256 << 20 {
+        FREED.fetch_sub(total, SeqCst);
+        BEFORE.store(0, SeqCst);
         // SAFETY: malloc_trim has no preconditions.
         unsafe { libc::malloc_trim(0) };
     }
@@ -6189,6 +6309,7 @@ impl Watched {
         self.progress.unread.load(SeqCst)
     }
 
+    /// Looks at a connection, and closes it if nothing happens on it for too long, or a head on it is too long.
     fn look(&mut self, socket: Socket) {
         let calls = self.progress.calls.load(SeqCst);
         if self.seen != calls || self.progress.answering.load(SeqCst) {
@@ -6209,14 +6330,14 @@ impl Watched {
         let limit = IDLE_LIMIT.as_millis() as u32;
         let sending = info.tcpi_notsent_bytes + info.tcpi_unacked > 0 && info.tcpi_last_ack_recv < limit;
         let receiving = in_call && info.tcpi_last_data_recv < limit;
-        let unread = unread(&socket);
+        let input = unread_input(&socket);
         // What was just learned is of different moments. If a request began or ended meanwhile, it says nothing.
         if self.progress.calls.load(SeqCst) != calls {
             return;
         }
         self.progress.tell(handed, given);
         let before = self.received.replace(info.tcpi_bytes_received);
-        if !in_call && unread > 0 {
+        if !in_call && input > 0 {
             signal_again(&socket);
         } else if before == self.received && self.unread() == 0 {
             // Nothing came since the last look. Whatever comes next is reported.
@@ -6224,17 +6345,21 @@ impl Watched {
             ARRIVALS.report(&socket);
         }
         self.head += before.map_or(0, |before| info.tcpi_bytes_received - before);
-        if !in_call && self.head > MAX_HEAD as u64 + unread {
-            let mut refusal = Vec::new();
-            Outcome::BadRequest.answer(Vocabulary::Form, "GET").write(&mut refusal, CLOSE, false);
-            if self.unread() == 0 {
-                // The server has nothing to send here, so this answer is in nobody's way.
-                let _ = send_held(&socket, &refusal);
-            }
+        if !in_call && self.head > MAX_HEAD as u64 + input {
+            self.refuse_head(&socket);
         } else if !overdue || sending || receiving {
             return;
         }
         let _ = socket.shutdown(Shutdown::Both);
+    }
+
+    fn refuse_head(&self, socket: &Socket) {
+        let mut refusal = Vec::new();
+        Outcome::BadRequest.answer(Vocabulary::Form, "GET").write(&mut refusal, CLOSE, false);
+        if self.unread() == 0 {
+            // The server has nothing to send here, so this answer is in nobody's way.
+            let _ = send_held(socket, &refusal);
+        }
     }
 }
 
@@ -6342,7 +6467,7 @@ impl Arrivals {
 }
 
 /// What has arrived and was not read yet, in bytes.
-fn unread(socket: &Socket) -> u64 {
+fn unread_input(socket: &Socket) -> u64 {
     let mut count: libc::c_int = 0;
     // SAFETY: FIONREAD writes one int.
     unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &mut count) };
@@ -7695,7 +7820,7 @@ mod simulation {
             (0..state.machines.len()).all(|machine| {
                 let Some(node) = &state.machines[machine].node else { return false };
                 let has_all =
-                    node.version() == Some(newest.version) && node.is_settled() && node.status().incoming.is_empty();
+                    node.version() == Some(newest.version) && node.may_answer() && node.status().incoming.is_empty();
                 has_all || node.version().is_some() && !newest.lists(&address(machine))
             })
         }
