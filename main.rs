@@ -89,7 +89,7 @@ const MAX_UNSENT: u64 = 4 << 20;
 const MAX_UNREAD: u64 = 32 << 20;
 /// What idle connections may keep, in bytes of answers: the server's buffers do not shrink. Each byte is two in memory.
 const MAX_KEPT: u64 = 96 << 20;
-/// After so many bytes of answers a client that sends one request after the other lets others have their turn.
+/// How many bytes of answers a client that sends one request after the other gets before others have their turn.
 const TURN: u64 = 256 << 10;
 /// A connection on which nothing happens for this long is closed. Load balancers do so after 60 s: the client's side should be
 /// the first, or a request may meet a connection that is just being closed.
@@ -210,22 +210,22 @@ impl Settings {
             _ => parse_view(text.split(',')).map_err(|why| format!("host:port,host:port,..., but {why}")),
         };
         let view = view.map_err(|expected| format!("VIEW={text}: expected {expected}"))?;
-        let factor = match get("REPL_FACTOR") {
-            Some(text) if own.is_none() => {
-                Err(format!("REPL_FACTOR={text}: expected ADDRESS to be set as well, this node's own host:port"))
-            }
-            Some(text) => {
-                parse_factor(&text, view.len()).map_err(|expected| format!("REPL_FACTOR={text}: expected {expected}"))
-            }
-            None => Ok(1),
-        }?;
+        let needs_address = |setting: String| match &own {
+            Some(_) => Ok(()),
+            None => Err(format!("{setting}: expected ADDRESS to be set as well, this node's own host:port")),
+        };
+        let mut factor = 1;
+        if let Some(text) = get("REPL_FACTOR") {
+            needs_address(format!("REPL_FACTOR={text}"))?;
+            let parsed = parse_factor(&text, view.len());
+            factor = parsed.map_err(|expected| format!("REPL_FACTOR={text}: expected {expected}"))?;
+        }
         let secret = get("SECRET");
-        if let Some(text) = &secret
-            && !((1..=200).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic()))
-        {
-            return Err("SECRET=...: expected 1 to 200 visible ASCII characters (its value is not shown)".into());
-        } else if secret.is_some() && own.is_none() {
-            return Err("SECRET=...: expected ADDRESS to be set as well, this node's own host:port".into());
+        if let Some(text) = &secret {
+            needs_address("SECRET=...".into())?;
+            if !(1..=200).contains(&text.len()) || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+                return Err("SECRET=...: expected 1 to 200 visible ASCII characters (its value is not shown)".into());
+            }
         }
         let role = main.map(Role::Follower).or(own.map(Role::Node)).unwrap_or(Role::Main);
         Ok(Settings { listen: SocketAddr::new(ip, port), role, view, factor, secret })
@@ -245,7 +245,7 @@ fn parse_view<'a>(addresses: impl Iterator<Item = &'a str>) -> Result<Vec<String
     if (1..=1000).contains(&view.len()) { Ok(view) } else { Err("it must name 1 to 1000 nodes".into()) }
 }
 
-/// Reads a replication factor for so many nodes. The error says what was expected.
+/// Reads a replication factor for a number of nodes. The error says what was expected.
 fn parse_factor(text: &str, nodes: usize) -> Result<usize, String> {
     let factor = text.parse().ok().filter(|factor| (1..=nodes).contains(factor) && !text.starts_with('+'));
     factor.ok_or(format!("a whole number from 1 to {nodes}, the number of nodes"))
@@ -948,7 +948,7 @@ mod records {
     #[derive(Default)]
     struct Bucket {
         table: HashTable<Record>,
-        /// Of these so many are keys.
+        /// How many of these are keys, and no tombstones.
         count: usize,
         /// The length of all values.
         bytes: usize,
@@ -1558,14 +1558,14 @@ mod table {
         /// What is the same in all tables that come from one first table, and differs in another store's.
         pub store: u64,
         pub view: Vec<String>,
-        /// A shard has at least so many nodes.
+        /// How many nodes a shard has at least.
         pub factor: usize,
         /// The nodes of each shard, its replicas, by their indices in the view.
         pub shards: Vec<Vec<usize>>,
         pub ranges: Vec<Range>,
     }
 
-    /// A table from outside may have so many ranges.
+    /// How many ranges a table from outside may have.
     const MAX_RANGES: usize = 100_000;
 
     impl Table {
@@ -1702,7 +1702,7 @@ mod table {
                 let former = old.replicas(before.shard);
                 for group in unfinished.iter().chain([&former]) {
                     let group = set_of(group.iter().filter(|node| !given_up.contains(node)).cloned());
-                    // The same replicas as now lack nothing, or compare what they have.
+                    // Where the owners are the same as before, they have what they had, and compare it among themselves.
                     let is_news = !group.is_empty() && group != owners;
                     let group: Vec<String> = group.into_iter().collect();
                     if is_news && !range.sources.contains(&group) {
@@ -1934,7 +1934,7 @@ mod node {
         Cut(Version, Vec<usize>, bool),
         /// I have all records of this span now: forget them. Both of us go by the table of this version.
         Forget(Version, Span),
-        /// Give me the first records of this span, of about so many bytes.
+        /// Give me the first records of this span, up to about this many bytes.
         Give(Version, Span, usize),
         /// How many keys do you have of these spans?
         Count(Version, Vec<Span>),
@@ -1971,7 +1971,7 @@ mod node {
         Records(Vec<Copied>, Position, bool),
         Digests(Vec<u64>),
         Count(u64),
-        /// All records of so many spans.
+        /// All records of the first of the spans that were asked for, and how many spans these are.
         All(Vec<Copied>, usize),
     }
 
@@ -1999,10 +1999,10 @@ mod node {
         Refused(Option<Version>),
     }
 
-    /// A push that comes so long after its sender heard of the addressee is refused: it may be of before a deletion whose
+    /// A push is refused when it comes this long after its sender last heard of the addressee: it may be older than a deletion whose
     /// tombstone is gone.
     pub const LATE: Duration = Duration::from_secs(5);
-    /// A tombstone stays for so long after all replicas have it: longer than what is on its way may take.
+    /// How long a tombstone stays after all replicas have it: longer than anything may be on its way.
     const TOMBSTONE: Duration = Duration::from_secs(12);
 
     struct Tombstone {
@@ -2012,7 +2012,7 @@ mod node {
         since: Duration,
         is_everywhere: bool,
     }
-    /// So many tombstones are looked at in a round.
+    /// How many tombstones are looked at in a round.
     const SWEEP: usize = 20_000;
 
     /// Who may answer for a key.
@@ -2081,14 +2081,14 @@ mod node {
         turn: Duration,
     }
 
-    /// A node that has met nobody for so long was asleep, and meets others before it answers.
+    /// A node that has met nobody for this long was asleep, and meets others before it answers.
     const ASLEEP: Duration = Duration::from_millis(2500);
     /// A first table counts, and any other that none of its other nodes goes by, when each of them has been up for so many
     /// rounds, a second: whoever lives by a newer one has knocked at one of them by then. (Rounds and not time: nobody can
     /// knock at a node that sleeps.)
     const FIRST: u32 = 5;
 
-    /// A stamp ends in so many bits of the name of the node that gave it. The rest will do until the year 2112.
+    /// With how many bits of the name of the node that gave it a stamp ends. The rest will do until the year 2112.
     const NAME_BITS: u32 = 12;
 
     /// The lowest stamp of a moment.
@@ -2096,7 +2096,7 @@ mod node {
         (time.as_micros() as u64) << NAME_BITS
     }
 
-    /// So many spans are compared in one message.
+    /// How many spans are compared in one message.
     pub const MAX_SPANS: usize = 256;
 
     pub fn record_of_copy((stamp, bytes, context): &Copied) -> Option<(Record, Causal)> {
@@ -2983,7 +2983,7 @@ mod node {
             self.peers.get(node).map_or(0, |peer| peer.incarnation)
         }
 
-        /// Notes that another replica, in this life of it, has all that this node had when its arrivals were so many.
+        /// Notes that another replica, in this life of it, has all that had arrived here at this count of arrivals.
         pub fn agree(&mut self, with: &str, life: u64, arrivals: u64) {
             let others = self.others();
             if self.incarnation_of(with) == life {
@@ -3320,7 +3320,7 @@ mod node {
             )
         }
 
-        /// The same as numbers: the epoch and number of its table, how many keys it has still to fetch, and how many are silent.
+        /// The same for `/metrics`: the epoch and number of its table, how many keys it has still to fetch, and how many are silent.
         pub fn gauges(&self) -> [u64; 4] {
             let version = self.version().unwrap_or_default();
             [version.epoch, version.number, self.to_fetch().unwrap_or(0), self.silent().len() as u64]
@@ -3564,7 +3564,7 @@ mod protocol {
         }
     }
 
-    /// So many are asked at a time: a view of a thousand names costs no more threads than one of ten.
+    /// How many nodes are asked at a time: a view of a thousand names costs no more threads than one of ten.
     const SIDE_BY_SIDE: usize = 16;
 
     type Replies = Vec<Option<(Status, Reply)>>;
@@ -3805,7 +3805,7 @@ mod protocol {
         pub was_sent: bool,
     }
 
-    /// A read that one replica does not answer is asked of another one after so long.
+    /// How long one replica has to answer a read before another one is asked.
     const NEXT_REPLICA: Duration = Duration::from_millis(1200);
 
     /// Whether what a context asks for of a key is somewhere.
@@ -3818,8 +3818,8 @@ mod protocol {
         Missing,
     }
 
-    /// After so long what a context asks for is not asked for again: with the time for an answer that makes less than the second
-    /// that the contract allows.
+    /// For how long other replicas are asked again for what a context asks for. With the time that the last answer takes, that is less
+    /// than the second that the contract allows.
     const CATCH_UP: Duration = Duration::from_millis(250);
 
     // -- Several replicas
@@ -4078,7 +4078,7 @@ mod protocol {
 
     // -- Fetching
 
-    /// A message has about so many bytes of records, where a request waits for one of them, and where none does.
+    /// How many bytes of records a message has, about: where a request waits for one of them, and where none does.
     const ON_DEMAND: usize = 32 << 10;
     pub const MAX_BATCH: usize = 256 << 10;
 
@@ -4284,9 +4284,9 @@ mod protocol {
     /// locks.
     pub type Wanted<'a> = Option<&'a [String]>;
 
-    /// A view change is tried for so long while other nodes are starting, or a change before it is ending.
+    /// For how long a view change is tried while other nodes are starting, or a change before it is ending.
     const TRIES: Duration = Duration::from_secs(4);
-    /// A node that has not answered for so long after the change is not waited for.
+    /// How long a node must not have answered after the change until it is not waited for any more.
     const UNREACHED: Duration = Duration::from_secs(3);
 
     /// Changes the view, as the coordinator. The error is an outcome as well, and then the old view stays in force.
@@ -4306,30 +4306,32 @@ mod protocol {
             let attempt = Attempt { world, version, wanted, factor, force, new_epoch, earlier: &earlier };
             let result = attempt.run().await;
             world.with(|node| node.end_change());
-            match result {
-                Ok((table, moved, counts, named)) => {
-                    ask(world, &named, Message::Meet).await;
-                    start_fetching(world);
-                    let unreached = await_arrival(world, &table).await;
-                    let shards = (0..table.shards.len()).map(|shard| table.replicas(shard)).zip(counts).collect();
-                    return Ok(Changed { moved, shards, unreached });
+            let (named, failure) = match result {
+                Ok(made) => return Ok(spread(world, made).await),
+                Err(failed) => failed,
+            };
+            // Tells all that nothing will come of this lock.
+            ask(world, &named, Message::Meet).await;
+            match failure {
+                Failure::NewEpoch => new_epoch = true,
+                Failure::Again(newest, learned, _) if world.with(|node| node.now) < deadline => {
+                    least = least.max(newest);
+                    earlier.nodes.extend(learned.nodes);
+                    earlier.void.extend(learned.void);
                 }
-                Err((named, failure)) => {
-                    // Tells all that nothing will come of this lock.
-                    ask(world, &named, Message::Meet).await;
-                    match failure {
-                        Failure::NewEpoch => new_epoch = true,
-                        Failure::Again(newest, learned, _) if world.with(|node| node.now) < deadline => {
-                            least = least.max(newest);
-                            earlier.nodes.extend(learned.nodes);
-                            earlier.void.extend(learned.void);
-                        }
-                        Failure::Refused(outcome) | Failure::Again(.., outcome) => return Err(outcome),
-                    }
-                    world.sleep(Duration::from_millis(50)).await;
-                }
+                Failure::Refused(outcome) | Failure::Again(.., outcome) => return Err(outcome),
             }
+            world.sleep(Duration::from_millis(50)).await;
         }
+    }
+
+    /// Tells all nodes of a table that is in force now, and waits until they have fetched what it gives them.
+    async fn spread(world: &impl World, (table, moved, counts, named): Made) -> Changed {
+        ask(world, &named, Message::Meet).await;
+        start_fetching(world);
+        let unreached = await_arrival(world, &table).await;
+        let shards = (0..table.shards.len()).map(|shard| table.replicas(shard)).zip(counts).collect();
+        Changed { moved, shards, unreached }
     }
 
     struct Attempt<'a, W> {
@@ -4816,12 +4818,12 @@ mod streams {
     /// What the two requests are for.
     pub const REQUESTS: &str = "requests";
     pub const ANSWERS: &str = "answers";
-    /// A frame carries so much of a message at most: whatever is small passes between the frames of what is large.
+    /// How many bytes of a message a frame carries at most: whatever is small passes between the frames of what is large.
     pub const FRAME: usize = 64 << 10;
     const HEAD: usize = 13;
-    /// A message may have so many bytes: an answer, or a request with all that leads to it.
+    /// How many bytes a message may have: an answer, or a request with all that leads to it.
     pub const MAX_MESSAGE: usize = 17 << 20;
-    /// Whoever is asked gives a sign of life so often: a frame with this number, which is none of a message.
+    /// How often whoever is asked gives a sign of life: a frame with a number that no message has.
     pub const SIGN_OF_LIFE: Duration = Duration::from_millis(400);
     pub const NO_NUMBER: u64 = 0;
 
@@ -4847,7 +4849,7 @@ mod streams {
     pub struct Outbox {
         frames: Vec<u8>,
         large: VecDeque<(u64, Vec<u8>)>,
-        /// So much of the first large one has been taken.
+        /// How many bytes of the first large one have been taken.
         taken: usize,
     }
 
@@ -4968,19 +4970,19 @@ mod relay {
     /// A peer that accepts and never answers is reported within 5 s.
     pub const ANSWER_LIMIT: Duration = Duration::from_millis(4200);
     pub const PATIENCE: Duration = Duration::from_millis(4400);
-    /// After so long a silence on a stream it is found out whether the peer's host is still there.
+    /// After this long a silence on a stream it is found out whether the peer's host is still there.
     const SILENCE: Duration = Duration::from_millis(650);
-    /// To look a name up may take so long, and so may the connection that finds out.
+    /// How long it may take to look a name up; and to connect, when it is found out whether a host is there.
     const LOOK_LIMIT: Duration = Duration::from_millis(700);
-    /// A stream is closed after so long a time without a request: between neighbours it stays open.
+    /// A stream is closed after this long without a request. Between neighbours, which meet more often, it stays open.
     const REST: Duration = Duration::from_millis(400);
-    /// So many threads may be waiting for answers of a peer that takes no streams.
+    /// How many threads may be waiting for answers of a peer that takes no streams.
     const MAX_THREADS: usize = 64;
-    /// Who is alone on a stream looks for its answer for so long before it sleeps: to sleep and be woken takes longer.
+    /// How long a request that is alone on its stream looks for its answer before it sleeps: to sleep and be woken takes longer.
     const LOOKOUT: Duration = Duration::from_micros(100);
     /// More is no answer to any request of the contract.
     const MAX_ANSWER: u64 = 16 << 20;
-    /// A coroutine writes on a stream as long as so many bytes are unanswered there. These fit into the kernel's buffers, so
+    /// A coroutine writes on a stream as long as no more bytes than this are unanswered there. These fit into the kernel's buffers, so
     /// that the write cannot block the coroutine's worker. What is more is left to the stream's thread, which may block.
     const MAX_UNANSWERED: usize = 32 << 10;
     /// What is said of a connection that does not come about.
@@ -5022,13 +5024,13 @@ mod relay {
         stream: State,
         writer: Writer,
         outbox: Outbox,
-        /// So many bytes were sent on the stream and are not answered.
+        /// How many bytes were sent on the stream and are not answered.
         unanswered: usize,
         /// When something was last asked, and when something last came on the stream.
         asked: Option<Instant>,
         heard: Option<Instant>,
         is_looked_for: bool,
-        /// So many requests in a row were alone on their way.
+        /// How many requests in a row were alone on their way.
         alone: u64,
     }
 
@@ -5134,7 +5136,7 @@ mod relay {
         stream: &'a Arc<Stream>,
     }
 
-    /// No stream carries so many bytes.
+    /// The length of a body that does not end: no stream carries as much.
     const ENDLESS: u64 = 1 << 62;
 
     impl Body for Questions<'_> {
@@ -5221,7 +5223,7 @@ mod relay {
             result
         }
 
-        /// The same for what is no client's request.
+        /// Takes what is no client's request to the peer, and returns its answer.
         pub fn ask(self: Arc<Peer>, request: Request, patience: Duration) -> Result<Answer, Lost> {
             self.begin(request, patience)?.answer()
         }
@@ -5682,14 +5684,14 @@ mod answering {
 
     use super::*;
 
-    /// So many requests of all streams may take their time side by side, since each has a stack. What is more holds its stream up.
+    /// How many requests of all streams may take their time side by side, since each has a stack. What is more holds its stream up.
     const MAX_WORK: u32 = 2000;
     static WORK: AtomicU32 = AtomicU32::new(0);
     /// The connection that asks comes within this time, or the other one is closed.
     const OPENING_LIMIT: Duration = Duration::from_secs(5);
-    /// After so many bytes of questions, others have their turn.
+    /// How many bytes of questions a stream may bring before others have their turn.
     const QUESTIONS: u64 = 64 << 10;
-    /// As long may it take to write, to whoever does not read.
+    /// How long it may take to write to whoever does not read.
     const WRITE_LIMIT: Duration = Duration::from_secs(10);
 
     /// Those whose connection for the answers has come, and the other not yet.
@@ -5901,7 +5903,7 @@ struct Progress {
     given_up: AtomicBool,
 }
 
-/// Lets others have their turn, if a client was served so many bytes since they last had. To yield would not do: the worker looks
+/// Lets others have their turn, if a client was served more than `most` bytes since they last had. To yield would not do: the worker looks
 /// for what else arrived only when none of its coroutines is ready.
 fn take_turn(served: &mut u64, most: u64) {
     if *served > most {
@@ -6319,9 +6321,14 @@ impl Watched {
             return;
         }
         let (in_call, overdue) = (calls % 2 == 1, self.since.elapsed() > IDLE_LIMIT);
-        if (in_call || self.is_quiet) && self.unread() == 0 && !overdue {
-            return;
+        if !in_call && !self.is_quiet || self.unread() > 0 || overdue {
+            self.look_closely(socket, calls, overdue);
         }
+    }
+
+    /// Looks at what the kernel knows of a connection on which nothing is being answered. `calls` is the count as of now.
+    fn look_closely(&mut self, socket: Socket, calls: u32, overdue: bool) {
+        let in_call = calls % 2 == 1;
         let Some(info) = info(&socket) else { return };
         let (given, handed) = (given(&socket).unwrap_or(0), self.progress.handed.load(SeqCst));
         if info.tcpi_bytes_acked != self.acknowledged {
@@ -6380,7 +6387,7 @@ fn send_held(socket: &Socket, bytes: &[u8]) -> io::Result<usize> {
     socket2::SockRef::from(&**socket).send_with_flags(bytes, libc::MSG_MORE | libc::MSG_NOSIGNAL)
 }
 
-/// The same socket as a stream that makes the coroutine wait, and not its worker: for `limit` at most. While a panic ends
+/// A socket as a stream that makes the coroutine wait, and not its worker: for `limit` at most. While a panic ends
 /// the coroutine there is none: it cannot wait any more.
 fn waiting_stream(socket: &TcpStream, limit: Duration) -> io::Result<may::net::TcpStream> {
     if thread::panicking() {
@@ -8211,6 +8218,24 @@ mod tests {
         let other = Node::new("b:1".into(), Vec::new(), 1, 3, Duration::ZERO);
         assert!(matches!(node.receive(other.compose("a:1", lock)), (_, Reply::Done)));
         assert_eq!(tell(&mut node, &table), before);
+    }
+
+    #[test]
+    fn a_replica_that_has_not_fetched_yet_goes_on_fetching_by_the_next_table() {
+        let view: Vec<String> = vec!["a:1".into(), "b:1".into()];
+        let mut node = Node::new("a:1".into(), view.clone(), 2, 1, Duration::ZERO);
+        let first = Table::first(view.clone(), 2);
+        // It starts blank beside a replica that goes by the first table.
+        let other = Node::new("b:1".into(), view.clone(), 2, 2, Duration::ZERO);
+        let goes_by_it = Status { version: Some(first.version), table: Some(first.clone()), ..other.status() };
+        node.hear("b:1", goes_by_it.clone(), true);
+        node.let_in(&[], &BTreeMap::from([("b:1".to_owned(), goes_by_it)]));
+        assert!(matches!(node.place_by_table(0, b""), Place::Incoming(source, ..) if source == "b:1"));
+        // A lock is resolved: the same table, under another version.
+        let version = Version { number: 1, ..first.version };
+        let next = first.next(version, &Change::new(&first, &view, 2), &[], &[], false);
+        assert_eq!(tell(&mut node, &next), Some(version));
+        assert!(matches!(node.place_by_table(0, b""), Place::Incoming(source, ..) if source == "b:1"));
     }
 
     #[test]
