@@ -929,42 +929,57 @@ mod records {
         }
     }
 
-    /// A bucket with more records is split in two.
-    const BUCKET: usize = 10_000;
+    /// A bucket with so many records is split in two: its table would have to double. (7 of 8 places of a table can be taken.)
+    const BUCKET: usize = 7 * 128;
+    /// So is one whose values have so many bytes: what is done with a part of a bucket must fit into a message.
+    const BUCKET_BYTES: usize = 4 << 20;
+    /// What a record takes of memory beside its value, in bytes: about, for a short key.
+    const OVERHEAD: usize = 80;
 
     /// The records of an instance. Each bucket begins at a hash value and reaches to where the next one begins.
     #[derive(Default)]
     pub struct Records {
         buckets: BTreeMap<u64, Bucket>,
-        /// How many keys there are: records that are no tombstones.
-        count: usize,
+        sums: Sums,
         /// About how many bytes of memory were freed one record at a time, since somebody last asked.
         freed: usize,
     }
 
-    /// What a record takes of memory beside its value, in bytes: about, for a short key.
-    const OVERHEAD: usize = 80;
-
     #[derive(Default)]
     struct Bucket {
         table: HashTable<Record>,
-        /// How many of these are keys, and no tombstones.
+        sums: Sums,
+    }
+
+    /// What some records add up to.
+    #[derive(Clone, Copy, Default)]
+    struct Sums {
+        /// How many of them are keys, and no tombstones.
         count: usize,
-        /// The length of all values.
+        /// The length of all values, as JSON text.
         bytes: usize,
-        /// The XOR of what they add to it.
+        /// The XOR of their digests.
         digest: u64,
     }
 
-    impl Bucket {
-        /// Counts a record that came, or went.
-        fn note(&mut self, hash: u64, record: &Record, came: bool) {
-            self.digest ^= record.digest(hash);
-            let (keys, bytes) = (usize::from(!record.is_tombstone()), record.value().len());
-            let change = |sum: usize, by| if came { sum + by } else { sum - by };
-            (self.count, self.bytes) = (change(self.count, keys), change(self.bytes, bytes));
+    impl Sums {
+        fn of(hash: u64, record: &Record) -> Sums {
+            let count = usize::from(!record.is_tombstone());
+            Sums { count, bytes: record.value().len(), digest: record.digest(hash) }
         }
 
+        fn add(&mut self, more: Sums) {
+            let Sums { count, bytes, digest } = *self;
+            *self = Sums { count: count + more.count, bytes: bytes + more.bytes, digest: digest ^ more.digest };
+        }
+
+        fn subtract(&mut self, less: Sums) {
+            let Sums { count, bytes, digest } = *self;
+            *self = Sums { count: count - less.count, bytes: bytes - less.bytes, digest: digest ^ less.digest };
+        }
+    }
+
+    impl Bucket {
         /// Clones those of some records that have the lowest places, of about `limit` bytes, and says where the first of the others is:
         /// at `end` if all fit.
         fn lowest(&self, records: &[&Record], limit: usize, end: Position) -> (Vec<Record>, Position) {
@@ -983,20 +998,37 @@ mod records {
         }
     }
 
+    /// Which of some spans, which stand in order and do not overlap, a place is in.
+    fn index_of(spans: &[Span], place: (u64, &[u8])) -> Option<usize> {
+        let next = spans.partition_point(|span| (span.from.0, &span.from.1[..]) <= place);
+        next.checked_sub(1).filter(|index| spans[*index].contains(place))
+    }
+
+    /// Whether some of these spans has something of a stretch.
+    fn overlap(spans: &[Span], stretch: &Span) -> bool {
+        let next = spans.partition_point(|span| span.to <= stretch.from);
+        spans.get(next).is_some_and(|span| span.from < stretch.to)
+    }
+
     impl Records {
         /// How many keys there are.
         pub fn len(&self) -> usize {
-            self.count
+            self.sums.count
         }
 
         /// The length of all values, as JSON text.
         pub fn bytes(&self) -> usize {
-            self.buckets.values().map(|bucket| bucket.bytes).sum()
+            self.sums.bytes
+        }
+
+        /// The digest of all that there is.
+        pub fn digest(&self) -> u64 {
+            self.sums.digest
         }
 
         /// About how much memory they take, in bytes.
         pub fn footprint(&self) -> usize {
-            self.bytes() + self.count * OVERHEAD
+            self.sums.bytes + self.sums.count * OVERHEAD
         }
 
         pub fn take_freed(&mut self) -> usize {
@@ -1024,8 +1056,9 @@ mod records {
             }
             // A bucket at 0 is never taken away while there are others.
             let (first, bucket) = self.buckets.range_mut(..=hash).next_back()?;
-            let (before, length) = (bucket.count, record.value().len());
-            bucket.note(hash, &record, true);
+            let (came, first) = (Sums::of(hash, &record), *first);
+            bucket.sums.add(came);
+            self.sums.add(came);
             let old = match bucket.table.entry(hash, |it| it.key() == record.key(), |it| hash_of(it.key())) {
                 Entry::Occupied(mut old) => Some(std::mem::replace(old.get_mut(), record)),
                 Entry::Vacant(place) => {
@@ -1034,12 +1067,12 @@ mod records {
                 }
             };
             if let Some(old) = &old {
-                bucket.note(hash, old, false);
-                self.freed += old.value().len().saturating_sub(length);
+                let went = Sums::of(hash, old);
+                bucket.sums.subtract(went);
+                self.sums.subtract(went);
+                self.freed += went.bytes.saturating_sub(came.bytes);
             }
-            self.count = self.count + bucket.count - before;
-            if bucket.table.len() > BUCKET {
-                let first = *first;
+            if bucket.table.len() >= BUCKET || bucket.sums.bytes > BUCKET_BYTES && bucket.table.len() > 1 {
                 self.split(first);
             }
             old
@@ -1052,12 +1085,12 @@ mod records {
             let Some(bucket) = self.buckets.get_mut(&first).filter(|_| middle > first && middle <= last) else {
                 return;
             };
-            let mut upper = Bucket { table: HashTable::with_capacity(bucket.table.len() / 2), ..Bucket::default() };
             let moving: Vec<Record> = bucket.table.extract_if(|record| hash_of(record.key()) >= middle).collect();
+            let mut upper = Bucket { table: HashTable::with_capacity(moving.len()), ..Bucket::default() };
             for record in moving {
                 let hash = hash_of(record.key());
-                bucket.note(hash, &record, false);
-                upper.note(hash, &record, true);
+                bucket.sums.subtract(Sums::of(hash, &record));
+                upper.sums.add(Sums::of(hash, &record));
                 upper.table.insert_unique(hash, record, |it| hash_of(it.key()));
             }
             bucket.table.shrink_to_fit(|it| hash_of(it.key()));
@@ -1067,10 +1100,10 @@ mod records {
         pub fn remove(&mut self, hash: u64, key: &[u8]) -> Option<Record> {
             let (first, bucket) = self.buckets.range_mut(..=hash).next_back()?;
             let (record, _) = bucket.table.find_entry(hash, |record| record.key() == key).ok()?.remove();
-            bucket.note(hash, &record, false);
-            self.count -= usize::from(!record.is_tombstone());
-            self.freed += record.value().len() + OVERHEAD;
-            let first = *first;
+            let (went, first) = (Sums::of(hash, &record), *first);
+            bucket.sums.subtract(went);
+            self.sums.subtract(went);
+            self.freed += went.bytes + OVERHEAD;
             self.tidy(first);
             Some(record)
         }
@@ -1093,14 +1126,11 @@ mod records {
         /// The buckets that may have something of a span, each with the stretch of the order that it is for.
         fn buckets_of(&self, span: &Span) -> impl Iterator<Item = (Span, &Bucket)> {
             let last = span.to.0;
+            let buckets = self.buckets.range(self.bucket_at(span.from.0)..);
+            let ends = buckets.clone().skip(1).map(|(next, _)| (*next, Vec::new())).chain([end_of_order()]);
             // (A span from outside may end before it begins, which a range of the map must not.)
-            let buckets =
-                self.buckets.range(self.bucket_at(span.from.0)..).take_while(move |(first, _)| **first <= last);
-            buckets.map(|(first, bucket)| {
-                let next = self.buckets.range((Excluded(*first), Unbounded)).next();
-                let to = next.map_or_else(end_of_order, |(next, _)| (*next, Vec::new()));
-                (Span { from: (*first, Vec::new()), to }, bucket)
-            })
+            let buckets = buckets.zip(ends).take_while(move |((first, _), _)| **first <= last);
+            buckets.map(|((first, bucket), to)| (Span { from: (*first, Vec::new()), to }, bucket))
         }
 
         /// The part of each bucket that is in a span.
@@ -1115,18 +1145,14 @@ mod records {
             let (Some(head), Some(tail)) = (spans.first(), spans.last()) else { return digests };
             let all = Span { from: head.from.clone(), to: tail.to.clone() };
             for (stretch, bucket) in self.buckets_of(&all) {
-                let index_of = |place: (u64, &[u8])| {
-                    let index = spans.partition_point(|span| (span.from.0, &span.from.1[..]) <= place);
-                    index.checked_sub(1).filter(|index| spans[*index].contains(place))
-                };
-                match spans.iter().position(|span| span.covers(&stretch)) {
-                    Some(whole) => digests[whole] ^= bucket.digest,
-                    None => {
-                        for record in &bucket.table {
-                            let place = record.position();
-                            if let Some(index) = index_of(place) {
-                                digests[index] ^= record.digest(place.0);
-                            }
+                let first = index_of(spans, (stretch.from.0, &[]));
+                if let Some(whole) = first.filter(|index| spans[*index].covers(&stretch)) {
+                    digests[whole] ^= bucket.sums.digest;
+                } else if overlap(spans, &stretch) {
+                    for record in &bucket.table {
+                        let place = record.position();
+                        if let Some(index) = index_of(spans, place) {
+                            digests[index] ^= record.digest(place.0);
                         }
                     }
                 }
@@ -1134,51 +1160,69 @@ mod records {
             digests
         }
 
-        /// The digest of all that there is.
-        pub fn digest(&self) -> u64 {
-            self.buckets.values().fold(0, |digest, bucket| digest ^ bucket.digest)
+        /// Clones all records of the first of some spans, which stand in order and do not overlap: of as many as have about `limit`
+        /// bytes, and of one at least.
+        pub fn all_of(&self, spans: &[Span], limit: usize) -> Vec<Vec<Record>> {
+            let (mut found, mut weight) = (vec![Vec::new(); spans.len()], 0);
+            let (Some(head), Some(tail)) = (spans.first(), spans.last()) else { return found };
+            let all = Span { from: head.from.clone(), to: tail.to.clone() };
+            for (stretch, bucket) in self.buckets_of(&all) {
+                let whole = spans.partition_point(|span| span.to <= stretch.from);
+                if weight >= limit && whole > 0 {
+                    found.truncate(whole);
+                    break;
+                } else if !overlap(spans, &stretch) {
+                    continue;
+                }
+                for record in &bucket.table {
+                    if let Some(index) = index_of(spans, record.position()) {
+                        weight += record.weight();
+                        found[index].push(record.clone());
+                    }
+                }
+            }
+            found
         }
 
-        /// Clones all records of a span: of one bucket or less, or it takes long.
-        pub fn all_of(&self, span: &Span) -> Vec<Record> {
-            let records = self.buckets_of(span).flat_map(|(_, bucket)| &bucket.table);
-            records.filter(|record| span.contains(record.position())).cloned().collect()
-        }
-
-        /// Clones the first records of a span, in no order, from one bucket and of about `limit` bytes, and says up to where
-        /// these are all that there is.
+        /// Clones the first records of a span, in no order and of about `limit` bytes, and says up to where these are all that there
+        /// is.
         pub fn first_of(&self, span: &Span, limit: usize) -> (Vec<Record>, Position) {
+            let (mut found, mut weight) = (Vec::new(), 0);
             for (stretch, bucket) in self.buckets_of(span) {
                 let is_in = |record: &&Record| span.contains(record.position());
                 let records: Vec<&Record> = bucket.table.iter().filter(is_in).collect();
-                let end = stretch.to.min(span.to.clone());
-                if records.iter().map(|record| record.weight()).sum::<usize>() > limit {
-                    return bucket.lowest(&records, limit, end);
-                } else if !records.is_empty() {
-                    return (records.into_iter().cloned().collect(), end);
+                weight += records.iter().map(|record| record.weight()).sum::<usize>();
+                if weight > limit && found.is_empty() {
+                    return bucket.lowest(&records, limit, stretch.to.min(span.to.clone()));
+                } else if weight > limit {
+                    return (found, stretch.from);
                 }
+                found.extend(records.into_iter().cloned());
             }
-            (Vec::new(), span.to.clone())
+            (found, span.to.clone())
         }
 
         /// Drops the records of a span. Of whole buckets, they are handed to the caller, since to free them takes a while.
         pub fn forget(&mut self, span: &Span) -> Records {
             let mut dropped = Records::default();
-            let firsts: Vec<u64> = self.buckets.range(self.bucket_at(span.from.0)..).map(|(first, _)| *first).collect();
-            for (index, first) in firsts.iter().enumerate().take_while(|(_, first)| **first <= span.to.0) {
-                let end = firsts.get(index + 1).map_or_else(end_of_order, |next| (*next, Vec::new()));
-                let Some(bucket) = self.buckets.get_mut(first) else { continue };
-                let before = bucket.count;
-                if span.from <= (*first, Vec::new()) && end <= span.to {
-                    dropped.buckets.insert(*first, std::mem::take(bucket));
+            let stretches: Vec<Span> = self.buckets_of(span).map(|(stretch, _)| stretch).collect();
+            for stretch in stretches {
+                let first = stretch.from.0;
+                let Some(bucket) = self.buckets.get_mut(&first) else { continue };
+                if span.covers(&stretch) {
+                    let whole = std::mem::take(bucket);
+                    self.sums.subtract(whole.sums);
+                    dropped.sums.add(whole.sums);
+                    dropped.buckets.insert(first, whole);
                 } else {
                     let leaving = bucket.table.extract_if(|record| span.contains(record.position()));
                     for record in leaving.collect::<Vec<Record>>() {
-                        bucket.note(hash_of(record.key()), &record, false);
+                        let went = Sums::of(hash_of(record.key()), &record);
+                        bucket.sums.subtract(went);
+                        self.sums.subtract(went);
                     }
                 }
-                self.count -= before - self.buckets[first].count;
-                self.tidy(*first);
+                self.tidy(first);
             }
             dropped
         }
@@ -1187,7 +1231,7 @@ mod records {
         pub fn count_of(&self, span: &Span) -> usize {
             let is_in = |record: &&Record| !record.is_tombstone() && span.contains(record.position());
             let count = |(stretch, bucket): (Span, &Bucket)| match span.covers(&stretch) {
-                true => bucket.count,
+                true => bucket.sums.count,
                 false => bucket.table.iter().filter(is_in).count(),
             };
             self.buckets_of(span).map(count).sum()
@@ -1197,14 +1241,14 @@ mod records {
         pub fn nth_highest(&self, n: usize) -> Position {
             let mut left = n;
             for bucket in self.buckets.values().rev() {
-                if bucket.count >= left {
+                if bucket.sums.count >= left {
                     let keys = bucket.table.iter().filter(|record| !record.is_tombstone());
                     let mut places: Vec<(u64, &[u8])> = keys.map(Record::position).collect();
                     places.sort_unstable();
                     let (hash, key) = places[places.len() - left];
                     return (hash, key.to_vec());
                 }
-                left -= bucket.count;
+                left -= bucket.sums.count;
             }
             Position::default()
         }
@@ -2598,14 +2642,16 @@ mod node {
 
         /// All records of the first of some spans, of as many as fit into a message.
         fn give_all(&self, spans: &[Span]) -> Reply {
-            let (mut records, mut count, mut bytes) = (Vec::new(), 0, 0);
-            while count < spans.len() && bytes < MAX_BATCH {
-                let all = self.records.all_of(&spans[count]);
-                bytes += all.iter().map(|record| record.value().len() + 64).sum::<usize>();
-                records.extend(all.iter().map(|record| self.copy_of(record)));
+            let (mut copies, mut count, mut bytes) = (Vec::new(), 0, 0);
+            for records in self.records.all_of(spans, MAX_BATCH) {
+                bytes += records.iter().map(|record| record.value().len() + 64).sum::<usize>();
+                if count > 0 && bytes > 2 * MAX_BATCH {
+                    break;
+                }
+                copies.extend(records.iter().map(|record| self.copy_of(record)));
                 count += 1;
             }
-            Reply::All(records, count)
+            Reply::All(copies, count)
         }
 
         /// Whether this node may give, or forget, a span: it goes by this very table, and the span is others'.
@@ -3920,8 +3966,8 @@ mod protocol {
     async fn compare_span(world: &impl World, other: &str, version: Version, span: &Span) -> Option<()> {
         let parts = world.with(|node| node.records.parts_of(span));
         for group in parts.chunks(MAX_SPANS) {
-            for bucket in differing(world, other, version, group).await? {
-                let pieces = pieces_of(&bucket);
+            for buckets in differing(world, other, version, group).await?.chunks(MAX_SPANS / PIECES) {
+                let pieces: Vec<Span> = buckets.iter().flat_map(pieces_of).collect();
                 let mut left = &differing(world, other, version, &pieces).await?[..];
                 while !left.is_empty() {
                     let (_, reply) = ask_one(world, other, Message::GiveAll(version, left.to_vec())).await?;
@@ -3943,10 +3989,12 @@ mod protocol {
         Some(pairs.filter(|(_, (ours, theirs))| ours != theirs).map(|(span, _)| span.clone()).collect())
     }
 
-    /// Cuts a span into as many pieces as one message may compare.
-    fn pieces_of(span: &Span) -> Vec<Span> {
-        let (from, to) = (span.from.0 as u128, span.to.0 as u128);
-        span.cut_at((1..MAX_SPANS as u128).map(|number| (from + (to - from) * number / MAX_SPANS as u128) as u64))
+    /// Into how many pieces a bucket that differs is cut, to find what differs.
+    const PIECES: usize = 16;
+
+    fn pieces_of(bucket: &Span) -> Vec<Span> {
+        let (from, to) = (bucket.from.0 as u128, bucket.to.0 as u128);
+        bucket.cut_at((1..PIECES as u128).map(|number| (from + (to - from) * number / PIECES as u128) as u64))
     }
 
     /// Takes what another node has of some spans, and has it store what is newer here.
@@ -3966,8 +4014,8 @@ mod protocol {
             let is_newer = |record: &Record| {
                 known.get(hash_of(record.key()), record.key()).is_none_or(|known| record.beats(known))
             };
-            let here: Vec<Record> = spans.iter().flat_map(|span| node.records.all_of(span)).collect();
-            let newer: Vec<Copied> = here.iter().filter(|it| is_newer(it)).map(|it| node.copy_of(it)).collect();
+            let here = node.records.all_of(spans, usize::MAX);
+            let newer = here.iter().flatten().filter(|it| is_newer(it)).map(|it| node.copy_of(it)).collect();
             if node.version() != Some(version) {
                 return None;
             }
@@ -8143,6 +8191,16 @@ mod tests {
             places.sort();
             assert_eq!(places, expected);
             assert!(to > span.from && to <= span.to, "no progress");
+            let spans = span.cut_at((1..20).map(|part| part << 59));
+            let all = records.all_of(&spans, numbers.below(100_000));
+            assert!(!all.is_empty());
+            for (found, span) in all.iter().zip(&spans) {
+                assert_eq!(found.len(), model.range(span.from.clone()..span.to.clone()).count());
+            }
+            let digests: Vec<u64> = records.digests_of(&spans);
+            let digest = digests.iter().fold(0, |sum, digest| sum ^ digest);
+            assert_eq!(vec![digest], records.digests_of(&[span.clone()]));
+            assert_eq!(digests[0], records.digests_of(&spans[..1])[0]);
         }
         let all = Span { from: Position::default(), to: end_of_order() };
         records.forget(&Span { to: (1 << 63, Vec::new()), ..all.clone() });
