@@ -2113,9 +2113,10 @@ mod node {
         time: u64,
         /// When it last answered.
         answered: Duration,
-        /// When it was last compared with, and whether it had something else when it was last heard.
+        /// When it was last compared with.
         compared: Duration,
-        differs: bool,
+        /// Since when it has something else than this node, whenever it is heard.
+        differs: Option<Duration>,
         /// It has started again, and goes by no table yet.
         is_blank: bool,
         /// It has still to fetch what is here: to compare would be to send everything twice.
@@ -2311,6 +2312,9 @@ mod node {
                 note.context.retain(|_, stamp| *stamp > floor);
                 note.open_since.is_some() || !note.context.is_empty()
             });
+            if self.notes.len() < self.notes.capacity() / 8 {
+                self.notes.shrink_to(100);
+            }
         }
 
         fn agrees_with(&self, others: &[String]) -> bool {
@@ -2724,7 +2728,8 @@ mod node {
                 return;
             }
             let differs = digest != self.records.digest();
-            self.peers.entry(from.to_owned()).or_default().differs = differs;
+            let peer = self.peers.entry(from.to_owned()).or_default();
+            peer.differs = if differs { peer.differs.or(Some(self.now)) } else { None };
             let others = self.others();
             // Who has the same as this node has all that it has. (But no digest shows tombstones: so only if none is open, and those
             // of before are known to be there.)
@@ -3070,9 +3075,10 @@ mod node {
                 return false;
             }
             let peer = self.peers.entry(with.to_owned()).or_default();
-            // That something differs is the rule while clients write.
+            // Whoever has what the other one lacks compares at once. That something differs is the rule while clients write.
+            let differs = peer.differs.is_some_and(|since| since + Duration::from_secs(2) < now);
             let pause = Duration::from_secs(if awaits { 1 } else { 5 });
-            let due = (awaits || peer.differs)
+            let due = (awaits || differs)
                 && peer.version == version
                 && !peer.silent
                 && !peer.is_fetching
@@ -3160,6 +3166,9 @@ mod node {
             let peers = self.others();
             let answered = |node: &String| self.peers.get(node).map_or(Duration::ZERO, |peer| peer.answered);
             let answered = peers.iter().map(answered).min().unwrap_or(self.now);
+            if self.tombstones.len() < self.tombstones.capacity() / 8 {
+                self.tombstones.shrink_to(100);
+            }
             for _ in 0..self.tombstones.len().min(SWEEP) {
                 let Some(mut it) = self.tombstones.pop_front() else { return };
                 if it.since + TOMBSTONE > self.now {
