@@ -9,9 +9,15 @@
 //!
 //! A main instance has every key; a follower has none and relays to its main instance; a node has the keys that its table gives
 //! it, as far as it has fetched them. An `Outcome` (created, found, missing, refused because ...) knows nothing of HTTP; the
-//! contract's two vocabularies are two columns of one table, `Outcome::row`. The sections below follow the road: settings,
-//! requests, outcomes, records, owners, tables, the node, what it does, the relay, and last the connections, where bytes come
-//! from and go to.
+//! contract's two vocabularies are two columns of one table, `Outcome::row`. The sections below follow the road:
+//!
+//! - *Settings*: what the environment says. *Requests*: heads, routing, keys and values, all that is taken from a client.
+//!   *Outcomes*: every answer's text.
+//! - *Records*: keys and values, in buckets. *Owners*: who answers a request, and what this instance does if it has the key.
+//! - *Tables*: which shard has which key. *The node*: what it knows and decides. *What a node does* over time: answering for a key,
+//!   replicating, comparing, fetching, meeting others, starting, changing the view. *The node in the world*: its lock and its clock.
+//! - *Streams*, and their two ends: *the relay*, the only place that asks other instances, and the end that is asked.
+//! - *Connections* and *the socket*: where bytes come from and go to, and what the server cannot do. *The start*: `main`.
 //!
 //! In a store with one replica of each shard, a key is answered for by the one node that has it, until that one hands it on. Where
 //! that is decided is `Node::place`; where a key changes hands is `Node::adopt` (who gives stops answering), `fetch` (who gets
@@ -41,7 +47,7 @@ use std::ops::Bound::{Excluded, Unbounded};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::process::exit;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -2360,7 +2366,7 @@ mod node {
         rounds: u32,
         is_asking: bool,
         asked: Duration,
-        /// When the last meeting with another node began that has ended.
+        /// When the latest of the meetings began that have ended, answered or not. If that is long ago, this process slept.
         pub met: Duration,
         /// The highest stamp so far.
         clock: u64,
@@ -4740,6 +4746,8 @@ fn now() -> Duration {
 /// A view change that is passed on to a node of the store may take as long as it takes.
 const CHANGE_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
 
+// (Not inlined, as `let_go`: there are a hundred places that look at the node.)
+#[inline(never)]
 fn lock_node() -> MutexGuard<'static, Node> {
     let mut node = lock(&NODE);
     node.now = now();
@@ -4748,7 +4756,10 @@ fn lock_node() -> MutexGuard<'static, Node> {
 
 /// Lets go of the node, and then prints the lines and drops the records that it wants to be rid of, which may take a while.
 #[inline(never)]
-fn hand_out(mut node: MutexGuard<Node>) {
+fn let_go(mut node: MutexGuard<Node>) {
+    if node.lines.is_empty() && node.garbage.is_empty() {
+        return;
+    }
     let (lines, garbage) = (std::mem::take(&mut node.lines), std::mem::take(&mut node.garbage));
     drop(node);
     // Without a thread, the lines are lost, which is better than the node.
@@ -4768,9 +4779,7 @@ impl World for Live {
     fn with<T>(&self, action: impl FnOnce(&mut Node) -> T) -> T {
         let mut node = lock_node();
         let result = action(&mut node);
-        if !node.lines.is_empty() || !node.garbage.is_empty() {
-            hand_out(node);
-        }
+        let_go(node);
         result
     }
 
@@ -4814,7 +4823,8 @@ impl World for Live {
 
 /// Runs a future whose waits all block: it is ready when it is polled once.
 fn block_on<T>(future: impl Future<Output = T>) -> T {
-    let mut future = Box::pin(future);
+    // (Not in a Box: large allocations are slow.)
+    let mut future = pin!(future);
     loop {
         if let Poll::Ready(result) = future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
             return result;
@@ -5026,6 +5036,7 @@ mod relay {
     const CONNECT_LIMIT: Duration = Duration::from_millis(1100);
     /// A peer that accepts and never answers is reported within 5 s.
     pub const ANSWER_LIMIT: Duration = Duration::from_millis(4200);
+    /// How long a request may take in all, on its way through other instances and back.
     pub const PATIENCE: Duration = Duration::from_millis(4400);
     /// After this long a silence on a stream it is found out whether the peer's host is still there.
     const SILENCE: Duration = Duration::from_millis(650);

@@ -4,7 +4,7 @@
 # usage: ./test.sh            in containers if a Docker engine answers, else with processes on this machine
 #        ./test.sh docker     in containers, on a network of their own
 #        ./test.sh local      with processes of target/release/kv-store
-#        ./test.sh bench      measures instead of testing, in about three minutes: needs wrk, compares with nginx and Redis
+#        ./test.sh bench      measures instead of testing, in about five minutes: needs wrk; see README.md, "Speed"
 #        ./test.sh grade IMAGE [SECTION...]
 #                             grades any image, as a black box in containers: needs jq. Sections: single forwarding shards
 #                             replicas; without any, all of them. Options, before or after IMAGE:
@@ -339,6 +339,7 @@ test_limits() { # INSTANCE
   check "$p exactly the limit, all of it escaped" 200 "$(status_of "$i" PUT /kv-store/keys/big "${json[@]}" -d "@$work/escaped.json")"
   expect "$p one byte more in JSON" "$(json_error 413 'Value is too large' PUT)" "$i" PUT /kv-store/keys/big "${json[@]}" -d "@$work/over.json"
   expect "$p 20 MB" "$(form_error 403 'Object too large. Size limit is 1MB')" "$i" PUT /kv-store/big -d "@$work/huge" -H Expect:
+  expect "$p ... with a verb that a key does not take" "$(form_error 405 'Method not allowed')" "$i" POST /kv-store/big -d "@$work/huge" -H Expect:
   expect "$p the key is checked before the size" "$(form_error 403 'Key not valid')" "$i" PUT /kv-store/b-g -d "@$work/over"
   check "$p the value is still there" $((LIMIT + 32)) "$(curl -s -m 10 "${url[$i]}/kv-store/big" | wc -c)"
   check "$p ... and goes" 200 "$(status_of "$i" DELETE /kv-store/big)"
@@ -915,6 +916,12 @@ test_messages() {
   check "messages: nothing has changed" "$before" "$(view_and_counts)"
 }
 
+# proof_of INSTANCE: what it answers to who opens a stream, so as to show that it knows the secret.
+proof_of() {
+  curl -s -m 1 -o /dev/null -D - -X POST -H 'Content-Type: application/x-kv-store-stream' "${url[$1]}/kv-store?answers=7" |
+    grep -i '^Authentication-Info: [0-9a-f]'
+}
+
 test_secret() {
   local node greeting
   for node in s1 s2 s3 s4; do "address_$mode" "$node"; done
@@ -927,6 +934,7 @@ test_secret() {
   greeting=$(message "$(greeting a:1 "${address[s1]}")")
   check "secret: a message without" 403 "$(ask_on_stream s1 "$greeting")"
   check "secret: a stream with what proves nothing" 403 "$(ask_on_stream s1 "$greeting" -H 'Authorization: Bearer open-sesame')"
+  check "secret: each node proves that it knows it in a way of its own" 2 "$(for node in s1 s2; do proof_of "$node"; done | sort -u | wc -l)"
   check "secret: the view has not changed" "$(view s1 s2)" "$(view_of s1)"
   check "secret: it is not printed" "" "$(for node in s1 s2 s3 s4; do "log_$mode" "$node"; done | grep -E 'open-|sesame|barley')"
 }
