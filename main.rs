@@ -1608,11 +1608,13 @@ mod table {
         /// What is the same in all tables that come from one first table, and differs in another store's.
         pub store: u64,
         pub view: Vec<String>,
-        /// How many nodes a shard has at least.
+        /// How many nodes a shard has at least, as long as there are as many.
         pub factor: usize,
         /// The nodes of each shard, its replicas, by their indices in the view.
         pub shards: Vec<Vec<usize>>,
         pub ranges: Vec<Range>,
+        /// How many keys change their shard with this table.
+        pub moved: usize,
     }
 
     /// How many ranges a table from outside may have.
@@ -1634,14 +1636,14 @@ mod table {
             let coordinator =
                 (view.len() as u64) << 48 | hash_of(format!("{} {factor}", view.join(",")).as_bytes()) >> 16;
             let version = Version { coordinator, ..Version::default() };
-            Table { version, base: Version::default(), store: coordinator, factor, shards, view, ranges }
+            Table { version, base: Version::default(), store: coordinator, factor, shards, view, ranges, moved: 0 }
         }
 
         /// Checks a table from outside.
         pub fn is_valid(&self) -> bool {
             let indices_exist = |shard: &Vec<usize>| !shard.is_empty() && shard.iter().all(|it| *it < self.view.len());
             parse_view(self.view.iter().map(String::as_str)).is_ok()
-                && (1..=self.view.len()).contains(&self.factor)
+                && (1..=1000).contains(&self.factor)
                 && !self.shards.is_empty()
                 && self.shards.len() <= self.view.len()
                 && self.shards.iter().all(indices_exist)
@@ -1740,7 +1742,7 @@ mod table {
             let ranges = places.into_iter().enumerate().map(range).collect();
             let Change { view, factor, shards, .. } = change;
             let (view, factor, shards) = (view.clone(), *factor, shards.clone());
-            Table { version, base: self.version, store: self.store, factor, view, shards, ranges }
+            Table { version, base: self.version, store: self.store, factor, view, shards, ranges, moved: 0 }
         }
 
         fn with_sources(mut self, old: &Table, given_up: &[String], complete: bool) -> Table {
@@ -3372,7 +3374,7 @@ mod node {
         pub fn describe(&self) -> String {
             let silent = self.silent().join(r#"",""#);
             let silent = if silent.is_empty() { silent } else { format!(r#""{silent}""#) };
-            let Some(table) = &self.table else { return format!(r#","silent":[{silent}]"#) };
+            let Some(table) = &self.table else { return format!(r#","keys-to-fetch":null,"silent":[{silent}]"#) };
             let shard = self.shard.map_or(String::new(), |shard| format!(r#","shard-id":"{}""#, shard + 1));
             let left = self.to_fetch().map_or("null".into(), |left| left.to_string());
             let (factor, version) = (table.factor, table.version);
@@ -3485,7 +3487,7 @@ mod node {
             let lowest = kept.iter().copied().min().filter(|_| kept.contains(&&self.own))?;
             let view: Vec<String> = view_of(lowest)?.iter().filter(|node| kept.contains(node)).cloned().collect();
             let factor = if *lowest == self.own { self.first_factor } else { answers.get(lowest)?.factor };
-            let factor = factor.clamp(1, view.len());
+            let factor = factor.max(1);
             let agrees = |node: &&String| view_of(node).is_some_and(|theirs| view.iter().all(|it| theirs.contains(it)));
             kept.iter().all(agrees).then(|| Table::first(view, factor))
         }
@@ -4271,13 +4273,18 @@ mod protocol {
         }
         if let Some(node) = better_coordinator(world, &wanted.view).await {
             // It may take as long as it takes.
-            let store = world.with(|node| node.store().unwrap_or_default());
+            let (store, before) = world.with(|node| (node.store().unwrap_or_default(), node.version()));
             let passed_on = Request { origin: Origin::Node(store), ..request.clone() };
-            return match world.relay(&node, passed_on, CHANGE_LIMIT).await {
-                Ok(answer) => answer,
-                // It may be there, and have passed the request back, since the view is changing.
-                Err(_) if ask_one(world, &node, Message::Meet).await.is_some() => say(Outcome::ChangeUnderWay),
-                Err(_) => say(Outcome::NodeDown(node)),
+            if let Ok(answer) = world.relay(&node, passed_on, CHANGE_LIMIT).await {
+                return answer;
+            }
+            // It may be there, and have passed the request back, since the view is changing.
+            if ask_one(world, &node, Message::Meet).await.is_some_and(|(status, _)| status.version.is_some()) {
+                return say(Outcome::ChangeUnderWay);
+            }
+            return match look_for_change(world, before, &wanted.view).await {
+                Some(changed) => say(changed.outcome()),
+                None => say(Outcome::NodeDown(node)),
             };
         }
         match change_view(world, Some(&wanted.view), wanted.factor, wanted.force).await {
@@ -4298,9 +4305,9 @@ mod protocol {
         let others = if member { view } else { &table.view };
         let others: Vec<String> = others.iter().filter(|node| **node != own).cloned().collect();
         let replies = ask(world, &others, Message::Meet).await;
-        let fits = |status: &Status| {
-            !member || status.keys > 0 || status.members > 1 || status.version.is_some() && !status.is_member
-        };
+        // (One that has left this node's own store knows no better.)
+        let has_left_another = |it: &Status| it.version.is_some() && !it.is_member && it.store != Some(table.store);
+        let fits = |status: &Status| !member || status.keys > 0 || status.members > 1 || has_left_another(status);
         let mut answering =
             others.into_iter().zip(replies).filter(|(_, reply)| reply.as_ref().is_some_and(|(it, _)| fits(it)));
         answering.next().map(|(node, _)| node)
@@ -4389,12 +4396,29 @@ mod protocol {
     }
 
     /// Tells all nodes of a table that is in force now, and waits until they have fetched what it gives them.
-    async fn spread(world: &impl World, (table, moved, counts, named): Made) -> Changed {
+    async fn spread(world: &impl World, (table, counts, named): Made) -> Changed {
         ask(world, &named, Message::Meet).await;
         start_fetching(world);
         let unreached = await_arrival(world, &table).await;
         let shards = (0..table.shards.len()).map(|shard| table.replicas(shard)).zip(counts).collect();
-        Changed { moved, shards, unreached }
+        Changed { moved: table.moved, shards, unreached }
+    }
+
+    /// Finds out what became of a change whose coordinator does not answer any more. None if nobody goes by such a table: then it was
+    /// never made, or is lost with the coordinator.
+    async fn look_for_change(world: &impl World, before: Option<Version>, view: &[String]) -> Option<Changed> {
+        let members = world.with(|node| node.table()).map_or(Vec::new(), |table| table.view.clone());
+        let nodes: Vec<String> = set_of(view.iter().chain(&members).cloned()).into_iter().collect();
+        ask(world, &nodes, Message::Meet).await;
+        let table =
+            world.with(|node| node.table()).filter(|table| Some(table.version) > before && table.view == view)?;
+        let unreached = await_arrival(world, &table).await;
+        let mut shards = Vec::new();
+        for replicas in (0..table.shards.len()).map(|shard| table.replicas(shard)) {
+            let count = count_of_shard(world, &table, &replicas).await.unwrap_or(0);
+            shards.push((replicas, count));
+        }
+        Some(Changed { moved: table.moved, shards, unreached })
     }
 
     struct Attempt<'a, W> {
@@ -4407,8 +4431,8 @@ mod protocol {
         earlier: &'a Earlier,
     }
 
-    /// The table that was made, how many keys it moves, how many each shard has then, and the nodes that were locked.
-    type Made = (Table, usize, Vec<usize>, Vec<String>);
+    /// The table that was made, how many keys each shard has by it, and the nodes that were locked.
+    type Made = (Table, Vec<usize>, Vec<String>);
 
     impl<W: World> Attempt<'_, W> {
         /// Locks all nodes, makes the next table and adopts it, which is the change. With an error come the nodes that may be
@@ -4430,8 +4454,8 @@ mod protocol {
                 return Err((Vec::new(), failure));
             }
             match self.lock_and_make(&base, view, &named).await {
-                Ok((table, moved, counts)) if self.world.with(|node| node.adopt_own(table.clone())) => {
-                    Ok((table, moved, counts, named))
+                Ok((table, counts)) if self.world.with(|node| node.adopt_own(table.clone())) => {
+                    Ok((table, counts, named))
                 }
                 Ok(_) => Err((named, self.again(Outcome::ChangeUnderWay))),
                 Err(failure) => Err((named, failure)),
@@ -4481,15 +4505,14 @@ mod protocol {
             base: &Table,
             view: &[String],
             named: &[String],
-        ) -> Result<(Table, usize, Vec<usize>), Failure> {
+        ) -> Result<(Table, Vec<usize>), Failure> {
             let granted = self.lock(base, view, named).await?;
             let given_up: Vec<String> = named.iter().filter(|node| !granted.contains_key(*node)).cloned().collect();
             self.check_given_up(base, &granted, &given_up)?;
             self.check_locks(base, &granted, &given_up)?;
             let complete = self.check_nodes(base, view, &granted, &given_up)?;
-            // A store that shrinks below its factor keeps as many replicas as it has nodes: that is how a dead one leaves.
-            let factor = self.factor.unwrap_or(base.factor).min(view.len());
-            let change = Change::new(base, view, factor);
+            // (A store that shrinks below its factor has one shard of all its nodes, until it grows again: that is how a dead one leaves.)
+            let change = Change::new(base, view, self.factor.unwrap_or(base.factor));
             let speakers: Vec<Option<String>> =
                 (0..base.shards.len()).map(|shard| speaker(base, &granted, shard)).collect();
             let keys = |node: &Option<String>| node.as_ref().map_or(0, |node| granted[node].keys);
@@ -4503,7 +4526,7 @@ mod protocol {
                 0 if self.wanted.is_some() => base.next_even(self.version, &change, &given_up, complete),
                 _ => base.next(self.version, &change, &cuts, &given_up, complete),
             };
-            Ok((table, moves.iter().map(|(.., count)| count).sum(), counts))
+            Ok((Table { moved: moves.iter().map(|(.., count)| count).sum(), ..table }, counts))
         }
 
         /// Checks that nodes which do not answer may be left out: by force; or if another replica of each one's shard answers, and
@@ -5850,8 +5873,8 @@ mod answering {
         }
     }
 
-    /// Keeps the connection for the answers of a stream, as long as the stream lives.
-    pub fn carry_answers(id: &str, socket: &TcpStream) {
+    /// Keeps the connection for the answers of a stream, as long as the stream lives. `knows_secret` is whether who opens it has proven that.
+    pub fn carry_answers(id: &str, socket: &TcpStream, knows_secret: bool) {
         let Ok(socket) = socket.try_clone() else { return };
         let stream = Arc::new(Asked {
             outgoing: Mutex::default(),
@@ -5863,7 +5886,8 @@ mod answering {
         // Whoever takes a number that is taken already cuts off the other: it is a random one.
         lock(&STREAMS).insert(id.to_owned(), stream.clone());
         // Without a length, the body ends with the connection (RFC 9112 section 6.3).
-        let proof = proof(id, &format!("{ANSWERS} {}", own().unwrap_or_default()));
+        // (Nothing is proven to whoever proves nothing.)
+        let proof = proof(id, &format!("{ANSWERS} {}", own().unwrap_or_default())).filter(|_| knows_secret);
         let proof = proof.map_or(String::new(), |proof| format!("Authentication-Info: {proof}\r\n"));
         let head = format!("HTTP/1.1 200 OK\r\nServer: M\r\nContent-Type: {STREAM}\r\n{proof}{CLOSE}\r\n");
         if stream.write(head.as_bytes()).is_err() {
@@ -6128,7 +6152,7 @@ impl Connection {
             _ if self.handed > 0 => return self.refuse(bad_request(), false),
             Some((ANSWERS, id)) if id.len() <= 16 => {
                 self.progress.answering.store(true, SeqCst);
-                answering::carry_answers(id, &self.socket);
+                answering::carry_answers(id, &self.socket, knows_secret);
             }
             Some((REQUESTS, id)) => answering::take_questions(id, parsed.body(), &self.socket, knows_secret),
             _ => return self.refuse(bad_request(), false),
