@@ -1243,18 +1243,25 @@ mod records {
             self.buckets_of(span).map(count).sum()
         }
 
-        /// The place of the n-th highest key; the lowest place of all if there are fewer. Steps over buckets, not keys.
-        pub fn nth_highest(&self, n: usize) -> Position {
+        /// The place of the n-th highest key of some spans, which stand in order and do not overlap; the lowest place of all if there are
+        /// fewer. Steps over buckets, not keys.
+        pub fn nth_highest(&self, n: usize, spans: &[Span]) -> Position {
             let mut left = n;
-            for bucket in self.buckets.values().rev() {
-                if bucket.sums.count >= left {
-                    let keys = bucket.table.iter().filter(|record| !record.is_tombstone());
-                    let mut places: Vec<(u64, &[u8])> = keys.map(Record::position).collect();
+            let all = Span { from: Position::default(), to: end_of_order() };
+            let buckets: Vec<(Span, &Bucket)> = self.buckets_of(&all).collect();
+            for (stretch, bucket) in buckets.into_iter().rev() {
+                let is_whole = index_of(spans, (stretch.from.0, &[])).is_some_and(|it| spans[it].covers(&stretch));
+                if is_whole && bucket.sums.count < left {
+                    left -= bucket.sums.count;
+                } else if overlap(spans, &stretch) {
+                    let keys = bucket.table.iter().filter(|record| !record.is_tombstone()).map(Record::position);
+                    let mut places: Vec<(u64, &[u8])> = keys.filter(|it| index_of(spans, *it).is_some()).collect();
                     places.sort_unstable();
-                    let (hash, key) = places[places.len() - left];
-                    return (hash, key.to_vec());
+                    match places.len().checked_sub(left) {
+                        Some(index) => return (places[index].0, places[index].1.to_vec()),
+                        None => left -= places.len(),
+                    }
                 }
-                left -= bucket.sums.count;
             }
             Position::default()
         }
@@ -1354,11 +1361,11 @@ enum Tried {
     Done(Outcome, Option<Causal>),
     /// A record was written, which the other replicas are to have before this is answered.
     Written(Outcome, Record, Option<Causal>),
-    /// Another instance has the key, and what the request wants is still to be done.
+    /// This instance may not answer for the key now: the place says why. What the request wants is still to be done.
     NotHere(Place, Action, Option<Causal>),
     /// The context asks for a newer record of the key than the one that is here.
     Behind(Action, Option<Causal>),
-    /// The record that is here is just being written to the other replicas. In a moment they are known to have it.
+    /// Some replica may lack the record that is here, but none is silent: its writer is probably about to tell that all have it.
     Settling(Action, Option<Causal>),
 }
 
@@ -1412,7 +1419,7 @@ fn perform_replicated(node: &mut Node, hash: u64, key: &[u8], action: Action, co
     }
 }
 
-/// Does what a request wants with what is here of the key, since no replica has what its context asks for.
+/// Does what a request wants with what is here of the key, without waiting any longer for what its context asks for.
 fn perform_anyway(node: &mut Node, hash: u64, key: &[u8], action: Action, context: Option<Causal>) -> Tried {
     let mut known = context.clone().unwrap_or_default();
     node.know(&known);
@@ -1874,18 +1881,20 @@ mod node {
     //!
     //! So a PUT to a key that is just being moved meets, at the old owner before that adopts the table, `Place::Here`: it is written
     //! and moves later. After that, `Place::Node`: it is relayed (`pass_on`). The new owner, if it has not heard of the table,
-    //! answers 421, is met, and adopts it (`hear`, `consider`). Then it finds `Place::Incoming`: it fetches the beginning of that span
-    //! from the source (`fetch`), has it forgotten there, and writes.
+    //! answers 421; the old owner meets it, it sees that the old owner is ahead (`take_ahead`), asks back, and adopts the table that
+    //! comes in the reply (`hear`, `consider`). Then it finds `Place::Incoming`: it fetches the beginning of that span from the source
+    //! (`fetch`), has it forgotten there, and writes.
     //!
     //! **With several replicas**, the order of stamps decides: of two records of a key the one with the higher stamp stays,
     //! wherever and however often they meet. So replicas may take writes on their own, give records twice, and answer while others
     //! still fetch. What one of them may lack, the others have in mind (`Agreement`).
     //!
     //! So when a replica dies in the middle of a write, there are two cases. If it was to store what another one wrote, its silence
-    //! is noted after `PUSH_LIMIT` (`push_to`), the write is acknowledged without it (`replicate`), and remains in mind as one that it
-    //! may lack, until it has fetched its shard and been compared with. If it was the one that wrote, its client gets no answer, or
-    //! from a node in between 503, and the write may have reached some of the others: whoever has it holds it in mind as one
-    //! that others may lack, and `compare` brings it to all of them.
+    //! is noted as soon as the connection to it breaks, or after `PUSH_LIMIT` (`push_to`); the write is acknowledged without it
+    //! (`replicate`), and remains in mind as one that it may lack, until it has fetched its shard and been compared with. (If it is
+    //! back already, and blank, it refuses the push: then it fetches the record with the rest.) If it was the one that wrote, its
+    //! client gets no answer, or from a node in between 501 or 503, and the write may have reached some of the others: whoever has it
+    //! holds it in mind as one that others may lack, and `compare` brings it to all of them.
     //!
     //! The words: a node is *blank* when it has just started and goes by no table yet. One *life* of a node, from start to end, is told
     //! by its *incarnation*, a random number. To *go by* a table is to answer by it. A *range* of the table is *incoming* at its owner as
@@ -1992,8 +2001,8 @@ mod node {
         Count(Version, Vec<Span>),
         /// What are the digests of these spans?
         Digests(Version, Vec<Span>),
-        /// Give me all records of these spans, or of the first of them.
-        GiveAll(Version, Vec<Span>),
+        /// Give me all records of these spans, or of the first of them; and whether a client waits for them.
+        GiveAll(Version, Vec<Span>, bool),
     }
 
     /// A record on its way: its stamp, its bytes, and its writer's context as long as that matters.
@@ -2003,8 +2012,7 @@ mod node {
         /// A node that does not answer in this time is silent. A round of meetings must fit into the second that one which
         /// starts waits to hear of the others.
         pub fn limit(&self) -> Duration {
-            let someone_waits = matches!(self, Message::GiveAll(_, spans) if spans.len() == 1);
-            let is_short = matches!(self, Message::Meet) || someone_waits;
+            let is_short = matches!(self, Message::Meet | Message::GiveAll(.., true));
             Duration::from_millis(if is_short { 700 } else { 1500 })
         }
     }
@@ -2023,8 +2031,9 @@ mod node {
         Records(Vec<Copied>, Position, bool),
         Digests(Vec<u64>),
         Count(u64),
-        /// All records of the first of the spans that were asked for, and how many spans these are.
-        All(Vec<Copied>, usize),
+        /// All records of the first of the spans that were asked for, and how many spans these are. If one is too large for a message, it
+        /// is none, and the records are those of the first span up to this place.
+        All(Vec<Copied>, usize, Position),
     }
 
     /// What a replica has the others store.
@@ -2072,7 +2081,7 @@ mod node {
     pub enum Place {
         Here,
         Node(String),
-        /// Nobody, until this node has fetched it from this source, which may have the rest of the span as well.
+        /// This node, once it has fetched the key from this source. The span is from the key on all that is incoming from there.
         Incoming(String, Version, Span),
         /// This node goes by no table yet, or cannot tell whether its table is still good.
         Unknown,
@@ -2093,7 +2102,7 @@ mod node {
         /// One of them that lacked nothing has given all, or is this node itself. With several replicas that will do to answer for a
         /// key; what only another one took, while the two were cut off from each other, comes later.
         is_covered: bool,
-        /// The table names it. (Otherwise it is the other replicas of this shard, since this node started blank.)
+        /// The table names it. (Otherwise it is the other replicas of this shard, since this node has kept no records.)
         of_table: bool,
     }
 
@@ -2312,6 +2321,12 @@ mod node {
             }
         }
 
+        /// Notes that there is no other replica that could lack anything.
+        fn settle_all(&mut self) {
+            self.everywhere = self.arrivals;
+            self.sweep();
+        }
+
         /// Drops the notes of what all replicas have, but for the contexts that are still needed.
         fn sweep(&mut self) {
             let (floor, everywhere) = (self.floor, self.everywhere);
@@ -2380,9 +2395,10 @@ mod node {
         complete: bool,
         /// By where they begin, the spans that this node owns and has not fetched: up to where, and from whom.
         incoming: BTreeMap<Position, Incoming>,
-        /// It went by the table before this one as well, and has kept the records that it had then: all of them, unless sources of
-        /// that table have not been heard.
+        /// It went by the table before this one as well, and has kept all that it had by that one.
         kept_records: bool,
+        /// What it keeps for others is a whole copy. (It is not if this node has started again since that became theirs.)
+        keeps_whole: bool,
         /// What some replica may lack.
         pub agreement: Agreement,
         tombstones: VecDeque<Tombstone>,
@@ -2433,6 +2449,7 @@ mod node {
                 complete: false,
                 incoming: BTreeMap::new(),
                 kept_records: false,
+                keeps_whole: false,
                 agreement: Agreement::default(),
                 tombstones: VecDeque::new(),
                 marked: (now, 0),
@@ -2621,7 +2638,8 @@ mod node {
                     if complete && self.is_replicated() {
                         self.set_complete();
                     }
-                    let place = |count: &usize| self.records.nth_highest((*count).max(1));
+                    let spans = self.counted_spans();
+                    let place = |count: &usize| self.records.nth_highest((*count).max(1), &spans);
                     Reply::Places(counts.iter().take(1000).map(place).collect())
                 }
                 // Not if it was fetched in an earlier life of the taker, which now has nothing.
@@ -2645,25 +2663,31 @@ mod node {
                 Message::Digests(version, spans) if goes_by(version) && spans.len() <= MAX_SPANS => {
                     Reply::Digests(self.records.digests_of(&spans))
                 }
-                Message::GiveAll(version, spans) if goes_by(version) && spans.len() <= MAX_SPANS => {
+                Message::GiveAll(version, spans, _) if goes_by(version) && spans.len() <= MAX_SPANS => {
                     self.give_all(&spans)
                 }
                 _ => Reply::Refused,
             }
         }
 
-        /// All records of the first of some spans, of as many as fit into a message.
+        /// All records of the first of some spans, of as many as fit into a message; or of a part of the first span.
         fn give_all(&self, spans: &[Span]) -> Reply {
             let (mut copies, mut count, mut bytes) = (Vec::new(), 0, 0);
             for records in self.records.all_of(spans, MAX_BATCH) {
                 bytes += records.iter().map(|record| record.value().len() + 64).sum::<usize>();
-                if count > 0 && bytes > 2 * MAX_BATCH {
+                if bytes > 2 * MAX_BATCH {
                     break;
                 }
                 copies.extend(records.iter().map(|record| self.copy_of(record)));
                 count += 1;
             }
-            Reply::All(copies, count)
+            match spans.first().filter(|_| count == 0) {
+                None => Reply::All(copies, count, Position::default()),
+                Some(first) => {
+                    let (records, to) = self.records.first_of(first, MAX_BATCH);
+                    Reply::All(records.iter().map(|record| self.copy_of(record)).collect(), 0, to)
+                }
+            }
         }
 
         /// Whether this node may give, or forget, a span: it goes by this very table, and the span is others'.
@@ -2683,7 +2707,7 @@ mod node {
         /// Whether this node lacks nothing of a span, so that a copy of what it has suffices to answer for it.
         fn lacks_nothing_of(&self, span: &Span) -> bool {
             let is_own = self.own_spans().iter().any(|own| own.overlaps(span));
-            if is_own { !self.incoming_in(span).any(|(_, it)| it.blocks()) } else { self.kept_records }
+            if is_own { !self.incoming_in(span).any(|(_, it)| it.blocks()) } else { self.keeps_whole }
         }
 
         /// Takes in what another node tells of itself, in an answer or in what it says.
@@ -2851,6 +2875,7 @@ mod node {
             // (One that started blank, and has not fetched everything from another replica, still has to.)
             let is_filling = self.incoming.values().flat_map(|it| &it.groups).any(|it| !it.of_table && !it.is_covered);
             self.kept_records = keeps && self.table.is_some() && !is_filling;
+            self.keeps_whole = self.kept_records && (self.keeps_whole || self.complete);
             self.shard = table.shard_of(&self.own);
             self.incoming = self.incoming_by(&table);
             // The replicas may be others, and what they have is to be found out.
@@ -2882,7 +2907,7 @@ mod node {
         fn incoming_by(&self, table: &Table) -> BTreeMap<Position, Incoming> {
             let mut incoming = BTreeMap::new();
             for (span, range) in table.spans().filter(|(_, range)| Some(range.shard) == self.shard) {
-                let has_it = |group: &Vec<String>| self.kept_records && table.factor > 1 && group.contains(&self.own);
+                let has_it = |group: &Vec<String>| self.keeps_whole && table.factor > 1 && group.contains(&self.own);
                 let of_table = |group: &Vec<String>| (group.clone(), has_it(group), true);
                 let mut named: Vec<(Vec<String>, bool, bool)> = range.sources.iter().map(of_table).collect();
                 if !self.kept_records {
@@ -2959,12 +2984,24 @@ mod node {
             table.spans().filter(|(_, range)| Some(range.shard) == self.shard).map(|(span, _)| span).collect()
         }
 
-        /// How many keys this node has, without those that it keeps for others.
+        /// How many keys this node has; with several replicas without those that it keeps for others.
         pub fn keys(&self) -> usize {
-            match self.is_replicated() && !self.complete {
+            match self.keeps_some_for_others() {
                 true => self.own_spans().iter().map(|span| self.records.count_of(span)).sum(),
                 false => self.records.len(),
             }
+        }
+
+        /// The spans whose keys `keys` counts.
+        fn counted_spans(&self) -> Vec<Span> {
+            match self.keeps_some_for_others() {
+                true => self.own_spans(),
+                false => vec![Span { from: Position::default(), to: end_of_order() }],
+            }
+        }
+
+        fn keeps_some_for_others(&self) -> bool {
+            self.is_replicated() && !self.complete
         }
 
         /// Who else is to have a record of a key now, by which table; without the silent, and those that have it (by their
@@ -3053,7 +3090,7 @@ mod node {
         /// Notes who has a record that was written here. If that is every replica, nobody lacks it.
         pub fn written(&mut self, record: &Record, having: &BTreeMap<String, u64>) {
             let others = self.others();
-            if others.iter().all(|other| having.contains_key(other)) {
+            if others.iter().all(|other| having.get(other) == Some(&self.incarnation_of(other))) {
                 self.agreement.settle_and_tell(record.key(), record.stamp(), &others);
             }
         }
@@ -3135,7 +3172,7 @@ mod node {
             self.is_replicated() && self.complete && self.incoming.is_empty()
         }
 
-        /// Whether the record of a key is open only because its writer has not yet told that all replicas have it.
+        /// Whether the record of a key is open although no replica is silent: its writer is probably about to tell that all have it.
         pub fn is_settling(&self, hash: u64, key: &[u8]) -> bool {
             let is_open = self.records.get(hash, key).is_some_and(|record| self.agreement.is_open(record));
             is_open && self.others().iter().all(|other| !self.is_silent(other))
@@ -3152,8 +3189,12 @@ mod node {
 
         /// Finds out up to which stamp all replicas have everything, here and everywhere.
         fn claim(&mut self) {
+            let others = self.others();
+            if self.has_all() && others.is_empty() {
+                self.agreement.settle_all();
+            }
             let agreement = &self.agreement;
-            if self.has_all() && agreement.agrees_with(&self.others()) {
+            if self.has_all() && agreement.agrees_with(&others) {
                 // All that is still to come is above this.
                 let clock = self.clock.max(stamp_at(self.now));
                 let lowest = agreement.open().filter_map(|(_, note)| note.open_since).min().unwrap_or(clock);
@@ -3715,18 +3756,20 @@ mod protocol {
             loop {
                 tried = match tried {
                     Tried::Done(outcome, context) => return self.render(outcome, &context),
-                    Tried::Written(outcome, record, context) => return self.finish(outcome, record, context).await,
+                    Tried::Written(outcome, record, context) => {
+                        return self.acknowledge(outcome, record, context).await;
+                    }
                     Tried::NotHere(place, action, context) => match self.seek(place, &context).await {
                         Some(answer) => return answer,
                         None => self.perform(action, context),
                     },
                     Tried::Behind(action, context) => match self.catch_up(&context).await {
-                        Ahead::Here => self.perform(action, context),
+                        Caught::TryAgain => self.perform(action, context),
                         // (A DELETE is never refused for its context.)
-                        Ahead::Missing if !matches!(action, Action::Delete) => {
+                        Caught::Unknown if !matches!(action, Action::Delete) => {
                             return self.render(Outcome::Unsatisfied, &context);
                         }
-                        Ahead::Nowhere | Ahead::Missing => self.perform_anyway(action, context),
+                        Caught::Nowhere | Caught::Unknown => self.perform_anyway(action, context),
                     },
                     Tried::Settling(action, context) => {
                         self.world.sleep(Duration::from_millis(3)).await;
@@ -3758,7 +3801,7 @@ mod protocol {
         }
 
         /// Answers for a record that was written here, as soon as the other replicas have it.
-        async fn finish(&self, outcome: Outcome, record: Record, context: Option<Causal>) -> Answer {
+        async fn acknowledge(&self, outcome: Outcome, record: Record, context: Option<Causal>) -> Answer {
             if let Err(missing) = replicate(self.world, self.hash, &record, self.deadline).await {
                 return self.render_down(&missing, &context);
             }
@@ -3829,20 +3872,20 @@ mod protocol {
         }
 
         /// Gets what a context asks for of the key from the other replicas.
-        async fn catch_up(&self, context: &Option<Causal>) -> Ahead {
+        async fn catch_up(&self, context: &Option<Causal>) -> Caught {
             let (world, key) = (self.world, self.key);
             let span = Span { from: (self.hash, key.to_vec()), to: (self.hash, [key, &[0]].concat()) };
             loop {
                 let (version, others) = world.with(|node| (node.version(), node.who_may_have(&span)));
-                let Some(version) = version else { return Ahead::Here };
-                let replies = ask(world, &others, Message::GiveAll(version, vec![span.clone()])).await;
+                let Some(version) = version else { return Caught::TryAgain };
+                let replies = ask(world, &others, Message::GiveAll(version, vec![span.clone()], true)).await;
                 let has_all = replies.iter().all(|reply| matches!(reply, Some((_, Reply::All(..)))));
                 let is_here = world.with(|node| {
                     if node.version() != Some(version) {
                         return true;
                     }
                     for reply in replies.iter().flatten() {
-                        if let (_, Reply::All(copies, _)) = reply {
+                        if let (_, Reply::All(copies, ..)) = reply {
                             let records = copies.iter().filter_map(record_of_copy);
                             records.for_each(|(record, context)| node.take(record, context));
                         }
@@ -3850,11 +3893,11 @@ mod protocol {
                     context.as_ref().is_none_or(|context| node.satisfies(self.hash, key, context))
                 });
                 if is_here {
-                    return Ahead::Here;
+                    return Caught::TryAgain;
                 } else if has_all {
-                    return Ahead::Nowhere;
+                    return Caught::Nowhere;
                 } else if world.with(|node| node.now) > self.began + CATCH_UP {
-                    return Ahead::Missing;
+                    return Caught::Unknown;
                 }
                 world.sleep(Duration::from_millis(50)).await;
             }
@@ -3871,14 +3914,14 @@ mod protocol {
     /// How long one replica has to answer a read before another one is asked.
     const NEXT_REPLICA: Duration = Duration::from_millis(1200);
 
-    /// Whether what a context asks for of a key is somewhere.
-    enum Ahead {
+    /// What came of looking for what a context asks for of a key.
+    enum Caught {
         /// It is here now; or the table is another one, and it is to be seen anew who has the key.
-        Here,
+        TryAgain,
         /// All replicas say that they do not have it: it was a deletion, long ago, or was lost with all that had it.
         Nowhere,
         /// Somebody who may have it does not answer.
-        Missing,
+        Unknown,
     }
 
     /// For how long other replicas are asked again for what a context asks for. With the time that the last answer takes, that is less
@@ -3985,13 +4028,18 @@ mod protocol {
         for group in parts.chunks(MAX_SPANS) {
             for buckets in differing(world, other, version, group).await?.chunks(MAX_SPANS / PIECES) {
                 let pieces: Vec<Span> = buckets.iter().flat_map(pieces_of).collect();
-                let mut left = &differing(world, other, version, &pieces).await?[..];
+                let mut left = differing(world, other, version, &pieces).await?;
                 while !left.is_empty() {
-                    let (_, reply) = ask_one(world, other, Message::GiveAll(version, left.to_vec())).await?;
-                    let Reply::All(copies, count) = reply else { return None };
-                    let given;
-                    (given, left) = left.split_at_checked(count.max(1))?;
-                    exchange(world, other, version, given, &copies).await?;
+                    let (_, reply) = ask_one(world, other, Message::GiveAll(version, left.clone(), false)).await?;
+                    let Reply::All(copies, count, to) = reply else { return None };
+                    let given: Vec<Span> = match count {
+                        0 if left[0].from < to && to < left[0].to => {
+                            let from = std::mem::replace(&mut left[0].from, to.clone());
+                            vec![Span { from, to }]
+                        }
+                        _ => left.drain(..count.clamp(1, left.len())).collect(),
+                    };
+                    exchange(world, other, version, &given, &copies).await?;
                 }
             }
         }
@@ -4147,8 +4195,8 @@ mod protocol {
     const ON_DEMAND: usize = 32 << 10;
     pub const MAX_BATCH: usize = 256 << 10;
 
-    /// Fetches the first records of a span from a source, and has them forgotten there: from then on they are here. Until then
-    /// nobody answers for them: if a write were acknowledged before, and this node started again, it would fetch the old value.
+    /// Fetches the first records of a span from a source. With one replica it has them forgotten there: from then on they are here. Until
+    /// then nobody answers for them: if a write were acknowledged before, and this node started again, it would fetch the old value.
     async fn fetch(world: &impl World, source: &str, version: Version, span: &Span, limit: usize) -> Option<()> {
         let (_, reply) = ask_one(world, source, Message::Give(version, span.clone(), limit)).await?;
         let Reply::Records(copies, to, is_whole) = reply else { return None };
@@ -4282,7 +4330,7 @@ mod protocol {
             if ask_one(world, &node, Message::Meet).await.is_some_and(|(status, _)| status.version.is_some()) {
                 return say(Outcome::ChangeUnderWay);
             }
-            return match look_for_change(world, before, &wanted.view).await {
+            return match look_for_change(world, before, wanted).await {
                 Some(changed) => say(changed.outcome()),
                 None => say(Outcome::NodeDown(node)),
             };
@@ -4406,12 +4454,16 @@ mod protocol {
 
     /// Finds out what became of a change whose coordinator does not answer any more. None if nobody goes by such a table: then it was
     /// never made, or is lost with the coordinator.
-    async fn look_for_change(world: &impl World, before: Option<Version>, view: &[String]) -> Option<Changed> {
+    async fn look_for_change(world: &impl World, before: Option<Version>, wanted: &WantedView) -> Option<Changed> {
         let members = world.with(|node| node.table()).map_or(Vec::new(), |table| table.view.clone());
-        let nodes: Vec<String> = set_of(view.iter().chain(&members).cloned()).into_iter().collect();
+        let nodes: Vec<String> = set_of(wanted.view.iter().chain(&members).cloned()).into_iter().collect();
         ask(world, &nodes, Message::Meet).await;
-        let table =
-            world.with(|node| node.table()).filter(|table| Some(table.version) > before && table.view == view)?;
+        let is_wanted = |table: &Arc<Table>| {
+            Some(table.version) > before
+                && table.view == wanted.view
+                && wanted.factor.is_none_or(|factor| factor == table.factor)
+        };
+        let table = world.with(|node| node.table()).filter(is_wanted)?;
         let unreached = await_arrival(world, &table).await;
         let mut shards = Vec::new();
         for replicas in (0..table.shards.len()).map(|shard| table.replicas(shard)) {
@@ -4537,7 +4589,7 @@ mod protocol {
             granted: &BTreeMap<String, Status>,
             given_up: &[String],
         ) -> Result<(), Failure> {
-            let Some(first) = given_up.iter().find(|_| !self.force) else { return Ok(()) };
+            let Some(first) = given_up.first().filter(|_| !self.force) else { return Ok(()) };
             let goes_by_it = |node: &&String| granted.get(*node).is_some_and(|it| it.version == Some(base.version));
             let is_majority = 2 * base.view.iter().filter(goes_by_it).count() > base.view.len();
             // One that has started again vouches for nothing before it has fetched everything.
@@ -4873,8 +4925,11 @@ fn deliver_one(envelope: &Envelope) -> Option<(Status, Reply)> {
     }
     let body = postcard::to_stdvec(envelope).ok()?;
     let message = Request { origin: Origin::Message, body, ..Request::default() };
-    // In a large store that starts, all ask all.
-    let limit = envelope.message.limit().max(Duration::from_millis(40) * SETTINGS.view.len() as u32);
+    let mut limit = envelope.message.limit();
+    if matches!(envelope.message, Message::Meet) {
+        // In a large store that starts, all ask all.
+        limit = limit.max(Duration::from_millis(40) * SETTINGS.view.len() as u32);
+    }
     let answer = Peer::at(&envelope.to).ask(message, limit).ok()?;
     postcard::from_bytes(&answer.body).ok().filter(|(status, _): &(Status, Reply)| status.is_plain())
 }
@@ -5953,7 +6008,8 @@ mod answering {
 //
 // A connection is closed
 // - after an answer that the server cannot give (`answer_and_close`): to HEAD, to `Connection: close` and HTTP/1.0, one with headers
-//   of a main instance of another kind, and one that would make too much wait for a client that does not read;
+//   of a main instance of another kind, one that would make too much wait for a client that does not read, and a large one when idle
+//   connections keep too much memory;
 // - after a refusal, since where the next request begins is not known, or not worth reading up to it (`refuse`);
 // - without an answer, when a body ends before its length, or the stream that it carries ends (`end`);
 // - by the watch, when nothing happened on it for long, a head does not end, or too many answers are unread (`watch_connections`);
@@ -6364,14 +6420,14 @@ fn watch_connections() {
 /// What connections and records that are gone had of memory, in bytes, by estimate: the allocator keeps it.
 static FREED: AtomicU64 = AtomicU64::new(0);
 
-/// Gives memory back to the system when there is much, and no more is being freed. (To give it back holds up whoever allocates.) To
-/// be done once a second.
+/// Gives memory back to the system when there is some and no more is being freed, or when there is very much. (To give it back holds
+/// up whoever allocates.) To be done once a second.
 fn give_back_memory() {
     let freed = Live.with(|node| node.records.take_freed()) as u64;
     let total = FREED.fetch_add(freed, SeqCst) + freed;
     static BEFORE: AtomicU64 = AtomicU64::new(0);
     let growth = total.saturating_sub(BEFORE.swap(total, SeqCst));
-    if total > 16 << 20 && growth < 1 << 20 || total > 256 << 20 {
+    if (total > 16 << 20 && growth < 1 << 20) || total > 256 << 20 {
         FREED.fetch_sub(total, SeqCst);
         BEFORE.store(0, SeqCst);
         // SAFETY: malloc_trim has no preconditions.
@@ -8140,6 +8196,10 @@ mod tests {
     }
 
     /// A whole store in one place: the table, and what each node has.
+    fn all() -> Span {
+        Span { from: Position::default(), to: end_of_order() }
+    }
+
     type Store = (Table, BTreeMap<String, Records>);
 
     fn put_at_owner(store: &mut Store, key: &str) {
@@ -8177,7 +8237,7 @@ mod tests {
         for (giver, receiver, count) in &moves {
             let sum = given.entry(*giver).or_default();
             *sum += count;
-            let place = records[&table.view[*giver]].nth_highest(*sum);
+            let place = records[&table.view[*giver]].nth_highest(*sum, &[all()]);
             cuts.push(Cut { giver: *giver, place, receiver: *receiver });
         }
         let version = Version { number: table.version.number + 1, ..Version::default() };
@@ -8244,9 +8304,13 @@ mod tests {
         }
         assert_eq!(records.len(), model.len());
         for n in [1, 2, 100, model.len() / 2, model.len()] {
-            assert_eq!(Some(&records.nth_highest(n)), model.keys().rev().nth(n - 1));
+            assert_eq!(Some(&records.nth_highest(n, &[all()])), model.keys().rev().nth(n - 1));
         }
-        assert_eq!(records.nth_highest(model.len() + 1), Position::default());
+        assert_eq!(records.nth_highest(model.len() + 1, &[all()]), Position::default());
+        let halves = all().cut_at([1 << 62, 1 << 63].into_iter());
+        let first_and_last = |place: &&Position| place.0 < 1 << 62 || place.0 >= 1 << 63;
+        let nth = model.keys().rev().filter(first_and_last).nth(15_000);
+        assert_eq!(Some(&records.nth_highest(15_001, &[halves[0].clone(), halves[2].clone()])), nth);
         for _ in 0..100 {
             let (one, other) = (numbers.below(usize::MAX) as u64, numbers.below(usize::MAX) as u64);
             let span = Span { from: (one.min(other), b"5".to_vec()), to: (one.max(other), Vec::new()) };

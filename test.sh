@@ -1842,8 +1842,15 @@ status='' body=''    # the last answer; no status: there was none
 hosts='' first_host=0 # of the network: its first three numbers, and the last number of the network itself
 
 usage() { sed -n '2,21s/^# \{0,1\}//p' "$0"; }
-# refuse_to_grade SENTENCE: a mistake of the caller, not of the image.
-refuse_to_grade() { echo "test.sh: $1" >&2 && exit 2; }
+# refuse_to_grade SENTENCE: nothing can be graded, through no fault of the image. Machines are told in their own form.
+refuse_to_grade() {
+  case $style in
+    tap) printf 'TAP version 13\nBail out! %s\n' "$1" ;;
+    json) printf '{"score":0,"output":"%s","tests":[]}\n' "$(tr '\0-\37' ' ' <<<"${1//[\\\"]/\'}" | sed 's/ *$//')" ;;
+  esac
+  echo "test.sh: $1" >&2
+  exit 2
+}
 
 read_grade_options() { # ARGUMENT...
   local words=()
@@ -2617,6 +2624,7 @@ test_grader_docker() {
   check "grader: ... and that is why" 25 "$(refused_with '^got  *main ended with status .* before it answered')"
   check "grader: the time in all" "status 1" "$(verdict "$name-server:silent" single --limit 4 | grep -o 'status .')"
   check_that "grader: ... ends it" "$(refused_with '^got  *the time in all is over, 4 s') > 20"
+  check "grader: nothing can be graded, in JSON" "0 no section 'nothing'" "$(./test.sh grade --json "$name-server:none" nothing 2>/dev/null | jq -r '"\(.score) \(.output | split(";")[0])"')"
   check "grader: nothing is left of its containers and networks" 0 "$(left_of_graders)"
 }
 
