@@ -1823,7 +1823,8 @@ mod table {
             let mut free = (0..view.len()).filter(|index| !taken.contains(index));
             for ((_, nodes), size) in groups.iter_mut().zip(&sizes) {
                 nodes.extend(free.by_ref().take(size - nodes.len()));
-                *nodes = set_of(nodes.drain(..)).into_iter().collect();
+                let sorted = in_order(nodes.iter().map(|index| *index as u64));
+                *nodes = sorted.into_iter().map(|it| nodes[it]).collect();
             }
             let by_first = in_order(groups.iter().map(|(_, nodes)| nodes[0] as u64));
             let goes_on_as = |shard: usize| by_first.iter().position(|group| groups[*group].0 == Some(shard));
@@ -3451,11 +3452,11 @@ mod node {
 
         /// Whom a blank node asks: everybody who may know a table, or a node that does.
         pub fn to_ask(&self) -> Vec<String> {
-            let mut nodes = set_of(&self.first_view);
-            nodes.extend(self.heard.iter().flat_map(|(table, from)| table.view.iter().chain(from)));
-            nodes.extend(self.promises.iter().flat_map(|promise| &promise.nodes));
+            let mut nodes = set_of(self.first_view.iter().cloned());
+            nodes.extend(self.heard.iter().flat_map(|(table, from)| table.view.iter().chain(from)).cloned());
+            nodes.extend(self.promises.iter().flat_map(|promise| &promise.nodes).cloned());
             nodes.remove(&self.own);
-            nodes.into_iter().cloned().collect()
+            nodes.into_iter().collect()
         }
 
         pub fn promised(&self) -> Vec<Promise> {
@@ -4395,7 +4396,7 @@ mod protocol {
     #[derive(Default)]
     struct Earlier {
         nodes: BTreeSet<String>,
-        void: BTreeSet<Version>,
+        void: Vec<Version>,
     }
 
     /// What a change is to make: another view, or (None) the same table again under a new lock, to settle what became of older
@@ -4616,8 +4617,7 @@ mod protocol {
             named: &[String],
         ) -> Result<BTreeMap<String, Status>, Failure> {
             let mut granted = BTreeMap::new();
-            let void: Vec<Version> = self.earlier.void.iter().copied().collect();
-            let lock = Message::Lock(self.version, named.to_vec(), void);
+            let lock = Message::Lock(self.version, named.to_vec(), self.earlier.void.clone());
             let (lowest, rest) = named.split_at(1);
             for group in [lowest].into_iter().chain(rest.chunks(SIDE_BY_SIDE)) {
                 let mut replies = ask(self.world, group, lock.clone()).await;
@@ -4665,7 +4665,7 @@ mod protocol {
                 newest.epoch = newest.epoch.max(promise.version.epoch);
                 earlier.nodes.extend(promise.nodes.iter().cloned());
                 if promise.nodes.iter().all(bound) {
-                    earlier.void.insert(promise.version);
+                    earlier.void.push(promise.version);
                 }
             }
             let newer = |status: &Status| status.store == Some(base.store) && status.version > Some(base.version);
@@ -4758,41 +4758,50 @@ mod protocol {
         status.version == Some(base.version) && status.waits_for.is_empty()
     }
 
+    /// What is known of a node while the keys that a table moves arrive.
+    struct Awaited {
+        name: String,
+        has_arrived: bool,
+        /// When it last answered.
+        heard: Duration,
+        /// From whom it still had to fetch then.
+        needs: Vec<String>,
+    }
+
     /// Waits until all nodes have fetched what a table gives them. Returns the nodes that are not reached: that have not
     /// answered for a while, and without which nothing gets on.
     async fn await_arrival(world: &impl World, table: &Table) -> Vec<String> {
         let now = || world.with(|node| node.now);
-        let (mut waiting, mut pause) = (table.view.clone(), 2);
-        let mut heard: BTreeMap<String, Duration> = BTreeMap::new();
+        let names: Vec<String> = set_of(table.view.iter().cloned().chain(table.sources())).into_iter().collect();
+        let await_one = |name: &String| Awaited {
+            name: name.clone(),
+            has_arrived: !table.lists(name),
+            heard: now(),
+            needs: Vec::new(),
+        };
+        let (mut nodes, mut pause): (Vec<Awaited>, u64) = (names.iter().map(await_one).collect(), 2);
         loop {
-            let nodes = set_of(waiting.iter().cloned().chain(table.sources()));
-            let nodes: Vec<String> = nodes.into_iter().collect();
-            let replies = ask(world, &nodes, Message::Meet).await;
-            let mut needed = BTreeMap::new();
-            for (node, reply) in nodes.iter().zip(replies) {
-                let since = heard.entry(node.clone()).or_insert_with(now);
+            for (node, reply) in nodes.iter_mut().zip(ask(world, &names, Message::Meet).await) {
                 let Some((status, _)) = reply else { continue };
-                *since = now();
                 if status.version > Some(table.version) {
                     return Vec::new();
-                } else if status.version == Some(table.version) && (status.complete || status.incoming.is_empty()) {
-                    waiting.retain(|it| it != node);
                 }
-                needed.insert(node.clone(), status.incoming);
+                node.has_arrived |=
+                    status.version == Some(table.version) && (status.complete || status.incoming.is_empty());
+                (node.heard, node.needs) = (now(), status.incoming);
             }
+            let waiting: Vec<&Awaited> = nodes.iter().filter(|node| !node.has_arrived).collect();
             if waiting.is_empty() {
                 complete(world, table);
-                let all = set_of(table.view.iter().cloned().chain(table.sources()));
-                ask(world, &all.into_iter().collect::<Vec<_>>(), Message::Meet).await;
-                return waiting;
+                ask(world, &names, Message::Meet).await;
+                return Vec::new();
             }
-            let silent = |node: &String| heard.get(node).is_some_and(|since| *since + UNREACHED < now());
-            let stuck = |node: &String| {
-                silent(node)
-                    || needed.get(node).is_some_and(|from: &Vec<String>| !from.is_empty() && from.iter().all(silent))
+            let is_silent = |name: &&String| nodes.iter().any(|it| it.name == **name && it.heard + UNREACHED < now());
+            let is_stuck = |it: &&Awaited| {
+                is_silent(&&it.name) || !it.needs.is_empty() && it.needs.iter().all(|name| is_silent(&name))
             };
-            if waiting.iter().all(stuck) {
-                let named = waiting.iter().chain(needed.values().flatten()).filter(|node| silent(node));
+            if waiting.iter().all(is_stuck) {
+                let named = waiting.iter().flat_map(|it| it.needs.iter().chain([&it.name])).filter(is_silent);
                 return set_of(named.cloned()).into_iter().collect();
             }
             world.sleep(Duration::from_millis(pause)).await;
