@@ -8435,6 +8435,28 @@ mod tests {
     }
 
     #[test]
+    fn records_that_do_not_fit_into_a_message_are_given_in_parts() {
+        let (mut node, _) = node_and_next_table();
+        let version = node.version().unwrap_or_default();
+        let other = Node::new("b:1".into(), Vec::new(), 1, 2, Duration::ZERO);
+        for key in (0..40).map(|number: u32| number.to_string()) {
+            let value = format!("\"{}\"", "v".repeat(200_000));
+            node.records.insert(hash_of(key.as_bytes()), Record::new(key.as_bytes(), &value));
+        }
+        let (mut left, mut keys) = (all(), BTreeSet::new());
+        while left.from < left.to {
+            let message = Message::GiveAll(version, vec![left.clone()], false);
+            let (_, Reply::All(copies, count, to)) = node.receive(other.compose("a:1", message)) else {
+                panic!("it goes by that table");
+            };
+            assert!(copies.len() < 5 && (count == 1 || to > left.from), "too much, or no progress");
+            keys.extend(copies.iter().filter_map(record_of_copy).map(|(record, _)| record.key().to_vec()));
+            left.from = if count == 1 { left.to.clone() } else { to };
+        }
+        assert_eq!(keys.len(), 40);
+    }
+
+    #[test]
     fn the_hash_is_the_published_one() {
         // The first test vector of the authors' reference code is for a key of 00 to 0f; these are for one of zeros.
         assert_eq!(hash_of(b""), 0x1e924b9d737700d7);
