@@ -924,7 +924,7 @@ mod records {
             let mut hasher = SipHasher24::new();
             hasher.write_u64(hash);
             hasher.write_u64(self.stamp());
-            hasher.write_usize(self.value().len());
+            hasher.write_u64(self.value().len() as u64);
             hasher.write(&self.value()[..self.value().len().min(64)]);
             hasher.finish()
         }
