@@ -49,6 +49,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::{Pin, pin};
 use std::process::exit;
+use std::slice::from_ref;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
@@ -820,6 +821,11 @@ mod records {
     }
 
     impl Span {
+        /// The whole order.
+        pub fn all() -> Span {
+            Span { from: Position::default(), to: end_of_order() }
+        }
+
         pub fn overlaps(&self, other: &Span) -> bool {
             self.from < other.to && other.from < self.to
         }
@@ -935,9 +941,9 @@ mod records {
         }
     }
 
-    /// A bucket with so many records is split in two: its table would have to double. (7 of 8 places of a table can be taken.)
+    /// With how many records a bucket is split in two: its table would have to double. (7 of 8 places of a table can be taken.)
     const BUCKET: usize = 7 * 128;
-    /// So is one whose values have so many bytes: what is done with a part of a bucket must fit into a message.
+    /// With how many bytes of values it is, since what a part of a bucket has must fit into a message.
     const BUCKET_BYTES: usize = 4 << 20;
     /// What a record takes of memory beside its value, in bytes: about, for a short key.
     const OVERHEAD: usize = 80;
@@ -1129,32 +1135,33 @@ mod records {
             self.buckets.range(..=hash).next_back().map_or(0, |(first, _)| *first)
         }
 
-        /// The buckets that may have something of a span, each with the stretch of the order that it is for.
-        fn buckets_of(&self, span: &Span) -> impl Iterator<Item = (Span, &Bucket)> {
-            let last = span.to.0;
-            let buckets = self.buckets.range(self.bucket_at(span.from.0)..);
+        /// The buckets that may have something of some spans, which stand in order and do not overlap; each with the stretch of the order
+        /// that it is for.
+        fn buckets_of(&self, spans: &[Span]) -> impl Iterator<Item = (Span, &Bucket)> {
+            let first = spans.first().map_or(0, |span| span.from.0);
+            let last = spans.last().map_or(0, |span| span.to.0);
+            let buckets = self.buckets.range(self.bucket_at(first)..);
             let ends = buckets.clone().skip(1).map(|(next, _)| (*next, Vec::new())).chain([end_of_order()]);
             // (A span from outside may end before it begins, which a range of the map must not.)
             let buckets = buckets.zip(ends).take_while(move |((first, _), _)| **first <= last);
-            buckets.map(|((first, bucket), to)| (Span { from: (*first, Vec::new()), to }, bucket))
+            let buckets = buckets.map(|((first, bucket), to)| (Span { from: (*first, Vec::new()), to }, bucket));
+            buckets.filter(|(stretch, _)| overlap(spans, stretch))
         }
 
         /// The part of each bucket that is in a span.
         pub fn parts_of(&self, span: &Span) -> Vec<Span> {
-            span.cut_at(self.buckets_of(span).map(|(stretch, _)| stretch.from.0))
+            span.cut_at(self.buckets_of(from_ref(span)).map(|(stretch, _)| stretch.from.0))
         }
 
         /// The digests of some spans, which stand in order and do not overlap. Looks at each record only of those buckets that
         /// are in several of them.
         pub fn digests_of(&self, spans: &[Span]) -> Vec<u64> {
             let mut digests = vec![0; spans.len()];
-            let (Some(head), Some(tail)) = (spans.first(), spans.last()) else { return digests };
-            let all = Span { from: head.from.clone(), to: tail.to.clone() };
-            for (stretch, bucket) in self.buckets_of(&all) {
+            for (stretch, bucket) in self.buckets_of(spans) {
                 let first = index_of(spans, (stretch.from.0, &[]));
                 if let Some(whole) = first.filter(|index| spans[*index].covers(&stretch)) {
                     digests[whole] ^= bucket.sums.digest;
-                } else if overlap(spans, &stretch) {
+                } else {
                     for record in &bucket.table {
                         let place = record.position();
                         if let Some(index) = index_of(spans, place) {
@@ -1170,15 +1177,11 @@ mod records {
         /// bytes, and of one at least.
         pub fn all_of(&self, spans: &[Span], limit: usize) -> Vec<Vec<Record>> {
             let (mut found, mut weight) = (vec![Vec::new(); spans.len()], 0);
-            let (Some(head), Some(tail)) = (spans.first(), spans.last()) else { return found };
-            let all = Span { from: head.from.clone(), to: tail.to.clone() };
-            for (stretch, bucket) in self.buckets_of(&all) {
+            for (stretch, bucket) in self.buckets_of(spans) {
                 let whole = spans.partition_point(|span| span.to <= stretch.from);
                 if weight >= limit && whole > 0 {
                     found.truncate(whole);
                     break;
-                } else if !overlap(spans, &stretch) {
-                    continue;
                 }
                 for record in &bucket.table {
                     if let Some(index) = index_of(spans, record.position()) {
@@ -1194,7 +1197,7 @@ mod records {
         /// is.
         pub fn first_of(&self, span: &Span, limit: usize) -> (Vec<Record>, Position) {
             let (mut found, mut weight) = (Vec::new(), 0);
-            for (stretch, bucket) in self.buckets_of(span) {
+            for (stretch, bucket) in self.buckets_of(from_ref(span)) {
                 let is_in = |record: &&Record| span.contains(record.position());
                 let records: Vec<&Record> = bucket.table.iter().filter(is_in).collect();
                 weight += records.iter().map(|record| record.weight()).sum::<usize>();
@@ -1211,7 +1214,7 @@ mod records {
         /// Drops the records of a span. Of whole buckets, they are handed to the caller, since to free them takes a while.
         pub fn forget(&mut self, span: &Span) -> Records {
             let mut dropped = Records::default();
-            let stretches: Vec<Span> = self.buckets_of(span).map(|(stretch, _)| stretch).collect();
+            let stretches: Vec<Span> = self.buckets_of(from_ref(span)).map(|(stretch, _)| stretch).collect();
             for stretch in stretches {
                 let first = stretch.from.0;
                 let Some(bucket) = self.buckets.get_mut(&first) else { continue };
@@ -1240,20 +1243,19 @@ mod records {
                 true => bucket.sums.count,
                 false => bucket.table.iter().filter(is_in).count(),
             };
-            self.buckets_of(span).map(count).sum()
+            self.buckets_of(from_ref(span)).map(count).sum()
         }
 
         /// The place of the n-th highest key of some spans, which stand in order and do not overlap; the lowest place of all if there are
         /// fewer. Steps over buckets, not keys.
         pub fn nth_highest(&self, n: usize, spans: &[Span]) -> Position {
             let mut left = n;
-            let all = Span { from: Position::default(), to: end_of_order() };
-            let buckets: Vec<(Span, &Bucket)> = self.buckets_of(&all).collect();
+            let buckets: Vec<(Span, &Bucket)> = self.buckets_of(spans).collect();
             for (stretch, bucket) in buckets.into_iter().rev() {
                 let is_whole = index_of(spans, (stretch.from.0, &[])).is_some_and(|it| spans[it].covers(&stretch));
                 if is_whole && bucket.sums.count < left {
                     left -= bucket.sums.count;
-                } else if overlap(spans, &stretch) {
+                } else {
                     let keys = bucket.table.iter().filter(|record| !record.is_tombstone()).map(Record::position);
                     let mut places: Vec<(u64, &[u8])> = keys.filter(|it| index_of(spans, *it).is_some()).collect();
                     places.sort_unstable();
@@ -2315,17 +2317,15 @@ mod node {
             let agreed = self.agreed.entry(with.to_owned()).or_default();
             *agreed = arrivals.max(*agreed);
             let least = others.iter().map(|other| self.agreed.get(other).copied().unwrap_or(0)).min();
-            let everywhere = least.unwrap_or(arrivals);
-            if everywhere > self.everywhere {
-                self.everywhere = everywhere;
-                self.sweep();
-            }
+            self.settle_up_to(least.unwrap_or(arrivals));
         }
 
-        /// Notes that there is no other replica that could lack anything.
-        fn settle_all(&mut self) {
-            self.everywhere = self.arrivals;
-            self.sweep();
+        /// Notes that all replicas have what had arrived here at a count of arrivals.
+        fn settle_up_to(&mut self, arrivals: u64) {
+            if arrivals > self.everywhere {
+                self.everywhere = arrivals;
+                self.sweep();
+            }
         }
 
         /// Drops the notes of what all replicas have, but for the contexts that are still needed.
@@ -2997,7 +2997,7 @@ mod node {
         fn counted_spans(&self) -> Vec<Span> {
             match self.keeps_some_for_others() {
                 true => self.own_spans(),
-                false => vec![Span { from: Position::default(), to: end_of_order() }],
+                false => vec![Span::all()],
             }
         }
 
@@ -3192,7 +3192,8 @@ mod node {
         fn claim(&mut self) {
             let others = self.others();
             if self.has_all() && others.is_empty() {
-                self.agreement.settle_all();
+                // There is nobody who could lack anything.
+                self.agreement.settle_up_to(self.agreement.arrivals);
             }
             let agreement = &self.agreement;
             if self.has_all() && agreement.agrees_with(&others) {
@@ -4316,9 +4317,9 @@ mod protocol {
 
     /// Answers a PUT of a view: changes it, or passes the request on to a node that can.
     pub async fn answer_view_change(world: &impl World, request: &Request, wanted: &WantedView) -> Answer {
-        let say = |outcome: Outcome| outcome.answer(Vocabulary::Json, &request.verb);
+        let render = |outcome: Outcome| outcome.answer(Vocabulary::Json, &request.verb);
         if let Err(outcome) = await_table(world).await {
-            return say(outcome);
+            return render(outcome);
         }
         if let Some(node) = better_coordinator(world, &wanted.view).await {
             // It may take as long as it takes.
@@ -4329,16 +4330,16 @@ mod protocol {
             }
             // It may be there, and have passed the request back, since the view is changing.
             if ask_one(world, &node, Message::Meet).await.is_some_and(|(status, _)| status.version.is_some()) {
-                return say(Outcome::ChangeUnderWay);
+                return render(Outcome::ChangeUnderWay);
             }
             return match look_for_change(world, before, wanted).await {
-                Some(changed) => say(changed.outcome()),
-                None => say(Outcome::NodeDown(node)),
+                Some(changed) => render(changed.outcome()),
+                None => render(Outcome::NodeDown(node)),
             };
         }
         match change_view(world, Some(&wanted.view), wanted.factor, wanted.force).await {
-            Ok(changed) => say(changed.outcome()),
-            Err(refusal) => say(refusal),
+            Ok(changed) => render(changed.outcome()),
+            Err(refusal) => render(refusal),
         }
     }
 
@@ -4796,12 +4797,12 @@ mod protocol {
                 ask(world, &names, Message::Meet).await;
                 return Vec::new();
             }
-            let is_silent = |name: &&String| nodes.iter().any(|it| it.name == **name && it.heard + UNREACHED < now());
-            let is_stuck = |it: &&Awaited| {
-                is_silent(&&it.name) || !it.needs.is_empty() && it.needs.iter().all(|name| is_silent(&name))
-            };
+            let is_silent = |name: &String| nodes.iter().any(|it| it.name == *name && it.heard + UNREACHED < now());
+            let is_stuck =
+                |it: &&Awaited| is_silent(&it.name) || !it.needs.is_empty() && it.needs.iter().all(is_silent);
             if waiting.iter().all(is_stuck) {
-                let named = waiting.iter().flat_map(|it| it.needs.iter().chain([&it.name])).filter(is_silent);
+                let named = waiting.iter().flat_map(|it| it.needs.iter().chain([&it.name]));
+                let named = named.filter(|name| is_silent(name));
                 return set_of(named.cloned()).into_iter().collect();
             }
             world.sleep(Duration::from_millis(pause)).await;
@@ -8205,10 +8206,6 @@ mod tests {
     }
 
     /// A whole store in one place: the table, and what each node has.
-    fn all() -> Span {
-        Span { from: Position::default(), to: end_of_order() }
-    }
-
     type Store = (Table, BTreeMap<String, Records>);
 
     fn put_at_owner(store: &mut Store, key: &str) {
@@ -8246,7 +8243,7 @@ mod tests {
         for (giver, receiver, count) in &moves {
             let sum = given.entry(*giver).or_default();
             *sum += count;
-            let place = records[&table.view[*giver]].nth_highest(*sum, &[all()]);
+            let place = records[&table.view[*giver]].nth_highest(*sum, &[Span::all()]);
             cuts.push(Cut { giver: *giver, place, receiver: *receiver });
         }
         let version = Version { number: table.version.number + 1, ..Version::default() };
@@ -8313,10 +8310,10 @@ mod tests {
         }
         assert_eq!(records.len(), model.len());
         for n in [1, 2, 100, model.len() / 2, model.len()] {
-            assert_eq!(Some(&records.nth_highest(n, &[all()])), model.keys().rev().nth(n - 1));
+            assert_eq!(Some(&records.nth_highest(n, &[Span::all()])), model.keys().rev().nth(n - 1));
         }
-        assert_eq!(records.nth_highest(model.len() + 1, &[all()]), Position::default());
-        let halves = all().cut_at([1 << 62, 1 << 63].into_iter());
+        assert_eq!(records.nth_highest(model.len() + 1, &[Span::all()]), Position::default());
+        let halves = Span::all().cut_at([1 << 62, 1 << 63].into_iter());
         let first_and_last = |place: &&Position| place.0 < 1 << 62 || place.0 >= 1 << 63;
         let nth = model.keys().rev().filter(first_and_last).nth(15_000);
         assert_eq!(Some(&records.nth_highest(15_001, &[halves[0].clone(), halves[2].clone()])), nth);
@@ -8340,7 +8337,7 @@ mod tests {
             assert_eq!(vec![digest], records.digests_of(std::slice::from_ref(&span)));
             assert_eq!(digests[0], records.digests_of(&spans[..1])[0]);
         }
-        let all = Span { from: Position::default(), to: end_of_order() };
+        let all = Span::all();
         records.forget(&Span { to: (1 << 63, Vec::new()), ..all.clone() });
         assert_eq!(records.len(), model.range((1 << 63, Vec::new())..).count());
         records.forget(&all);
@@ -8443,7 +8440,7 @@ mod tests {
             let value = format!("\"{}\"", "v".repeat(200_000));
             node.records.insert(hash_of(key.as_bytes()), Record::new(key.as_bytes(), &value));
         }
-        let (mut left, mut keys) = (all(), BTreeSet::new());
+        let (mut left, mut keys) = (Span::all(), BTreeSet::new());
         while left.from < left.to {
             let message = Message::GiveAll(version, vec![left.clone()], false);
             let (_, Reply::All(copies, count, to)) = node.receive(other.compose("a:1", message)) else {
