@@ -94,6 +94,9 @@ const MAX_UNSENT: u64 = 4 << 20;
 /// The answers that all connections together may have waiting for clients that do not read, in bytes. Each takes up to four
 /// times that in memory: in the server's buffer, which doubles, and in the copies that a connection keeps.
 const MAX_UNREAD: u64 = 32 << 20;
+/// How long a client must have read nothing to be closed for that. A reader on a lossy link waits for a packet to be sent again for a
+/// few tenths of a second, and so does one on a busy machine for its turn.
+const STUCK: Duration = Duration::from_secs(1);
 /// What idle connections may keep, in bytes of answers: the server's buffers do not shrink. Each byte is two in memory.
 const MAX_KEPT: u64 = 96 << 20;
 /// How many bytes of answers a client that sends one request after the other gets before others have their turn.
@@ -6203,6 +6206,7 @@ impl Connection {
         matches!(answer.header, Cow::Borrowed(_))
             && self.handed - self.taken <= MAX_UNSENT
             && (!needs_room || KEPT.load(SeqCst) <= MAX_KEPT)
+            && (UNREAD.load(SeqCst) <= MAX_UNREAD || !self.has_unsent())
     }
 
     /// Becomes one of the two connections of a stream, as long as that lives.
@@ -6264,15 +6268,24 @@ impl Connection {
     }
 
     /// Waits while too much is unread by all clients together, before more is made: those that read nothing are soon closed.
-    /// False if this connection is one of them.
-    fn wait_for_room(&self) -> bool {
-        let mut patience = 200;
-        let given_up = || self.progress.given_up.load(SeqCst);
-        while UNREAD.load(SeqCst) > MAX_UNREAD && !given_up() && patience > 0 {
+    /// False if this connection is one of them. With earlier answers that the server has yet to send, it does not wait: their client
+    /// could not read them meanwhile (`may_hand_over` then has them sent).
+    fn wait_for_room(&mut self) -> bool {
+        // Longer than it takes to close those that read nothing.
+        let mut patience = 2 * STUCK.as_millis() / 5;
+        let progress = self.progress.clone();
+        while UNREAD.load(SeqCst) > MAX_UNREAD && !progress.given_up.load(SeqCst) && patience > 0 && !self.has_unsent()
+        {
             patience -= 1;
             pause(Duration::from_millis(5));
         }
-        !given_up()
+        !progress.given_up.load(SeqCst)
+    }
+
+    /// Whether the server has yet to send some of the answers that it was handed.
+    fn has_unsent(&mut self) -> bool {
+        self.forget_taken();
+        self.handed > self.taken
     }
 
     /// Forgets the answers that the kernel has.
@@ -6391,7 +6404,7 @@ struct Watched {
     received: Option<u64>,
     /// How many bytes were received while the count stayed the same: those of a request's head.
     head: u64,
-    /// How many bytes of answers the client had at the last look, and since when.
+    /// How many bytes of answers the client had at the last look, and since when it reads no more although there is more.
     acknowledged: u64,
     moved: Instant,
     /// Nothing came lately: there is nothing to look at until ARRIVALS reports that something has come.
@@ -6452,7 +6465,7 @@ fn close_greediest(connections: &HashMap<RawFd, Watched>) {
     }
     let remaining = connections.iter().filter(|(_, watched)| !watched.progress.given_up.load(SeqCst));
     let mut total: u64 = remaining.clone().map(|(_, watched)| watched.unread()).sum();
-    let stuck = remaining.filter(|(_, watched)| watched.moved.elapsed() > Duration::from_millis(300));
+    let stuck = remaining.filter(|(_, watched)| watched.moved.elapsed() > STUCK);
     let mut stuck: BinaryHeap<(u64, RawFd)> = stuck.map(|(fd, watched)| (watched.unread(), *fd)).collect();
     // Some room is made at once, for whoever waits for it.
     while total > MAX_UNREAD / 2
@@ -6472,7 +6485,11 @@ impl Watched {
     /// Looks at a connection, and closes it if nothing happens on it for too long, or a head on it is too long.
     fn look(&mut self, socket: Socket) {
         let calls = self.progress.calls.load(SeqCst);
-        if self.seen != calls || self.progress.answering.load(SeqCst) {
+        let gets_on = self.seen != calls || self.progress.answering.load(SeqCst);
+        if gets_on || self.unread() == 0 {
+            self.moved = Instant::now();
+        }
+        if gets_on {
             // A connection that gets on costs nothing here.
             (self.seen, self.since, self.received, self.is_quiet) = (calls, Instant::now(), None, false);
             self.head = 0;
