@@ -6273,13 +6273,14 @@ impl Connection {
     fn wait_for_room(&mut self) -> bool {
         // Longer than it takes to close those that read nothing.
         let mut patience = 2 * STUCK.as_millis() / 5;
-        let progress = self.progress.clone();
-        while UNREAD.load(SeqCst) > MAX_UNREAD && !progress.given_up.load(SeqCst) && patience > 0 && !self.has_unsent()
-        {
+        // Meanwhile the server sends nothing on this connection, so to look once is enough.
+        let may_wait = UNREAD.load(SeqCst) > MAX_UNREAD && !self.has_unsent();
+        let given_up = || self.progress.given_up.load(SeqCst);
+        while may_wait && UNREAD.load(SeqCst) > MAX_UNREAD && !given_up() && patience > 0 {
             patience -= 1;
             pause(Duration::from_millis(5));
         }
-        !progress.given_up.load(SeqCst)
+        !given_up()
     }
 
     /// Whether the server has yet to send some of the answers that it was handed.
@@ -6307,8 +6308,7 @@ impl Connection {
     /// Tells a client that asked first that it may send its body. While answers before this one are on their way nothing
     /// is said: such a client sends its body unasked after a moment (RFC 9110 section 10.1.1).
     fn send_continue(&mut self) {
-        self.forget_taken();
-        if self.unsent.is_empty() {
+        if !self.has_unsent() {
             self.handed += (&*self.socket).write(b"HTTP/1.1 100 Continue\r\n\r\n").unwrap_or(0) as u64;
         }
     }
@@ -6485,17 +6485,18 @@ impl Watched {
     /// Looks at a connection, and closes it if nothing happens on it for too long, or a head on it is too long.
     fn look(&mut self, socket: Socket) {
         let calls = self.progress.calls.load(SeqCst);
+        let now = Instant::now();
         let gets_on = self.seen != calls || self.progress.answering.load(SeqCst);
         if gets_on || self.unread() == 0 {
-            self.moved = Instant::now();
+            self.moved = now;
         }
         if gets_on {
             // A connection that gets on costs nothing here.
-            (self.seen, self.since, self.received, self.is_quiet) = (calls, Instant::now(), None, false);
+            (self.seen, self.since, self.received, self.is_quiet) = (calls, now, None, false);
             self.head = 0;
             return;
         }
-        let (in_call, overdue) = (calls % 2 == 1, self.since.elapsed() > IDLE_LIMIT);
+        let (in_call, overdue) = (calls % 2 == 1, now - self.since > IDLE_LIMIT);
         if !in_call && !self.is_quiet || self.unread() > 0 || overdue {
             self.look_closely(socket, calls, overdue);
         }
@@ -8351,7 +8352,7 @@ mod tests {
             }
             let digests: Vec<u64> = records.digests_of(&spans);
             let digest = digests.iter().fold(0, |sum, digest| sum ^ digest);
-            assert_eq!(vec![digest], records.digests_of(std::slice::from_ref(&span)));
+            assert_eq!(vec![digest], records.digests_of(from_ref(&span)));
             assert_eq!(digests[0], records.digests_of(&spans[..1])[0]);
         }
         let all = Span::all();
