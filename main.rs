@@ -433,10 +433,6 @@ impl Request {
         self.verb == "POST" && self.content_type == STREAM
     }
 
-    fn is_view_change(&self) -> bool {
-        matches!(self.route().0, Resource::ViewChange)
-    }
-
     fn is_upload(&self) -> bool {
         matches!(self.verb.as_str(), "PUT" | "POST")
     }
@@ -1305,12 +1301,14 @@ fn answer_or_defer(request: Request) -> Result<Answer, Work> {
     let (resource, vocabulary) = request.route();
     match (&SETTINGS.role, &resource) {
         // What an instance is, only that instance can say.
-        (Role::Follower(main), resource) if !is_about_this_instance(resource, &request) => Err(Box::new(move || {
-            let verb = request.verb.clone();
-            let down = || Outcome::MainDown.answer(vocabulary, &verb);
-            let patience = if request.is_view_change() { CHANGE_LIMIT } else { PATIENCE };
-            Peer::at(main).relay(request, patience).unwrap_or_else(|_| down())
-        })),
+        (Role::Follower(main), resource) if !is_about_this_instance(resource, &request) => {
+            let patience = if let Resource::ViewChange = resource { CHANGE_LIMIT } else { PATIENCE };
+            Err(Box::new(move || {
+                let verb = request.verb.clone();
+                let down = |_| Outcome::MainDown.answer(vocabulary, &verb);
+                Peer::at(main).relay(request, patience).unwrap_or_else(down)
+            }))
+        }
         (_, Resource::Key(key)) => {
             let context = match causal_context(&request, vocabulary) {
                 Ok(context) => context,
@@ -5012,12 +5010,21 @@ mod streams {
     }
 
     impl Outbox {
-        pub fn push(&mut self, number: u64, message: Vec<u8>) {
-            if message.len() <= FRAME {
+        /// Puts a message in that takes about `size` bytes. Returns how many it takes.
+        pub fn push(&mut self, number: u64, message: &impl Serialize, size: usize) -> usize {
+            // Writing to a Vec cannot fail.
+            let message = postcard::to_extend(message, Vec::with_capacity(size)).unwrap_or_default();
+            let length = message.len();
+            if length <= FRAME {
                 put_frame(&mut self.frames, number, &message, true);
             } else {
                 self.large.push_back((number, message));
             }
+            length
+        }
+
+        pub fn give_sign_of_life(&mut self) {
+            put_frame(&mut self.frames, NO_NUMBER, &[], true);
         }
 
         pub fn has_large(&self) -> bool {
@@ -5337,12 +5344,9 @@ mod relay {
                 } else if let Some((number, request)) = self.queue.remove(index)
                     && let Some(waiting) = self.waiters.get_mut(&number)
                 {
-                    // Writing to a Vec cannot fail.
-                    let message = postcard::to_stdvec(&request).unwrap_or_default();
-                    waiting.sent = message.len();
                     waiting.waiter.was_sent.store(true, SeqCst);
-                    self.unanswered += message.len();
-                    self.outbox.push(number, message);
+                    waiting.sent = self.outbox.push(number, &request, request.size());
+                    self.unanswered += waiting.sent;
                 }
             }
         }
@@ -5368,9 +5372,14 @@ mod relay {
 
     impl Peer {
         pub fn at(address: &str) -> Arc<Peer> {
-            let traffic = || Mutex::new(Traffic { takes_streams: own().is_some(), ..Traffic::default() });
-            let new = || Arc::new(Peer { address: address.into(), traffic: traffic(), ..Peer::default() });
-            lock(&PEERS).entry(address.into()).or_insert_with(new).clone()
+            let mut peers = lock(&PEERS);
+            if let Some(known) = peers.get(address) {
+                return known.clone();
+            }
+            let traffic = Mutex::new(Traffic { takes_streams: own().is_some(), ..Traffic::default() });
+            let peer = Arc::new(Peer { address: address.into(), traffic, ..Peer::default() });
+            peers.insert(address.into(), peer.clone());
+            peer
         }
 
         /// Takes a request to the peer and returns its answer; an error if there is none in time, or the request runs in a ring.
@@ -5519,7 +5528,7 @@ mod relay {
                 } else if traffic.writer == Writer::Nobody && wrote.elapsed() > IDLE_LIMIT / 4 {
                     // As any other connection, this one would be closed if nothing came for long.
                     wrote = Instant::now();
-                    traffic.outbox.push(NO_NUMBER, Vec::new());
+                    traffic.outbox.give_sign_of_life();
                     traffic.writer = Writer::Thread;
                 }
             }
@@ -5876,8 +5885,7 @@ mod answering {
 
     impl Asked {
         fn push(&self, number: u64, answer: &Answer) {
-            // Writing to a Vec cannot fail.
-            lock(&self.outgoing).outbox.push(number, postcard::to_stdvec(answer).unwrap_or_default());
+            lock(&self.outgoing).outbox.push(number, answer, answer.length());
         }
 
         /// Sees to it that what is in the outbox is written.
@@ -5964,7 +5972,7 @@ mod answering {
         let opened = Instant::now();
         while !stream.has_ended.load(SeqCst) && (stream.is_open.load(SeqCst) || opened.elapsed() < OPENING_LIMIT) {
             let _ = stream.waiter.park(Some(SIGN_OF_LIFE));
-            lock(&stream.outgoing).outbox.push(NO_NUMBER, Vec::new());
+            lock(&stream.outgoing).outbox.give_sign_of_life();
             stream.flush();
         }
         stream.end();
@@ -6174,9 +6182,11 @@ impl Connection {
         if framing.expects_continue {
             self.send_continue();
         }
-        let body = request.wants_body(framing.length).then_some(&mut request.body);
-        if framing.length > 0 && !self.read_body(parsed.body(), framing.length, body) {
-            return self.end();
+        if framing.length > 0 {
+            let body = request.wants_body(framing.length).then_some(&mut request.body);
+            if !self.read_body(parsed.body(), framing.length, body) {
+                return self.end();
+            }
         }
         if request.verb == "GET" && !self.wait_for_room() {
             self.unsent.clear();
@@ -6739,6 +6749,16 @@ fn keep_stderr() -> io::Result<()> {
     unsafe { libc::dup2(nowhere.as_raw_fd(), libc::STDERR_FILENO) };
     std::panic::set_hook(Box::new(|panic| say(&panic.to_string())));
     Ok(())
+}
+
+/// Takes the place of the C library's function, which tells the bounds of a thread's stack, and reads the main thread's from a text
+/// with `sscanf`: 110 kB of the static binary are for that, and they go into faster code instead. The standard library asks for them
+/// to say that a thread has overflowed its stack, on the stderr that it does not have here (`keep_stderr`), and does without.
+#[cfg(target_feature = "crt-static")]
+// SAFETY: it has the type of the function of that name, and writes nothing.
+#[unsafe(no_mangle)]
+extern "C" fn pthread_getattr_np(_: libc::pthread_t, _: *mut libc::pthread_attr_t) -> libc::c_int {
+    libc::ENOSYS
 }
 
 fn fail(status: i32, line: &str) -> ! {
