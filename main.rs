@@ -93,12 +93,12 @@ const MAX_HEAD: usize = 64 << 10;
 const MAX_UNSENT: u64 = 4 << 20;
 /// The answers that all connections together may have waiting for clients that do not read, in bytes. Each takes up to four
 /// times that in memory: in the server's buffer, which doubles, and in the copies that a connection keeps.
-const MAX_UNREAD: u64 = 32 << 20;
+const MAX_UNREAD: u64 = 24 << 20;
 /// How long a client must have read nothing to be closed for that. A reader on a lossy link waits for a packet to be sent again for a
 /// few tenths of a second, and so does one on a busy machine for its turn.
 const STUCK: Duration = Duration::from_secs(1);
 /// What idle connections may keep, in bytes of answers: the server's buffers do not shrink. Each byte is two in memory.
-const MAX_KEPT: u64 = 96 << 20;
+const MAX_KEPT: u64 = 64 << 20;
 /// How many bytes of answers a client that sends one request after the other gets before others have their turn.
 const TURN: u64 = 256 << 10;
 /// A connection on which nothing happens for this long is closed. Load balancers do so after 60 s: the client's side should be
@@ -6025,7 +6025,8 @@ mod answering {
 // may_minihttp parses requests and sends answers, many of them in one write where a client pipelines. What it cannot do is
 // done on the socket, behind its back: answer what it refused to parse, answer without a body (HEAD), and close. Each of
 // these is the last answer of a connection. So that it does not overtake, drop or repeat an earlier one, a connection keeps a
-// copy of those that it handed to the server until the kernel has them.
+// copy of those that it handed to the server until they are sent. What the server reads and sends is counted where it calls the
+// kernel: by `recv` and `send`, in the next section.
 //
 // A connection is closed
 // - after an answer that the server cannot give (`answer_and_close`): to HEAD, to `Connection: close` and HTTP/1.0, one with headers
@@ -6033,19 +6034,13 @@ mod answering {
 //   connections keep too much memory;
 // - after a refusal, since where the next request begins is not known, or not worth reading up to it (`refuse`);
 // - without an answer, when a body ends before its length, or the stream that it carries ends (`end`);
-// - by the watch, when nothing happened on it for long, a head does not end, or too many answers are unread (`watch_connections`);
+// - by the watch, when nothing happened on it for long, or too many answers are unread (`watch_connections`);
 // - at once, when there are too many (`new_service`).
 
 /// One client connection: the server's service.
 struct Connection {
     socket: Socket,
-    /// What the watch looks at.
-    progress: Arc<Progress>,
-    /// How many bytes of answers the server was handed, and how many of these the kernel was seen to have.
-    handed: u64,
-    taken: u64,
-    /// The answers of which the kernel may not have all yet; and at which count of bytes handed each ends.
-    unsent: VecDeque<(u64, Answer)>,
+    client: &'static Client,
     /// How many bytes were handed since other connections had their turn.
     served: u64,
     /// The most that was ever unsent, in bytes.
@@ -6058,19 +6053,30 @@ struct Connection {
     relayed: bool,
 }
 
-/// How far a connection has got.
+/// How far a client's connection has got: what the connection, the watch, and `recv` and `send` know of it together.
 #[derive(Default)]
-struct Progress {
+struct Client {
+    /// The descriptor is that of a client's connection.
+    is_open: AtomicBool,
     /// Goes up when a request begins to be dealt with and when that ends: it is odd meanwhile.
     calls: AtomicU32,
     /// The whole request is there, and its answer is not yet: that may take as long as a view change.
     answering: AtomicBool,
-    /// How many bytes of answers there were, and how many of them the client's kernel had no room for, when last looked at.
+    /// How many bytes of answers there were, and how many of them the kernel has.
     handed: AtomicU64,
-    unread: AtomicU64,
+    sent: AtomicU64,
+    /// The answers that the server was handed and has not sent whole; and at which count of bytes handed each ends.
+    unsent: Mutex<VecDeque<(u64, Answer)>>,
+    /// How many bytes were read since a request last began or ended. Where they are many, they are a head that does not end.
+    head: AtomicU64,
+    /// The last read brought bytes.
+    has_read: AtomicBool,
     /// The watch closed the connection, since its client does not read.
     given_up: AtomicBool,
 }
+
+/// The clients, by the descriptors of their sockets. (There are never as many: see MAX_CONNECTIONS.)
+static CLIENTS: [OnceLock<Client>; 1 << 17] = [const { OnceLock::new() }; 1 << 17];
 
 /// Lets others have their turn, if a client was served more than `most` bytes since they last had. To yield would not do: the worker looks
 /// for what else arrived only when none of its coroutines is ready.
@@ -6087,14 +6093,46 @@ static KEPT: AtomicU64 = AtomicU64::new(0);
 /// What is unread of all connections.
 static UNREAD: AtomicU64 = AtomicU64::new(0);
 
-impl Progress {
-    /// Says how many bytes of answers were to be sent, and how many of them the kernel has.
-    fn tell(&self, handed: u64, taken: u64) {
-        self.handed.store(handed, SeqCst);
-        let unread = handed.saturating_sub(taken);
-        let before = self.unread.swap(unread, SeqCst);
-        // It wraps around, and back.
-        UNREAD.fetch_add(unread.wrapping_sub(before), SeqCst);
+impl Client {
+    /// The client whose socket has this descriptor. None if it is something else's.
+    fn at(fd: RawFd) -> Option<&'static Client> {
+        CLIENTS.get(fd as usize)?.get().filter(|client| client.is_open.load(Relaxed))
+    }
+
+    /// Begins anew: the descriptor is that of another connection now.
+    fn open(&self) {
+        self.calls.store(0, SeqCst);
+        for count in [&self.handed, &self.sent, &self.head] {
+            count.store(0, SeqCst);
+        }
+        for flag in [&self.answering, &self.has_read, &self.given_up] {
+            flag.store(false, SeqCst);
+        }
+        self.is_open.store(true, SeqCst);
+    }
+
+    fn close(&self) {
+        self.is_open.store(false, SeqCst);
+        UNREAD.fetch_sub(self.unread(), SeqCst);
+        lock(&self.unsent).clear();
+    }
+
+    /// To be called before the bytes can be sent.
+    fn has_handed(&self, count: usize) {
+        self.handed.fetch_add(count as u64, SeqCst);
+        UNREAD.fetch_add(count as u64, SeqCst);
+    }
+
+    fn has_sent(&self, count: usize) {
+        let sent = self.sent.fetch_add(count as u64, SeqCst) + count as u64;
+        UNREAD.fetch_sub(count as u64, SeqCst);
+        let mut unsent = lock(&self.unsent);
+        while unsent.pop_front_if(|(end, _)| *end <= sent).is_some() {}
+    }
+
+    /// How many bytes of answers the kernel had no room for yet.
+    fn unread(&self) -> u64 {
+        self.handed.load(SeqCst).saturating_sub(self.sent.load(SeqCst))
     }
 }
 
@@ -6117,7 +6155,8 @@ impl HttpServiceFactory for Server {
 
     /// Called once for each connection. `id` is the descriptor of its socket, open until after the service is dropped.
     fn new_service(&self, id: usize) -> Connection {
-        let (socket, progress) = (borrow_socket(id as RawFd), Arc::<Progress>::default());
+        let (socket, client) = (borrow_socket(id as RawFd), CLIENTS[id % CLIENTS.len()].get_or_init(Client::default));
+        client.open();
         // Without this, an answer that leaves in two writes waits 40 ms for the client's delayed acknowledgement.
         let _ = socket.set_nodelay(true);
         let mut connections = lock(&CONNECTIONS);
@@ -6126,42 +6165,21 @@ impl HttpServiceFactory for Server {
         if crowded {
             let _ = socket.shutdown(Shutdown::Both);
         }
-        ARRIVALS.report(&socket);
         let now = Instant::now();
-        let watched = Watched {
-            progress: progress.clone(),
-            seen: 0,
-            since: now,
-            received: Some(0),
-            head: 0,
-            acknowledged: 0,
-            moved: now,
-            is_quiet: true,
-        };
-        connections.insert(id as RawFd, watched);
+        connections.insert(id as RawFd, Watched { client, seen: 0, since: now, acknowledged: 0, moved: now });
         drop(connections);
-        let (unsent, lingers, relayed) = (VecDeque::new(), false, false);
-        Connection {
-            socket,
-            progress,
-            unsent,
-            handed: 0,
-            taken: 0,
-            served: 0,
-            most_unsent: 0,
-            ended: crowded,
-            lingers,
-            relayed,
-        }
+        let (served, most_unsent, lingers, relayed) = (0, 0, false, false);
+        Connection { socket, client, served, most_unsent, ended: crowded, lingers, relayed }
     }
 }
 
 impl HttpService for Connection {
     fn call(&mut self, parsed: Parsed, response: &mut Response) -> io::Result<()> {
         if !self.ended {
-            self.progress.calls.fetch_add(1, SeqCst);
+            self.client.calls.fetch_add(1, SeqCst);
             self.serve(parsed, response);
-            self.progress.calls.fetch_add(1, SeqCst);
+            self.client.head.store(0, SeqCst);
+            self.client.calls.fetch_add(1, SeqCst);
         }
         Ok(())
     }
@@ -6189,14 +6207,13 @@ impl Connection {
             }
         }
         if request.verb == "GET" && !self.wait_for_room() {
-            self.unsent.clear();
             return self.end();
         }
-        self.progress.answering.store(true, SeqCst);
+        self.client.answering.store(true, SeqCst);
         let verb = VERBS.into_iter().find(|verb| *verb == request.verb).unwrap_or_default();
         let answer = answer(request);
         count_answer(verb, answer.status);
-        self.progress.answering.store(false, SeqCst);
+        self.client.answering.store(false, SeqCst);
         if framing.closing || framing.is_head || !self.may_hand_over(&answer) {
             self.lingers = !framing.closing;
             self.answer_and_close(&answer, framing.is_head);
@@ -6208,15 +6225,13 @@ impl Connection {
     /// Whether the server can be given an answer. It takes only headers that live forever, not those of a foreign main instance. And
     /// it would collect answers without end for a client that does not read them, and keep the room for large ones as long as
     /// the connection is open.
-    fn may_hand_over(&mut self, answer: &Answer) -> bool {
-        if self.handed - self.taken > MAX_UNSENT {
-            self.forget_taken();
-        }
+    fn may_hand_over(&self, answer: &Answer) -> bool {
+        let unread = self.client.unread();
         let needs_room = answer.body.len() as u64 > self.most_unsent + (64 << 10);
         matches!(answer.header, Cow::Borrowed(_))
-            && self.handed - self.taken <= MAX_UNSENT
+            && unread <= MAX_UNSENT
             && (!needs_room || KEPT.load(SeqCst) <= MAX_KEPT)
-            && (UNREAD.load(SeqCst) <= MAX_UNREAD || !self.has_unsent())
+            && (unread == 0 || UNREAD.load(SeqCst) <= MAX_UNREAD)
     }
 
     /// Becomes one of the two connections of a stream, as long as that lives.
@@ -6229,9 +6244,9 @@ impl Connection {
         };
         match part {
             // Pipelined after something else, it would overtake the answer to that.
-            _ if self.handed > 0 => return self.refuse(bad_request(), false),
+            _ if self.client.handed.load(SeqCst) > 0 => return self.refuse(bad_request(), false),
             Some((ANSWERS, id)) if id.len() <= 16 => {
-                self.progress.answering.store(true, SeqCst);
+                self.client.answering.store(true, SeqCst);
                 answering::carry_answers(id, &self.socket, knows_secret);
             }
             Some((REQUESTS, id)) => answering::take_questions(id, parsed.body(), &self.socket, knows_secret),
@@ -6259,67 +6274,54 @@ impl Connection {
 
     /// Gives an answer to the server, which sends it when it has looked at all that it has read.
     fn hand_over(&mut self, answer: Answer, response: &mut Response) {
-        let answer_length = answer.length() as u64;
-        self.handed += answer_length;
-        self.unsent.push_back((self.handed, answer.clone()));
+        let answer_length = answer.length();
+        self.client.has_handed(answer_length);
+        lock(&self.client.unsent).push_back((self.client.handed.load(SeqCst), answer.clone()));
         response.status_code(answer.status.into(), answer.reason());
         if let Cow::Borrowed(header) = answer.header {
             response.header(header);
         }
         response.body_vec(answer.body);
-        let most = self.most_unsent.max(self.handed - self.taken);
+        let most = self.most_unsent.max(self.client.unread());
         KEPT.fetch_add(most - std::mem::replace(&mut self.most_unsent, most), SeqCst);
-        if self.handed - self.taken > 4 << 10 {
-            self.forget_taken();
-            self.progress.tell(self.handed, self.taken);
-        }
-        self.served += answer_length;
+        self.served += answer_length as u64;
         take_turn(&mut self.served, TURN);
     }
 
     /// Waits while too much is unread by all clients together, before more is made: those that read nothing are soon closed.
     /// False if this connection is one of them. With earlier answers that the server has yet to send, it does not wait: their client
     /// could not read them meanwhile (`may_hand_over` then has them sent).
-    fn wait_for_room(&mut self) -> bool {
+    fn wait_for_room(&self) -> bool {
         // Longer than it takes to close those that read nothing.
         let mut patience = 2 * STUCK.as_millis() / 5;
-        // Meanwhile the server sends nothing on this connection, so to look once is enough.
-        let may_wait = UNREAD.load(SeqCst) > MAX_UNREAD && !self.has_unsent();
-        let given_up = || self.progress.given_up.load(SeqCst);
-        while may_wait && UNREAD.load(SeqCst) > MAX_UNREAD && !given_up() && patience > 0 {
+        let is_crowded = || UNREAD.load(SeqCst) > MAX_UNREAD;
+        if is_crowded() {
+            wake_connection_watch();
+        }
+        let given_up = || self.client.given_up.load(SeqCst);
+        while is_crowded() && self.client.unread() == 0 && !given_up() && patience > 0 {
             patience -= 1;
             pause(Duration::from_millis(5));
         }
         !given_up()
     }
 
-    /// Whether the server has yet to send some of the answers that it was handed.
-    fn has_unsent(&mut self) -> bool {
-        self.forget_taken();
-        self.handed > self.taken
-    }
-
-    /// Forgets the answers that the kernel has.
-    fn forget_taken(&mut self) {
-        self.taken = given(&self.socket).unwrap_or(0).clamp(self.taken, self.handed);
-        while self.unsent.pop_front_if(|(end, _)| *end <= self.taken).is_some() {}
-    }
-
     /// What the server has not sent of the answers that it was handed.
     fn take_unsent(&mut self) -> Vec<u8> {
-        self.forget_taken();
         let mut bytes = Vec::new();
-        self.unsent.drain(..).for_each(|(_, answer)| answer.write(&mut bytes, "", false));
-        let missing = (self.handed - self.taken) as usize;
+        lock(&self.client.unsent).drain(..).for_each(|(_, answer)| answer.write(&mut bytes, "", false));
+        let missing = self.client.unread() as usize;
         bytes.drain(..bytes.len().saturating_sub(missing));
         bytes
     }
 
     /// Tells a client that asked first that it may send its body. While answers before this one are on their way nothing
     /// is said: such a client sends its body unasked after a moment (RFC 9110 section 10.1.1).
-    fn send_continue(&mut self) {
-        if !self.has_unsent() {
-            self.handed += (&*self.socket).write(b"HTTP/1.1 100 Continue\r\n\r\n").unwrap_or(0) as u64;
+    fn send_continue(&self) {
+        if self.client.unread() == 0 {
+            // (On a descriptor of its own, which is not counted.)
+            let _ = waiting_stream(&self.socket, CHANGE_LIMIT)
+                .and_then(|mut stream| stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n"));
         }
     }
 
@@ -6338,18 +6340,23 @@ impl Connection {
         // Platform, section 7.1).
         let accepts = if self.relayed { format!("Accept-Post: {STREAM}\r\n") } else { String::new() };
         answer.write(&mut bytes, &format!("{CLOSE}{accepts}"), without_body);
-        self.handed += (bytes.len() - before) as u64;
+        self.client.has_handed(bytes.len() - before);
         self.send_rest(&bytes);
         self.end();
     }
 
     /// Sends the last bytes of a connection, however long the client takes to read them: the watch ends what takes too long.
-    fn send_rest(&mut self, bytes: &[u8]) {
+    fn send_rest(&self, bytes: &[u8]) {
         let sent = send_held(&self.socket, bytes).unwrap_or(0);
-        if sent < bytes.len() {
-            self.progress.tell(self.handed, self.handed - (bytes.len() - sent) as u64);
-            // The kernel asks for more only when a third of its buffer is free, which may take a slow reader minutes.
-            let _ = waiting_stream(&self.socket, CHANGE_LIMIT).and_then(|mut stream| stream.write_all(&bytes[sent..]));
+        let mut rest = &bytes[sent..];
+        if rest.is_empty() {
+            return;
+        }
+        // The kernel asks for more only when a third of its buffer is free, which may take a slow reader minutes.
+        let Ok(mut stream) = waiting_stream(&self.socket, CHANGE_LIMIT) else { return };
+        while let Ok(count @ 1..) = stream.write(rest) {
+            self.client.has_sent(count);
+            rest = &rest[count..];
         }
     }
 
@@ -6366,23 +6373,18 @@ impl Connection {
 /// that, the server says nothing; this does.
 impl Drop for Connection {
     fn drop(&mut self) {
-        // To the watch, this is a call: no head is awaited any more.
-        self.progress.calls.fetch_or(1, SeqCst);
-        let info = info(&self.socket);
+        // To the watch, this is a call: nothing is awaited any more.
+        let had_call = self.client.calls.fetch_or(1, SeqCst) > 0;
+        let head = self.client.head.load(SeqCst);
+        let state = info(&self.socket).map_or(0, |info| info.tcpi_state);
         let has_left = matches!(self.socket.peek(&mut [0]), Ok(0));
-        // Bytes came, and no request: what comes together with the end of the stream, the server does not look at. (The kernel counts
-        // the end as one more byte received.)
-        let received = info.map_or(0, |info| info.tcpi_bytes_received);
-        let is_unheard = received > 1 && self.progress.calls.load(SeqCst) == 1;
-        if self.ended
-            || thread::panicking()
-            || !info.is_some_and(|info| [ESTABLISHED, CLOSE_WAIT].contains(&info.tcpi_state))
-        {
+        if self.ended || thread::panicking() || ![ESTABLISHED, CLOSE_WAIT].contains(&state) {
             // Nothing can be sent any more.
+        } else if head > MAX_READ || has_left && head > 0 && !had_call {
+            // A head that does not end, or ended with the stream.
+            self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "GET"), false);
         } else if !has_left {
             self.refuse(Outcome::Unparsed.answer(Vocabulary::Form, "GET"), false);
-        } else if is_unheard {
-            self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "GET"), false);
         } else {
             // The client sends nothing more, but may still be reading. What the server had not sent, it drops.
             let unsent = self.take_unsent();
@@ -6397,28 +6399,22 @@ impl Drop for Connection {
             while Instant::now() < deadline && stream.read(&mut [0; 512]).is_ok_and(|count| count > 0) {}
         }
         lock(&CONNECTIONS).remove(&self.socket.as_raw_fd());
-        self.progress.tell(0, 0);
+        self.client.close();
         KEPT.fetch_sub(self.most_unsent, SeqCst);
-        // The buffers, the stack, and three times the answers: in the server's buffer, which doubles, and in our copies.
+        // The buffers, the stack, and three times the answers: in the server's buffer, which doubles, and in copies.
         FREED.fetch_add((80 << 10) + 3 * self.most_unsent, SeqCst);
     }
 }
 
 /// What the watch remembers of a connection.
 struct Watched {
-    progress: Arc<Progress>,
+    client: &'static Client,
     /// The count of calls when last seen, and since when it is the same.
     seen: u32,
     since: Instant,
-    /// How many bytes had been received at the last look, if the count of calls was the same then.
-    received: Option<u64>,
-    /// How many bytes were received while the count stayed the same: those of a request's head.
-    head: u64,
     /// How many bytes of answers the client had at the last look, and since when it reads no more although there is more.
     acknowledged: u64,
     moved: Instant,
-    /// Nothing came lately: there is nothing to look at until ARRIVALS reports that something has come.
-    is_quiet: bool,
 }
 
 static CONNECTIONS: LazyLock<Mutex<HashMap<RawFd, Watched>>> = LazyLock::new(Default::default);
@@ -6427,27 +6423,26 @@ static CONNECTIONS: LazyLock<Mutex<HashMap<RawFd, Watched>>> = LazyLock::new(Def
 static MAX_CONNECTIONS: LazyLock<usize> =
     LazyLock::new(|| rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024).saturating_sub(200).min(28_000) as usize);
 
-/// Ends connections that do nothing for too long, and those with an endless head, which grows by hundreds of megabytes a second.
-/// This is a thread and no coroutine: a client that never stops sending a head keeps a worker busy.
+/// The thread of the watch, to be woken when it has something to do.
+static CONNECTION_WATCH: OnceLock<thread::Thread> = OnceLock::new();
+
+fn wake_connection_watch() {
+    if let Some(watch) = CONNECTION_WATCH.get() {
+        watch.unpark();
+    }
+}
+
+/// Ends connections on which nothing happens for too long, and those that take too much room. To be repeated by a thread of its own.
 fn watch_connections() {
+    CONNECTION_WATCH.get_or_init(thread::current);
     let mut connections = lock(&CONNECTIONS);
     connections.iter_mut().for_each(|(fd, watched)| watched.look(borrow_socket(*fd)));
     close_greediest(&connections);
-    let is_awaited = |watched: &&Watched| !watched.is_quiet && watched.seen.is_multiple_of(2) || watched.unread() > 0;
-    let awaited = connections.values().filter(is_awaited).count();
     drop(connections);
-    let pause = match awaited {
-        0 => Duration::from_secs(1),
-        _ => Duration::from_millis(20) + Duration::from_micros(20) * awaited as u32,
-    };
-    let arrivals = ARRIVALS.wait(pause);
-    let mut connections = lock(&CONNECTIONS);
-    for fd in arrivals {
-        connections.entry(fd).and_modify(|watched| watched.is_quiet = false);
-    }
-    drop(connections);
-    // Enough time for what arrived to be dealt with: then there is nothing to look at.
-    thread::sleep(Duration::from_millis(5));
+    let is_crowded = UNREAD.load(SeqCst) > MAX_UNREAD / 2;
+    thread::park_timeout(if is_crowded { STUCK / 20 } else { STUCK });
+    // At most so often, however often it is woken.
+    thread::sleep(STUCK / 100);
 }
 
 /// What connections and records that are gone had of memory, in bytes, by estimate: the allocator keeps it.
@@ -6473,90 +6468,108 @@ fn close_greediest(connections: &HashMap<RawFd, Watched>) {
     if UNREAD.load(SeqCst) < MAX_UNREAD {
         return;
     }
-    let remaining = connections.iter().filter(|(_, watched)| !watched.progress.given_up.load(SeqCst));
-    let mut total: u64 = remaining.clone().map(|(_, watched)| watched.unread()).sum();
+    let remaining = connections.iter().filter(|(_, watched)| !watched.client.given_up.load(SeqCst));
+    let mut total: u64 = remaining.clone().map(|(_, watched)| watched.client.unread()).sum();
     let stuck = remaining.filter(|(_, watched)| watched.moved.elapsed() > STUCK);
-    let mut stuck: BinaryHeap<(u64, RawFd)> = stuck.map(|(fd, watched)| (watched.unread(), *fd)).collect();
+    let mut stuck: BinaryHeap<(u64, RawFd)> = stuck.map(|(fd, watched)| (watched.client.unread(), *fd)).collect();
     // Some room is made at once, for whoever waits for it.
     while total > MAX_UNREAD / 2
         && let Some((unread @ 1.., fd)) = stuck.pop()
     {
         total = total.saturating_sub(unread);
-        connections[&fd].progress.given_up.store(true, SeqCst);
+        connections[&fd].client.given_up.store(true, SeqCst);
         let _ = borrow_socket(fd).shutdown(Shutdown::Both);
     }
 }
 
 impl Watched {
-    fn unread(&self) -> u64 {
-        self.progress.unread.load(SeqCst)
-    }
-
-    /// Looks at a connection, and closes it if nothing happens on it for too long, or a head on it is too long.
+    /// Looks at a connection, and closes it if nothing happens on it for too long.
     fn look(&mut self, socket: Socket) {
-        let calls = self.progress.calls.load(SeqCst);
-        let now = Instant::now();
-        let gets_on = self.seen != calls || self.progress.answering.load(SeqCst);
-        if gets_on || self.unread() == 0 {
+        let (calls, unread, now) = (self.client.calls.load(SeqCst), self.client.unread(), Instant::now());
+        let gets_on = self.seen != calls || self.client.answering.load(SeqCst);
+        if gets_on {
+            (self.seen, self.since) = (calls, now);
+        }
+        if gets_on || unread == 0 {
             self.moved = now;
         }
-        if gets_on {
-            // A connection that gets on costs nothing here.
-            (self.seen, self.since, self.received, self.is_quiet) = (calls, now, None, false);
-            self.head = 0;
+        // What the kernel knows is worth a system call for a few only.
+        let overdue = now - self.since > IDLE_LIMIT;
+        if gets_on || unread == 0 && !overdue {
             return;
         }
-        let (in_call, overdue) = (calls % 2 == 1, now - self.since > IDLE_LIMIT);
-        if !in_call && !self.is_quiet || self.unread() > 0 || overdue {
-            self.look_closely(socket, calls, overdue);
-        }
-    }
-
-    /// Looks at what the kernel knows of a connection on which nothing is being answered. `calls` is the count as of now.
-    fn look_closely(&mut self, socket: Socket, calls: u32, overdue: bool) {
-        let in_call = calls % 2 == 1;
         let Some(info) = info(&socket) else { return };
-        let (given, handed) = (given(&socket).unwrap_or(0), self.progress.handed.load(SeqCst));
         if info.tcpi_bytes_acked != self.acknowledged {
-            (self.acknowledged, self.moved) = (info.tcpi_bytes_acked, Instant::now());
+            (self.acknowledged, self.moved) = (info.tcpi_bytes_acked, now);
         }
-        let limit = IDLE_LIMIT.as_millis() as u32;
+        let (limit, in_call) = (IDLE_LIMIT.as_millis() as u32, calls % 2 == 1);
         let sending = info.tcpi_notsent_bytes + info.tcpi_unacked > 0 && info.tcpi_last_ack_recv < limit;
         let receiving = in_call && info.tcpi_last_data_recv < limit;
-        let input = unread_input(&socket);
-        // What was just learned is of different moments. If a request began or ended meanwhile, it says nothing.
-        if self.progress.calls.load(SeqCst) != calls {
-            return;
-        }
-        self.progress.tell(handed, given);
-        let before = self.received.replace(info.tcpi_bytes_received);
-        if !in_call && input > 0 {
-            signal_again(&socket);
-        } else if before == self.received && self.unread() == 0 {
-            // Nothing came since the last look. Whatever comes next is reported.
-            self.is_quiet = true;
-            ARRIVALS.report(&socket);
-        }
-        self.head += before.map_or(0, |before| info.tcpi_bytes_received - before);
-        if !in_call && self.head > MAX_HEAD as u64 + input {
-            self.refuse_head(&socket);
-        } else if !overdue || sending || receiving {
-            return;
-        }
-        let _ = socket.shutdown(Shutdown::Both);
-    }
-
-    fn refuse_head(&self, socket: &Socket) {
-        let mut refusal = Vec::new();
-        Outcome::BadRequest.answer(Vocabulary::Form, "GET").write(&mut refusal, CLOSE, false);
-        if self.unread() == 0 {
-            // The server has nothing to send here, so this answer is in nobody's way.
-            let _ = send_held(socket, &refusal);
+        // If a request began or ended meanwhile, what was learned says nothing.
+        if overdue && !sending && !receiving && self.client.calls.load(SeqCst) == calls {
+            let _ = socket.shutdown(Shutdown::Both);
         }
     }
 }
 
 // ---- The socket, behind the server's back ---------------------------------------------------------------------------
+
+/// What the server reads of a client before a request begins, in bytes, at most. It reads ahead by as much as it has, and the limit of
+/// a head is exact only where the whole head is there.
+const MAX_READ: u64 = 3 * MAX_HEAD as u64;
+
+/// Takes the place of the C library's function of this name, with which the server, as the whole standard library, reads from sockets.
+/// Without it, a request that comes together with the end of the stream is lost, since the server throws away what it has read then:
+/// here the end comes one read later. And an endless head, of which the server collects hundreds of megabytes a second, ends here.
+// SAFETY: it has the type of the function of that name, and does what recv(2) says that may happen.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn recv(fd: RawFd, buffer: *mut libc::c_void, size: usize, flags: libc::c_int) -> isize {
+    // SAFETY: this is what recv is (recv(2)), and the caller answers for the rest.
+    let count = unsafe { libc::recvfrom(fd, buffer, size, flags, std::ptr::null_mut(), std::ptr::null_mut()) };
+    match Client::at(fd) {
+        // (With flags, it is no read, but a look.)
+        Some(client) if flags == 0 => client.after_read(fd, count),
+        _ => count,
+    }
+}
+
+/// Takes the place of the C library's function of this name, with which the server sends: it is counted what the kernel has.
+// SAFETY: as `recv`.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn send(fd: RawFd, buffer: *const libc::c_void, size: usize, flags: libc::c_int) -> isize {
+    // SAFETY: as in `recv`.
+    let count = unsafe { libc::sendto(fd, buffer, size, flags, std::ptr::null(), 0) };
+    if let Some(client) = Client::at(fd)
+        && count > 0
+    {
+        client.has_sent(count as usize);
+    }
+    count
+}
+
+impl Client {
+    /// What the server is told of a read that brought so many bytes.
+    fn after_read(&self, fd: RawFd, count: isize) -> isize {
+        let fail = |error| {
+            // SAFETY: errno is the thread's own.
+            unsafe { *libc::__errno_location() = error };
+            -1
+        };
+        let before = self.has_read.load(Relaxed);
+        if before != (count > 0) {
+            self.has_read.store(count > 0, Relaxed);
+        }
+        if count > 0 && self.calls.load(Relaxed).is_multiple_of(2) {
+            let head = self.head.fetch_add(count as u64, Relaxed) + count as u64;
+            return if head > MAX_READ { fail(libc::ECONNABORTED) } else { count };
+        } else if count == 0 && before {
+            // The server waits for a signal then, and the kernel has given this one already.
+            signal_again(&borrow_socket(fd));
+            return fail(libc::EAGAIN);
+        }
+        count
+    }
+}
 
 /// A socket that the server owns, and closes after the service of its connection is dropped. Only that service, and the
 /// watch as long as the list of connections has the service, may hold one.
@@ -6608,63 +6621,6 @@ fn info(socket: &TcpStream) -> Option<libc::tcp_info> {
         let result = libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, into, &mut size);
         (result == 0).then_some(info)
     }
-}
-
-/// How many bytes the kernel was given to send: those that were acknowledged, and those that it still has. The two are asked
-/// one after the other, until nothing was acknowledged in between. (`tcpi_bytes_sent` counts what this host itself drops.)
-fn given(socket: &TcpStream) -> Option<u64> {
-    let acknowledged = || info(socket).map(|info| info.tcpi_bytes_acked);
-    let mut before = acknowledged()?;
-    for _ in 0..100 {
-        let mut waiting: libc::c_int = 0;
-        // SAFETY: TIOCOUTQ writes one int.
-        unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &mut waiting) };
-        let after = acknowledged()?;
-        if before == after {
-            return Some(after + waiting as u64);
-        }
-        before = after;
-    }
-    None
-}
-
-/// Reports the sockets on which something arrived, each once.
-struct Arrivals(RawFd);
-
-static ARRIVALS: LazyLock<Arrivals> = LazyLock::new(|| {
-    // SAFETY: no pointers.
-    Arrivals(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })
-});
-
-impl Arrivals {
-    /// Has the next arrival on a socket reported.
-    fn report(&self, socket: &TcpStream) {
-        let fd = socket.as_raw_fd();
-        let events = (libc::EPOLLIN | libc::EPOLLONESHOT) as u32;
-        let mut event = libc::epoll_event { events, u64: fd as u64 };
-        // A socket is added the first time, and modified from then on. SAFETY: epoll_ctl reads the event, which outlives the calls.
-        unsafe {
-            if libc::epoll_ctl(self.0, libc::EPOLL_CTL_MOD, fd, &mut event) != 0 {
-                libc::epoll_ctl(self.0, libc::EPOLL_CTL_ADD, fd, &mut event);
-            }
-        }
-    }
-
-    /// Waits for arrivals, for `limit` at most.
-    fn wait(&self, limit: Duration) -> Vec<RawFd> {
-        let mut events = [libc::epoll_event { events: 0, u64: 0 }; 256];
-        // SAFETY: epoll_wait writes no more events than there is room for.
-        let count = unsafe { libc::epoll_wait(self.0, events.as_mut_ptr(), 256, limit.as_millis() as i32) };
-        events.iter().take(count.max(0) as usize).map(|event| event.u64 as RawFd).collect()
-    }
-}
-
-/// What has arrived and was not read yet, in bytes.
-fn unread_input(socket: &Socket) -> u64 {
-    let mut count: libc::c_int = 0;
-    // SAFETY: FIONREAD writes one int.
-    unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &mut count) };
-    count as u64
 }
 
 // ---- The start ------------------------------------------------------------------------------------------------------
@@ -8489,6 +8445,77 @@ mod tests {
             left.from = if count == 1 { left.to.clone() } else { to };
         }
         assert_eq!(keys.len(), 40);
+    }
+
+    /// A main instance in this process, where clients can be written that a shell cannot be: it starts them too slowly, and closes
+    /// both directions of a connection at once.
+    static SERVED: LazyLock<SocketAddr> = LazyLock::new(|| {
+        let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).unwrap();
+        Server.start(free).unwrap();
+        repeat(Duration::ZERO, watch_connections);
+        repeat(Duration::ZERO, wake_sleepers);
+        free
+    });
+
+    fn client() -> TcpStream {
+        let client = TcpStream::connect(*SERVED).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        client
+    }
+
+    #[test]
+    fn requests_that_come_with_the_end_of_the_stream_are_answered() {
+        let get = "GET /kv-store/none HTTP/1.1\r\nHost: a\r\n\r\n";
+        for round in 0..300 {
+            let (mut client, mut answers) = (client(), String::new());
+            client.write_all(get.repeat(1 + round % 4).as_bytes()).unwrap();
+            client.shutdown(Shutdown::Write).unwrap();
+            client.read_to_string(&mut answers).unwrap();
+            assert_eq!(answers.matches("HTTP/1.1 404").count(), 1 + round % 4, "round {round}: {answers}");
+        }
+    }
+
+    #[test]
+    fn a_head_that_ends_with_the_stream_is_refused() {
+        let (mut client, mut answer) = (client(), String::new());
+        client.write_all(b"GET /kv-store/none HT").unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        client.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
+    }
+
+    /// More answers than may be unread at once, for clients that ask for several and then rest a moment: none waits for another for
+    /// ever, and none is taken for one that never reads.
+    #[test]
+    fn a_crowd_that_reads_late_gets_whole_answers() {
+        let value = "v".repeat(MAX_VALUE);
+        let put = format!("PUT /kv-store/crowd HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\nval=", MAX_VALUE + 4);
+        let mut first = client();
+        first.write_all((put + &value).as_bytes()).unwrap();
+        assert!(first.read(&mut [0; 512]).unwrap() > 0);
+        let mut crowd: Vec<TcpStream> = (0..60).map(|_| client()).collect();
+        // They have been there for longer than it takes to be closed for reading nothing.
+        thread::sleep(STUCK + STUCK / 5);
+        for client in &mut crowd {
+            client.write_all("GET /kv-store/crowd HTTP/1.1\r\nHost: a\r\n\r\n".repeat(4).as_bytes()).unwrap();
+        }
+        thread::sleep(STUCK / 2);
+        let read = |mut client: TcpStream| {
+            let (mut whole, mut last, mut buffer) = (0, 0, vec![0; 1 << 16]);
+            while whole < 4
+                && let Ok(count @ 1..) = client.read(&mut buffer)
+            {
+                // There is a brace at each end of a body, and nowhere else.
+                whole += buffer[..count].iter().filter(|byte| **byte == b'}').count();
+                last = buffer[count - 1];
+            }
+            (whole, last)
+        };
+        let readers: Vec<_> = crowd.into_iter().map(|client| thread::spawn(move || read(client))).collect();
+        for reader in readers {
+            let (whole, last) = reader.join().unwrap();
+            assert!(whole >= 1 && last == b'\n', "{whole} whole answers, the last byte is {last}");
+        }
     }
 
     #[test]

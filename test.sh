@@ -71,7 +71,8 @@ kill_local() {
   while kill -0 "${process[$1]}" 2>/dev/null; do sleep 0.01; done
 }
 pause_docker() { docker pause "${process[$1]}" >/dev/null; }
-pause_local() { kill -STOP "${process[$1]}"; }
+# (The signal is sent when kill returns, and has arrived some time later.)
+pause_local() { kill -STOP "${process[$1]}" && poll grep -q '^State:.T' "/proc/${process[$1]}/status"; }
 resume_docker() { docker unpause "${process[$1]}" >/dev/null; }
 resume_local() { kill -CONT "${process[$1]}"; }
 # stop_docker INSTANCE: asks it to end; its exit status is in $ended.
