@@ -35,7 +35,7 @@
 //! "The contract" in the comments is the section of this name in README.md, which says all that a client may see.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap, LinkedList, VecDeque};
 use std::fmt::{self, Display, Formatter};
 use std::fs::File;
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -6054,7 +6054,6 @@ struct Connection {
 }
 
 /// How far a client's connection has got: what the connection, the watch, and `recv` and `send` know of it together.
-#[derive(Default)]
 struct Client {
     /// The descriptor is that of a client's connection.
     is_open: AtomicBool,
@@ -6065,18 +6064,21 @@ struct Client {
     /// How many bytes of answers there were, and how many of them the kernel has.
     handed: AtomicU64,
     sent: AtomicU64,
-    /// The answers that the server was handed and has not sent whole; and at which count of bytes handed each ends.
-    unsent: Mutex<VecDeque<(u64, Answer)>>,
+    /// The answers that the server was handed and has not sent whole; and at which count of bytes handed each ends. (A list, since an
+    /// empty one is all zeros: the table of clients would be a part of the binary otherwise.)
+    unsent: Mutex<LinkedList<(u64, Answer)>>,
     /// How many bytes were read since a request last began or ended. Where they are many, they are a head that does not end.
     head: AtomicU64,
     /// The last read brought bytes.
     has_read: AtomicBool,
+    /// The server was told that the client sends nothing more.
+    has_left: AtomicBool,
     /// The watch closed the connection, since its client does not read.
     given_up: AtomicBool,
 }
 
 /// The clients, by the descriptors of their sockets. (There are never as many: see MAX_CONNECTIONS.)
-static CLIENTS: [OnceLock<Client>; 1 << 17] = [const { OnceLock::new() }; 1 << 17];
+static CLIENTS: [Client; 1 << 17] = [const { Client::new() }; 1 << 17];
 
 /// Lets others have their turn, if a client was served more than `most` bytes since they last had. To yield would not do: the worker looks
 /// for what else arrived only when none of its coroutines is ready.
@@ -6094,9 +6096,24 @@ static KEPT: AtomicU64 = AtomicU64::new(0);
 static UNREAD: AtomicU64 = AtomicU64::new(0);
 
 impl Client {
+    const fn new() -> Client {
+        Client {
+            is_open: AtomicBool::new(false),
+            calls: AtomicU32::new(0),
+            answering: AtomicBool::new(false),
+            handed: AtomicU64::new(0),
+            sent: AtomicU64::new(0),
+            unsent: Mutex::new(LinkedList::new()),
+            head: AtomicU64::new(0),
+            has_read: AtomicBool::new(false),
+            has_left: AtomicBool::new(false),
+            given_up: AtomicBool::new(false),
+        }
+    }
+
     /// The client whose socket has this descriptor. None if it is something else's.
     fn at(fd: RawFd) -> Option<&'static Client> {
-        CLIENTS.get(fd as usize)?.get().filter(|client| client.is_open.load(Relaxed))
+        CLIENTS.get(fd as usize).filter(|client| client.is_open.load(Relaxed))
     }
 
     /// Begins anew: the descriptor is that of another connection now.
@@ -6105,7 +6122,7 @@ impl Client {
         for count in [&self.handed, &self.sent, &self.head] {
             count.store(0, SeqCst);
         }
-        for flag in [&self.answering, &self.has_read, &self.given_up] {
+        for flag in [&self.answering, &self.has_read, &self.has_left, &self.given_up] {
             flag.store(false, SeqCst);
         }
         self.is_open.store(true, SeqCst);
@@ -6127,7 +6144,9 @@ impl Client {
         let sent = self.sent.fetch_add(count as u64, SeqCst) + count as u64;
         UNREAD.fetch_sub(count as u64, SeqCst);
         let mut unsent = lock(&self.unsent);
-        while unsent.pop_front_if(|(end, _)| *end <= sent).is_some() {}
+        while unsent.front().is_some_and(|(end, _)| *end <= sent) {
+            unsent.pop_front();
+        }
     }
 
     /// How many bytes of answers the kernel had no room for yet.
@@ -6155,7 +6174,7 @@ impl HttpServiceFactory for Server {
 
     /// Called once for each connection. `id` is the descriptor of its socket, open until after the service is dropped.
     fn new_service(&self, id: usize) -> Connection {
-        let (socket, client) = (borrow_socket(id as RawFd), CLIENTS[id % CLIENTS.len()].get_or_init(Client::default));
+        let (socket, client) = (borrow_socket(id as RawFd), &CLIENTS[id % CLIENTS.len()]);
         client.open();
         // Without this, an answer that leaves in two writes waits 40 ms for the client's delayed acknowledgement.
         let _ = socket.set_nodelay(true);
@@ -6308,8 +6327,9 @@ impl Connection {
 
     /// What the server has not sent of the answers that it was handed.
     fn take_unsent(&mut self) -> Vec<u8> {
+        let unsent = std::mem::take(&mut *lock(&self.client.unsent));
         let mut bytes = Vec::new();
-        lock(&self.client.unsent).drain(..).for_each(|(_, answer)| answer.write(&mut bytes, "", false));
+        unsent.iter().for_each(|(_, answer)| answer.write(&mut bytes, "", false));
         let missing = self.client.unread() as usize;
         bytes.drain(..bytes.len().saturating_sub(missing));
         bytes
@@ -6377,7 +6397,7 @@ impl Drop for Connection {
         let had_call = self.client.calls.fetch_or(1, SeqCst) > 0;
         let head = self.client.head.load(SeqCst);
         let state = info(&self.socket).map_or(0, |info| info.tcpi_state);
-        let has_left = matches!(self.socket.peek(&mut [0]), Ok(0));
+        let has_left = self.client.has_left.load(SeqCst);
         if self.ended || thread::panicking() || ![ESTABLISHED, CLOSE_WAIT].contains(&state) {
             // Nothing can be sent any more.
         } else if head > MAX_READ || has_left && head > 0 && !had_call {
@@ -6566,6 +6586,9 @@ impl Client {
             // The server waits for a signal then, and the kernel has given this one already.
             signal_again(&borrow_socket(fd));
             return fail(libc::EAGAIN);
+        }
+        if count == 0 {
+            self.has_left.store(true, SeqCst);
         }
         count
     }
@@ -8476,12 +8499,15 @@ mod tests {
     }
 
     #[test]
-    fn a_head_that_ends_with_the_stream_is_refused() {
-        let (mut client, mut answer) = (client(), String::new());
-        client.write_all(b"GET /kv-store/none HT").unwrap();
-        client.shutdown(Shutdown::Write).unwrap();
-        client.read_to_string(&mut answer).unwrap();
-        assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
+    fn what_comes_with_the_end_of_the_stream_and_is_no_request_is_refused() {
+        let unparsed = "Bad request: not HTTP/1.1, or more than 16 headers";
+        for (sent, refusal) in [("GET /kv-store/none HT", "Bad request"), ("hello\r\n\r\n", unparsed)] {
+            let (mut client, mut answer) = (client(), String::new());
+            client.write_all(sent.as_bytes()).unwrap();
+            client.shutdown(Shutdown::Write).unwrap();
+            client.read_to_string(&mut answer).unwrap();
+            assert!(answer.starts_with("HTTP/1.1 400 ") && answer.contains(&format!("{refusal}\"")), "{answer}");
+        }
     }
 
     /// More answers than may be unread at once, for clients that ask for several and then rest a moment: none waits for another for
