@@ -6064,6 +6064,8 @@ struct Client {
     /// How many bytes of answers there were, and how many of them the kernel has.
     handed: AtomicU64,
     sent: AtomicU64,
+    /// How many of these bytes the server has yet to send, and is to be told that it has.
+    sent_ahead: AtomicU64,
     /// The answers that the server was handed and has not sent whole; and at which count of bytes handed each ends. (A list, since an
     /// empty one is all zeros: the table of clients would be a part of the binary otherwise.)
     unsent: Mutex<LinkedList<(u64, Answer)>>,
@@ -6103,6 +6105,7 @@ impl Client {
             answering: AtomicBool::new(false),
             handed: AtomicU64::new(0),
             sent: AtomicU64::new(0),
+            sent_ahead: AtomicU64::new(0),
             unsent: Mutex::new(LinkedList::new()),
             head: AtomicU64::new(0),
             has_read: AtomicBool::new(false),
@@ -6119,7 +6122,7 @@ impl Client {
     /// Begins anew: the descriptor is that of another connection now.
     fn open(&self) {
         self.calls.store(0, SeqCst);
-        for count in [&self.handed, &self.sent, &self.head] {
+        for count in [&self.handed, &self.sent, &self.sent_ahead, &self.head] {
             count.store(0, SeqCst);
         }
         for flag in [&self.answering, &self.has_read, &self.has_left, &self.given_up] {
@@ -6152,6 +6155,15 @@ impl Client {
     /// How many bytes of answers the kernel had no room for yet.
     fn unread(&self) -> u64 {
         self.handed.load(SeqCst).saturating_sub(self.sent.load(SeqCst))
+    }
+
+    /// What the kernel does not have yet of the answers that the server was handed.
+    fn unsent_bytes(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        lock(&self.unsent).iter().for_each(|(_, answer)| answer.write(&mut bytes, "", false));
+        let sent = bytes.len().saturating_sub(self.unread() as usize);
+        bytes.drain(..sent);
+        bytes
     }
 }
 
@@ -6325,16 +6337,6 @@ impl Connection {
         !given_up()
     }
 
-    /// What the server has not sent of the answers that it was handed.
-    fn take_unsent(&mut self) -> Vec<u8> {
-        let unsent = std::mem::take(&mut *lock(&self.client.unsent));
-        let mut bytes = Vec::new();
-        unsent.iter().for_each(|(_, answer)| answer.write(&mut bytes, "", false));
-        let missing = self.client.unread() as usize;
-        bytes.drain(..bytes.len().saturating_sub(missing));
-        bytes
-    }
-
     /// Tells a client that asked first that it may send its body. While answers before this one are on their way nothing
     /// is said: such a client sends its body unasked after a moment (RFC 9110 section 10.1.1).
     fn send_continue(&self) {
@@ -6354,7 +6356,7 @@ impl Connection {
 
     /// Sends an answer directly, after what the server has not sent of those before it, and closes the connection.
     fn answer_and_close(&mut self, answer: &Answer, without_body: bool) {
-        let mut bytes = self.take_unsent();
+        let mut bytes = self.client.unsent_bytes();
         let before = bytes.len();
         // A follower that does not know this instance yet asks one thing a connection: this reaches it (W3C, Linked Data
         // Platform, section 7.1).
@@ -6367,8 +6369,10 @@ impl Connection {
 
     /// Sends the last bytes of a connection, however long the client takes to read them: the watch ends what takes too long.
     fn send_rest(&self, bytes: &[u8]) {
-        let sent = send_held(&self.socket, bytes).unwrap_or(0);
-        let mut rest = &bytes[sent..];
+        // The last packet is held back until more is sent or the stream ends, so that a client that has the whole answer has its end
+        // as well.
+        let sent = self.client.give(self.socket.as_raw_fd(), bytes, libc::MSG_MORE | libc::MSG_NOSIGNAL);
+        let mut rest = &bytes[sent.max(0) as usize..];
         if rest.is_empty() {
             return;
         }
@@ -6407,8 +6411,7 @@ impl Drop for Connection {
             self.refuse(Outcome::Unparsed.answer(Vocabulary::Form, "GET"), false);
         } else {
             // The client sends nothing more, but may still be reading. What the server had not sent, it drops.
-            let unsent = self.take_unsent();
-            self.send_rest(&unsent);
+            self.send_rest(&self.client.unsent_bytes());
         }
         // Closing a socket with unread input resets the connection, and the reset may reach the client before it has read its
         // answer: what it still sends is read and forgotten.
@@ -6557,17 +6560,37 @@ unsafe extern "C" fn recv(fd: RawFd, buffer: *mut libc::c_void, size: usize, fla
 // SAFETY: as `recv`.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn send(fd: RawFd, buffer: *const libc::c_void, size: usize, flags: libc::c_int) -> isize {
-    // SAFETY: as in `recv`.
-    let count = unsafe { libc::sendto(fd, buffer, size, flags, std::ptr::null(), 0) };
-    if let Some(client) = Client::at(fd)
-        && count > 0
-    {
-        client.has_sent(count as usize);
+    let Some(client) = Client::at(fd) else {
+        // SAFETY: as in `recv`.
+        return unsafe { libc::sendto(fd, buffer, size, flags, std::ptr::null(), 0) };
+    };
+    let ahead = client.sent_ahead.load(Relaxed).min(size as u64);
+    if ahead > 0 {
+        client.sent_ahead.fetch_sub(ahead, Relaxed);
+        return ahead as isize;
     }
-    count
+    // SAFETY: the caller answers for the buffer.
+    client.give(fd, unsafe { std::slice::from_raw_parts(buffer.cast(), size) }, flags)
 }
 
 impl Client {
+    /// Sends the answers to a client's earlier requests while the server waits for the body of the next one: it would send them after
+    /// that only.
+    fn send_ahead(&self, fd: RawFd) {
+        let sent = self.give(fd, &self.unsent_bytes(), libc::MSG_NOSIGNAL);
+        self.sent_ahead.fetch_add(sent.max(0) as u64, Relaxed);
+    }
+
+    /// Gives bytes to the kernel, as send(2) does, and counts those that it takes.
+    fn give(&self, fd: RawFd, bytes: &[u8], flags: libc::c_int) -> isize {
+        // SAFETY: sendto reads the bytes, which outlive the call.
+        let count = unsafe { libc::sendto(fd, bytes.as_ptr().cast(), bytes.len(), flags, std::ptr::null(), 0) };
+        if count > 0 {
+            self.has_sent(count as usize);
+        }
+        count
+    }
+
     /// What the server is told of a read that brought so many bytes.
     fn after_read(&self, fd: RawFd, count: isize) -> isize {
         let fail = |error| {
@@ -6575,11 +6598,17 @@ impl Client {
             unsafe { *libc::__errno_location() = error };
             -1
         };
+        let in_call = self.calls.load(Relaxed) % 2 == 1;
+        let would_block = count < 0 && io::Error::last_os_error().kind() == io::ErrorKind::WouldBlock;
+        if in_call && would_block && self.unread() > 0 {
+            self.send_ahead(fd);
+            return fail(libc::EAGAIN);
+        }
         let before = self.has_read.load(Relaxed);
         if before != (count > 0) {
             self.has_read.store(count > 0, Relaxed);
         }
-        if count > 0 && self.calls.load(Relaxed).is_multiple_of(2) {
+        if count > 0 && !in_call {
             let head = self.head.fetch_add(count as u64, Relaxed) + count as u64;
             return if head > MAX_READ { fail(libc::ECONNABORTED) } else { count };
         } else if count == 0 && before {
@@ -6601,12 +6630,6 @@ type Socket = ManuallyDrop<TcpStream>;
 fn borrow_socket(fd: RawFd) -> Socket {
     // SAFETY: whoever may hold a Socket holds it while the descriptor is open; ManuallyDrop never closes it.
     ManuallyDrop::new(unsafe { TcpStream::from_raw_fd(fd) })
-}
-
-/// Sends what the kernel takes at once. The last packet is held back until more is sent or the stream ends, so that a
-/// client that has the whole answer has its end as well.
-fn send_held(socket: &Socket, bytes: &[u8]) -> io::Result<usize> {
-    socket2::SockRef::from(&**socket).send_with_flags(bytes, libc::MSG_MORE | libc::MSG_NOSIGNAL)
 }
 
 /// A socket as a stream that makes the coroutine wait, and not its worker: for `limit` at most. While a panic ends
@@ -8495,6 +8518,26 @@ mod tests {
             client.shutdown(Shutdown::Write).unwrap();
             client.read_to_string(&mut answers).unwrap();
             assert_eq!(answers.matches("HTTP/1.1 404").count(), 1 + round % 4, "round {round}: {answers}");
+        }
+    }
+
+    #[test]
+    fn an_answer_does_not_wait_for_the_next_body() {
+        let mut client = client();
+        let mut buffer = [0; 1024];
+        let mut read = |client: &mut TcpStream| {
+            let count = client.read(&mut buffer).unwrap();
+            String::from_utf8_lossy(&buffer[..count]).into_owned()
+        };
+        for round in 0..3 {
+            let put = format!("PUT /kv-store/late{round} HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n");
+            client.write_all(b"GET /kv-store/none HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+            client.write_all(put.as_bytes()).unwrap();
+            let answer = read(&mut client);
+            assert!(answer.starts_with("HTTP/1.1 404 ") && answer.ends_with("}\n"), "{answer}");
+            client.write_all(b"val=1").unwrap();
+            let answer = read(&mut client);
+            assert!(answer.starts_with("HTTP/1.1 201 ") && answer.ends_with("}\n"), "{answer}");
         }
     }
 
