@@ -35,7 +35,7 @@
 //! "The contract" in the comments is the section of this name in README.md, which says all that a client may see.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap, LinkedList, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap, VecDeque};
 use std::fmt::{self, Display, Formatter};
 use std::fs::File;
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -89,16 +89,15 @@ const MAX_VALUE: usize = 1 << 20;
 const MAX_BODY: usize = 8 << 20;
 /// The limit of a request's head. The server has none of its own and would collect an endless head in memory.
 const MAX_HEAD: usize = 64 << 10;
-/// The answers that a connection may have waiting for a client that does not read them, in bytes.
+/// The answers to nodes that do not read them, in bytes: more is asked only when there are fewer.
 const MAX_UNSENT: u64 = 4 << 20;
-/// The answers that all connections together may have waiting for clients that do not read, in bytes. Each takes up to four
-/// times that in memory: in the server's buffer, which doubles, and in the copies that a connection keeps.
-const MAX_UNREAD: u64 = 24 << 20;
+/// The answers of a connection that are sent in one go, in bytes, before more are made.
+const BATCH: usize = 64 << 10;
+/// The answers that all connections together may have waiting for clients that do not read, in bytes.
+const MAX_UNREAD: u64 = 64 << 20;
 /// How long a client must have read nothing to be closed for that. A reader on a lossy link waits for a packet to be sent again for a
 /// few tenths of a second, and so does one on a busy machine for its turn.
 const STUCK: Duration = Duration::from_secs(1);
-/// What idle connections may keep, in bytes of answers: the server's buffers do not shrink. Each byte is two in memory.
-const MAX_KEPT: u64 = 64 << 20;
 /// How many bytes of answers a client that sends one request after the other gets before others have their turn.
 const TURN: u64 = 256 << 10;
 /// A connection on which nothing happens for this long is closed. Load balancers do so after 60 s: the client's side should be
@@ -739,21 +738,19 @@ impl Answer {
         StatusCode::from_u16(self.status).ok().and_then(|status| status.canonical_reason()).unwrap_or("Unknown")
     }
 
-    /// Writes what may_minihttp writes of an answer, byte for byte as long.
+    /// Writes the answer as HTTP. `connection` is what its head says of the connection, if anything.
     fn write(&self, out: &mut Vec<u8>, connection: &str, without_body: bool) {
+        // Writing to a Vec cannot fail.
         let (status, reason, length, header) = (self.status, self.reason(), self.body.len(), &self.header);
-        let date = HttpDate::from(SystemTime::now());
-        let _ = write!(out, "HTTP/1.1 {status} {reason}\r\nServer: M\r\nDate: {date}\r\nContent-Length: {length}\r\n");
-        let _ = write!(out, "{header}\r\n{connection}\r\n");
+        let _ = write!(out, "HTTP/1.1 {status} {reason}\r\nServer: M\r\nDate: ");
+        write_date(out);
+        let _ = write!(out, "\r\nContent-Length: {length}\r\n{header}\r\n{connection}\r\n");
         out.extend(if without_body { &[] } else { &self.body[..] });
     }
 
-    /// How many bytes `write` writes, where nothing is said of the connection.
-    fn length(&self) -> usize {
-        const REST: &str =
-            "HTTP/1.1 200 \r\nServer: M\r\nDate: Sun, 06 Nov 1994 08:49:37 GMT\r\nContent-Length: 0\r\n\r\n\r\n";
-        let more_digits = self.body.len().checked_ilog10().unwrap_or(0) as usize;
-        REST.len() + self.reason().len() + more_digits + self.header.len() + self.body.len()
+    /// About how many bytes it takes.
+    fn size(&self) -> usize {
+        self.body.len() + self.header.len() + 128
     }
 
     /// What instances say to one another, as bytes.
@@ -787,6 +784,18 @@ impl Answer {
         }
         self
     }
+}
+
+/// Writes the time of day as HTTP spells it, which is worked out once a second.
+fn write_date(out: &mut Vec<u8>) {
+    static DATE: Mutex<(u64, String)> = Mutex::new((0, String::new()));
+    let now = SystemTime::now();
+    let second = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    let mut date = lock(&DATE);
+    if date.0 != second || date.1.is_empty() {
+        *date = (second, HttpDate::from(now).to_string());
+    }
+    out.extend(date.1.as_bytes());
 }
 
 /// Borrows the header of a peer's answer if it is one of ours: the server takes no others.
@@ -5885,7 +5894,7 @@ mod answering {
 
     impl Asked {
         fn push(&self, number: u64, answer: &Answer) {
-            lock(&self.outgoing).outbox.push(number, answer, answer.length());
+            lock(&self.outgoing).outbox.push(number, answer, answer.size());
         }
 
         /// Sees to it that what is in the outbox is written.
@@ -6022,16 +6031,14 @@ mod answering {
 
 // ---- Connections: where the bytes come from and go to ---------------------------------------------------------------
 //
-// may_minihttp parses requests and sends answers, many of them in one write where a client pipelines. What it cannot do is
-// done on the socket, behind its back: answer what it refused to parse, answer without a body (HEAD), and close. Each of
-// these is the last answer of a connection. So that it does not overtake, drop or repeat an earlier one, a connection keeps a
-// copy of those that it handed to the server until they are sent. What the server reads and sends is counted where it calls the
-// kernel: by `recv` and `send`, in the next section.
+// may_minihttp parses requests, and sends answers when it has dealt with all that it read. What it cannot do of that is much: answer
+// what it refused to parse, answer without a body (HEAD) or with headers that are not known when it is compiled, answer before the
+// next request's body has come, close, and wait for a client that does not read. So a connection writes its answers itself, into
+// its `Output`. For each the server is given an empty one, and when it sends these, the output is sent in their place (`send`, in the
+// next section).
 //
 // A connection is closed
-// - after an answer that the server cannot give (`answer_and_close`): to HEAD, to `Connection: close` and HTTP/1.0, one with headers
-//   of a main instance of another kind, one that would make too much wait for a client that does not read, and a large one when idle
-//   connections keep too much memory;
+// - after the answer to `Connection: close` and HTTP/1.0 (`close_with`);
 // - after a refusal, since where the next request begins is not known, or not worth reading up to it (`refuse`);
 // - without an answer, when a body ends before its length, or the stream that it carries ends (`end`);
 // - by the watch, when nothing happened on it for long, or too many answers are unread (`watch_connections`);
@@ -6041,12 +6048,8 @@ mod answering {
 struct Connection {
     socket: Socket,
     client: &'static Client,
-    /// How many bytes were handed since other connections had their turn.
+    /// How many bytes of answers were made since other connections had their turn.
     served: u64,
-    /// The most that was ever unsent, in bytes.
-    most_unsent: u64,
-    /// Nothing more is answered. What the server still reads is not looked at.
-    ended: bool,
     /// The client may still be sending when the connection is closed.
     lingers: bool,
     /// The last request came by way of another instance.
@@ -6061,14 +6064,9 @@ struct Client {
     calls: AtomicU32,
     /// The whole request is there, and its answer is not yet: that may take as long as a view change.
     answering: AtomicBool,
-    /// How many bytes of answers there were, and how many of them the kernel has.
-    handed: AtomicU64,
-    sent: AtomicU64,
-    /// How many of these bytes the server has yet to send, and is to be told that it has.
-    sent_ahead: AtomicU64,
-    /// The answers that the server was handed and has not sent whole; and at which count of bytes handed each ends. (A list, since an
-    /// empty one is all zeros: the table of clients would be a part of the binary otherwise.)
-    unsent: Mutex<LinkedList<(u64, Answer)>>,
+    output: Mutex<Option<Box<Output>>>,
+    /// How many bytes of answers the kernel has not taken yet.
+    unread: AtomicU64,
     /// How many bytes were read since a request last began or ended. Where they are many, they are a head that does not end.
     head: AtomicU64,
     /// The last read brought bytes.
@@ -6077,6 +6075,16 @@ struct Client {
     has_left: AtomicBool,
     /// The watch closed the connection, since its client does not read.
     given_up: AtomicBool,
+    /// Nothing more is answered or sent. What the server still reads is not looked at.
+    has_ended: AtomicBool,
+}
+
+/// The answers of a connection that wait to be sent.
+#[derive(Default)]
+struct Output {
+    bytes: Vec<u8>,
+    /// How many of these the kernel has taken.
+    taken: usize,
 }
 
 /// The clients, by the descriptors of their sockets. (There are never as many: see MAX_CONNECTIONS.)
@@ -6091,9 +6099,6 @@ fn take_turn(served: &mut u64, most: u64) {
     }
 }
 
-/// The most that was ever unsent of each connection, of all that are open.
-static KEPT: AtomicU64 = AtomicU64::new(0);
-
 /// What is unread of all connections.
 static UNREAD: AtomicU64 = AtomicU64::new(0);
 
@@ -6103,14 +6108,13 @@ impl Client {
             is_open: AtomicBool::new(false),
             calls: AtomicU32::new(0),
             answering: AtomicBool::new(false),
-            handed: AtomicU64::new(0),
-            sent: AtomicU64::new(0),
-            sent_ahead: AtomicU64::new(0),
-            unsent: Mutex::new(LinkedList::new()),
+            output: Mutex::new(None),
+            unread: AtomicU64::new(0),
             head: AtomicU64::new(0),
             has_read: AtomicBool::new(false),
             has_left: AtomicBool::new(false),
             given_up: AtomicBool::new(false),
+            has_ended: AtomicBool::new(false),
         }
     }
 
@@ -6122,10 +6126,8 @@ impl Client {
     /// Begins anew: the descriptor is that of another connection now.
     fn open(&self) {
         self.calls.store(0, SeqCst);
-        for count in [&self.handed, &self.sent, &self.sent_ahead, &self.head] {
-            count.store(0, SeqCst);
-        }
-        for flag in [&self.answering, &self.has_read, &self.has_left, &self.given_up] {
+        self.head.store(0, SeqCst);
+        for flag in [&self.answering, &self.has_read, &self.has_left, &self.given_up, &self.has_ended] {
             flag.store(false, SeqCst);
         }
         self.is_open.store(true, SeqCst);
@@ -6133,37 +6135,62 @@ impl Client {
 
     fn close(&self) {
         self.is_open.store(false, SeqCst);
-        UNREAD.fetch_sub(self.unread(), SeqCst);
-        lock(&self.unsent).clear();
+        self.take_output();
     }
 
-    /// To be called before the bytes can be sent.
-    fn has_handed(&self, count: usize) {
-        self.handed.fetch_add(count as u64, SeqCst);
-        UNREAD.fetch_add(count as u64, SeqCst);
+    /// Adds to the output.
+    fn write(&self, write: impl FnOnce(&mut Vec<u8>)) {
+        let mut output = lock(&self.output);
+        let bytes = &mut output.get_or_insert_default().bytes;
+        let before = bytes.len();
+        write(bytes);
+        self.has_more((bytes.len() - before) as u64);
     }
 
-    fn has_sent(&self, count: usize) {
-        let sent = self.sent.fetch_add(count as u64, SeqCst) + count as u64;
-        UNREAD.fetch_sub(count as u64, SeqCst);
-        let mut unsent = lock(&self.unsent);
-        while unsent.front().is_some_and(|(end, _)| *end <= sent) {
-            unsent.pop_front();
-        }
+    fn has_more(&self, count: u64) {
+        self.unread.fetch_add(count, SeqCst);
+        UNREAD.fetch_add(count, SeqCst);
     }
 
-    /// How many bytes of answers the kernel had no room for yet.
+    fn has_less(&self, count: u64) {
+        self.unread.fetch_sub(count, SeqCst);
+        UNREAD.fetch_sub(count, SeqCst);
+    }
+
     fn unread(&self) -> u64 {
-        self.handed.load(SeqCst).saturating_sub(self.sent.load(SeqCst))
+        self.unread.load(SeqCst)
     }
 
-    /// What the kernel does not have yet of the answers that the server was handed.
-    fn unsent_bytes(&self) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        lock(&self.unsent).iter().for_each(|(_, answer)| answer.write(&mut bytes, "", false));
-        let sent = bytes.len().saturating_sub(self.unread() as usize);
-        bytes.drain(..sent);
-        bytes
+    /// Takes away what of the output is not sent.
+    fn take_output(&self) -> Vec<u8> {
+        let output = lock(&self.output).take().unwrap_or_default();
+        self.has_less((output.bytes.len() - output.taken) as u64);
+        FREED.fetch_add(output.bytes.capacity() as u64, SeqCst);
+        output.bytes[output.taken..].to_vec()
+    }
+
+    /// Gives the output to the kernel, as much as that takes now. True if it took all.
+    fn send_output(&self, fd: RawFd, flags: libc::c_int) -> io::Result<bool> {
+        let mut output = lock(&self.output);
+        let Some(Output { bytes, taken }) = output.as_deref_mut() else { return Ok(true) };
+        while *taken < bytes.len() {
+            let rest = &bytes[*taken..];
+            // SAFETY: sendto reads the bytes, which outlive the call.
+            let count = unsafe { libc::sendto(fd, rest.as_ptr().cast(), rest.len(), flags, std::ptr::null(), 0) };
+            if count < 0 {
+                let error = io::Error::last_os_error();
+                return if error.kind() == io::ErrorKind::WouldBlock { Ok(false) } else { Err(error) };
+            }
+            *taken += count as usize;
+            self.has_less(count as u64);
+        }
+        if bytes.capacity() > BATCH {
+            FREED.fetch_add(bytes.capacity() as u64, SeqCst);
+            *bytes = Vec::new();
+        }
+        bytes.clear();
+        *taken = 0;
+        Ok(true)
     }
 }
 
@@ -6199,16 +6226,16 @@ impl HttpServiceFactory for Server {
         let now = Instant::now();
         connections.insert(id as RawFd, Watched { client, seen: 0, since: now, acknowledged: 0, moved: now });
         drop(connections);
-        let (served, most_unsent, lingers, relayed) = (0, 0, false, false);
-        Connection { socket, client, served, most_unsent, ended: crowded, lingers, relayed }
+        client.has_ended.store(crowded, SeqCst);
+        Connection { socket, client, served: 0, lingers: false, relayed: false }
     }
 }
 
 impl HttpService for Connection {
-    fn call(&mut self, parsed: Parsed, response: &mut Response) -> io::Result<()> {
-        if !self.ended {
+    fn call(&mut self, parsed: Parsed, _: &mut Response) -> io::Result<()> {
+        if !self.client.has_ended.load(SeqCst) {
             self.client.calls.fetch_add(1, SeqCst);
-            self.serve(parsed, response);
+            self.serve(parsed);
             self.client.head.store(0, SeqCst);
             self.client.calls.fetch_add(1, SeqCst);
         }
@@ -6217,7 +6244,7 @@ impl HttpService for Connection {
 }
 
 impl Connection {
-    fn serve(&mut self, parsed: Parsed, response: &mut Response) {
+    fn serve(&mut self, parsed: Parsed) {
         let (mut request, framing) = match read_head(&parsed) {
             Ok(head) => head,
             Err(refusal) => return self.refuse(refusal.answer(Vocabulary::Form, "GET"), parsed.method() == "HEAD"),
@@ -6234,6 +6261,8 @@ impl Connection {
         if framing.length > 0 {
             let body = request.wants_body(framing.length).then_some(&mut request.body);
             if !self.read_body(parsed.body(), framing.length, body) {
+                // What it sent before is answered.
+                self.flush();
                 return self.end();
             }
         }
@@ -6245,24 +6274,17 @@ impl Connection {
         let answer = answer(request);
         count_answer(verb, answer.status);
         self.client.answering.store(false, SeqCst);
-        if framing.closing || framing.is_head || !self.may_hand_over(&answer) {
-            self.lingers = !framing.closing;
-            self.answer_and_close(&answer, framing.is_head);
+        if framing.closing {
+            self.close_with(answer, framing.is_head);
         } else {
-            self.hand_over(answer, response);
+            self.served += answer.size() as u64;
+            self.client.write(|out| answer.write(out, "", framing.is_head));
+            drop(answer);
+            if self.client.unread() as usize > BATCH {
+                self.flush();
+            }
+            take_turn(&mut self.served, TURN);
         }
-    }
-
-    /// Whether the server can be given an answer. It takes only headers that live forever, not those of a foreign main instance. And
-    /// it would collect answers without end for a client that does not read them, and keep the room for large ones as long as
-    /// the connection is open.
-    fn may_hand_over(&self, answer: &Answer) -> bool {
-        let unread = self.client.unread();
-        let needs_room = answer.body.len() as u64 > self.most_unsent + (64 << 10);
-        matches!(answer.header, Cow::Borrowed(_))
-            && unread <= MAX_UNSENT
-            && (!needs_room || KEPT.load(SeqCst) <= MAX_KEPT)
-            && (unread == 0 || UNREAD.load(SeqCst) <= MAX_UNREAD)
     }
 
     /// Becomes one of the two connections of a stream, as long as that lives.
@@ -6275,7 +6297,7 @@ impl Connection {
         };
         match part {
             // Pipelined after something else, it would overtake the answer to that.
-            _ if self.client.handed.load(SeqCst) > 0 => return self.refuse(bad_request(), false),
+            _ if self.client.calls.load(SeqCst) > 1 => return self.refuse(bad_request(), false),
             Some((ANSWERS, id)) if id.len() <= 16 => {
                 self.client.answering.store(true, SeqCst);
                 answering::carry_answers(id, &self.socket, knows_secret);
@@ -6303,92 +6325,82 @@ impl Connection {
         taken == length
     }
 
-    /// Gives an answer to the server, which sends it when it has looked at all that it has read.
-    fn hand_over(&mut self, answer: Answer, response: &mut Response) {
-        let answer_length = answer.length();
-        self.client.has_handed(answer_length);
-        lock(&self.client.unsent).push_back((self.client.handed.load(SeqCst), answer.clone()));
-        response.status_code(answer.status.into(), answer.reason());
-        if let Cow::Borrowed(header) = answer.header {
-            response.header(header);
-        }
-        response.body_vec(answer.body);
-        let most = self.most_unsent.max(self.client.unread());
-        KEPT.fetch_add(most - std::mem::replace(&mut self.most_unsent, most), SeqCst);
-        self.served += answer_length as u64;
-        take_turn(&mut self.served, TURN);
-    }
-
     /// Waits while too much is unread by all clients together, before more is made: those that read nothing are soon closed.
-    /// False if this connection is one of them. With earlier answers that the server has yet to send, it does not wait: their client
-    /// could not read them meanwhile (`may_hand_over` then has them sent).
+    /// False if this connection is one of them.
     fn wait_for_room(&self) -> bool {
-        // Longer than it takes to close those that read nothing.
-        let mut patience = 2 * STUCK.as_millis() / 5;
         let is_crowded = || UNREAD.load(SeqCst) > MAX_UNREAD;
+        let given_up = || self.client.given_up.load(SeqCst);
         if is_crowded() {
             wake_connection_watch();
+            // Nothing is sent on this connection meanwhile.
+            self.flush();
         }
-        let given_up = || self.client.given_up.load(SeqCst);
-        while is_crowded() && self.client.unread() == 0 && !given_up() && patience > 0 {
+        // Longer than it takes to close those that read nothing.
+        let mut patience = 2 * STUCK.as_millis() / 5;
+        while is_crowded() && !given_up() && patience > 0 {
             patience -= 1;
             pause(Duration::from_millis(5));
         }
         !given_up()
     }
 
-    /// Tells a client that asked first that it may send its body. While answers before this one are on their way nothing
-    /// is said: such a client sends its body unasked after a moment (RFC 9110 section 10.1.1).
+    /// Tells a client that asked first that it may send its body (RFC 9110 section 10.1.1).
     fn send_continue(&self) {
-        if self.client.unread() == 0 {
-            // (On a descriptor of its own, which is not counted.)
-            let _ = waiting_stream(&self.socket, CHANGE_LIMIT)
-                .and_then(|mut stream| stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n"));
+        self.client.write(|out| out.extend(b"HTTP/1.1 100 Continue\r\n\r\n"));
+        self.flush();
+    }
+
+    /// Sends the output, however long the client takes to read it: the watch ends what takes too long. A connection that breaks
+    /// ends.
+    fn flush(&self) {
+        match self.client.send_output(self.socket.as_raw_fd(), libc::MSG_NOSIGNAL) {
+            Ok(true) => {}
+            Ok(false) => self.wait_and_send(&self.client.take_output()),
+            Err(_) => self.end(),
+        }
+    }
+
+    /// Sends bytes, and makes the coroutine wait for the client to read.
+    fn wait_and_send(&self, mut bytes: &[u8]) {
+        self.client.has_more(bytes.len() as u64);
+        FREED.fetch_add(bytes.len() as u64, SeqCst);
+        // The kernel asks for more only when a third of its buffer is free, which may take a slow reader minutes.
+        if let Ok(mut stream) = waiting_stream(&self.socket, CHANGE_LIMIT) {
+            while let Ok(count @ 1..) = stream.write(bytes) {
+                self.client.has_less(count as u64);
+                bytes = &bytes[count..];
+            }
+        }
+        self.client.has_less(bytes.len() as u64);
+        if !bytes.is_empty() {
+            self.end();
         }
     }
 
     /// Answers a request whose end is not known or not worth reading up to it.
     fn refuse(&mut self, answer: Answer, without_body: bool) {
-        self.lingers = true;
         count_answer("other", answer.status);
-        self.answer_and_close(&answer, without_body);
+        self.close_with(answer, without_body);
     }
 
-    /// Sends an answer directly, after what the server has not sent of those before it, and closes the connection.
-    fn answer_and_close(&mut self, answer: &Answer, without_body: bool) {
-        let mut bytes = self.client.unsent_bytes();
-        let before = bytes.len();
+    /// Sends a last answer and closes the connection.
+    fn close_with(&mut self, answer: Answer, without_body: bool) {
         // A follower that does not know this instance yet asks one thing a connection: this reaches it (W3C, Linked Data
         // Platform, section 7.1).
         let accepts = if self.relayed { format!("Accept-Post: {STREAM}\r\n") } else { String::new() };
-        answer.write(&mut bytes, &format!("{CLOSE}{accepts}"), without_body);
-        self.client.has_handed(bytes.len() - before);
-        self.send_rest(&bytes);
+        self.client.write(|out| answer.write(out, &format!("{CLOSE}{accepts}"), without_body));
+        // The last packet is held back until the stream ends, so that a client that has the whole answer has its end as well.
+        let _ = self.client.send_output(self.socket.as_raw_fd(), libc::MSG_MORE | libc::MSG_NOSIGNAL);
+        self.flush();
+        self.lingers = true;
         self.end();
-    }
-
-    /// Sends the last bytes of a connection, however long the client takes to read them: the watch ends what takes too long.
-    fn send_rest(&self, bytes: &[u8]) {
-        // The last packet is held back until more is sent or the stream ends, so that a client that has the whole answer has its end
-        // as well.
-        let sent = self.client.give(self.socket.as_raw_fd(), bytes, libc::MSG_MORE | libc::MSG_NOSIGNAL);
-        let mut rest = &bytes[sent.max(0) as usize..];
-        if rest.is_empty() {
-            return;
-        }
-        // The kernel asks for more only when a third of its buffer is free, which may take a slow reader minutes.
-        let Ok(mut stream) = waiting_stream(&self.socket, CHANGE_LIMIT) else { return };
-        while let Ok(count @ 1..) = stream.write(rest) {
-            self.client.has_sent(count);
-            rest = &rest[count..];
-        }
     }
 
     /// Lets nothing more out: the server's next write fails, and then it closes the connection. The end of the stream
     /// leaves together with the last answer. So this side, and not a relaying one, is the first to close and has its port
     /// in TIME_WAIT (RFC 9293 section 3.6.1): 28,000 relays in a minute would use up the other side's ports.
-    fn end(&mut self) {
-        self.ended = true;
+    fn end(&self) {
+        self.client.has_ended.store(true, SeqCst);
         let _ = self.socket.shutdown(Shutdown::Write);
     }
 }
@@ -6402,7 +6414,7 @@ impl Drop for Connection {
         let head = self.client.head.load(SeqCst);
         let state = info(&self.socket).map_or(0, |info| info.tcpi_state);
         let has_left = self.client.has_left.load(SeqCst);
-        if self.ended || thread::panicking() || ![ESTABLISHED, CLOSE_WAIT].contains(&state) {
+        if self.client.has_ended.load(SeqCst) || thread::panicking() || ![ESTABLISHED, CLOSE_WAIT].contains(&state) {
             // Nothing can be sent any more.
         } else if head > MAX_READ || has_left && head > 0 && !had_call {
             // A head that does not end, or ended with the stream.
@@ -6410,8 +6422,8 @@ impl Drop for Connection {
         } else if !has_left {
             self.refuse(Outcome::Unparsed.answer(Vocabulary::Form, "GET"), false);
         } else {
-            // The client sends nothing more, but may still be reading. What the server had not sent, it drops.
-            self.send_rest(&self.client.unsent_bytes());
+            // The client sends nothing more, but may still be reading.
+            self.flush();
         }
         // Closing a socket with unread input resets the connection, and the reset may reach the client before it has read its
         // answer: what it still sends is read and forgotten.
@@ -6423,9 +6435,8 @@ impl Drop for Connection {
         }
         lock(&CONNECTIONS).remove(&self.socket.as_raw_fd());
         self.client.close();
-        KEPT.fetch_sub(self.most_unsent, SeqCst);
-        // The buffers, the stack, and three times the answers: in the server's buffer, which doubles, and in copies.
-        FREED.fetch_add((80 << 10) + 3 * self.most_unsent, SeqCst);
+        // The buffers and the stack.
+        FREED.fetch_add(80 << 10, SeqCst);
     }
 }
 
@@ -6556,7 +6567,8 @@ unsafe extern "C" fn recv(fd: RawFd, buffer: *mut libc::c_void, size: usize, fla
     }
 }
 
-/// Takes the place of the C library's function of this name, with which the server sends: it is counted what the kernel has.
+/// Takes the place of the C library's function of this name, with which the server sends: it sends the connection's output instead of
+/// the empty answers that the server has, which are as good as sent when all of that is.
 // SAFETY: as `recv`.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn send(fd: RawFd, buffer: *const libc::c_void, size: usize, flags: libc::c_int) -> isize {
@@ -6564,45 +6576,32 @@ unsafe extern "C" fn send(fd: RawFd, buffer: *const libc::c_void, size: usize, f
         // SAFETY: as in `recv`.
         return unsafe { libc::sendto(fd, buffer, size, flags, std::ptr::null(), 0) };
     };
-    let ahead = client.sent_ahead.load(Relaxed).min(size as u64);
-    if ahead > 0 {
-        client.sent_ahead.fetch_sub(ahead, Relaxed);
-        return ahead as isize;
+    if client.has_ended.load(SeqCst) {
+        return fail_with(libc::EPIPE);
     }
-    // SAFETY: the caller answers for the buffer.
-    client.give(fd, unsafe { std::slice::from_raw_parts(buffer.cast(), size) }, flags)
+    match client.send_output(fd, flags) {
+        Ok(true) => size as isize,
+        Ok(false) => fail_with(libc::EAGAIN),
+        Err(error) => fail_with(error.raw_os_error().unwrap_or(libc::EPIPE)),
+    }
+}
+
+/// What a function of the C library returns when it fails.
+fn fail_with(error: libc::c_int) -> isize {
+    // SAFETY: errno is the thread's own.
+    unsafe { *libc::__errno_location() = error };
+    -1
 }
 
 impl Client {
-    /// Sends the answers to a client's earlier requests while the server waits for the body of the next one: it would send them after
-    /// that only.
-    fn send_ahead(&self, fd: RawFd) {
-        let sent = self.give(fd, &self.unsent_bytes(), libc::MSG_NOSIGNAL);
-        self.sent_ahead.fetch_add(sent.max(0) as u64, Relaxed);
-    }
-
-    /// Gives bytes to the kernel, as send(2) does, and counts those that it takes.
-    fn give(&self, fd: RawFd, bytes: &[u8], flags: libc::c_int) -> isize {
-        // SAFETY: sendto reads the bytes, which outlive the call.
-        let count = unsafe { libc::sendto(fd, bytes.as_ptr().cast(), bytes.len(), flags, std::ptr::null(), 0) };
-        if count > 0 {
-            self.has_sent(count as usize);
-        }
-        count
-    }
-
     /// What the server is told of a read that brought so many bytes.
     fn after_read(&self, fd: RawFd, count: isize) -> isize {
-        let fail = |error| {
-            // SAFETY: errno is the thread's own.
-            unsafe { *libc::__errno_location() = error };
-            -1
-        };
         let in_call = self.calls.load(Relaxed) % 2 == 1;
         let would_block = count < 0 && io::Error::last_os_error().kind() == io::ErrorKind::WouldBlock;
-        if in_call && would_block && self.unread() > 0 {
-            self.send_ahead(fd);
-            return fail(libc::EAGAIN);
+        if in_call && would_block {
+            // While a body is awaited, the answers to what came before it are sent.
+            let _ = self.send_output(fd, libc::MSG_NOSIGNAL);
+            return fail_with(libc::EAGAIN);
         }
         let before = self.has_read.load(Relaxed);
         if before != (count > 0) {
@@ -6610,11 +6609,11 @@ impl Client {
         }
         if count > 0 && !in_call {
             let head = self.head.fetch_add(count as u64, Relaxed) + count as u64;
-            return if head > MAX_READ { fail(libc::ECONNABORTED) } else { count };
+            return if head > MAX_READ { fail_with(libc::ECONNABORTED) } else { count };
         } else if count == 0 && before {
             // The server waits for a signal then, and the kernel has given this one already.
             signal_again(&borrow_socket(fd));
-            return fail(libc::EAGAIN);
+            return fail_with(libc::EAGAIN);
         }
         if count == 0 {
             self.has_left.store(true, SeqCst);
