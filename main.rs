@@ -798,12 +798,6 @@ fn write_date(out: &mut Vec<u8>) {
     out.extend(date.1.as_bytes());
 }
 
-/// Borrows the header of a peer's answer if it is one of ours: the server takes no others.
-fn known_header(header: &str) -> Cow<'static, str> {
-    let known = [JSON, GET_ONLY, PUT_ONLY, KEY_VERBS].into_iter().find(|known| *known == header);
-    known.map_or_else(|| Cow::Owned(header.to_owned()), Cow::Borrowed)
-}
-
 // ---- Records: keys and values, in buckets ---------------------------------------------------------------------------
 
 mod records {
@@ -1324,12 +1318,13 @@ fn answer_or_defer(request: Request) -> Result<Answer, Work> {
                 Err(refusal) => return Ok(refusal.answer(vocabulary, &request.verb)),
             };
             let (hash, action) = (hash_of(key), Action::of(key, &request, vocabulary));
-            let tried = Live.with(|node| perform(node, hash, key, action, context, request.origin));
+            let (tried, began) =
+                Live.with(|node| (perform(node, hash, key, action, context, request.origin), node.now));
             match tried {
                 Tried::Done(outcome, context) => Ok(outcome.answer(vocabulary, &request.verb).with_context(&context)),
                 tried => {
                     let key = key.to_vec();
-                    Err(Box::new(move || block_on(answer_for_key(&Live, &key, tried, &request, vocabulary))))
+                    Err(Box::new(move || block_on(answer_for_key(&Live, &key, tried, began, &request, vocabulary))))
                 }
             }
         }
@@ -3028,7 +3023,7 @@ mod node {
 
         /// A node of a key's shard that was not asked yet, if one is left: of those that are not silent, if there are such.
         pub fn another(&self, hash: u64, key: &[u8], asked: &[String]) -> Option<String> {
-            let table = self.table.as_ref()?;
+            let table = self.table.as_ref().filter(|_| self.is_replicated())?;
             let mut replicas = table.replicas(table.shard_at(hash, key));
             replicas.retain(|node| *node != self.own && !asked.contains(node));
             (!replicas.is_empty()).then(|| self.pick(&replicas, hash))
@@ -3750,16 +3745,17 @@ mod protocol {
         deadline: Duration,
     }
 
-    /// Answers a request for a key, of which `tried` is what came of it here so far.
+    /// Answers a request for a key, of which `tried` is what came of it here so far, since it began.
     pub async fn answer_for_key(
         world: &impl World,
         key: &[u8],
         tried: Tried,
+        began: Duration,
         request: &Request,
         vocabulary: Vocabulary,
     ) -> Answer {
-        let (hash, began) = (hash_of(key), world.with(|node| node.now));
-        let request = KeyRequest { world, hash, key, request, vocabulary, began, deadline: began + PATIENCE };
+        let (hash, deadline) = (hash_of(key), began + PATIENCE);
+        let request = KeyRequest { world, hash, key, request, vocabulary, began, deadline };
         request.answer(tried).await
     }
 
@@ -5261,7 +5257,7 @@ mod relay {
 
     impl Waiting {
         fn deliver(self, answer: Answer) {
-            *lock(&self.waiter.answer) = Some(Answer { header: known_header(&answer.header), ..answer });
+            *lock(&self.waiter.answer) = Some(answer);
         }
     }
 
@@ -6064,6 +6060,7 @@ struct Client {
     calls: AtomicU32,
     /// The whole request is there, and its answer is not yet: that may take as long as a view change.
     answering: AtomicBool,
+    /// None is an empty one. (A table of these is all zeros, and so no part of the binary.)
     output: Mutex<Option<Box<Output>>>,
     /// How many bytes of answers the kernel has not taken yet.
     unread: AtomicU64,
@@ -6133,6 +6130,7 @@ impl Client {
         self.is_open.store(true, SeqCst);
     }
 
+    /// The descriptor is nobody's now.
     fn close(&self) {
         self.is_open.store(false, SeqCst);
         self.take_output();
@@ -6277,14 +6275,19 @@ impl Connection {
         if framing.closing {
             self.close_with(answer, framing.is_head);
         } else {
-            self.served += answer.size() as u64;
-            self.client.write(|out| answer.write(out, "", framing.is_head));
-            drop(answer);
-            if self.client.unread() as usize > BATCH {
-                self.flush();
-            }
-            take_turn(&mut self.served, TURN);
+            self.respond(answer, framing.is_head);
         }
+    }
+
+    /// Answers a request on a connection that stays open: at once, or with what follows.
+    fn respond(&mut self, answer: Answer, without_body: bool) {
+        self.served += answer.size() as u64;
+        self.client.write(|out| answer.write(out, "", without_body));
+        drop(answer);
+        if self.client.unread() as usize > BATCH {
+            self.flush();
+        }
+        take_turn(&mut self.served, TURN);
     }
 
     /// Becomes one of the two connections of a stream, as long as that lives.
@@ -8057,8 +8060,9 @@ mod simulation {
         let action = Action::of(key, request, vocabulary);
         let deletions = u32::from(request.verb == "DELETE");
         there.state.borrow_mut().machines[there.machine].deleting[key_of(key)] += deletions;
-        let tried = there.with(|node| perform(node, hash_of(key), key, action, context, request.origin));
-        let answer = answer_for_key(there, key, tried, request, vocabulary).await;
+        let perform = |node: &mut Node| (perform(node, hash_of(key), key, action, context, request.origin), node.now);
+        let (tried, began) = there.with(perform);
+        let answer = answer_for_key(there, key, tried, began, request, vocabulary).await;
         let state = &mut *there.state.borrow_mut();
         // Who relayed it acknowledged nothing.
         let is_own = !String::from_utf8_lossy(&answer.body).contains(r#""address""#);
@@ -8561,7 +8565,7 @@ mod tests {
         let mut first = client();
         first.write_all((put + &value).as_bytes()).unwrap();
         assert!(first.read(&mut [0; 512]).unwrap() > 0);
-        let mut crowd: Vec<TcpStream> = (0..60).map(|_| client()).collect();
+        let mut crowd: Vec<TcpStream> = (0..100).map(|_| client()).collect();
         // They have been there for longer than it takes to be closed for reading nothing.
         thread::sleep(STUCK + STUCK / 5);
         for client in &mut crowd {
