@@ -91,8 +91,8 @@ const MAX_BODY: usize = 8 << 20;
 const MAX_HEAD: usize = 64 << 10;
 /// The answers to nodes that do not read them, in bytes: more is asked only when there are fewer.
 const MAX_UNSENT: u64 = 4 << 20;
-/// The answers of a connection that are sent in one go, in bytes, before more are made.
-const BATCH: usize = 64 << 10;
+/// The answers of a connection that may wait to be sent in one go, in bytes.
+const BATCH: usize = 32 << 10;
 /// The answers that all connections together may have waiting for clients that do not read, in bytes.
 const MAX_UNREAD: u64 = 64 << 20;
 /// How long a client must have read nothing to be closed for that. A reader on a lossy link waits for a packet to be sent again for a
@@ -6027,11 +6027,11 @@ mod answering {
 
 // ---- Connections: where the bytes come from and go to ---------------------------------------------------------------
 //
-// may_minihttp parses requests, and sends answers when it has dealt with all that it read. What it cannot do of that is much: answer
-// what it refused to parse, answer without a body (HEAD) or with headers that are not known when it is compiled, answer before the
-// next request's body has come, close, and wait for a client that does not read. So a connection writes its answers itself, into
-// its `Output`. For each the server is given an empty one, and when it sends these, the output is sent in their place (`send`, in the
-// next section).
+// may_minihttp parses requests, and sends answers when it has dealt with all that it read. Much it cannot do: answer what it refused
+// to parse, answer without a body (HEAD) or with headers that are not known when it is compiled, answer before the next request's
+// body has come, close, and wait for a client that does not read. So a connection writes its answers itself, into its `Output`. The
+// server has an empty answer for each, and when it sends these, the output is sent in their place (`send`, in the next section): as
+// long as there is output, the server has something to send, and goes on trying.
 //
 // A connection is closed
 // - after the answer to `Connection: close` and HTTP/1.0 (`close_with`);
@@ -6056,7 +6056,7 @@ struct Connection {
 struct Client {
     /// The descriptor is that of a client's connection.
     is_open: AtomicBool,
-    /// Goes up when a request begins to be dealt with and when that ends: it is odd meanwhile.
+    /// Goes up when a request begins to be dealt with and when that ends: it is odd meanwhile, and when the connection is over.
     calls: AtomicU32,
     /// The whole request is there, and its answer is not yet: that may take as long as a view change.
     answering: AtomicBool,
@@ -6064,9 +6064,9 @@ struct Client {
     output: Mutex<Option<Box<Output>>>,
     /// How many bytes of answers the kernel has not taken yet.
     unread: AtomicU64,
-    /// How many bytes were read since a request last began or ended. Where they are many, they are a head that does not end.
+    /// How many bytes were read since a request was last dealt with. Where they are many, they are a head that does not end.
     head: AtomicU64,
-    /// The last read brought bytes.
+    /// The last `recv` brought bytes.
     has_read: AtomicBool,
     /// The server was told that the client sends nothing more.
     has_left: AtomicBool,
@@ -6076,7 +6076,7 @@ struct Client {
     has_ended: AtomicBool,
 }
 
-/// The answers of a connection that wait to be sent.
+/// The answers of a connection, until all of them are sent.
 #[derive(Default)]
 struct Output {
     bytes: Vec<u8>,
@@ -6124,6 +6124,7 @@ impl Client {
     fn open(&self) {
         self.calls.store(0, SeqCst);
         self.head.store(0, SeqCst);
+        self.unread.store(0, SeqCst);
         for flag in [&self.answering, &self.has_read, &self.has_left, &self.given_up, &self.has_ended] {
             flag.store(false, SeqCst);
         }
@@ -6159,7 +6160,12 @@ impl Client {
         self.unread.load(SeqCst)
     }
 
-    /// Takes away what of the output is not sent.
+    /// Whether it is time to send what there is: it is much, or the kernel had no room for all of it when it was last sent.
+    fn has_batch(&self) -> bool {
+        lock(&self.output).as_ref().is_some_and(|output| output.taken > 0 || output.bytes.len() > BATCH)
+    }
+
+    /// Takes the output away, and returns what of it is not sent.
     fn take_output(&self) -> Vec<u8> {
         let output = lock(&self.output).take().unwrap_or_default();
         self.has_less((output.bytes.len() - output.taken) as u64);
@@ -6182,7 +6188,7 @@ impl Client {
             *taken += count as usize;
             self.has_less(count as u64);
         }
-        if bytes.capacity() > BATCH {
+        if bytes.capacity() > 2 * BATCH {
             FREED.fetch_add(bytes.capacity() as u64, SeqCst);
             *bytes = Vec::new();
         }
@@ -6284,7 +6290,7 @@ impl Connection {
         self.served += answer.size() as u64;
         self.client.write(|out| answer.write(out, "", without_body));
         drop(answer);
-        if self.client.unread() as usize > BATCH {
+        if self.client.has_batch() {
             self.flush();
         }
         take_turn(&mut self.served, TURN);
@@ -6299,7 +6305,7 @@ impl Connection {
             Err(refusal) => return self.refuse(refusal.answer(Vocabulary::Form, "POST"), false),
         };
         match part {
-            // Pipelined after something else, it would overtake the answer to that.
+            // It writes on the socket, and would overtake the answer to what came before it.
             _ if self.client.calls.load(SeqCst) > 1 => return self.refuse(bad_request(), false),
             Some((ANSWERS, id)) if id.len() <= 16 => {
                 self.client.answering.store(true, SeqCst);
@@ -6314,7 +6320,17 @@ impl Connection {
     /// Reads a whole body, to keep it or not. False is a client that left before it was complete: its request never happened.
     fn read_body(&self, mut reader: BodyReader, length: usize, mut body: Option<&mut Vec<u8>>) -> bool {
         let (mut taken, mut reads) = (0, 0);
-        while let Some(arrived) = reader.fill_buf().ok().filter(|arrived| !arrived.is_empty()) {
+        while !self.client.has_ended.load(SeqCst) {
+            let arrived = match reader.fill_buf() {
+                Ok([]) => break,
+                Ok(arrived) => arrived,
+                // (`after_read`)
+                Err(error) if error.raw_os_error() == Some(SEND_FIRST) => {
+                    self.flush();
+                    continue;
+                }
+                Err(_) => break,
+            };
             let count = arrived.len();
             if let Some(body) = &mut body {
                 body.extend(arrived);
@@ -6353,8 +6369,8 @@ impl Connection {
         self.flush();
     }
 
-    /// Sends the output, however long the client takes to read it: the watch ends what takes too long. A connection that breaks
-    /// ends.
+    /// Sends the output, however long the client takes to read it: the watch ends what takes too long. (The limit of a day is none.)
+    /// A connection that breaks ends.
     fn flush(&self) {
         match self.client.send_output(self.socket.as_raw_fd(), libc::MSG_NOSIGNAL) {
             Ok(true) => {}
@@ -6392,16 +6408,16 @@ impl Connection {
         // Platform, section 7.1).
         let accepts = if self.relayed { format!("Accept-Post: {STREAM}\r\n") } else { String::new() };
         self.client.write(|out| answer.write(out, &format!("{CLOSE}{accepts}"), without_body));
-        // The last packet is held back until the stream ends, so that a client that has the whole answer has its end as well.
+        // The last packet is held back until the stream ends, so that a client that has the whole answer has its end as well. So this
+        // side, and not a relaying one, is the first to close and has its port in TIME_WAIT (RFC 9293 section 3.6.1): 28,000
+        // relays in a minute would use up the other side's ports.
         let _ = self.client.send_output(self.socket.as_raw_fd(), libc::MSG_MORE | libc::MSG_NOSIGNAL);
         self.flush();
         self.lingers = true;
         self.end();
     }
 
-    /// Lets nothing more out: the server's next write fails, and then it closes the connection. The end of the stream
-    /// leaves together with the last answer. So this side, and not a relaying one, is the first to close and has its port
-    /// in TIME_WAIT (RFC 9293 section 3.6.1): 28,000 relays in a minute would use up the other side's ports.
+    /// Lets nothing more out: the server's next write fails, and then it closes the connection.
     fn end(&self) {
         self.client.has_ended.store(true, SeqCst);
         let _ = self.socket.shutdown(Shutdown::Write);
@@ -6409,10 +6425,10 @@ impl Connection {
 }
 
 /// The server is done with the connection: the client left, or sent something that is not HTTP or has too many headers. To
-/// that, the server says nothing; this does.
+/// that, the server says nothing; this does, after the answers that are still to be sent.
 impl Drop for Connection {
     fn drop(&mut self) {
-        // To the watch, this is a call: nothing is awaited any more.
+        // As in a call, nothing that comes is a head any more.
         let had_call = self.client.calls.fetch_or(1, SeqCst) > 0;
         let head = self.client.head.load(SeqCst);
         let state = info(&self.socket).map_or(0, |info| info.tcpi_state);
@@ -6420,7 +6436,7 @@ impl Drop for Connection {
         if self.client.has_ended.load(SeqCst) || thread::panicking() || ![ESTABLISHED, CLOSE_WAIT].contains(&state) {
             // Nothing can be sent any more.
         } else if head > MAX_READ || has_left && head > 0 && !had_call {
-            // A head that does not end, or ended with the stream.
+            // A head that does not end, or ended with the stream. (After a request, a line's end may follow that is nothing.)
             self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "GET"), false);
         } else if !has_left {
             self.refuse(Outcome::Unparsed.answer(Vocabulary::Form, "GET"), false);
@@ -6449,16 +6465,19 @@ struct Watched {
     /// The count of calls when last seen, and since when it is the same.
     seen: u32,
     since: Instant,
-    /// How many bytes of answers the client had at the last look, and since when it reads no more although there is more.
+    /// How many bytes of answers the client had confirmed at the last look.
     acknowledged: u64,
+    /// When that last grew, or there was nothing to read.
     moved: Instant,
 }
 
 static CONNECTIONS: LazyLock<Mutex<HashMap<RawFd, Watched>>> = LazyLock::new(Default::default);
-/// The files that the system lets this process open, less some for everything else; and less than half the mappings that Linux
-/// lets a process have: a coroutine's stack takes two, and without one the server ends.
-static MAX_CONNECTIONS: LazyLock<usize> =
-    LazyLock::new(|| rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024).saturating_sub(200).min(28_000) as usize);
+/// Half the files that the system lets this process open, less some for everything else: a client that reads slowly takes two
+/// (`waiting_stream`). And less than half the mappings that Linux lets a process have: a coroutine's stack takes two, and without
+/// one the server ends.
+static MAX_CONNECTIONS: LazyLock<usize> = LazyLock::new(|| {
+    rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024).saturating_sub(200).min(56_000) as usize / 2
+});
 
 /// The thread of the watch, to be woken when it has something to do.
 static CONNECTION_WATCH: OnceLock<thread::Thread> = OnceLock::new();
@@ -6551,13 +6570,14 @@ impl Watched {
 
 // ---- The socket, behind the server's back ---------------------------------------------------------------------------
 
-/// What the server reads of a client before a request begins, in bytes, at most. It reads ahead by as much as it has, and the limit of
+/// What the server reads of a client before a request's head is whole, in bytes, at most. It reads ahead by as much as it has, and the limit of
 /// a head is exact only where the whole head is there.
 const MAX_READ: u64 = 3 * MAX_HEAD as u64;
 
 /// Takes the place of the C library's function of this name, with which the server, as the whole standard library, reads from sockets.
 /// Without it, a request that comes together with the end of the stream is lost, since the server throws away what it has read then:
 /// here the end comes one read later. And an endless head, of which the server collects hundreds of megabytes a second, ends here.
+/// (A coroutine that has waited for input then reads with `read`, which is not seen here.)
 // SAFETY: it has the type of the function of that name, and does what recv(2) says that may happen.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn recv(fd: RawFd, buffer: *mut libc::c_void, size: usize, flags: libc::c_int) -> isize {
@@ -6570,8 +6590,8 @@ unsafe extern "C" fn recv(fd: RawFd, buffer: *mut libc::c_void, size: usize, fla
     }
 }
 
-/// Takes the place of the C library's function of this name, with which the server sends: it sends the connection's output instead of
-/// the empty answers that the server has, which are as good as sent when all of that is.
+/// Takes the place of the C library's function of this name, with which the server sends. What it sends is empty answers: these never
+/// leave, and count as sent when the connection's output is.
 // SAFETY: as `recv`.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn send(fd: RawFd, buffer: *const libc::c_void, size: usize, flags: libc::c_int) -> isize {
@@ -6600,33 +6620,33 @@ impl Client {
     /// What the server is told of a read that brought so many bytes.
     fn after_read(&self, fd: RawFd, count: isize) -> isize {
         let in_call = self.calls.load(Relaxed) % 2 == 1;
-        let would_block = count < 0 && io::Error::last_os_error().kind() == io::ErrorKind::WouldBlock;
-        if in_call && would_block {
-            // While a body is awaited, the answers to what came before it are sent.
-            let _ = self.send_output(fd, libc::MSG_NOSIGNAL);
-            return fail_with(libc::EAGAIN);
-        }
-        let before = self.has_read.load(Relaxed);
-        if before != (count > 0) {
+        let had_read = self.has_read.load(Relaxed);
+        if had_read != (count > 0) {
             self.has_read.store(count > 0, Relaxed);
         }
-        if count > 0 && !in_call {
+        let would_block = count < 0 && io::Error::last_os_error().kind() == io::ErrorKind::WouldBlock;
+        if in_call && would_block && self.unread() > 0 {
+            return fail_with(SEND_FIRST);
+        } else if count > 0 && !in_call {
             let head = self.head.fetch_add(count as u64, Relaxed) + count as u64;
             return if head > MAX_READ { fail_with(libc::ECONNABORTED) } else { count };
-        } else if count == 0 && before {
+        } else if count == 0 && had_read && !in_call {
             // The server waits for a signal then, and the kernel has given this one already.
             signal_again(&borrow_socket(fd));
             return fail_with(libc::EAGAIN);
-        }
-        if count == 0 {
+        } else if count == 0 {
             self.has_left.store(true, SeqCst);
         }
         count
     }
 }
 
-/// A socket that the server owns, and closes after the service of its connection is dropped. Only that service, and the
-/// watch as long as the list of connections has the service, may hold one.
+/// The error of a read that would wait for a body while there are answers to be sent: their client may wait for them. (Whoever waits
+/// to read sends nothing.)
+const SEND_FIRST: libc::c_int = libc::EBUSY;
+
+/// A socket that the server owns, and closes after the service of its connection is dropped. Only that service, what it calls, and
+/// the watch as long as the list of connections has the service, may hold one.
 type Socket = ManuallyDrop<TcpStream>;
 
 fn borrow_socket(fd: RawFd) -> Socket {
@@ -6647,7 +6667,7 @@ fn waiting_stream(socket: &TcpStream, limit: Duration) -> io::Result<may::net::T
     Ok(stream)
 }
 
-/// Has the kernel signal input once more, if there is any (setting SO_RCVLOWAT does). The server waits for a signal that
+/// Has the kernel signal input once more, if there is any or the client has sent its end (setting SO_RCVLOWAT does). The server waits for a signal that
 /// comes once an arrival; reading a body uses it up, and a request that came with the body's end would be left lying.
 fn signal_again(socket: &Socket) {
     let (one, size) = (&1 as *const libc::c_int, size_of::<libc::c_int>() as libc::socklen_t);
@@ -8515,9 +8535,11 @@ mod tests {
     #[test]
     fn requests_that_come_with_the_end_of_the_stream_are_answered() {
         let get = "GET /kv-store/none HTTP/1.1\r\nHost: a\r\n\r\n";
+        let cut = "PUT /kv-store/none HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\nval=";
         for round in 0..300 {
             let (mut client, mut answers) = (client(), String::new());
-            client.write_all(get.repeat(1 + round % 4).as_bytes()).unwrap();
+            let last = if round % 3 == 0 { cut } else { "" };
+            client.write_all((get.repeat(1 + round % 4) + last).as_bytes()).unwrap();
             client.shutdown(Shutdown::Write).unwrap();
             client.read_to_string(&mut answers).unwrap();
             assert_eq!(answers.matches("HTTP/1.1 404").count(), 1 + round % 4, "round {round}: {answers}");
@@ -8542,6 +8564,28 @@ mod tests {
             let answer = read(&mut client);
             assert!(answer.starts_with("HTTP/1.1 201 ") && answer.ends_with("}\n"), "{answer}");
         }
+    }
+
+    #[test]
+    fn large_answers_do_not_wait_for_the_next_body() {
+        let head = |length| format!("PUT /kv-store/wide HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\nval=");
+        let (mut client, mut buffer, mut braces) = (client(), vec![0; 1 << 16], 0);
+        let mut read_answers = |client: &mut TcpStream, count| {
+            while braces < count {
+                let count = client.read(&mut buffer).unwrap();
+                assert!(count > 0, "{braces} answers");
+                braces += buffer[..count].iter().filter(|byte| **byte == b'}').count();
+            }
+        };
+        client.write_all((head(MAX_VALUE + 4) + &"v".repeat(MAX_VALUE)).as_bytes()).unwrap();
+        read_answers(&mut client, 1);
+        // More than the kernel takes; and a body that comes when all of it was read.
+        let gets = "GET /kv-store/wide HTTP/1.1\r\nHost: a\r\n\r\n".repeat(8);
+        let get = "GET /kv-store/none HTTP/1.1\r\nHost: a\r\n\r\n";
+        client.write_all((gets + get + &head(5)).as_bytes()).unwrap();
+        read_answers(&mut client, 10);
+        client.write_all(b"1").unwrap();
+        read_answers(&mut client, 11);
     }
 
     #[test]
