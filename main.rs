@@ -35,6 +35,7 @@
 //! "The contract" in the comments is the section of this name in README.md, which says all that a client may see.
 
 use std::borrow::Cow;
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap, VecDeque};
 use std::fmt::{self, Display, Formatter};
 use std::fs::File;
@@ -733,18 +734,19 @@ struct Answer {
 }
 
 impl Answer {
-    /// The status as HTTP spells it out.
-    fn reason(&self) -> &'static str {
-        StatusCode::from_u16(self.status).ok().and_then(|status| status.canonical_reason()).unwrap_or("Unknown")
-    }
-
     /// Writes the answer as HTTP. `connection` is what its head says of the connection, if anything.
     fn write(&self, out: &mut Vec<u8>, connection: &str, without_body: bool) {
-        // Writing to a Vec cannot fail.
-        let (status, reason, length, header) = (self.status, self.reason(), self.body.len(), &self.header);
-        let _ = write!(out, "HTTP/1.1 {status} {reason}\r\nServer: M\r\nDate: ");
+        let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::BAD_GATEWAY);
+        let reason = status.canonical_reason().unwrap_or("Unknown");
+        for text in ["HTTP/1.1 ", status.as_str(), " ", reason, "\r\nServer: M\r\nDate: "] {
+            out.extend(text.as_bytes());
+        }
         write_date(out);
-        let _ = write!(out, "\r\nContent-Length: {length}\r\n{header}\r\n{connection}\r\n");
+        // Writing to a Vec cannot fail.
+        let _ = write!(out, "\r\nContent-Length: {}\r\n", self.body.len());
+        for text in [&self.header, "\r\n", connection, "\r\n"] {
+            out.extend(text.as_bytes());
+        }
         out.extend(if without_body { &[] } else { &self.body[..] });
     }
 
@@ -786,16 +788,21 @@ impl Answer {
     }
 }
 
-/// Writes the time of day as HTTP spells it, which is worked out once a second.
+thread_local! {
+    /// The second that was last asked for, and how HTTP spells it.
+    static DATE: RefCell<(u64, String)> = const { RefCell::new((0, String::new())) };
+}
+
+/// Writes the time of day, which each thread works out once a second.
 fn write_date(out: &mut Vec<u8>) {
-    static DATE: Mutex<(u64, String)> = Mutex::new((0, String::new()));
     let now = SystemTime::now();
     let second = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-    let mut date = lock(&DATE);
-    if date.0 != second || date.1.is_empty() {
-        *date = (second, HttpDate::from(now).to_string());
-    }
-    out.extend(date.1.as_bytes());
+    DATE.with_borrow_mut(|(of, date)| {
+        if *of != second || date.is_empty() {
+            (*of, *date) = (second, HttpDate::from(now).to_string());
+        }
+        out.extend(date.as_bytes());
+    });
 }
 
 // ---- Records: keys and values, in buckets ---------------------------------------------------------------------------
