@@ -138,18 +138,19 @@ fn pause(time: Duration) {
     let _ = sleeper.park(None);
 }
 
-/// Wakes the coroutines whose time has come. To be repeated by a thread of its own.
+/// Wakes the coroutines whose time has come, or waits for one. To be repeated by a thread of its own.
 fn wake_sleepers() {
     let mut sleepers = lock(&SLEEPERS);
     let now = Instant::now();
-    sleepers.retain(|(due, sleeper)| {
-        if *due <= now {
-            sleeper.unpark();
-        }
-        *due > now
-    });
-    let next = sleepers.iter().map(|(due, _)| due.saturating_duration_since(now)).min();
-    drop(SLEEPER_CAME.wait_timeout(sleepers, next.unwrap_or(Duration::from_secs(3600))));
+    let due: Vec<_> = sleepers.extract_if(.., |(due, _)| *due <= now).collect();
+    if due.is_empty() {
+        let next = sleepers.iter().map(|(due, _)| due.saturating_duration_since(now)).min();
+        drop(SLEEPER_CAME.wait_timeout(sleepers, next.unwrap_or(Duration::from_secs(3600))));
+    } else {
+        // Without the lock (`Waiting`).
+        drop(sleepers);
+        due.iter().for_each(|(_, sleeper)| sleeper.unpark());
+    }
 }
 
 /// A number that nobody guesses: the standard library keys its hashes with such.
@@ -4993,7 +4994,7 @@ mod streams {
     pub const MAX_MESSAGE: usize = 17 << 20;
     /// How often whoever is asked gives a sign of life: a frame with a number that no message has.
     pub const SIGN_OF_LIFE: Duration = Duration::from_millis(400);
-    pub const NO_NUMBER: u64 = 0;
+    const NO_NUMBER: u64 = 0;
 
     /// Proves to the other end of a stream that this one knows the secret, without telling it: any client can have a node open a
     /// stream to anywhere, by naming it in a view. The proof is good for this stream (its `id`) and this `purpose`, which names the
@@ -5212,7 +5213,9 @@ mod relay {
         alone: u64,
     }
 
-    /// Dropping it wakes who waits, with an answer or without.
+    /// Dropping it wakes who waits, with an answer or without. It is never dropped by who holds a lock: a coroutine that is woken while
+    /// it parks goes on inside the call that parks it, and to drop its Blocker waits for that call to return. If the coroutine came to
+    /// want the lock, both would wait for ever.
     struct Waiting {
         waiter: Arc<Waiter>,
         deadline: Instant,
@@ -5342,6 +5345,13 @@ mod relay {
         }
     }
 
+    /// These get no answer. A coroutine tells them, since who calls this holds a lock.
+    fn give_up(waiting: Vec<Waiting>) {
+        if !waiting.is_empty() {
+            may::go!(move || drop(waiting));
+        }
+    }
+
     impl Traffic {
         fn is_open(&self, stream: &Arc<Stream>) -> bool {
             matches!(&self.stream, State::Open(open) if Arc::ptr_eq(open, stream))
@@ -5365,9 +5375,8 @@ mod relay {
 
         /// Whoever waits for what is queued gets no answer.
         fn give_up_queue(&mut self) {
-            for (number, _) in self.queue.drain(..) {
-                self.waiters.remove(&number);
-            }
+            let queued = self.queue.drain(..);
+            give_up(queued.filter_map(|(number, _)| self.waiters.remove(&number)).collect());
         }
 
         /// Closes the stream: what was given to it gets no answer, and what is still queued goes on the next one.
@@ -5378,7 +5387,7 @@ mod relay {
             self.writer = Writer::Nobody;
             self.outbox = Outbox::default();
             self.unanswered = 0;
-            self.waiters.retain(|_, waiting| waiting.sent == 0);
+            give_up(self.waiters.extract_if(|_, waiting| waiting.sent > 0).map(|(_, waiting)| waiting).collect());
         }
     }
 
@@ -5649,11 +5658,16 @@ mod relay {
                 traffic = lock(&self.traffic);
                 if needs_stream && traffic.takes_streams {
                     traffic.queue.push_front((number, request));
-                } else if let Some(waiting) = traffic.waiters.remove(&number)
+                    continue;
+                }
+                let waiting = traffic.waiters.remove(&number);
+                drop(traffic);
+                if let Some(waiting) = waiting
                     && let Some(answer) = answer.filter(|_| !needs_stream)
                 {
                     waiting.deliver(answer);
                 }
+                traffic = lock(&self.traffic);
             }
             traffic.threads -= 1;
             if !traffic.queue.is_empty() {
@@ -5729,10 +5743,13 @@ mod relay {
         fn look_after(self: &Arc<Peer>, now: Instant) -> bool {
             let mut traffic = lock(&self.traffic);
             let Traffic { waiters, queue, unanswered, .. } = &mut *traffic;
-            for (_, waiting) in waiters.extract_if(|_, waiting| waiting.deadline < now) {
+            let late: Vec<Waiting> =
+                waiters.extract_if(|_, waiting| waiting.deadline < now).map(|(_, late)| late).collect();
+            for waiting in &late {
                 *unanswered = unanswered.saturating_sub(waiting.sent);
                 self.forget_addresses();
             }
+            give_up(late);
             queue.retain(|(number, _)| waiters.contains_key(number));
             if let State::Open(stream) = &traffic.stream
                 && !traffic.is_looked_for
@@ -6141,7 +6158,7 @@ impl Client {
     /// The descriptor is nobody's now.
     fn close(&self) {
         self.is_open.store(false, SeqCst);
-        self.take_output();
+        self.forget(self.take_output(), 0);
     }
 
     /// Adds to the output.
@@ -6150,14 +6167,12 @@ impl Client {
         let bytes = &mut output.get_or_insert_default().bytes;
         let before = bytes.len();
         write(bytes);
-        self.has_more((bytes.len() - before) as u64);
-    }
-
-    fn has_more(&self, count: u64) {
+        let count = (bytes.len() - before) as u64;
         self.unread.fetch_add(count, SeqCst);
         UNREAD.fetch_add(count, SeqCst);
     }
 
+    /// So many bytes of answers are sent, or never will be.
     fn has_less(&self, count: u64) {
         self.unread.fetch_sub(count, SeqCst);
         UNREAD.fetch_sub(count, SeqCst);
@@ -6172,12 +6187,22 @@ impl Client {
         lock(&self.output).as_ref().is_some_and(|output| output.taken > 0 || output.bytes.len() > BATCH)
     }
 
-    /// Takes the output away, and returns what of it is not sent.
+    /// Takes the output away, and returns what of it is not sent, which still counts as unread.
     fn take_output(&self) -> Vec<u8> {
-        let output = lock(&self.output).take().unwrap_or_default();
-        self.has_less((output.bytes.len() - output.taken) as u64);
-        FREED.fetch_add(output.bytes.capacity() as u64, SeqCst);
-        output.bytes[output.taken..].to_vec()
+        let Output { mut bytes, taken } = *lock(&self.output).take().unwrap_or_default();
+        bytes.drain(..taken);
+        // Its client may take long to read it.
+        bytes.shrink_to_fit();
+        bytes
+    }
+
+    /// Drops bytes that were taken out of the output, of which so many were sent since. (Memory counts as free when it is: it is
+    /// given back then.)
+    fn forget(&self, bytes: Vec<u8>, sent: usize) {
+        self.has_less((bytes.len() - sent) as u64);
+        let capacity = bytes.capacity();
+        drop(bytes);
+        FREED.fetch_add(capacity as u64, SeqCst);
     }
 
     /// Gives the output to the kernel, as much as that takes now. True if it took all.
@@ -6235,7 +6260,7 @@ impl HttpServiceFactory for Server {
             let _ = socket.shutdown(Shutdown::Both);
         }
         let now = Instant::now();
-        connections.insert(id as RawFd, Watched { client, seen: 0, since: now, acknowledged: 0, moved: now });
+        connections.insert(id as RawFd, Watched { client, seen: 0, since: now, acknowledged: 0, stuck: None });
         drop(connections);
         client.has_ended.store(crowded, SeqCst);
         Connection { socket, client, served: 0, lingers: false, relayed: false }
@@ -6381,26 +6406,25 @@ impl Connection {
     fn flush(&self) {
         match self.client.send_output(self.socket.as_raw_fd(), libc::MSG_NOSIGNAL) {
             Ok(true) => {}
-            Ok(false) => self.wait_and_send(&self.client.take_output()),
+            Ok(false) => self.wait_and_send(self.client.take_output()),
             Err(_) => self.end(),
         }
     }
 
-    /// Sends bytes, and makes the coroutine wait for the client to read.
-    fn wait_and_send(&self, mut bytes: &[u8]) {
-        self.client.has_more(bytes.len() as u64);
-        FREED.fetch_add(bytes.len() as u64, SeqCst);
+    /// Sends bytes that were taken out of the output, and makes the coroutine wait for the client to read.
+    fn wait_and_send(&self, bytes: Vec<u8>) {
+        let mut sent = 0;
         // The kernel asks for more only when a third of its buffer is free, which may take a slow reader minutes.
         if let Ok(mut stream) = waiting_stream(&self.socket, CHANGE_LIMIT) {
-            while let Ok(count @ 1..) = stream.write(bytes) {
+            while let Ok(count @ 1..) = stream.write(&bytes[sent..]) {
                 self.client.has_less(count as u64);
-                bytes = &bytes[count..];
+                sent += count;
             }
         }
-        self.client.has_less(bytes.len() as u64);
-        if !bytes.is_empty() {
+        if sent < bytes.len() {
             self.end();
         }
+        self.client.forget(bytes, sent);
     }
 
     /// Answers a request whose end is not known or not worth reading up to it.
@@ -6474,8 +6498,8 @@ struct Watched {
     since: Instant,
     /// How many bytes of answers the client had confirmed at the last look.
     acknowledged: u64,
-    /// When that last grew, or there was nothing to read.
-    moved: Instant,
+    /// Since when the client was seen to have answers to read and to read nothing.
+    stuck: Option<Instant>,
 }
 
 static CONNECTIONS: LazyLock<Mutex<HashMap<RawFd, Watched>>> = LazyLock::new(Default::default);
@@ -6533,7 +6557,7 @@ fn close_greediest(connections: &HashMap<RawFd, Watched>) {
     }
     let remaining = connections.iter().filter(|(_, watched)| !watched.client.given_up.load(SeqCst));
     let mut total: u64 = remaining.clone().map(|(_, watched)| watched.client.unread()).sum();
-    let stuck = remaining.filter(|(_, watched)| watched.moved.elapsed() > STUCK);
+    let stuck = remaining.filter(|(_, watched)| watched.stuck.is_some_and(|since| since.elapsed() > STUCK));
     let mut stuck: BinaryHeap<(u64, RawFd)> = stuck.map(|(fd, watched)| (watched.client.unread(), *fd)).collect();
     // Some room is made at once, for whoever waits for it.
     while total > MAX_UNREAD / 2
@@ -6554,7 +6578,7 @@ impl Watched {
             (self.seen, self.since) = (calls, now);
         }
         if gets_on || unread == 0 {
-            self.moved = now;
+            self.stuck = None;
         }
         // What the kernel knows is worth a system call for a few only.
         let overdue = now - self.since > IDLE_LIMIT;
@@ -6563,7 +6587,9 @@ impl Watched {
         }
         let Some(info) = info(&socket) else { return };
         if info.tcpi_bytes_acked != self.acknowledged {
-            (self.acknowledged, self.moved) = (info.tcpi_bytes_acked, now);
+            (self.acknowledged, self.stuck) = (info.tcpi_bytes_acked, None);
+        } else if unread > 0 {
+            self.stuck.get_or_insert(now);
         }
         let (limit, in_call) = (IDLE_LIMIT.as_millis() as u32, calls % 2 == 1);
         let sending = info.tcpi_notsent_bytes + info.tcpi_unacked > 0 && info.tcpi_last_ack_recv < limit;
@@ -6577,8 +6603,8 @@ impl Watched {
 
 // ---- The socket, behind the server's back ---------------------------------------------------------------------------
 
-/// What the server reads of a client before a request's head is whole, in bytes, at most. It reads ahead by as much as it has, and the limit of
-/// a head is exact only where the whole head is there.
+/// What the server reads of a client before a request's head is whole, in bytes, at most. It reads ahead by as much as it has, and
+/// the limit of a head is exact only where the whole head is there.
 const MAX_READ: u64 = 3 * MAX_HEAD as u64;
 
 /// Takes the place of the C library's function of this name, with which the server, as the whole standard library, reads from sockets.
@@ -6674,8 +6700,9 @@ fn waiting_stream(socket: &TcpStream, limit: Duration) -> io::Result<may::net::T
     Ok(stream)
 }
 
-/// Has the kernel signal input once more, if there is any or the client has sent its end (setting SO_RCVLOWAT does). The server waits for a signal that
-/// comes once an arrival; reading a body uses it up, and a request that came with the body's end would be left lying.
+/// Has the kernel signal input once more, if there is any or the client has sent its end (setting SO_RCVLOWAT does). The server
+/// waits for a signal that comes once an arrival; reading a body uses it up, and a request that came with the body's end would
+/// be left lying.
 fn signal_again(socket: &Socket) {
     let (one, size) = (&1 as *const libc::c_int, size_of::<libc::c_int>() as libc::socklen_t);
     // SAFETY: setsockopt reads an int, which outlives the call.
@@ -8539,14 +8566,47 @@ mod tests {
         client
     }
 
+    fn get(key: &str) -> String {
+        format!("GET /kv-store/{key} HTTP/1.1\r\nHost: a\r\n\r\n")
+    }
+
+    /// The head of a PUT whose body has this length.
+    fn put_head(key: &str, length: usize) -> String {
+        format!("PUT /kv-store/{key} HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n")
+    }
+
+    /// How many answers end in some bytes: there is a brace at each end of a body, and nowhere else in these.
+    fn ends(bytes: &[u8]) -> usize {
+        bytes.iter().filter(|byte| **byte == b'}').count()
+    }
+
+    /// Whoever wakes them could wait for one of them that waits for the list of them all (`Waiting`).
+    #[test]
+    fn coroutines_that_sleep_wake_up() {
+        LazyLock::force(&SERVED);
+        // Threads that keep the cores busy, so that others are held up in the middle of what they do.
+        static IS_OVER: AtomicBool = AtomicBool::new(false);
+        (0..4).for_each(|_| drop(thread::spawn(|| while !IS_OVER.load(SeqCst) {})));
+        let (sender, receiver) = std::sync::mpsc::channel();
+        for _ in 0..20 {
+            let sender = sender.clone();
+            may::go!(move || {
+                (0..30_000).for_each(|_| pause(Duration::ZERO));
+                sender.send(())
+            });
+        }
+        let all_wake = (0..20).all(|_| receiver.recv_timeout(Duration::from_secs(20)).is_ok());
+        IS_OVER.store(true, SeqCst);
+        assert!(all_wake);
+    }
+
     #[test]
     fn requests_that_come_with_the_end_of_the_stream_are_answered() {
-        let get = "GET /kv-store/none HTTP/1.1\r\nHost: a\r\n\r\n";
-        let cut = "PUT /kv-store/none HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\nval=";
+        let cut = put_head("none", 50) + "val=";
         for round in 0..300 {
             let (mut client, mut answers) = (client(), String::new());
-            let last = if round % 3 == 0 { cut } else { "" };
-            client.write_all((get.repeat(1 + round % 4) + last).as_bytes()).unwrap();
+            let last = if round % 3 == 0 { &cut } else { "" };
+            client.write_all((get("none").repeat(1 + round % 4) + last).as_bytes()).unwrap();
             client.shutdown(Shutdown::Write).unwrap();
             client.read_to_string(&mut answers).unwrap();
             assert_eq!(answers.matches("HTTP/1.1 404").count(), 1 + round % 4, "round {round}: {answers}");
@@ -8562,9 +8622,8 @@ mod tests {
             String::from_utf8_lossy(&buffer[..count]).into_owned()
         };
         for round in 0..3 {
-            let put = format!("PUT /kv-store/late{round} HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n");
-            client.write_all(b"GET /kv-store/none HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
-            client.write_all(put.as_bytes()).unwrap();
+            client.write_all(get("none").as_bytes()).unwrap();
+            client.write_all(put_head(&format!("late{round}"), 5).as_bytes()).unwrap();
             let answer = read(&mut client);
             assert!(answer.starts_with("HTTP/1.1 404 ") && answer.ends_with("}\n"), "{answer}");
             client.write_all(b"val=1").unwrap();
@@ -8575,21 +8634,19 @@ mod tests {
 
     #[test]
     fn large_answers_do_not_wait_for_the_next_body() {
-        let head = |length| format!("PUT /kv-store/wide HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\nval=");
-        let (mut client, mut buffer, mut braces) = (client(), vec![0; 1 << 16], 0);
-        let mut read_answers = |client: &mut TcpStream, count| {
-            while braces < count {
+        let (mut client, mut buffer, mut answers) = (client(), vec![0; 1 << 16], 0);
+        let mut read_answers = |client: &mut TcpStream, expected| {
+            while answers < expected {
                 let count = client.read(&mut buffer).unwrap();
-                assert!(count > 0, "{braces} answers");
-                braces += buffer[..count].iter().filter(|byte| **byte == b'}').count();
+                assert!(count > 0, "{answers} answers");
+                answers += ends(&buffer[..count]);
             }
         };
-        client.write_all((head(MAX_VALUE + 4) + &"v".repeat(MAX_VALUE)).as_bytes()).unwrap();
+        let value = "v".repeat(MAX_VALUE);
+        client.write_all((put_head("wide", MAX_VALUE + 4) + "val=" + &value).as_bytes()).unwrap();
         read_answers(&mut client, 1);
         // More than the kernel takes; and a body that comes when all of it was read.
-        let gets = "GET /kv-store/wide HTTP/1.1\r\nHost: a\r\n\r\n".repeat(8);
-        let get = "GET /kv-store/none HTTP/1.1\r\nHost: a\r\n\r\n";
-        client.write_all((gets + get + &head(5)).as_bytes()).unwrap();
+        client.write_all((get("wide").repeat(8) + &get("none") + &put_head("wide", 5) + "val=").as_bytes()).unwrap();
         read_answers(&mut client, 10);
         client.write_all(b"1").unwrap();
         read_answers(&mut client, 11);
@@ -8611,16 +8668,14 @@ mod tests {
     /// ever, and none is taken for one that never reads.
     #[test]
     fn a_crowd_that_reads_late_gets_whole_answers() {
-        let value = "v".repeat(MAX_VALUE);
-        let put = format!("PUT /kv-store/crowd HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\nval=", MAX_VALUE + 4);
-        let mut first = client();
-        first.write_all((put + &value).as_bytes()).unwrap();
+        let (mut first, value) = (client(), "v".repeat(MAX_VALUE));
+        first.write_all((put_head("crowd", MAX_VALUE + 4) + "val=" + &value).as_bytes()).unwrap();
         assert!(first.read(&mut [0; 512]).unwrap() > 0);
         let mut crowd: Vec<TcpStream> = (0..100).map(|_| client()).collect();
         // They have been there for longer than it takes to be closed for reading nothing.
         thread::sleep(STUCK + STUCK / 5);
         for client in &mut crowd {
-            client.write_all("GET /kv-store/crowd HTTP/1.1\r\nHost: a\r\n\r\n".repeat(4).as_bytes()).unwrap();
+            client.write_all(get("crowd").repeat(4).as_bytes()).unwrap();
         }
         thread::sleep(STUCK / 2);
         let read = |mut client: TcpStream| {
@@ -8628,8 +8683,7 @@ mod tests {
             while whole < 4
                 && let Ok(count @ 1..) = client.read(&mut buffer)
             {
-                // There is a brace at each end of a body, and nowhere else.
-                whole += buffer[..count].iter().filter(|byte| **byte == b'}').count();
+                whole += ends(&buffer[..count]);
                 last = buffer[count - 1];
             }
             (whole, last)

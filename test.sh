@@ -533,7 +533,7 @@ test_large_answers() {
 test_unread_answers() {
   local n fds=()
   start greedy
-  ask greedy PUT /kv-store/big -d "@$work/full" >/dev/null
+  check "unread answers: there is something to read" 201 "$(status_of greedy PUT /kv-store/big -d "@$work/full")"
   for n in {1..150}; do
     connect greedy
     for _ in {1..5}; do printf 'GET /kv-store/big HTTP/1.1\r\nHost: test\r\n\r\n' >&"$fd" || break; done
