@@ -8586,7 +8586,13 @@ mod tests {
         LazyLock::force(&SERVED);
         // Threads that keep the cores busy, so that others are held up in the middle of what they do.
         static IS_OVER: AtomicBool = AtomicBool::new(false);
-        (0..4).for_each(|_| drop(thread::spawn(|| while !IS_OVER.load(SeqCst) {})));
+        (0..4).for_each(|_| {
+            drop(thread::spawn(|| {
+                while !IS_OVER.load(SeqCst) {
+                    std::hint::spin_loop()
+                }
+            }))
+        });
         let (sender, receiver) = std::sync::mpsc::channel();
         for _ in 0..20 {
             let sender = sender.clone();
