@@ -35,7 +35,7 @@
 //! "The contract" in the comments is the section of this name in README.md, which says all that a client may see.
 
 use std::borrow::Cow;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap, VecDeque};
 use std::fmt::{self, Display, Formatter};
 use std::fs::File;
@@ -5157,13 +5157,8 @@ mod relay {
     const REST: Duration = Duration::from_millis(400);
     /// How many threads may be waiting for answers of a peer that takes no streams.
     const MAX_THREADS: usize = 64;
-    /// How long a request that is alone on its stream looks for its answer before it sleeps: to sleep and be woken takes longer.
-    const LOOKOUT: Duration = Duration::from_micros(100);
     /// More is no answer to any request of the contract.
     const MAX_ANSWER: u64 = 16 << 20;
-    /// A coroutine writes on a stream as long as no more bytes than this are unanswered there. These fit into the kernel's buffers, so
-    /// that the write cannot block the coroutine's worker. What is more is left to the stream's thread, which may block.
-    const MAX_UNANSWERED: usize = 32 << 10;
     /// What is said of a connection that does not come about.
     const NO_WAY: [io::ErrorKind; 5] =
         [AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable, TimedOut];
@@ -5184,8 +5179,6 @@ mod relay {
         /// Its `host:port`.
         address: String,
         traffic: Mutex<Traffic>,
-        /// Wakes the stream's thread.
-        wake: Condvar,
         /// What the name in the address last stood for.
         lookup: Mutex<Option<(Instant, Vec<SocketAddr>)>>,
     }
@@ -5201,16 +5194,14 @@ mod relay {
         /// The threads that take requests to the peer one by one.
         threads: usize,
         stream: State,
-        writer: Writer,
+        /// Somebody writes on the stream, and takes along what is queued meanwhile.
+        is_written: bool,
         outbox: Outbox,
-        /// How many bytes were sent on the stream and are not answered.
-        unanswered: usize,
-        /// When something was last asked, and when something last came on the stream.
+        /// When something was last asked, when something was last written on the stream, and when something last came there.
         asked: Option<Instant>,
+        wrote: Option<Instant>,
         heard: Option<Instant>,
         is_looked_for: bool,
-        /// How many requests in a row were alone on their way.
-        alone: u64,
     }
 
     /// Dropping it wakes who waits, with an answer or without. It is never dropped by who holds a lock: a coroutine that is woken while
@@ -5219,8 +5210,8 @@ mod relay {
     struct Waiting {
         waiter: Arc<Waiter>,
         deadline: Instant,
-        /// What was sent of the request on the stream, in bytes.
-        sent: usize,
+        /// The request was given to the stream.
+        on_stream: bool,
     }
 
     /// A coroutine that waits for an answer.
@@ -5232,24 +5223,14 @@ mod relay {
     }
 
     /// What was asked of a peer.
-    pub struct Question {
-        waiter: Arc<Waiter>,
-        looks_out: bool,
-    }
+    pub struct Question(Arc<Waiter>);
 
     impl Question {
         /// Waits for the answer.
         pub fn answer(self) -> Result<Answer, Lost> {
-            let (waiter, began) = (self.waiter, Instant::now());
-            while self.looks_out && began.elapsed() < LOOKOUT {
-                if let Some(answer) = lock(&waiter.answer).take() {
-                    return Ok(answer);
-                }
-                thread::yield_now();
-            }
             // The watch ends this at the deadline: a timer for each request would cost more than the rest of the relay.
-            let _ = waiter.blocker.park(None);
-            lock(&waiter.answer).take().ok_or(Lost { was_sent: waiter.was_sent.load(SeqCst) })
+            let _ = self.0.blocker.park(None);
+            lock(&self.0.answer).take().ok_or(Lost { was_sent: self.0.was_sent.load(SeqCst) })
         }
     }
 
@@ -5279,43 +5260,14 @@ mod relay {
         Open(Arc<Stream>),
     }
 
-    /// Who writes on the stream, and takes along what is queued meanwhile.
-    #[derive(Default, PartialEq)]
-    enum Writer {
-        #[default]
-        Nobody,
-        Coroutine,
-        Thread,
-    }
-
-    /// Where what is asked is written: what attohttpc gives to the body of a request that never ends, as long as it does not.
-    #[derive(Default)]
+    /// The sockets of two requests that never end: of one the body, of the other the answer.
     struct Stream {
-        pipe: Mutex<Option<*mut dyn Write>>,
-        was_open: AtomicBool,
-        has_ended: AtomicBool,
+        questions: TcpStream,
+        answers: TcpStream,
     }
 
-    // SAFETY: the pointer is used under the mutex only, and taken out under it before what it points to is gone. That is a
-    // buffered TcpStream, which any thread may write to.
-    unsafe impl Send for Stream {}
-    unsafe impl Sync for Stream {}
-
-    impl Stream {
-        fn write(&self, bytes: &[u8]) -> io::Result<()> {
-            let pipe = lock(&self.pipe);
-            // SAFETY: see above.
-            let pipe = unsafe { &mut *pipe.ok_or(io::ErrorKind::BrokenPipe)? };
-            pipe.write_all(bytes)?;
-            pipe.flush()
-        }
-    }
-
-    /// What attohttpc takes for the body of the request: it ends with the stream.
-    struct Questions<'a> {
-        peer: &'a Arc<Peer>,
-        stream: &'a Arc<Stream>,
-    }
+    /// What attohttpc takes for a body: it sends the head, and leaves the rest to whoever takes the socket from here.
+    struct Questions<'a>(&'a mut Option<TcpStream>);
 
     /// The length of a body that does not end: no stream carries as much.
     const ENDLESS: u64 = 1 << 62;
@@ -5326,21 +5278,9 @@ mod relay {
         }
 
         fn write<W: Write>(&mut self, mut writer: W) -> io::Result<()> {
-            struct Withdraw<'a>(&'a Stream);
-            impl Drop for Withdraw<'_> {
-                fn drop(&mut self) {
-                    *lock(&self.0.pipe) = None;
-                }
-            }
             writer.flush()?;
-            let pipe: *mut (dyn Write + '_) = &mut writer;
-            let withdraw = Withdraw(self.stream);
-            // SAFETY: only the lifetime changes, and `withdraw` takes the pointer out before `writer` is gone.
-            *lock(&self.stream.pipe) =
-                Some(unsafe { std::mem::transmute::<*mut (dyn Write + '_), *mut dyn Write>(pipe) });
-            self.peer.attend(self.stream);
-            drop(withdraw);
-            // To end the body early ends the connection.
+            *self.0 = Some(last_sent_on()?);
+            // Without an error the client would wait for an answer.
             Err(io::ErrorKind::ConnectionAborted.into())
         }
     }
@@ -5367,8 +5307,8 @@ mod relay {
                     && let Some(waiting) = self.waiters.get_mut(&number)
                 {
                     waiting.waiter.was_sent.store(true, SeqCst);
-                    waiting.sent = self.outbox.push(number, &request, request.size());
-                    self.unanswered += waiting.sent;
+                    waiting.on_stream = true;
+                    self.outbox.push(number, &request, request.size());
                 }
             }
         }
@@ -5382,12 +5322,11 @@ mod relay {
         /// Closes the stream: what was given to it gets no answer, and what is still queued goes on the next one.
         fn close(&mut self) {
             if let State::Open(stream) = std::mem::take(&mut self.stream) {
-                stream.has_ended.store(true, SeqCst);
+                let _ = (stream.questions.shutdown(Shutdown::Both), stream.answers.shutdown(Shutdown::Both));
             }
-            self.writer = Writer::Nobody;
+            self.is_written = false;
             self.outbox = Outbox::default();
-            self.unanswered = 0;
-            give_up(self.waiters.extract_if(|_, waiting| waiting.sent > 0).map(|(_, waiting)| waiting).collect());
+            give_up(self.waiters.extract_if(|_, waiting| waiting.on_stream).map(|(_, waiting)| waiting).collect());
         }
     }
 
@@ -5429,24 +5368,24 @@ mod relay {
             traffic.last_number += 1;
             traffic.asked = Some(now);
             let number = traffic.last_number;
-            traffic.waiters.insert(number, Waiting { waiter: waiter.clone(), deadline: now + patience, sent: 0 });
+            traffic
+                .waiters
+                .insert(number, Waiting { waiter: waiter.clone(), deadline: now + patience, on_stream: false });
             traffic.queue.push_back((number, request));
-            traffic.alone = if traffic.waiters.len() == 1 { traffic.alone + 1 } else { 0 };
-            let looks_out = traffic.alone > 10;
             self.dispatch(traffic);
             wake_watch();
-            Ok(Question { waiter, looks_out })
+            Ok(Question(waiter))
         }
 
         /// Sees to it that somebody takes what is queued.
         fn dispatch(self: &Arc<Peer>, mut traffic: MutexGuard<Traffic>) {
             let peer = self.clone();
             match &traffic.stream {
-                State::Open(stream) if traffic.writer == Writer::Nobody => {
+                State::Open(stream) if !traffic.is_written => {
                     let (stream, is_alone) = (stream.clone(), traffic.waiters.len() == 1);
-                    traffic.writer = Writer::Coroutine;
+                    traffic.is_written = true;
                     drop(traffic);
-                    let write = move || peer.write_queue(&stream, Writer::Coroutine);
+                    let write = move || peer.write_queue(&stream);
                     // Beside others it runs after the coroutines that are ready now, and takes along what these queue.
                     if is_alone { write() } else { drop(may::go!(write)) }
                 }
@@ -5470,27 +5409,35 @@ mod relay {
 
         // -- A peer that takes streams
 
-        /// The life of a stream, and of its thread.
+        /// Opens a stream, and has a coroutine read what comes there.
         fn run_stream(self: Arc<Peer>) {
-            let stream = Arc::<Stream>::default();
             // After a panic, there was no stream.
-            let takes_streams = catch_unwind(AssertUnwindSafe(|| self.open(&stream))).unwrap_or(true);
-            if stream.was_open.load(SeqCst) {
-                return self.end_stream(&stream);
-            }
-            self.forget_addresses();
+            let opened = catch_unwind(AssertUnwindSafe(|| self.open())).unwrap_or(Err(true));
             let mut traffic = lock(&self.traffic);
-            (traffic.stream, traffic.takes_streams) = (State::Closed, takes_streams);
-            if takes_streams {
-                traffic.give_up_queue();
+            match opened {
+                Ok((stream, reader)) => {
+                    traffic.stream = State::Open(stream.clone());
+                    (traffic.wrote, traffic.heard) = (Some(Instant::now()), Some(Instant::now()));
+                    let peer = self.clone();
+                    may::go!(move || peer.read_answers(&stream, reader));
+                    self.dispatch(traffic);
+                }
+                Err(takes_streams) => {
+                    (traffic.stream, traffic.takes_streams) = (State::Closed, takes_streams);
+                    if takes_streams {
+                        traffic.give_up_queue();
+                    }
+                    let left = traffic.queue.len();
+                    drop(traffic);
+                    self.forget_addresses();
+                    (0..left.min(MAX_THREADS)).for_each(|_| self.dispatch(lock(&self.traffic)));
+                }
             }
-            let left = traffic.queue.len();
-            drop(traffic);
-            (0..left.min(MAX_THREADS)).for_each(|_| self.dispatch(lock(&self.traffic)));
         }
 
-        /// Opens a stream and keeps it open as long as it lives. False is a peer that answers, but takes none.
-        fn open(self: &Arc<Peer>, stream: &Arc<Stream>) -> bool {
+        /// Opens a stream. Returns it, and what its answers can be read from. The error is whether the peer may take streams all the
+        /// same, and is to be asked for one again.
+        fn open(&self) -> Result<(Arc<Stream>, may::net::TcpStream), bool> {
             let id = format!("{:016x}", random());
             let request = |host: &str, part: &str| {
                 let url = format!("http://{host}/kv-store?{part}={id}");
@@ -5500,9 +5447,10 @@ mod relay {
                     None => builder,
                 })
             };
-            let Some(host) = self.host() else { return true };
-            let Ok(answers) = request(&host, ANSWERS).and_then(|it| it.send()) else { return true };
-            let (status, headers, reader) = answers.split();
+            let host = self.host().ok_or(true)?;
+            let response = request(&host, ANSWERS).and_then(|it| it.send()).map_err(|_| true)?;
+            let answers = last_sent_on().map_err(|_| true)?;
+            let (status, headers) = (response.status(), response.headers());
             let proven = headers.get("Authentication-Info").map_or("".as_bytes(), HeaderValue::as_bytes);
             let is_proven = is_proven(proven, &id, &format!("{ANSWERS} {}", self.address));
             let takes_streams = headers.get("Content-Type").is_some_and(|it| it == STREAM);
@@ -5512,67 +5460,39 @@ mod relay {
                 say(&format!("node {} is of another store: its SECRET is another one", self.address));
             }
             if !takes_streams || !is_proven {
-                return own().is_some();
+                return Err(own().is_some());
             }
-            let (peer, of) = (self.clone(), stream.clone());
-            if thread::Builder::new().spawn(move || peer.read_answers(&of, reader)).is_ok() {
-                let questions = Questions { peer: self, stream };
-                let _ = request(&host, REQUESTS).and_then(|it| it.body(questions).send());
-            }
-            true
+            let mut questions = None;
+            // (This fails as soon as the head is sent.)
+            let _ = request(&host, REQUESTS).and_then(|it| it.body(Questions(&mut questions)).send());
+            let reader = waiting_stream(&answers, None).map_err(|_| true)?;
+            Ok((Arc::new(Stream { questions: questions.ok_or(true)?, answers }), reader))
         }
 
-        /// What the thread of a stream does while the stream lives: it writes what the coroutines leave to it, and signs of
-        /// life. Returns when the stream has ended, or nothing was asked for a while.
-        fn attend(self: &Arc<Peer>, stream: &Arc<Stream>) {
-            let mut wrote = Instant::now();
-            let mut traffic = lock(&self.traffic);
-            if stream.has_ended.load(SeqCst) {
-                // Its answers broke off before it was open.
-                return;
-            }
-            stream.was_open.store(true, SeqCst);
-            traffic.stream = State::Open(stream.clone());
-            (traffic.writer, traffic.heard) = (Writer::Thread, Some(wrote));
-            while traffic.is_open(stream) {
-                if traffic.writer == Writer::Thread {
-                    drop(traffic);
-                    self.write_queue(stream, Writer::Thread);
-                    traffic = lock(&self.traffic);
-                    continue;
-                }
-                let waits = |traffic: &mut Traffic| traffic.writer != Writer::Thread && traffic.is_open(stream);
-                let waited = self.wake.wait_timeout_while(traffic, REST, waits);
-                traffic = waited.unwrap_or_else(PoisonError::into_inner).0;
-                if traffic.waiters.is_empty() && traffic.asked.is_none_or(|asked| asked.elapsed() > REST) {
-                    traffic.close();
-                } else if traffic.writer == Writer::Nobody && wrote.elapsed() > IDLE_LIMIT / 4 {
-                    // As any other connection, this one would be closed if nothing came for long.
-                    wrote = Instant::now();
-                    traffic.outbox.give_sign_of_life();
-                    traffic.writer = Writer::Thread;
-                }
-            }
-        }
-
-        /// Writes what is queued until nothing is. A coroutine leaves to the thread what could block it.
-        fn write_queue(self: &Arc<Peer>, stream: &Arc<Stream>, writer: Writer) {
+        /// Writes what is queued on the stream, until nothing is. It does not wait: what the kernel does not take at once is left to
+        /// a coroutine.
+        fn write_queue(self: &Arc<Peer>, stream: &Arc<Stream>) {
             let mut traffic = lock(&self.traffic);
             while traffic.is_open(stream) {
                 traffic.fill_outbox();
-                if writer == Writer::Coroutine && (traffic.unanswered > MAX_UNANSWERED || traffic.outbox.has_large()) {
-                    traffic.writer = Writer::Thread;
-                    self.wake.notify_all();
-                    return;
-                }
                 let bytes = traffic.outbox.take();
                 if bytes.is_empty() {
-                    traffic.writer = Writer::Nobody;
+                    traffic.is_written = false;
                     return;
                 }
+                traffic.wrote = Some(Instant::now());
                 drop(traffic);
-                if stream.write(&bytes).is_err() {
-                    return self.end_stream(stream);
+                match write_now(&stream.questions, &bytes) {
+                    Ok(sent) if sent == bytes.len() => {}
+                    Ok(sent) => {
+                        let (peer, stream) = (self.clone(), stream.clone());
+                        may::go!(move || match write_waiting(&stream.questions, &bytes[sent..]) {
+                            Ok(()) => peer.write_queue(&stream),
+                            Err(_) => peer.end_stream(&stream),
+                        });
+                        return;
+                    }
+                    Err(_) => return self.end_stream(stream),
                 }
                 traffic = lock(&self.traffic);
             }
@@ -5580,41 +5500,32 @@ mod relay {
 
         /// Hands on the answers that come on a stream, as long as any come.
         fn read_answers(self: Arc<Peer>, stream: &Arc<Stream>, mut reader: impl Read) {
-            let (mut inbox, mut buffer, mut goes_on) = (Inbox::default(), vec![0; FRAME], true);
-            while goes_on
-                && !stream.has_ended.load(SeqCst)
-                && let Ok(count @ 1..) = reader.read(&mut buffer)
-            {
+            let (mut inbox, mut buffer, mut served, mut goes_on) = (Inbox::default(), vec![0; FRAME], 0, true);
+            while goes_on && let Ok(count @ 1..) = reader.read(&mut buffer) {
                 let mut answers = Vec::new();
                 goes_on = inbox.take_in(&buffer[..count], |number, answer| answers.push((number, answer)));
                 self.hand_on(answers);
+                served += count as u64;
+                take_turn(&mut served, TURN);
             }
-            stream.has_ended.store(true, SeqCst);
             self.end_stream(stream);
         }
 
         fn hand_on(&self, answers: Vec<(u64, Answer)>) {
             let mut traffic = lock(&self.traffic);
             traffic.heard = Some(Instant::now());
-            let mut answered = Vec::new();
-            for (number, answer) in answers {
-                if let Some(waiting) = traffic.waiters.remove(&number) {
-                    traffic.unanswered = traffic.unanswered.saturating_sub(waiting.sent);
-                    answered.push((waiting, answer));
-                }
-            }
+            let answered: Vec<_> = answers
+                .into_iter()
+                .filter_map(|(number, answer)| Some((traffic.waiters.remove(&number)?, answer)))
+                .collect();
             drop(traffic);
-            let is_one = answered.len() < 2;
-            let deliver = move || answered.into_iter().for_each(|(waiting, answer)| waiting.deliver(answer));
-            // To wake a coroutine takes a thread a system call, and a coroutine none: one wakes all the others.
-            if is_one { deliver() } else { drop(may::go!(deliver)) }
+            answered.into_iter().for_each(|(waiting, answer)| waiting.deliver(answer));
         }
 
         fn end_stream(self: &Arc<Peer>, stream: &Arc<Stream>) {
             let mut traffic = lock(&self.traffic);
             if traffic.is_open(stream) {
                 traffic.close();
-                self.wake.notify_all();
             }
             if !traffic.queue.is_empty() {
                 self.dispatch(traffic);
@@ -5739,26 +5650,35 @@ mod relay {
 
         // -- The watch
 
-        /// Ends waiting that is in vain, and has a peer looked for that is silent. False if nobody waits.
+        /// Ends waiting that is in vain, has a peer looked for that is silent, and closes a stream that nobody needs. False if nobody
+        /// waits.
         fn look_after(self: &Arc<Peer>, now: Instant) -> bool {
             let mut traffic = lock(&self.traffic);
-            let Traffic { waiters, queue, unanswered, .. } = &mut *traffic;
-            let late: Vec<Waiting> =
-                waiters.extract_if(|_, waiting| waiting.deadline < now).map(|(_, late)| late).collect();
-            for waiting in &late {
-                *unanswered = unanswered.saturating_sub(waiting.sent);
+            let is_past =
+                |time: Option<Instant>, limit| time.is_some_and(|time| now.saturating_duration_since(time) > limit);
+            let Traffic { waiters, queue, .. } = &mut *traffic;
+            let late = waiters.extract_if(|_, waiting| waiting.deadline < now).map(|(_, waiting)| waiting);
+            let late: Vec<Waiting> = late.collect();
+            if !late.is_empty() {
                 self.forget_addresses();
             }
             give_up(late);
             queue.retain(|(number, _)| waiters.contains_key(number));
-            if let State::Open(stream) = &traffic.stream
-                && !traffic.is_looked_for
-                && traffic.heard.is_some_and(|heard| now.saturating_duration_since(heard) > SILENCE)
-            {
+            let (is_needed, State::Open(stream)) = (!waiters.is_empty(), &traffic.stream) else {
+                return !traffic.waiters.is_empty();
+            };
+            if !is_needed && is_past(traffic.asked, REST) {
+                traffic.close();
+            } else if !traffic.is_looked_for && is_past(traffic.heard, SILENCE) {
                 let (peer, stream) = (self.clone(), stream.clone());
                 traffic.is_looked_for = thread::Builder::new().spawn(move || peer.look_for(stream)).is_ok();
+            } else if is_past(traffic.wrote, IDLE_LIMIT / 4) {
+                // As any other connection, this one would be closed if nothing came for long.
+                traffic.wrote = Some(now);
+                traffic.outbox.give_sign_of_life();
+                self.dispatch(traffic);
             }
-            !traffic.waiters.is_empty()
+            is_needed
         }
     }
 
@@ -5888,9 +5808,6 @@ mod answering {
     const OPENING_LIMIT: Duration = Duration::from_secs(5);
     /// How many bytes of questions a stream may bring before others have their turn.
     const QUESTIONS: u64 = 64 << 10;
-    /// How long it may take to write to whoever does not read.
-    const WRITE_LIMIT: Duration = Duration::from_secs(10);
-
     /// Those whose connection for the answers has come, and the other not yet.
     static STREAMS: LazyLock<Mutex<HashMap<String, Arc<Asked>>>> = LazyLock::new(Default::default);
 
@@ -5937,16 +5854,11 @@ mod answering {
             }
         }
 
-        /// Writes on the connection; what the kernel does not take at once makes the coroutine wait.
         fn write(&self, bytes: &[u8]) -> io::Result<()> {
-            let sent = match (&self.socket).write(bytes) {
-                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
-                result => result.unwrap_or(0),
-            };
-            if sent < bytes.len() {
-                waiting_stream(&self.socket, WRITE_LIMIT)?.write_all(&bytes[sent..])?;
+            match write_now(&self.socket, bytes)? {
+                sent if sent == bytes.len() => Ok(()),
+                sent => write_waiting(&self.socket, &bytes[sent..]),
             }
-            Ok(())
         }
 
         fn end(&self) {
@@ -6001,8 +5913,11 @@ mod answering {
         let opened = Instant::now();
         while !stream.has_ended.load(SeqCst) && (stream.is_open.load(SeqCst) || opened.elapsed() < OPENING_LIMIT) {
             let _ = stream.waiter.park(Some(SIGN_OF_LIFE));
-            lock(&stream.outgoing).outbox.give_sign_of_life();
-            stream.flush();
+            // (Before, the asking client may not have read the head.)
+            if stream.is_open.load(SeqCst) {
+                lock(&stream.outgoing).outbox.give_sign_of_life();
+                stream.flush();
+            }
         }
         stream.end();
         lock(&STREAMS).retain(|_, waiting| !Arc::ptr_eq(waiting, &stream));
@@ -6026,9 +5941,6 @@ mod answering {
                 while lock(&stream.outgoing).outbox.length() > MAX_UNSENT && !stream.has_ended.load(SeqCst) {
                     pause(Duration::from_millis(1));
                 }
-                // The client does not set TCP_NODELAY: its next small write leaves when this one is acknowledged, which may take
-                // 40 ms where nothing goes back on a connection.
-                let _ = socket2::SockRef::from(socket).set_quickack(true);
             }
             stream.end();
         }
@@ -6415,7 +6327,7 @@ impl Connection {
     fn wait_and_send(&self, bytes: Vec<u8>) {
         let mut sent = 0;
         // The kernel asks for more only when a third of its buffer is free, which may take a slow reader minutes.
-        if let Ok(mut stream) = waiting_stream(&self.socket, CHANGE_LIMIT) {
+        if let Ok(mut stream) = waiting_stream(&self.socket, None) {
             while let Ok(count @ 1..) = stream.write(&bytes[sent..]) {
                 self.client.has_less(count as u64);
                 sent += count;
@@ -6478,7 +6390,7 @@ impl Drop for Connection {
         // Closing a socket with unread input resets the connection, and the reset may reach the client before it has read its
         // answer: what it still sends is read and forgotten.
         if self.lingers
-            && let Ok(mut stream) = waiting_stream(&self.socket, Duration::from_secs(1))
+            && let Ok(mut stream) = waiting_stream(&self.socket, Some(Duration::from_secs(1)))
         {
             let deadline = Instant::now() + Duration::from_secs(5);
             while Instant::now() < deadline && stream.read(&mut [0; 512]).is_ok_and(|count| count > 0) {}
@@ -6629,6 +6541,7 @@ unsafe extern "C" fn recv(fd: RawFd, buffer: *mut libc::c_void, size: usize, fla
 #[unsafe(no_mangle)]
 unsafe extern "C" fn send(fd: RawFd, buffer: *const libc::c_void, size: usize, flags: libc::c_int) -> isize {
     let Some(client) = Client::at(fd) else {
+        LAST_SENT_ON.set(fd);
         // SAFETY: as in `recv`.
         return unsafe { libc::sendto(fd, buffer, size, flags, std::ptr::null(), 0) };
     };
@@ -6687,17 +6600,46 @@ fn borrow_socket(fd: RawFd) -> Socket {
     ManuallyDrop::new(unsafe { TcpStream::from_raw_fd(fd) })
 }
 
-/// A socket as a stream that makes the coroutine wait, and not its worker: for `limit` at most. While a panic ends
+/// A socket as a stream that makes the coroutine wait, and not its worker: for `limit` at most, if there is one. While a panic ends
 /// the coroutine there is none: it cannot wait any more.
-fn waiting_stream(socket: &TcpStream, limit: Duration) -> io::Result<may::net::TcpStream> {
+fn waiting_stream(socket: &TcpStream, limit: Option<Duration>) -> io::Result<may::net::TcpStream> {
     if thread::panicking() {
         return Err(io::ErrorKind::Unsupported.into());
     }
     // SAFETY: the descriptor is a fresh one, and the stream becomes its only owner.
     let stream = unsafe { may::net::TcpStream::from_raw_fd(socket.try_clone()?.into_raw_fd()) };
-    stream.set_read_timeout(Some(limit))?;
-    stream.set_write_timeout(Some(limit))?;
+    stream.set_read_timeout(limit)?;
+    stream.set_write_timeout(limit)?;
     Ok(stream)
+}
+
+/// Writes as many bytes as the kernel takes at once, and returns how many.
+fn write_now(mut socket: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
+    match socket.write(bytes) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+        result => result,
+    }
+}
+
+/// Writes on a stream between instances, and makes the coroutine wait for whoever is to read: not for ever.
+fn write_waiting(socket: &TcpStream, bytes: &[u8]) -> io::Result<()> {
+    const WRITE_LIMIT: Duration = Duration::from_secs(10);
+    waiting_stream(socket, Some(WRITE_LIMIT))?.write_all(bytes)
+}
+
+thread_local! {
+    /// The descriptor on which this thread last sent something that was no answer to a client.
+    static LAST_SENT_ON: Cell<RawFd> = const { Cell::new(-1) };
+}
+
+/// The socket on which attohttpc has just sent a request in this thread, for coroutines to go on with: it keeps its sockets to
+/// itself, and would block a thread on each. To be called while it has the socket open.
+fn last_sent_on() -> io::Result<TcpStream> {
+    let socket = borrow_socket(LAST_SENT_ON.get()).try_clone()?;
+    socket.set_nonblocking(true)?;
+    // Without this, the next small write leaves when the last one is acknowledged, which may take 40 ms where nothing goes back.
+    socket.set_nodelay(true)?;
+    Ok(socket)
 }
 
 /// Has the kernel signal input once more, if there is any or the client has sent its end (setting SO_RCVLOWAT does). The server
