@@ -27,10 +27,10 @@
 //! (`replicate`), a node that started again fetches its shard, and whatever else replicas lack they find out when they meet
 //! (`compare`). What some replica may lack is kept in an `Agreement`, and told to clients as their causal context.
 //!
-//! The library `may` runs each connection as a coroutine, on a few worker threads, and these must never block. What blocks has
-//! threads of its own: the HTTP client (two threads for each stream to another instance; a coroutine that waits for an answer
-//! holds no worker), the watches over connections and over what waits for other instances, and in a node the one that keeps in
-//! touch with the others.
+//! The library `may` runs each connection as a coroutine, and each stream, on a few worker threads, and these must never block.
+//! What blocks has threads of its own: the HTTP client (while it opens a stream, and for each request to a main instance that takes
+//! no streams; a coroutine that waits for an answer holds no worker), the watches over connections and over what waits for other
+//! instances, and in a node the one that keeps in touch with the others.
 //!
 //! "The contract" in the comments is the section of this name in README.md, which says all that a client may see.
 
@@ -1692,8 +1692,12 @@ mod table {
         }
 
         /// The nodes of a shard.
+        pub fn nodes_of(&self, shard: usize) -> impl Iterator<Item = &String> + Clone {
+            self.shards[shard].iter().map(|index| &self.view[*index])
+        }
+
         pub fn replicas(&self, shard: usize) -> Vec<String> {
-            self.shards[shard].iter().map(|index| self.view[*index].clone()).collect()
+            self.nodes_of(shard).cloned().collect()
         }
 
         pub fn shard_of(&self, node: &str) -> Option<usize> {
@@ -2500,7 +2504,7 @@ mod node {
             let Some(table) = self.table.as_ref().filter(|_| !self.is_joining()) else { return Place::Unknown };
             let shard = table.shard_at(hash, key);
             if Some(shard) != self.shard {
-                return Place::Node(self.pick(&table.replicas(shard), hash));
+                return Place::Node(self.pick(table.nodes_of(shard), hash));
             } else if self.incoming.is_empty() {
                 return Place::Here;
             }
@@ -2509,7 +2513,7 @@ mod node {
                 Some((_, incoming)) if position < incoming.to && incoming.blocks() => {
                     let missing =
                         incoming.groups.iter().filter(|group| !group.is_covered).flat_map(|group| &group.unheard);
-                    let source = self.pick(&missing.cloned().collect::<Vec<_>>(), 0);
+                    let source = self.pick(missing, 0);
                     Place::Incoming(source, table.version, Span { from: position, to: incoming.to.clone() })
                 }
                 _ => Place::Here,
@@ -2517,11 +2521,12 @@ mod node {
         }
 
         /// One of some nodes: of those that are neither silent nor blank, if there are such. The same for the same key.
-        fn pick(&self, nodes: &[String], hash: u64) -> String {
+        fn pick<'a>(&self, nodes: impl Iterator<Item = &'a String> + Clone, hash: u64) -> String {
             let speaks = |node: &&String| !self.peers.get(*node).is_some_and(|peer| peer.silent || peer.is_blank);
-            let speaking: Vec<&String> = nodes.iter().filter(speaks).collect();
-            let among = if speaking.is_empty() { nodes.iter().collect() } else { speaking };
-            among[hash as usize % among.len()].clone()
+            let (all, speaking) = (nodes.clone().count(), nodes.clone().filter(speaks).count());
+            let index = hash as usize % if speaking > 0 { speaking } else { all.max(1) };
+            let mut among = nodes.filter(|node| speaking == 0 || speaks(node));
+            among.nth(index).cloned().unwrap_or_default()
         }
 
         pub fn is_silent(&self, node: &str) -> bool {
@@ -3034,7 +3039,7 @@ mod node {
             let table = self.table.as_ref().filter(|_| self.is_replicated())?;
             let mut replicas = table.replicas(table.shard_at(hash, key));
             replicas.retain(|node| *node != self.own && !asked.contains(node));
-            (!replicas.is_empty()).then(|| self.pick(&replicas, hash))
+            (!replicas.is_empty()).then(|| self.pick(replicas.iter(), hash))
         }
 
         pub fn compose_push(&mut self, to: &str, version: Version, records: Vec<Copied>) -> Push {
@@ -3284,7 +3289,7 @@ mod node {
             for group in self.incoming.values().flat_map(|incoming| &incoming.groups) {
                 match group.of_table {
                     true => sources.extend(group.unheard.iter().cloned()),
-                    false => drop(sources.insert(self.pick(&group.unheard.iter().cloned().collect::<Vec<_>>(), 0))),
+                    false => drop(sources.insert(self.pick(group.unheard.iter(), 0))),
                 }
             }
             let idle: Vec<String> = sources.difference(&self.fetching).cloned().collect();
@@ -4974,8 +4979,8 @@ fn answer_message(body: &[u8]) -> Answer {
 // ---- Streams: what instances say to one another, in frames ----------------------------------------------------------
 
 mod streams {
-    //! attohttpc opens a connection for each request, but it lets a request's body be written piece by piece, and an answer's
-    //! be read so. Two requests that never end make a *stream* from one instance to another: the body of the one carries what is
+    //! attohttpc opens a connection for each request, but a request's body need not end, nor does an answer's, and its sockets can
+    //! be used without it. Two such requests make a *stream* from one instance to another: the body of the one carries what is
     //! asked, the answer of the other what is answered, in any order. Both go in frames: a number that question and answer
     //! share, a length, whether the message ends here, and so much of it. This is what both ends have in common; `relay`
     //! is the end that asks, and what is asked is answered beside the connections, in `answering`.

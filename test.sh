@@ -534,6 +534,13 @@ test_unread_answers() {
   local n fds=()
   start greedy
   check "unread answers: there is something to read" 201 "$(status_of greedy PUT /kv-store/big -d "@$work/full")"
+  yes $'GET /kv-store/big HTTP/1.1\r\nHost: test\r\n\r' | head -n 600 >"$work/gets"
+  printf 'GET /kv-store HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n' >>"$work/gets"
+  connect greedy
+  cat "$work/gets" >&"$fd"
+  check_that "unread answers: 200 large ones to a pipeline" "$(wc -c <&"$fd") > $((200 * LIMIT))"
+  exec {fd}>&-
+  check_that "unread answers: ... of which few are kept at a time (KiB)" "$(status_field greedy VmHWM) < 65536"
   for n in {1..150}; do
     connect greedy
     for _ in {1..5}; do printf 'GET /kv-store/big HTTP/1.1\r\nHost: test\r\n\r\n' >&"$fd" || break; done
