@@ -1294,15 +1294,11 @@ fn own() -> Option<&'static str> {
     if let Role::Node(own) = &SETTINGS.role { Some(own) } else { None }
 }
 
-/// The whole road of a request, from its owner to its answer.
-fn answer(request: Request) -> Answer {
-    answer_or_defer(request).unwrap_or_else(|work| work())
-}
-
 /// What is left to be done for an answer.
 type Work = Box<dyn FnOnce() -> Answer + Send>;
 
-/// Answers a request at once if this instance can do so alone. What has to ask other instances is returned as work.
+/// The whole road of a request, from its owner to its answer. Answers it at once if this instance can do so alone. What has to ask
+/// other instances is returned as work.
 fn answer_or_defer(request: Request) -> Result<Answer, Work> {
     match request.origin {
         Origin::Message => return Ok(answer_message(&request.body)),
@@ -5162,6 +5158,9 @@ mod relay {
     const REST: Duration = Duration::from_millis(400);
     /// How many threads may be waiting for answers of a peer that takes no streams.
     const MAX_THREADS: usize = 64;
+    /// How many bytes of answers are taken from a stream before others have their turn. (With fewer, a stream that has just been
+    /// opened is read too slowly for its buffers, which are still small: packets get lost, and are sent again much later.)
+    const ANSWERED: u64 = 4 << 20;
     /// More is no answer to any request of the contract.
     const MAX_ANSWER: u64 = 16 << 20;
     /// What is said of a connection that does not come about.
@@ -5511,7 +5510,7 @@ mod relay {
                 goes_on = inbox.take_in(&buffer[..count], |number, answer| answers.push((number, answer)));
                 self.hand_on(answers);
                 served += count as u64;
-                take_turn(&mut served, TURN);
+                take_turn(&mut served, ANSWERED);
             }
             self.end_stream(stream);
         }
@@ -5820,8 +5819,6 @@ mod answering {
         outgoing: Mutex<Outgoing>,
         /// The connection for the answers.
         socket: TcpStream,
-        /// Wakes its coroutine.
-        waiter: Blocker,
         /// The connection for what is asked has come.
         is_open: AtomicBool,
         has_ended: AtomicBool,
@@ -5868,7 +5865,7 @@ mod answering {
 
         fn end(&self) {
             self.has_ended.store(true, SeqCst);
-            self.waiter.unpark();
+            let _ = self.socket.shutdown(Shutdown::Both);
         }
 
         /// Answers what is asked, now or later. Only from who knows the store's secret is it taken for what a node says.
@@ -5901,7 +5898,6 @@ mod answering {
         let stream = Arc::new(Asked {
             outgoing: Mutex::default(),
             socket,
-            waiter: Blocker::new(false),
             is_open: AtomicBool::new(false),
             has_ended: AtomicBool::new(false),
         });
@@ -5917,7 +5913,7 @@ mod answering {
         }
         let opened = Instant::now();
         while !stream.has_ended.load(SeqCst) && (stream.is_open.load(SeqCst) || opened.elapsed() < OPENING_LIMIT) {
-            let _ = stream.waiter.park(Some(SIGN_OF_LIFE));
+            pause(SIGN_OF_LIFE);
             // (Before, the asking client may not have read the head.)
             if stream.is_open.load(SeqCst) {
                 lock(&stream.outgoing).outbox.give_sign_of_life();
@@ -6224,7 +6220,11 @@ impl Connection {
         }
         self.client.answering.store(true, SeqCst);
         let verb = VERBS.into_iter().find(|verb| *verb == request.verb).unwrap_or_default();
-        let answer = answer(request);
+        let answer = answer_or_defer(request).unwrap_or_else(|work| {
+            // That may take long, and what was asked before is answered.
+            self.flush();
+            work()
+        });
         count_answer(verb, answer.status);
         self.client.answering.store(false, SeqCst);
         if framing.closing {

@@ -650,7 +650,7 @@ answer_after() { # CURL-ARGUMENTS-BEFORE INSTANCE CURL-ARGUMENTS PATH
 }
 
 test_main_paused() {
-  local n began lasted slowest=0
+  local n began lasted slowest=0 line=
   "pause_$mode" main
   for n in {1..200}; do
     curl -s -m 10 -o /dev/null -w '%{http_code} %{time_total} %{errormsg}\n' "${url[follower]}/kv-store/k$n" >"$work/paused.$n" &
@@ -665,6 +665,11 @@ test_main_paused() {
   done
   check_that "main paused: the follower itself answers at once beside 200 waiting clients (ms)" "$slowest < 500"
   check_that "main paused: the follower's threads are bounded" "$(status_field follower Threads) < 100"
+  connect follower
+  printf 'GET %s HTTP/1.1\r\nHost: test\r\n\r\n' /kv-store /kv-store/foo >&"$fd"
+  IFS= read -r -t 2 line <&"$fd"
+  check "main paused: an answer does not wait for the next one" "HTTP/1.1 200 OK" "${line%$'\r'}"
+  exec {fd}>&-
   wait "${clients[@]}"
   check "main paused: every client gets the error" "200 501" "$(cut -d ' ' -f 1,3- "$work"/paused.* | sort | uniq -c | xargs)"
   check "main paused: ... within 5 s" 0 "$(cat "$work"/paused.* | awk '$2 > 5.4' | wc -l)"
