@@ -4975,17 +4975,20 @@ fn answer_message(body: &[u8]) -> Answer {
 // ---- Streams: what instances say to one another, in frames ----------------------------------------------------------
 
 mod streams {
-    //! attohttpc opens a connection for each request, but a request's body need not end, nor does an answer's, and its sockets can
-    //! be used without it. Two such requests make a *stream* from one instance to another: the body of the one carries what is
-    //! asked, the answer of the other what is answered, in any order. Both go in frames: a number that question and answer
-    //! share, a length, whether the message ends here, and so much of it. This is what both ends have in common; `relay`
-    //! is the end that asks, and what is asked is answered beside the connections, in `answering`.
+    //! attohttpc opens a connection for each request, but a request's body need not end, nor does an answer's, and its socket can
+    //! be used without it. Such a request makes a *stream* from one instance to another: its body carries what is asked, its answer
+    //! what is answered, in any order. Both go in frames: a number that question and answer share, a length, whether the message
+    //! ends here, and so much of it. This is what both ends have in common; `relay` is the end that asks, and what is asked is
+    //! answered beside the connections, in `answering`. (A stream of two requests, one for each direction, would need half as many
+    //! packets again: what comes and what goes could not acknowledge each other.)
+    //!
+    //! Who is asked sends nothing but the head of its answer before it was asked something: attohttpc may have read it.
 
     use super::*;
 
-    /// The media type of both requests and of the answer.
+    /// The media type of the request and of its answer.
     pub const STREAM: &str = "application/x-kv-store-stream";
-    /// What the two requests are for.
+    /// What is proven to whoever is asked, and to whoever asks.
     pub const REQUESTS: &str = "requests";
     pub const ANSWERS: &str = "answers";
     /// How many bytes of a message a frame carries at most: whatever is small passes between the frames of what is large.
@@ -5261,31 +5264,20 @@ mod relay {
         #[default]
         Closed,
         Opening,
-        Open(Arc<Stream>),
+        Open(Arc<TcpStream>),
     }
 
-    /// The sockets of two requests that never end: of one the body, of the other the answer.
-    struct Stream {
-        questions: TcpStream,
-        answers: TcpStream,
-    }
+    /// A body that has no end: attohttpc sends the head, and reads that of the answer.
+    struct Endless;
 
-    /// What attohttpc takes for a body: it sends the head, and leaves the rest to whoever takes the socket from here.
-    struct Questions<'a>(&'a mut Option<TcpStream>);
-
-    /// The length of a body that does not end: no stream carries as much.
-    const ENDLESS: u64 = 1 << 62;
-
-    impl Body for Questions<'_> {
+    impl Body for Endless {
         fn kind(&mut self) -> io::Result<BodyKind> {
-            Ok(BodyKind::KnownLength(ENDLESS))
+            // No stream carries as much.
+            Ok(BodyKind::KnownLength(1 << 62))
         }
 
-        fn write<W: Write>(&mut self, mut writer: W) -> io::Result<()> {
-            writer.flush()?;
-            *self.0 = Some(last_sent_on()?);
-            // Without an error the client would wait for an answer.
-            Err(io::ErrorKind::ConnectionAborted.into())
+        fn write<W: Write>(&mut self, _: W) -> io::Result<()> {
+            Ok(())
         }
     }
 
@@ -5297,7 +5289,7 @@ mod relay {
     }
 
     impl Traffic {
-        fn is_open(&self, stream: &Arc<Stream>) -> bool {
+        fn is_open(&self, stream: &Arc<TcpStream>) -> bool {
             matches!(&self.stream, State::Open(open) if Arc::ptr_eq(open, stream))
         }
 
@@ -5326,7 +5318,7 @@ mod relay {
         /// Closes the stream: what was given to it gets no answer, and what is still queued goes on the next one.
         fn close(&mut self) {
             if let State::Open(stream) = std::mem::take(&mut self.stream) {
-                let _ = (stream.questions.shutdown(Shutdown::Both), stream.answers.shutdown(Shutdown::Both));
+                let _ = stream.shutdown(Shutdown::Both);
             }
             self.is_written = false;
             self.outbox = Outbox::default();
@@ -5441,19 +5433,28 @@ mod relay {
 
         /// Opens a stream. Returns it, and what its answers can be read from. The error is whether the peer may take streams all the
         /// same, and is to be asked for one again.
-        fn open(&self) -> Result<(Arc<Stream>, may::net::TcpStream), bool> {
+        fn open(&self) -> Result<(Arc<TcpStream>, may::net::TcpStream), bool> {
+            let host = self.host().ok_or(true)?;
+            if own().is_none() {
+                // A main instance that is of another kind now might wait for the end of the body.
+                let greeting = Request { via: VIA.clone(), ..Request::default() }.as_greeting();
+                let (_, takes_streams) = greeting.send(&host, ANSWER_LIMIT).map_err(|_| true)?;
+                if !takes_streams {
+                    return Err(false);
+                }
+            }
             let id = format!("{:016x}", random());
-            let request = |host: &str, part: &str| {
-                let url = format!("http://{host}/kv-store?{part}={id}");
+            let send = || {
+                let url = format!("http://{host}/kv-store?stream={id}");
                 let builder = client("POST", &url)?.read_timeout(ANSWER_LIMIT).try_header("Content-Type", STREAM)?;
-                Ok::<_, attohttpc::Error>(match proof(&id, &format!("{REQUESTS} {}", self.address)) {
+                let builder = match proof(&id, &format!("{REQUESTS} {}", self.address)) {
                     Some(proof) => builder.bearer_auth(proof),
                     None => builder,
-                })
+                };
+                builder.body(Endless).send()
             };
-            let host = self.host().ok_or(true)?;
-            let response = request(&host, ANSWERS).and_then(|it| it.send()).map_err(|_| true)?;
-            let answers = last_sent_on().map_err(|_| true)?;
+            let response = send().map_err(|_| true)?;
+            let stream = last_sent_on().map_err(|_| true)?;
             let (status, headers) = (response.status(), response.headers());
             let proven = headers.get("Authentication-Info").map_or("".as_bytes(), HeaderValue::as_bytes);
             let is_proven = is_proven(proven, &id, &format!("{ANSWERS} {}", self.address));
@@ -5466,16 +5467,13 @@ mod relay {
             if !takes_streams || !is_proven {
                 return Err(own().is_some());
             }
-            let mut questions = None;
-            // (This fails as soon as the head is sent.)
-            let _ = request(&host, REQUESTS).and_then(|it| it.body(Questions(&mut questions)).send());
-            let reader = waiting_stream(&answers, None).map_err(|_| true)?;
-            Ok((Arc::new(Stream { questions: questions.ok_or(true)?, answers }), reader))
+            let reader = waiting_stream(&stream, None).map_err(|_| true)?;
+            Ok((Arc::new(stream), reader))
         }
 
         /// Writes what is queued on the stream, until nothing is. It does not wait: what the kernel does not take at once is left to
         /// a coroutine.
-        fn write_queue(self: &Arc<Peer>, stream: &Arc<Stream>) {
+        fn write_queue(self: &Arc<Peer>, stream: &Arc<TcpStream>) {
             let mut traffic = lock(&self.traffic);
             while traffic.is_open(stream) {
                 traffic.fill_outbox();
@@ -5486,11 +5484,11 @@ mod relay {
                 }
                 traffic.wrote = Some(Instant::now());
                 drop(traffic);
-                match write_now(&stream.questions, &bytes) {
+                match write_now(stream, &bytes) {
                     Ok(sent) if sent == bytes.len() => {}
                     Ok(sent) => {
                         let (peer, stream) = (self.clone(), stream.clone());
-                        may::go!(move || match write_waiting(&stream.questions, &bytes[sent..]) {
+                        may::go!(move || match write_waiting(&stream, &bytes[sent..]) {
                             Ok(()) => peer.write_queue(&stream),
                             Err(_) => peer.end_stream(&stream),
                         });
@@ -5503,7 +5501,7 @@ mod relay {
         }
 
         /// Hands on the answers that come on a stream, as long as any come.
-        fn read_answers(self: Arc<Peer>, stream: &Arc<Stream>, mut reader: impl Read) {
+        fn read_answers(self: Arc<Peer>, stream: &Arc<TcpStream>, mut reader: impl Read) {
             let (mut inbox, mut buffer, mut served, mut goes_on) = (Inbox::default(), vec![0; FRAME], 0, true);
             while goes_on && let Ok(count @ 1..) = reader.read(&mut buffer) {
                 let mut answers = Vec::new();
@@ -5526,7 +5524,7 @@ mod relay {
             answered.into_iter().for_each(|(waiting, answer)| waiting.deliver(answer));
         }
 
-        fn end_stream(self: &Arc<Peer>, stream: &Arc<Stream>) {
+        fn end_stream(self: &Arc<Peer>, stream: &Arc<TcpStream>) {
             let mut traffic = lock(&self.traffic);
             if traffic.is_open(stream) {
                 traffic.close();
@@ -5537,7 +5535,7 @@ mod relay {
         }
 
         /// Finds out whether the host of a silent peer is still there, and gives up the stream if it is not.
-        fn look_for(self: Arc<Peer>, stream: Arc<Stream>) {
+        fn look_for(self: Arc<Peer>, stream: Arc<TcpStream>) {
             let is_there = |address: &SocketAddr| TcpStream::connect_timeout(address, LOOK_LIMIT).is_ok();
             let gone = !self.addresses().iter().any(is_there);
             if gone {
@@ -5800,27 +5798,20 @@ mod relay {
 // ---- The end of a stream that is asked ------------------------------------------------------------------------------
 
 mod answering {
-    //! One connection brings what is asked, the other takes what is answered; each has its coroutine. What can be answered at
-    //! once is answered in the coroutine that reads; what takes its time has one of its own, and its answer comes when it comes.
+    //! A coroutine reads what is asked. What can be answered at once is answered there; what takes its time has a coroutine of its
+    //! own, and its answer comes when it comes.
 
     use super::*;
 
     /// How many requests of all streams may take their time side by side, since each has a stack. What is more holds its stream up.
     const MAX_WORK: u32 = 2000;
     static WORK: AtomicU32 = AtomicU32::new(0);
-    /// The connection that asks comes within this time, or the other one is closed.
-    const OPENING_LIMIT: Duration = Duration::from_secs(5);
     /// How many bytes of questions a stream may bring before others have their turn.
     const QUESTIONS: u64 = 64 << 10;
-    /// Those whose connection for the answers has come, and the other not yet.
-    static STREAMS: LazyLock<Mutex<HashMap<String, Arc<Asked>>>> = LazyLock::new(Default::default);
 
     struct Asked {
         outgoing: Mutex<Outgoing>,
-        /// The connection for the answers.
         socket: TcpStream,
-        /// The connection for what is asked has come.
-        is_open: AtomicBool,
         has_ended: AtomicBool,
     }
 
@@ -5863,6 +5854,14 @@ mod answering {
             }
         }
 
+        fn give_signs_of_life(&self) {
+            while !self.has_ended.load(SeqCst) {
+                lock(&self.outgoing).outbox.give_sign_of_life();
+                self.flush();
+                pause(SIGN_OF_LIFE);
+            }
+        }
+
         fn end(&self) {
             self.has_ended.store(true, SeqCst);
             let _ = self.socket.shutdown(Shutdown::Both);
@@ -5892,61 +5891,36 @@ mod answering {
         }
     }
 
-    /// Keeps the connection for the answers of a stream, as long as the stream lives. `knows_secret` is whether who opens it has proven that.
-    pub fn carry_answers(id: &str, socket: &TcpStream, knows_secret: bool) {
+    /// Answers what is asked on a stream, until it ends. `knows_secret` is whether who opened it has proven that.
+    pub fn answer_stream(id: &str, mut body: BodyReader, socket: &TcpStream, knows_secret: bool) {
         let Ok(socket) = socket.try_clone() else { return };
-        let stream = Arc::new(Asked {
-            outgoing: Mutex::default(),
-            socket,
-            is_open: AtomicBool::new(false),
-            has_ended: AtomicBool::new(false),
-        });
-        // Whoever takes a number that is taken already cuts off the other: it is a random one.
-        lock(&STREAMS).insert(id.to_owned(), stream.clone());
+        let stream = Arc::new(Asked { outgoing: Mutex::default(), socket, has_ended: AtomicBool::new(false) });
         // Without a length, the body ends with the connection (RFC 9112 section 6.3).
         // (Nothing is proven to whoever proves nothing.)
         let proof = proof(id, &format!("{ANSWERS} {}", own().unwrap_or_default())).filter(|_| knows_secret);
         let proof = proof.map_or(String::new(), |proof| format!("Authentication-Info: {proof}\r\n"));
         let head = format!("HTTP/1.1 200 OK\r\nServer: M\r\nContent-Type: {STREAM}\r\n{proof}{CLOSE}\r\n");
-        if stream.write(head.as_bytes()).is_err() {
-            stream.end();
-        }
-        let opened = Instant::now();
-        while !stream.has_ended.load(SeqCst) && (stream.is_open.load(SeqCst) || opened.elapsed() < OPENING_LIMIT) {
-            pause(SIGN_OF_LIFE);
-            // (Before, the asking client may not have read the head.)
-            if stream.is_open.load(SeqCst) {
-                lock(&stream.outgoing).outbox.give_sign_of_life();
-                stream.flush();
+        let mut goes_on = stream.write(head.as_bytes()).is_ok();
+        let (mut inbox, mut served, mut was_asked) = (Inbox::default(), 0, false);
+        while goes_on && !stream.has_ended.load(SeqCst) {
+            let Some(arrived) = body.fill_buf().ok().filter(|bytes| !bytes.is_empty()) else { break };
+            let count = arrived.len();
+            goes_on = inbox.take_in(arrived, |number, request| stream.answer(number, request, knows_secret));
+            body.consume(count);
+            stream.flush();
+            if !std::mem::replace(&mut was_asked, true) {
+                let stream = stream.clone();
+                may::go!(move || stream.give_signs_of_life());
+            }
+            served += count as u64;
+            take_turn(&mut served, QUESTIONS);
+            // Who does not read answers is not asked for more questions.
+            while lock(&stream.outgoing).outbox.length() > MAX_UNSENT && !stream.has_ended.load(SeqCst) {
+                pause(Duration::from_millis(1));
             }
         }
+        // Otherwise the server would read the body to its end, which never comes.
         stream.end();
-        lock(&STREAMS).retain(|_, waiting| !Arc::ptr_eq(waiting, &stream));
-    }
-
-    /// Takes what is asked on a stream, until it ends.
-    pub fn take_questions(id: &str, mut body: BodyReader, socket: &TcpStream, knows_secret: bool) {
-        let stream = lock(&STREAMS).remove(id);
-        if let Some(stream) = stream {
-            stream.is_open.store(true, SeqCst);
-            let (mut inbox, mut goes_on, mut served) = (Inbox::default(), true, 0);
-            while goes_on && !stream.has_ended.load(SeqCst) {
-                let Some(arrived) = body.fill_buf().ok().filter(|bytes| !bytes.is_empty()) else { break };
-                let count = arrived.len();
-                goes_on = inbox.take_in(arrived, |number, request| stream.answer(number, request, knows_secret));
-                body.consume(count);
-                stream.flush();
-                served += count as u64;
-                take_turn(&mut served, QUESTIONS);
-                // Who does not read answers is not asked for more questions.
-                while lock(&stream.outgoing).outbox.length() > MAX_UNSENT && !stream.has_ended.load(SeqCst) {
-                    pause(Duration::from_millis(1));
-                }
-            }
-            stream.end();
-        }
-        // The body would be read to its end, which never comes.
-        let _ = socket.shutdown(Shutdown::Both);
     }
 
     /// Whether who opens a stream proves (in the form of RFC 6750 section 2.1) that it knows what the nodes of this store share. An
@@ -6245,24 +6219,18 @@ impl Connection {
         take_turn(&mut self.served, TURN);
     }
 
-    /// Becomes one of the two connections of a stream, as long as that lives.
+    /// Becomes a stream, as long as that lives.
     fn serve_stream(&mut self, request: &Request, parsed: Parsed) {
-        let part = request.target.strip_prefix("/kv-store?").and_then(|query| query.split_once('='));
-        let bad_request = || Outcome::BadRequest.answer(Vocabulary::Form, "POST");
-        let knows_secret = match answering::knows_secret(&parsed, part.map_or("", |(_, id)| id)) {
+        let id = request.target.strip_prefix("/kv-store?stream=").unwrap_or_default();
+        let knows_secret = match answering::knows_secret(&parsed, id) {
             Ok(knows) => knows,
             Err(refusal) => return self.refuse(refusal.answer(Vocabulary::Form, "POST"), false),
         };
-        match part {
-            // It writes on the socket, and would overtake the answer to what came before it.
-            _ if self.client.calls.load(SeqCst) > 1 => return self.refuse(bad_request(), false),
-            Some((ANSWERS, id)) if id.len() <= 16 => {
-                self.client.answering.store(true, SeqCst);
-                answering::carry_answers(id, &self.socket, knows_secret);
-            }
-            Some((REQUESTS, id)) => answering::take_questions(id, parsed.body(), &self.socket, knows_secret),
-            _ => return self.refuse(bad_request(), false),
+        // It writes on the socket, and would overtake the answers to what came before it.
+        if id.is_empty() || self.client.calls.load(SeqCst) > 1 {
+            return self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "POST"), false);
         }
+        answering::answer_stream(id, parsed.body(), &self.socket, knows_secret);
         self.end();
     }
 

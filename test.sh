@@ -887,16 +887,11 @@ test_refused_view_changes() {
 # ask_on_stream INSTANCE REQUEST [CURL-ARGUMENT...]: opens a stream, asks one thing on it (a request in the form that it has between
 # instances) and prints the status of the answer, or of a stream that is not opened.
 ask_on_stream() {
-  local stream=('-H' 'Content-Type: application/x-kv-store-stream' "${@:3}") id=$RANDOM$RANDOM length answers
-  answers=$work/answers.$id
-  curl -s -m 10 -N -o "$answers" -D "$answers.head" "${stream[@]}" -d '' "${url[$1]}/kv-store?answers=$id" &
-  clients=($!)
-  poll grep -qs "^Content-Type" "$answers.head"
+  local stream=(-H 'Content-Type: application/x-kv-store-stream' "${@:3}") answers=$work/answers length
   length=$(printf '%b' "$2" | wc -c)
   # A frame: the number 1, the length, that it is the last of its message; and the message.
   { printf '\x01\0\0\0\0\0\0\0' && printf '%b' "\\x$(printf %02x $((length % 256)))\\x$(printf %02x $((length / 256)))\0\0\x01$2"; } |
-    curl -s -m 10 -o /dev/null "${stream[@]}" --data-binary @- "${url[$1]}/kv-store?requests=$id"
-  wait "${clients[@]}"
+    curl -s -m 10 -o "$answers" -D "$answers.head" "${stream[@]}" --data-binary @- "${url[$1]}/kv-store?stream=$RANDOM"
   # The answer begins with its status, in bytes of seven bits; frames with the number 0 are signs of life.
   od -An -v -tu1 -w1 "$answers" 2>/dev/null | awk -v refusal="$(awk 'NR == 1 && $2 != 200 { print $2 }' "$answers.head")" '
     { byte[n++] = $1 }
@@ -924,14 +919,13 @@ test_messages() {
   check "messages: one from nowhere" 400 "$(ask_on_stream n1 "$(message "$(greeting nowhere "$own")")")"
   check "messages: to an instance that is no node" 400 "$(ask_on_stream main "$(message "$(greeting a:1 "$own")")")"
   check "streams: a request that is none" "no answer" "$(ask_on_stream n1 'nonsense')"
-  check "streams: half of one" 400 "$(status_of n1 POST /kv-store -H "$type" -d '')"
-  check "streams: ... of one that nobody opened" 000 "$(status_of n1 POST '/kv-store?requests=7' -H "$type" -d '')"
+  check "streams: one without a number" 400 "$(status_of n1 POST /kv-store -H "$type" -d '')"
   check "messages: nothing has changed" "$before" "$(view_and_counts)"
 }
 
 # answers_head INSTANCE: with what status it answers to who opens a stream, and how it proves then that it knows the secret.
 answers_head() {
-  curl -s -m 1 -o /dev/null -D - -X POST -H 'Content-Type: application/x-kv-store-stream' "${url[$1]}/kv-store?answers=7" |
+  curl -s -m 1 -o /dev/null -D - -X POST -H 'Content-Type: application/x-kv-store-stream' "${url[$1]}/kv-store?stream=7" |
     tr -d '\r' | grep -i -E '^(HTTP|Authentication-Info)'
 }
 
