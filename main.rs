@@ -5979,6 +5979,8 @@ struct Client {
     head: AtomicU64,
     /// The last `recv` brought bytes.
     has_read: AtomicBool,
+    /// A body was read from the socket, and did not come with its head.
+    read_body: AtomicBool,
     /// The server was told that the client sends nothing more.
     has_left: AtomicBool,
     /// The watch closed the connection, since its client does not read.
@@ -6020,6 +6022,7 @@ impl Client {
             unread: AtomicU64::new(0),
             head: AtomicU64::new(0),
             has_read: AtomicBool::new(false),
+            read_body: AtomicBool::new(false),
             has_left: AtomicBool::new(false),
             given_up: AtomicBool::new(false),
             has_ended: AtomicBool::new(false),
@@ -6036,7 +6039,8 @@ impl Client {
         self.calls.store(0, SeqCst);
         self.head.store(0, SeqCst);
         self.unread.store(0, SeqCst);
-        for flag in [&self.answering, &self.has_read, &self.has_left, &self.given_up, &self.has_ended] {
+        for flag in [&self.answering, &self.has_read, &self.read_body, &self.has_left, &self.given_up, &self.has_ended]
+        {
             flag.store(false, SeqCst);
         }
         self.is_open.store(true, SeqCst);
@@ -6236,7 +6240,7 @@ impl Connection {
 
     /// Reads a whole body, to keep it or not. False is a client that left before it was complete: its request never happened.
     fn read_body(&self, mut reader: BodyReader, length: usize, mut body: Option<&mut Vec<u8>>) -> bool {
-        let (mut taken, mut reads) = (0, 0);
+        let mut taken = 0;
         while !self.client.has_ended.load(SeqCst) {
             let arrived = match reader.fill_buf() {
                 Ok([]) => break,
@@ -6253,9 +6257,9 @@ impl Connection {
                 body.extend(arrived);
             }
             reader.consume(count);
-            (taken, reads) = (taken + count, reads + 1);
+            taken += count;
         }
-        if reads > 0 {
+        if self.client.read_body.swap(false, Relaxed) {
             signal_again(&self.socket);
         }
         taken == length
@@ -6542,6 +6546,9 @@ impl Client {
         let had_read = self.has_read.load(Relaxed);
         if had_read != (count > 0) {
             self.has_read.store(count > 0, Relaxed);
+        }
+        if in_call {
+            self.read_body.store(true, Relaxed);
         }
         let would_block = count < 0 && io::Error::last_os_error().kind() == io::ErrorKind::WouldBlock;
         if in_call && would_block && self.unread() > 0 {
