@@ -4979,10 +4979,11 @@ mod streams {
     //! be used without it. Such a request makes a *stream* from one instance to another: its body carries what is asked, its answer
     //! what is answered, in any order. Both go in frames: a number that question and answer share, a length, whether the message
     //! ends here, and so much of it. This is what both ends have in common; `relay` is the end that asks, and what is asked is
-    //! answered beside the connections, in `answering`. (A stream of two requests, one for each direction, would need half as many
-    //! packets again: what comes and what goes could not acknowledge each other.)
+    //! answered beside the connections, in `answering`. (A stream of two requests, one for each direction, would need one and a
+    //! half times as many packets: what comes and what goes could not acknowledge each other.)
     //!
-    //! Who is asked sends nothing but the head of its answer before it was asked something: attohttpc may have read it.
+    //! Who is asked sends nothing but the head of its answer before it was asked something: attohttpc might read that as well, and
+    //! keep it.
 
     use super::*;
 
@@ -5536,8 +5537,9 @@ mod relay {
 
         /// Finds out whether the host of a silent peer is still there, and gives up the stream if it is not.
         fn look_for(self: Arc<Peer>, stream: Arc<TcpStream>) {
-            let is_there = |address: &SocketAddr| TcpStream::connect_timeout(address, LOOK_LIMIT).is_ok();
-            let gone = !self.addresses().iter().any(is_there);
+            // (The name may stand for another host by now.)
+            let is_there = |address: SocketAddr| TcpStream::connect_timeout(&address, LOOK_LIMIT).is_ok();
+            let gone = !stream.peer_addr().is_ok_and(is_there);
             if gone {
                 self.forget_addresses();
             }
@@ -5854,6 +5856,15 @@ mod answering {
             }
         }
 
+        /// For who does not read answers, no more are made.
+        fn wait_for_room(&self) {
+            while lock(&self.outgoing).outbox.length() > MAX_UNSENT && !self.has_ended.load(SeqCst) {
+                self.flush();
+                // Another coroutine may be writing.
+                pause(Duration::from_millis(1));
+            }
+        }
+
         fn give_signs_of_life(&self) {
             while !self.has_ended.load(SeqCst) {
                 lock(&self.outgoing).outbox.give_sign_of_life();
@@ -5893,7 +5904,7 @@ mod answering {
 
     /// Answers what is asked on a stream, until it ends. `knows_secret` is whether who opened it has proven that.
     pub fn answer_stream(id: &str, mut body: BodyReader, socket: &TcpStream, knows_secret: bool) {
-        let Ok(socket) = socket.try_clone() else { return };
+        let Ok(socket) = socket.try_clone() else { return drop(socket.shutdown(Shutdown::Both)) };
         let stream = Arc::new(Asked { outgoing: Mutex::default(), socket, has_ended: AtomicBool::new(false) });
         // Without a length, the body ends with the connection (RFC 9112 section 6.3).
         // (Nothing is proven to whoever proves nothing.)
@@ -5905,7 +5916,10 @@ mod answering {
         while goes_on && !stream.has_ended.load(SeqCst) {
             let Some(arrived) = body.fill_buf().ok().filter(|bytes| !bytes.is_empty()) else { break };
             let count = arrived.len();
-            goes_on = inbox.take_in(arrived, |number, request| stream.answer(number, request, knows_secret));
+            goes_on = inbox.take_in(arrived, |number, request| {
+                stream.answer(number, request, knows_secret);
+                stream.wait_for_room();
+            });
             body.consume(count);
             stream.flush();
             if !std::mem::replace(&mut was_asked, true) {
@@ -5914,10 +5928,6 @@ mod answering {
             }
             served += count as u64;
             take_turn(&mut served, QUESTIONS);
-            // Who does not read answers is not asked for more questions.
-            while lock(&stream.outgoing).outbox.length() > MAX_UNSENT && !stream.has_ended.load(SeqCst) {
-                pause(Duration::from_millis(1));
-            }
         }
         // Otherwise the server would read the body to its end, which never comes.
         stream.end();
