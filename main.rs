@@ -29,8 +29,8 @@
 //!
 //! The library `may` runs each connection as a coroutine, and each stream, on a few worker threads, and these must never block.
 //! What blocks has threads of its own: the HTTP client (while it opens a stream, and for each request to a main instance that takes
-//! no streams; a coroutine that waits for an answer holds no worker), the watches over connections and over what waits for other
-//! instances, and in a node the one that keeps in touch with the others.
+//! no streams; a coroutine that waits for an answer holds no worker), looking names up, the watches over connections, sleepers,
+//! memory and what waits for other instances, and in a node the one that keeps in touch with the others.
 //!
 //! "The contract" in the comments is the section of this name in README.md, which says all that a client may see.
 
@@ -1692,6 +1692,7 @@ mod table {
             self.shards[shard].iter().map(|index| &self.view[*index])
         }
 
+        /// The same, to be kept.
         pub fn replicas(&self, shard: usize) -> Vec<String> {
             self.nodes_of(shard).cloned().collect()
         }
@@ -3033,9 +3034,9 @@ mod node {
         /// A node of a key's shard that was not asked yet, if one is left: of those that are not silent, if there are such.
         pub fn another(&self, hash: u64, key: &[u8], asked: &[String]) -> Option<String> {
             let table = self.table.as_ref().filter(|_| self.is_replicated())?;
-            let mut replicas = table.replicas(table.shard_at(hash, key));
-            replicas.retain(|node| *node != self.own && !asked.contains(node));
-            (!replicas.is_empty()).then(|| self.pick(replicas.iter(), hash))
+            let is_left = |node: &&String| **node != self.own && !asked.contains(node);
+            let left = table.nodes_of(table.shard_at(hash, key)).filter(is_left);
+            left.clone().next().is_some().then(|| self.pick(left, hash))
         }
 
         pub fn compose_push(&mut self, to: &str, version: Version, records: Vec<Copied>) -> Push {
@@ -5388,7 +5389,7 @@ mod relay {
                 }
                 State::Closed if traffic.takes_streams => {
                     traffic.stream = State::Opening;
-                    if thread::Builder::new().spawn(move || peer.run_stream()).is_err() {
+                    if thread::Builder::new().spawn(move || peer.open_stream()).is_err() {
                         traffic.stream = State::Closed;
                         traffic.give_up_queue();
                     }
@@ -5407,7 +5408,7 @@ mod relay {
         // -- A peer that takes streams
 
         /// Opens a stream, and has a coroutine read what comes there.
-        fn run_stream(self: Arc<Peer>) {
+        fn open_stream(self: Arc<Peer>) {
             // After a panic, there was no stream.
             let opened = catch_unwind(AssertUnwindSafe(|| self.open())).unwrap_or(Err(true));
             let mut traffic = lock(&self.traffic);
@@ -5904,12 +5905,13 @@ mod answering {
 
     /// Answers what is asked on a stream, until it ends. `knows_secret` is whether who opened it has proven that.
     pub fn answer_stream(id: &str, mut body: BodyReader, socket: &TcpStream, knows_secret: bool) {
+        // (On the descriptor of the connection itself, answers would leave in place of what is written: see `send`.)
         let Ok(socket) = socket.try_clone() else { return drop(socket.shutdown(Shutdown::Both)) };
         let stream = Arc::new(Asked { outgoing: Mutex::default(), socket, has_ended: AtomicBool::new(false) });
-        // Without a length, the body ends with the connection (RFC 9112 section 6.3).
-        // (Nothing is proven to whoever proves nothing.)
+        // Nothing is proven to whoever proves nothing.
         let proof = proof(id, &format!("{ANSWERS} {}", own().unwrap_or_default())).filter(|_| knows_secret);
         let proof = proof.map_or(String::new(), |proof| format!("Authentication-Info: {proof}\r\n"));
+        // Without a length, the body ends with the connection (RFC 9112 section 6.3).
         let head = format!("HTTP/1.1 200 OK\r\nServer: M\r\nContent-Type: {STREAM}\r\n{proof}{CLOSE}\r\n");
         let mut goes_on = stream.write(head.as_bytes()).is_ok();
         let (mut inbox, mut served, mut was_asked) = (Inbox::default(), 0, false);

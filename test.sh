@@ -492,6 +492,9 @@ test_endless_pipelines() { # INSTANCE
   wait "${clients[@]}"
 }
 
+# gets COUNT KEY: so many requests for a key (three lines each), to be sent in one go.
+gets() { yes "GET /kv-store/$2 HTTP/1.1"$'\r\nHost: test\r\n\r' | head -n $(($1 * 3)); }
+
 # Clients that have one large answer after the other made, and leave in the middle of them; the instance stays the same process.
 test_clients_that_leave() { # INSTANCE
   local host=${url[$1]#http://} before n
@@ -500,7 +503,7 @@ test_clients_that_leave() { # INSTANCE
   status_of "$1" PUT /kv-store/leave -d "@$work/leave" >/dev/null
   # After each three such answers others have their turn, and after the last ones this client is gone.
   local gets
-  gets=$(yes $'GET /kv-store/leave HTTP/1.1\r\nHost: test\r\n\r' | head -n 90)$'\n'
+  gets=$(gets 30 leave)$'\n'
   for n in {1..8}; do
     for _ in {1..200}; do
       exec 3<>"/dev/tcp/${host%:*}/${host#*:}" && printf %s "$gets" >&3
@@ -534,7 +537,7 @@ test_unread_answers() {
   local n fds=()
   start greedy
   check "unread answers: there is something to read" 201 "$(status_of greedy PUT /kv-store/big -d "@$work/full")"
-  yes $'GET /kv-store/big HTTP/1.1\r\nHost: test\r\n\r' | head -n 600 >"$work/gets"
+  gets 200 big >"$work/gets"
   printf 'GET /kv-store HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n' >>"$work/gets"
   connect greedy
   cat "$work/gets" >&"$fd"
