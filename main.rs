@@ -41,7 +41,7 @@ use std::fmt::{self, Display, Formatter};
 use std::fs::File;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::ErrorKind::{AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable, TimedOut};
-use std::io::{self, BufRead, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::mem::ManuallyDrop;
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::ops::Bound::{Excluded, Unbounded};
@@ -125,16 +125,22 @@ fn in_order(numbers: impl Iterator<Item = u64>) -> Vec<usize> {
     numbers.into_iter().map(|(_, index)| index).collect()
 }
 
-/// The coroutines that sleep, and until when.
-static SLEEPERS: Mutex<Vec<(Instant, Arc<Blocker>)>> = Mutex::new(Vec::new());
+/// The coroutines that sleep, by when they wake; the number tells apart those that wake at once.
+static SLEEPERS: Mutex<BTreeMap<(Instant, usize), Arc<Blocker>>> = Mutex::new(BTreeMap::new());
 static SLEEPER_CAME: Condvar = Condvar::new();
 
 /// Lets a coroutine sleep. (`may::coroutine::sleep` sets a timer and then writes to the coroutine once more: if it has woken and
 /// ended by then, it is gone, and the process crashes.)
 fn pause(time: Duration) {
     let sleeper = Arc::new(Blocker::new(false));
-    lock(&SLEEPERS).push((Instant::now() + time, sleeper.clone()));
-    SLEEPER_CAME.notify_one();
+    let wakes = (Instant::now() + time, Arc::as_ptr(&sleeper) as usize);
+    let mut sleepers = lock(&SLEEPERS);
+    sleepers.insert(wakes, sleeper.clone());
+    let is_first = sleepers.keys().next() == Some(&wakes);
+    drop(sleepers);
+    if is_first {
+        SLEEPER_CAME.notify_one();
+    }
     let _ = sleeper.park(None);
 }
 
@@ -142,14 +148,15 @@ fn pause(time: Duration) {
 fn wake_sleepers() {
     let mut sleepers = lock(&SLEEPERS);
     let now = Instant::now();
-    let due: Vec<_> = sleepers.extract_if(.., |(due, _)| *due <= now).collect();
+    let later = sleepers.split_off(&(now, usize::MAX));
+    let due = std::mem::replace(&mut *sleepers, later);
     if due.is_empty() {
-        let next = sleepers.iter().map(|(due, _)| due.saturating_duration_since(now)).min();
+        let next = sleepers.keys().next().map(|(due, _)| due.saturating_duration_since(now));
         drop(SLEEPER_CAME.wait_timeout(sleepers, next.unwrap_or(Duration::from_secs(3600))));
     } else {
         // Without the lock (`Waiting`).
         drop(sleepers);
-        due.iter().for_each(|(_, sleeper)| sleeper.unpark());
+        due.values().for_each(|sleeper| sleeper.unpark());
     }
 }
 
@@ -4995,7 +5002,9 @@ mod streams {
     pub const ANSWERS: &str = "answers";
     /// How many bytes of a message a frame carries at most: whatever is small passes between the frames of what is large.
     pub const FRAME: usize = 64 << 10;
+    /// The head of a frame, and where in it the length of what follows is.
     const HEAD: usize = 13;
+    const LENGTH: std::ops::Range<usize> = 8..12;
     /// How many bytes a message may have: an answer, or a request with all that leads to it.
     pub const MAX_MESSAGE: usize = 17 << 20;
     /// How often whoever is asked gives a sign of life: a frame with a number that no message has.
@@ -5026,20 +5035,25 @@ mod streams {
         large: VecDeque<(u64, Vec<u8>)>,
         /// How many bytes of the first large one have been taken.
         taken: usize,
+        /// Somebody writes, and takes along what comes in here meanwhile.
+        is_written: bool,
+        /// How many bytes they are writing.
+        written: usize,
     }
 
     impl Outbox {
-        /// Puts a message in that takes about `size` bytes. Returns how many it takes.
-        pub fn push(&mut self, number: u64, message: &impl Serialize, size: usize) -> usize {
+        pub fn push(&mut self, number: u64, message: &impl Serialize) {
+            let begin = self.frames.len();
+            put_frame(&mut self.frames, number, &[], true);
             // Writing to a Vec cannot fail.
-            let message = postcard::to_extend(message, Vec::with_capacity(size)).unwrap_or_default();
-            let length = message.len();
+            self.frames = postcard::to_extend(message, std::mem::take(&mut self.frames)).unwrap_or_default();
+            let length = self.frames.len() - begin - HEAD;
             if length <= FRAME {
-                put_frame(&mut self.frames, number, &message, true);
+                self.frames[begin..][LENGTH].copy_from_slice(&(length as u32).to_le_bytes());
             } else {
-                self.large.push_back((number, message));
+                self.large.push_back((number, self.frames.split_off(begin + HEAD)));
+                self.frames.truncate(begin);
             }
-            length
         }
 
         pub fn give_sign_of_life(&mut self) {
@@ -5050,18 +5064,31 @@ mod streams {
             !self.large.is_empty()
         }
 
-        /// How many bytes are to be written.
+        /// How many bytes are to be written, or being written.
         pub fn length(&self) -> u64 {
-            (self.frames.len() + self.large.iter().map(|(_, message)| message.len()).sum::<usize>()) as u64
+            let large: usize = self.large.iter().map(|(_, message)| message.len()).sum();
+            (self.written + self.frames.len() + large - self.taken) as u64
         }
 
         pub fn is_full(&self) -> bool {
             self.frames.len() >= FRAME
         }
 
-        /// What the next write should write; nothing if all has been taken.
-        pub fn take(&mut self) -> Vec<u8> {
-            let mut bytes = std::mem::take(&mut self.frames);
+        /// Whether it falls to whoever asks to write (`write_from`): nobody else does.
+        pub fn begin(&mut self) -> bool {
+            !std::mem::replace(&mut self.is_written, true)
+        }
+
+        /// What the next write should write. None ends the writing.
+        pub fn next(&mut self) -> Option<Vec<u8>> {
+            self.is_written = !self.frames.is_empty() || self.has_large();
+            if !self.is_written {
+                self.written = 0;
+                return None;
+            }
+            // What comes next is often as long.
+            let empty = Vec::with_capacity(self.frames.len());
+            let mut bytes = std::mem::replace(&mut self.frames, empty);
             if let Some((number, message)) = self.large.front() {
                 let end = message.len().min(self.taken + FRAME);
                 let is_last = end == message.len();
@@ -5071,7 +5098,30 @@ mod streams {
                     self.large.pop_front();
                 }
             }
-            bytes
+            self.written = bytes.len();
+            Some(bytes)
+        }
+    }
+
+    /// Writes what `next` has until it has nothing, and never waits: what the kernel does not take at once is left to a coroutine.
+    /// `fail` is for a stream that breaks, or takes nothing for long.
+    pub fn write_from(
+        socket: &Arc<TcpStream>,
+        next: impl Fn() -> Option<Vec<u8>> + Send + 'static,
+        fail: impl FnOnce() + Send + 'static,
+    ) {
+        while let Some(bytes) = next() {
+            match write_now(socket, &bytes) {
+                Ok(sent) if sent == bytes.len() => {}
+                Ok(sent) => {
+                    let socket = socket.clone();
+                    return drop(may::go!(move || match write_waiting(&socket, &bytes[sent..]) {
+                        Ok(()) => write_from(&socket, next, fail),
+                        Err(_) => fail(),
+                    }));
+                }
+                Err(_) => return fail(),
+            }
         }
     }
 
@@ -5093,48 +5143,58 @@ mod streams {
 
     /// Puts messages together from the frames that arrive.
     #[derive(Default)]
-    pub struct Inbox {
+    struct Inbox {
         /// The beginning of a frame.
         begun: Vec<u8>,
         large: Option<(u64, Vec<u8>)>,
     }
 
     impl Inbox {
-        /// Takes in what arrived, and hands on each message that is whole now, with its number. False: these are no frames, or
+        /// Takes in what arrived, and returns the messages that are whole now, with their numbers. None: these are no frames, or
         /// no such messages.
-        pub fn take_in<T: DeserializeOwned>(&mut self, arrived: &[u8], mut hand_on: impl FnMut(u64, T)) -> bool {
-            let mut hand_on = |number, message: &[u8]| {
-                let message = postcard::from_bytes(message);
-                message.map(|message| hand_on(number, message)).is_ok()
-            };
+        fn take_in<T: DeserializeOwned>(&mut self, arrived: &[u8]) -> Option<Vec<(u64, T)>> {
+            let mut whole = Vec::new();
             let Inbox { begun, large } = self;
             begun.extend(arrived);
             let mut rest = &begun[..];
             while let Some((number, is_last, piece, after)) = first_frame(rest) {
                 rest = after;
-                let fits = match large {
+                match large {
                     Some((of, message)) if *of == number => {
                         message.extend(piece);
-                        let fits = message.len() <= MAX_MESSAGE && (!is_last || hand_on(number, message));
-                        large.take_if(|_| is_last);
-                        fits
+                        if message.len() > MAX_MESSAGE {
+                            return None;
+                        }
+                        if is_last {
+                            whole.push((number, postcard::from_bytes(message).ok()?));
+                            *large = None;
+                        }
                     }
-                    _ if is_last && number == NO_NUMBER => true,
-                    _ if is_last => hand_on(number, piece),
+                    _ if is_last && number == NO_NUMBER => {}
+                    _ if is_last => whole.push((number, postcard::from_bytes(piece).ok()?)),
                     // Large messages come one after the other.
-                    Some(_) => false,
-                    None => {
-                        *large = Some((number, piece.to_vec()));
-                        true
-                    }
-                };
-                if !fits {
-                    return false;
+                    Some(_) => return None,
+                    None => *large = Some((number, piece.to_vec())),
                 }
             }
             let left = rest.len();
             begun.drain(..begun.len() - left);
-            left < FRAME + HEAD
+            (left < FRAME + HEAD).then_some(whole)
+        }
+    }
+
+    /// Hands on the messages that each read brings, with their numbers, until the stream ends or brings what is none. After `turn`
+    /// bytes, others have their turn.
+    pub fn read_from<T: DeserializeOwned>(mut reader: impl BufRead, turn: u64, mut hand_on: impl FnMut(Vec<(u64, T)>)) {
+        let (mut inbox, mut served) = (Inbox::default(), 0);
+        while let Ok(arrived @ [_, ..]) = reader.fill_buf()
+            && let Some(messages) = inbox.take_in(arrived)
+        {
+            let count = arrived.len();
+            reader.consume(count);
+            hand_on(messages);
+            served += count as u64;
+            take_turn(&mut served, turn);
         }
     }
 }
@@ -5178,6 +5238,7 @@ mod relay {
     static VIA: LazyLock<String> = LazyLock::new(|| format!("1.1 kv-store-{:016x}", random()));
 
     /// The nodes of which it was said that they do not know the secret: it is said once.
+    const MAX_STRANGERS: usize = 1000;
     static STRANGERS: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
     static PEERS: LazyLock<Mutex<HashMap<String, Arc<Peer>>>> = LazyLock::new(Default::default);
@@ -5203,12 +5264,9 @@ mod relay {
         /// The threads that take requests to the peer one by one.
         threads: usize,
         stream: State,
-        /// Somebody writes on the stream, and takes along what is queued meanwhile.
-        is_written: bool,
         outbox: Outbox,
-        /// When something was last asked, when something was last written on the stream, and when something last came there.
+        /// When something was last asked, and when something last came on the stream.
         asked: Option<Instant>,
-        wrote: Option<Instant>,
         heard: Option<Instant>,
         is_looked_for: bool,
     }
@@ -5283,6 +5341,24 @@ mod relay {
         }
     }
 
+    /// Why a stream was not opened.
+    enum NotOpened {
+        NoAnswer,
+        /// The peer answers, and is to be asked without streams.
+        TakesNone,
+    }
+
+    impl<E: Into<attohttpc::Error>> From<E> for NotOpened {
+        fn from(_: E) -> NotOpened {
+            NotOpened::NoAnswer
+        }
+    }
+
+    /// Ends a stream: its reader sees that, and does the rest.
+    fn end_stream(stream: &TcpStream) {
+        let _ = stream.shutdown(Shutdown::Both);
+    }
+
     /// These get no answer. A coroutine tells them, since who calls this holds a lock.
     fn give_up(waiting: Vec<Waiting>) {
         if !waiting.is_empty() {
@@ -5299,14 +5375,14 @@ mod relay {
         fn fill_outbox(&mut self) {
             let mut index = 0;
             while index < self.queue.len() && !self.outbox.is_full() {
-                if self.queue[index].1.size() > FRAME && self.outbox.has_large() {
+                if self.queue[index].1.body.len() > FRAME / 2 && self.outbox.has_large() {
                     index += 1;
                 } else if let Some((number, request)) = self.queue.remove(index)
                     && let Some(waiting) = self.waiters.get_mut(&number)
                 {
                     waiting.waiter.was_sent.store(true, SeqCst);
                     waiting.on_stream = true;
-                    self.outbox.push(number, &request, request.size());
+                    self.outbox.push(number, &request);
                 }
             }
         }
@@ -5317,13 +5393,9 @@ mod relay {
             give_up(queued.filter_map(|(number, _)| self.waiters.remove(&number)).collect());
         }
 
-        /// Closes the stream: what was given to it gets no answer, and what is still queued goes on the next one.
+        /// The stream is over: what was given to it gets no answer, and what is still queued goes on the next one.
         fn close(&mut self) {
-            if let State::Open(stream) = std::mem::take(&mut self.stream) {
-                let _ = stream.shutdown(Shutdown::Both);
-            }
-            self.is_written = false;
-            self.outbox = Outbox::default();
+            (self.stream, self.outbox) = (State::Closed, Outbox::default());
             give_up(self.waiters.extract_if(|_, waiting| waiting.on_stream).map(|(_, waiting)| waiting).collect());
         }
     }
@@ -5379,13 +5451,17 @@ mod relay {
         fn dispatch(self: &Arc<Peer>, mut traffic: MutexGuard<Traffic>) {
             let peer = self.clone();
             match &traffic.stream {
-                State::Open(stream) if !traffic.is_written => {
+                State::Open(stream) => {
                     let (stream, is_alone) = (stream.clone(), traffic.waiters.len() == 1);
-                    traffic.is_written = true;
+                    let is_to_write = traffic.outbox.begin();
                     drop(traffic);
-                    let write = move || peer.write_queue(&stream);
+                    let write = move || peer.write_queue(stream);
                     // Beside others it runs after the coroutines that are ready now, and takes along what these queue.
-                    if is_alone { write() } else { drop(may::go!(write)) }
+                    match is_to_write {
+                        true if is_alone => write(),
+                        true => drop(may::go!(write)),
+                        false => {}
+                    }
                 }
                 State::Closed if traffic.takes_streams => {
                     traffic.stream = State::Opening;
@@ -5410,109 +5486,99 @@ mod relay {
         /// Opens a stream, and has a coroutine read what comes there.
         fn open_stream(self: Arc<Peer>) {
             // After a panic, there was no stream.
-            let opened = catch_unwind(AssertUnwindSafe(|| self.open())).unwrap_or(Err(true));
+            let opened = catch_unwind(AssertUnwindSafe(|| self.open())).unwrap_or(Err(NotOpened::NoAnswer));
             let mut traffic = lock(&self.traffic);
             match opened {
                 Ok((stream, reader)) => {
-                    traffic.stream = State::Open(stream.clone());
-                    (traffic.wrote, traffic.heard) = (Some(Instant::now()), Some(Instant::now()));
+                    traffic.stream = State::Open(stream);
+                    traffic.heard = Some(Instant::now());
                     let peer = self.clone();
-                    may::go!(move || peer.read_answers(&stream, reader));
+                    may::go!(move || peer.read_answers(reader));
                     self.dispatch(traffic);
                 }
-                Err(takes_streams) => {
-                    (traffic.stream, traffic.takes_streams) = (State::Closed, takes_streams);
-                    if takes_streams {
-                        traffic.give_up_queue();
-                    }
-                    let left = traffic.queue.len();
+                Err(NotOpened::NoAnswer) => {
+                    traffic.stream = State::Closed;
+                    traffic.give_up_queue();
                     drop(traffic);
                     self.forget_addresses();
+                }
+                Err(NotOpened::TakesNone) => {
+                    (traffic.stream, traffic.takes_streams) = (State::Closed, false);
+                    let left = traffic.queue.len();
+                    drop(traffic);
                     (0..left.min(MAX_THREADS)).for_each(|_| self.dispatch(lock(&self.traffic)));
                 }
             }
         }
 
-        /// Opens a stream. Returns it, and what its answers can be read from. The error is whether the peer may take streams all the
-        /// same, and is to be asked for one again.
-        fn open(&self) -> Result<(Arc<TcpStream>, may::net::TcpStream), bool> {
-            let host = self.host().ok_or(true)?;
+        /// Opens a stream. Returns it, and what its answers can be read from.
+        fn open(&self) -> Result<(Arc<TcpStream>, may::net::TcpStream), NotOpened> {
+            let host = self.host().ok_or(NotOpened::NoAnswer)?;
             if own().is_none() {
                 // A main instance that is of another kind now might wait for the end of the body.
                 let greeting = Request { via: VIA.clone(), ..Request::default() }.as_greeting();
-                let (_, takes_streams) = greeting.send(&host, ANSWER_LIMIT).map_err(|_| true)?;
+                let (_, takes_streams) = greeting.send(&host, ANSWER_LIMIT)?;
                 if !takes_streams {
-                    return Err(false);
+                    return Err(NotOpened::TakesNone);
                 }
             }
             let id = format!("{:016x}", random());
-            let send = || {
-                let url = format!("http://{host}/kv-store?stream={id}");
-                let builder = client("POST", &url)?.read_timeout(ANSWER_LIMIT).try_header("Content-Type", STREAM)?;
-                let builder = match proof(&id, &format!("{REQUESTS} {}", self.address)) {
-                    Some(proof) => builder.bearer_auth(proof),
-                    None => builder,
-                };
-                builder.body(Endless).send()
-            };
-            let response = send().map_err(|_| true)?;
-            let stream = last_sent_on().map_err(|_| true)?;
-            let (status, headers) = (response.status(), response.headers());
-            let proven = headers.get("Authentication-Info").map_or("".as_bytes(), HeaderValue::as_bytes);
+            let url = format!("http://{host}/kv-store?stream={id}");
+            let mut builder = client("POST", &url, ANSWER_LIMIT)?.try_header("Content-Type", STREAM)?;
+            if let Some(proof) = proof(&id, &format!("{REQUESTS} {}", self.address)) {
+                builder = builder.bearer_auth(proof);
+            }
+            let response = builder.body(Endless).send()?;
+            let stream = last_sent_on()?;
+            let proven = response.headers().get("Authentication-Info").map_or("".as_bytes(), HeaderValue::as_bytes);
             let is_proven = is_proven(proven, &id, &format!("{ANSWERS} {}", self.address));
-            let takes_streams = headers.get("Content-Type").is_some_and(|it| it == STREAM);
-            if (status == StatusCode::FORBIDDEN || takes_streams && !is_proven)
-                && lock(&STRANGERS).insert(self.address.clone())
-            {
-                say(&format!("node {} is of another store: its SECRET is another one", self.address));
+            let takes_streams = response.headers().get("Content-Type").is_some_and(|it| it == STREAM);
+            if response.status() == StatusCode::FORBIDDEN || takes_streams && !is_proven {
+                self.say_that_it_is_a_stranger();
             }
             if !takes_streams || !is_proven {
-                return Err(own().is_some());
+                // A node always takes streams, if not from here.
+                return Err(if own().is_some() { NotOpened::NoAnswer } else { NotOpened::TakesNone });
             }
-            let reader = waiting_stream(&stream, None).map_err(|_| true)?;
+            let reader = waiting_stream(&stream, None)?;
             Ok((Arc::new(stream), reader))
         }
 
-        /// Writes what is queued on the stream, until nothing is. It does not wait: what the kernel does not take at once is left to
-        /// a coroutine.
-        fn write_queue(self: &Arc<Peer>, stream: &Arc<TcpStream>) {
-            let mut traffic = lock(&self.traffic);
-            while traffic.is_open(stream) {
-                traffic.fill_outbox();
-                let bytes = traffic.outbox.take();
-                if bytes.is_empty() {
-                    traffic.is_written = false;
-                    return;
-                }
-                traffic.wrote = Some(Instant::now());
-                drop(traffic);
-                match write_now(stream, &bytes) {
-                    Ok(sent) if sent == bytes.len() => {}
-                    Ok(sent) => {
-                        let (peer, stream) = (self.clone(), stream.clone());
-                        may::go!(move || match write_waiting(&stream, &bytes[sent..]) {
-                            Ok(()) => peer.write_queue(&stream),
-                            Err(_) => peer.end_stream(&stream),
-                        });
-                        return;
-                    }
-                    Err(_) => return self.end_stream(stream),
-                }
-                traffic = lock(&self.traffic);
+        /// Says once, as long as there are not very many of them, that a node does not know the secret.
+        fn say_that_it_is_a_stranger(&self) {
+            let mut strangers = lock(&STRANGERS);
+            if strangers.len() < MAX_STRANGERS && strangers.insert(self.address.clone()) {
+                say(&format!("node {} is of another store: its SECRET is another one", self.address));
             }
         }
 
-        /// Hands on the answers that come on a stream, as long as any come.
-        fn read_answers(self: Arc<Peer>, stream: &Arc<TcpStream>, mut reader: impl Read) {
-            let (mut inbox, mut buffer, mut served, mut goes_on) = (Inbox::default(), vec![0; FRAME], 0, true);
-            while goes_on && let Ok(count @ 1..) = reader.read(&mut buffer) {
-                let mut answers = Vec::new();
-                goes_on = inbox.take_in(&buffer[..count], |number, answer| answers.push((number, answer)));
-                self.hand_on(answers);
-                served += count as u64;
-                take_turn(&mut served, ANSWERED);
+        /// Writes what is queued on the stream, until nothing is.
+        fn write_queue(self: Arc<Peer>, stream: Arc<TcpStream>) {
+            let (socket, broken) = (stream.clone(), stream.clone());
+            let next = move || {
+                let mut traffic = lock(&self.traffic);
+                if !traffic.is_open(&stream) {
+                    return None;
+                }
+                traffic.fill_outbox();
+                traffic.outbox.next()
+            };
+            write_from(&socket, next, move || end_stream(&broken));
+        }
+
+        /// Hands on the answers that come on a stream, until it ends, and does what is to be done then.
+        fn read_answers(self: Arc<Peer>, stream: may::net::TcpStream) {
+            let reader = BufReader::with_capacity(FRAME, stream);
+            // A panic ends the stream as well.
+            let _ = catch_unwind(AssertUnwindSafe(|| read_from(reader, ANSWERED, |answers| self.hand_on(answers))));
+            let mut traffic = lock(&self.traffic);
+            if let State::Open(stream) = &traffic.stream {
+                end_stream(stream);
             }
-            self.end_stream(stream);
+            traffic.close();
+            if !traffic.queue.is_empty() {
+                self.dispatch(traffic);
+            }
         }
 
         fn hand_on(&self, answers: Vec<(u64, Answer)>) {
@@ -5526,17 +5592,7 @@ mod relay {
             answered.into_iter().for_each(|(waiting, answer)| waiting.deliver(answer));
         }
 
-        fn end_stream(self: &Arc<Peer>, stream: &Arc<TcpStream>) {
-            let mut traffic = lock(&self.traffic);
-            if traffic.is_open(stream) {
-                traffic.close();
-            }
-            if !traffic.queue.is_empty() {
-                self.dispatch(traffic);
-            }
-        }
-
-        /// Finds out whether the host of a silent peer is still there, and gives up the stream if it is not.
+        /// Finds out whether the host of a silent peer is still there, and ends the stream if it is not.
         fn look_for(self: Arc<Peer>, stream: Arc<TcpStream>) {
             // (The name may stand for another host by now.)
             let is_there = |address: SocketAddr| TcpStream::connect_timeout(&address, LOOK_LIMIT).is_ok();
@@ -5548,8 +5604,7 @@ mod relay {
             (traffic.is_looked_for, traffic.heard) = (false, Some(Instant::now()));
             if gone && traffic.is_open(&stream) {
                 traffic.give_up_queue();
-                drop(traffic);
-                self.end_stream(&stream);
+                end_stream(&stream);
             }
         }
 
@@ -5562,11 +5617,11 @@ mod relay {
                 && let Some((number, request)) = traffic.queue.pop_front()
             {
                 let Some(waiting) = traffic.waiters.get(&number) else { continue };
-                waiting.waiter.was_sent.store(true, SeqCst);
-                let deadline = waiting.deadline;
-                drop(traffic);
                 // What only a stream can carry waits until it is known whether the peer takes them.
                 let needs_stream = request.needs_stream();
+                waiting.waiter.was_sent.store(!needs_stream, SeqCst);
+                let deadline = waiting.deadline;
+                drop(traffic);
                 let answer = match needs_stream {
                     true => self.send_one(&request.as_greeting(), deadline),
                     false => self.send_one(&request, deadline),
@@ -5673,15 +5728,10 @@ mod relay {
                 return !traffic.waiters.is_empty();
             };
             if !is_needed && is_past(traffic.asked, REST) {
-                traffic.close();
+                end_stream(stream);
             } else if !traffic.is_looked_for && is_past(traffic.heard, SILENCE) {
                 let (peer, stream) = (self.clone(), stream.clone());
                 traffic.is_looked_for = thread::Builder::new().spawn(move || peer.look_for(stream)).is_ok();
-            } else if is_past(traffic.wrote, IDLE_LIMIT / 4) {
-                // As any other connection, this one would be closed if nothing came for long.
-                traffic.wrote = Some(now);
-                traffic.outbox.give_sign_of_life();
-                self.dispatch(traffic);
             }
             is_needed
         }
@@ -5736,19 +5786,15 @@ mod relay {
         matches!(error.kind(), ErrorKind::Io(error) if NO_WAY.contains(&error.kind()))
     }
 
-    /// A request of the client, without what it would do by itself: it reads `http_proxy`, and follows redirects.
-    fn client(verb: &str, url: &str) -> attohttpc::Result<RequestBuilder> {
+    /// A request of the client, without what it would do by itself: it reads `http_proxy`, and follows redirects. The limit is for
+    /// all of it until the whole answer is there, however slowly that drips.
+    fn client(verb: &str, url: &str, limit: Duration) -> attohttpc::Result<RequestBuilder> {
         let method = Method::from_bytes(verb.as_bytes()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         let builder = RequestBuilder::try_new(method, url)?.proxy_settings(ProxySettings::builder().build());
-        Ok(builder.follow_redirects(false).connect_timeout(CONNECT_LIMIT))
+        Ok(builder.follow_redirects(false).connect_timeout(CONNECT_LIMIT).read_timeout(limit).timeout(limit))
     }
 
     impl Request {
-        /// About what it takes in a message, in bytes.
-        fn size(&self) -> usize {
-            self.body.len() + self.target.len() + self.via.len() + self.content_type.len() + 64
-        }
-
         /// The target on a host. What of it the client would change is for `needs_stream` to tell.
         fn url(&self, host: &str) -> String {
             format!("http://{host}{}", self.target)
@@ -5773,8 +5819,7 @@ mod relay {
         /// Sends the request to a host and reads the answer, of which status, `Content-Type`, `Allow` and body go on; and
         /// whether the host takes streams.
         pub fn send(&self, host: &str, limit: Duration) -> attohttpc::Result<(Answer, bool)> {
-            // The second limit is for the whole answer, however slowly it drips.
-            let mut builder = client(&self.verb, &self.url(host))?.read_timeout(limit).timeout(limit);
+            let mut builder = client(&self.verb, &self.url(host), limit)?;
             if !self.via.is_empty() {
                 builder = builder.try_header("Via", &self.via)?;
             }
@@ -5813,69 +5858,61 @@ mod answering {
     const QUESTIONS: u64 = 64 << 10;
 
     struct Asked {
-        outgoing: Mutex<Outgoing>,
-        socket: TcpStream,
-        has_ended: AtomicBool,
-    }
-
-    #[derive(Default)]
-    struct Outgoing {
-        outbox: Outbox,
-        /// Somebody writes, and takes along what comes into the outbox meanwhile.
-        is_written: bool,
+        socket: Arc<TcpStream>,
+        /// The connection that became the stream: with what is unread of it, the watch deals as with that of others.
+        client: &'static Client,
+        /// None when the stream has ended.
+        outbox: Mutex<Option<Outbox>>,
     }
 
     impl Asked {
+        /// Does something with the outbox. None if the stream has ended.
+        fn with<T>(&self, work: impl FnOnce(&mut Outbox) -> T) -> Option<T> {
+            let mut outbox = lock(&self.outbox);
+            let result = work(outbox.as_mut()?);
+            self.client.set_unread(outbox.as_ref()?.length());
+            Some(result)
+        }
+
         fn push(&self, number: u64, answer: &Answer) {
-            lock(&self.outgoing).outbox.push(number, answer, answer.size());
+            self.with(|outbox| outbox.push(number, answer));
         }
 
         /// Sees to it that what is in the outbox is written.
-        fn flush(&self) {
-            let mut outgoing = lock(&self.outgoing);
-            if std::mem::replace(&mut outgoing.is_written, true) {
-                return;
+        fn flush(self: &Arc<Asked>) {
+            if self.with(Outbox::begin) == Some(true) {
+                let (stream, broken) = (self.clone(), self.clone());
+                write_from(&self.socket, move || stream.with(Outbox::next)?, move || broken.end());
             }
+        }
+
+        /// Waits for room for another answer; who reads what it asked for always has some. False if the stream ends first.
+        fn has_room(self: &Arc<Asked>) -> bool {
             loop {
-                let bytes = outgoing.outbox.take();
-                if bytes.is_empty() || self.has_ended.load(SeqCst) {
-                    outgoing.is_written = false;
-                    return;
+                match self.with(|outbox| outbox.length()) {
+                    None => return false,
+                    Some(0) => return true,
+                    Some(length) if length < MAX_UNSENT && UNREAD.load(SeqCst) < MAX_UNREAD => return true,
+                    Some(_) => {}
                 }
-                drop(outgoing);
-                if self.write(&bytes).is_err() {
-                    self.end();
-                }
-                outgoing = lock(&self.outgoing);
-            }
-        }
-
-        fn write(&self, bytes: &[u8]) -> io::Result<()> {
-            match write_now(&self.socket, bytes)? {
-                sent if sent == bytes.len() => Ok(()),
-                sent => write_waiting(&self.socket, &bytes[sent..]),
-            }
-        }
-
-        /// For who does not read answers, no more are made.
-        fn wait_for_room(&self) {
-            while lock(&self.outgoing).outbox.length() > MAX_UNSENT && !self.has_ended.load(SeqCst) {
                 self.flush();
                 // Another coroutine may be writing.
                 pause(Duration::from_millis(1));
             }
         }
 
-        fn give_signs_of_life(&self) {
-            while !self.has_ended.load(SeqCst) {
-                lock(&self.outgoing).outbox.give_sign_of_life();
+        fn give_signs_of_life(self: Arc<Asked>) {
+            while self.with(Outbox::give_sign_of_life).is_some() {
                 self.flush();
                 pause(SIGN_OF_LIFE);
             }
         }
 
         fn end(&self) {
-            self.has_ended.store(true, SeqCst);
+            if let Some(outbox) = lock(&self.outbox).take() {
+                self.client.set_unread(0);
+                FREED.fetch_add(outbox.length(), SeqCst);
+            }
             let _ = self.socket.shutdown(Shutdown::Both);
         }
 
@@ -5884,52 +5921,55 @@ mod answering {
             if request.origin != Origin::Client && !knows_secret {
                 return self.push(number, &Outcome::NotOfStore.answer(Vocabulary::Form, "POST"));
             }
-            let in_vain = |_| Outcome::MainDown.answer(Vocabulary::Form, "GET");
             // A panic must not leave whoever asked without an answer.
-            match catch_unwind(|| answer_or_defer(request)).unwrap_or_else(|panic| Ok(in_vain(panic))) {
-                Ok(answer) => self.push(number, &answer),
-                Err(work) if WORK.load(SeqCst) >= MAX_WORK => self.push(number, &work()),
-                Err(work) => {
-                    let stream = self.clone();
-                    WORK.fetch_add(1, SeqCst);
-                    may::go!(move || {
-                        let answer = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(in_vain);
-                        WORK.fetch_sub(1, SeqCst);
-                        stream.push(number, &answer);
-                        stream.flush();
-                    });
-                }
-            }
+            let in_vain = |_| Outcome::MainDown.answer(Vocabulary::Form, "GET");
+            let work = match catch_unwind(|| answer_or_defer(request)) {
+                Ok(Ok(answer)) => return self.push(number, &answer),
+                Ok(Err(work)) => work,
+                Err(panic) => return self.push(number, &in_vain(panic)),
+            };
+            let stream = self.clone();
+            let work = move || {
+                let answer = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(in_vain);
+                WORK.fetch_sub(1, SeqCst);
+                stream.push(number, &answer);
+                stream.flush();
+            };
+            if WORK.fetch_add(1, SeqCst) < MAX_WORK { drop(may::go!(work)) } else { work() }
         }
     }
 
     /// Answers what is asked on a stream, until it ends. `knows_secret` is whether who opened it has proven that.
-    pub fn answer_stream(id: &str, mut body: BodyReader, socket: &TcpStream, knows_secret: bool) {
+    pub fn answer_stream(
+        id: &str,
+        mut body: BodyReader,
+        socket: &TcpStream,
+        client: &'static Client,
+        knows_secret: bool,
+    ) {
         // (On the descriptor of the connection itself, answers would leave in place of what is written: see `send`.)
         let Ok(socket) = socket.try_clone() else { return drop(socket.shutdown(Shutdown::Both)) };
-        let stream = Arc::new(Asked { outgoing: Mutex::default(), socket, has_ended: AtomicBool::new(false) });
+        let stream = Arc::new(Asked { socket: Arc::new(socket), client, outbox: Mutex::new(Some(Outbox::default())) });
         // Nothing is proven to whoever proves nothing.
         let proof = proof(id, &format!("{ANSWERS} {}", own().unwrap_or_default())).filter(|_| knows_secret);
         let proof = proof.map_or(String::new(), |proof| format!("Authentication-Info: {proof}\r\n"));
         // Without a length, the body ends with the connection (RFC 9112 section 6.3).
         let head = format!("HTTP/1.1 200 OK\r\nServer: M\r\nContent-Type: {STREAM}\r\n{proof}{CLOSE}\r\n");
-        let mut goes_on = stream.write(head.as_bytes()).is_ok();
-        let (mut inbox, mut served, mut was_asked) = (Inbox::default(), 0, false);
-        while goes_on && !stream.has_ended.load(SeqCst) {
-            let Some(arrived) = body.fill_buf().ok().filter(|bytes| !bytes.is_empty()) else { break };
-            let count = arrived.len();
-            goes_on = inbox.take_in(arrived, |number, request| {
-                stream.answer(number, request, knows_secret);
-                stream.wait_for_room();
+        let mut was_asked = false;
+        if write_now(&stream.socket, head.as_bytes()).is_ok_and(|count| count == head.len()) {
+            read_from(&mut body, QUESTIONS, |questions| {
+                for (number, request) in questions {
+                    // For who does not read answers, no more are made.
+                    if stream.has_room() {
+                        stream.answer(number, request, knows_secret);
+                    }
+                }
+                stream.flush();
+                if !std::mem::replace(&mut was_asked, true) {
+                    let stream = stream.clone();
+                    may::go!(move || stream.give_signs_of_life());
+                }
             });
-            body.consume(count);
-            stream.flush();
-            if !std::mem::replace(&mut was_asked, true) {
-                let stream = stream.clone();
-                may::go!(move || stream.give_signs_of_life());
-            }
-            served += count as u64;
-            take_turn(&mut served, QUESTIONS);
         }
         // Otherwise the server would read the body to its end, which never comes.
         stream.end();
@@ -6073,6 +6113,12 @@ impl Client {
         let count = (bytes.len() - before) as u64;
         self.unread.fetch_add(count, SeqCst);
         UNREAD.fetch_add(count, SeqCst);
+    }
+
+    /// So many bytes of answers are not sent yet.
+    fn set_unread(&self, count: u64) {
+        let before = self.unread.swap(count, SeqCst);
+        UNREAD.fetch_add(count.wrapping_sub(before), SeqCst);
     }
 
     /// So many bytes of answers are sent, or never will be.
@@ -6246,7 +6292,7 @@ impl Connection {
         if id.is_empty() || self.client.calls.load(SeqCst) > 1 {
             return self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "POST"), false);
         }
-        answering::answer_stream(id, parsed.body(), &self.socket, knows_secret);
+        answering::answer_stream(id, parsed.body(), &self.socket, self.client, knows_secret);
         self.end();
     }
 
@@ -6404,11 +6450,12 @@ struct Watched {
 }
 
 static CONNECTIONS: LazyLock<Mutex<HashMap<RawFd, Watched>>> = LazyLock::new(Default::default);
-/// Half the files that the system lets this process open, less some for everything else: a client that reads slowly takes two
-/// (`waiting_stream`). And less than half the mappings that Linux lets a process have: a coroutine's stack takes two, and without
-/// one the server ends.
+/// A third of the files that the system lets this process open, less some for everything else: a stream that is read slowly takes
+/// three (`answer_stream`, `waiting_stream`). And less than half the mappings that Linux lets a process have: a coroutine's stack
+/// takes two, and without one the server ends.
 static MAX_CONNECTIONS: LazyLock<usize> = LazyLock::new(|| {
-    rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024).saturating_sub(200).min(56_000) as usize / 2
+    let files = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024);
+    (files.saturating_sub(200) / 3).min(28_000) as usize
 });
 
 /// The thread of the watch, to be woken when it has something to do.
@@ -6494,7 +6541,8 @@ impl Watched {
         }
         let (limit, in_call) = (IDLE_LIMIT.as_millis() as u32, calls % 2 == 1);
         let sending = info.tcpi_notsent_bytes + info.tcpi_unacked > 0 && info.tcpi_last_ack_recv < limit;
-        let receiving = in_call && info.tcpi_last_data_recv < limit;
+        // (Who opened a stream may ask nothing for long, but confirms the signs of life.)
+        let receiving = in_call && info.tcpi_last_data_recv.min(info.tcpi_last_ack_recv) < limit;
         // If a request began or ended meanwhile, what was learned says nothing.
         if overdue && !sending && !receiving && self.client.calls.load(SeqCst) == calls {
             let _ = socket.shutdown(Shutdown::Both);
