@@ -556,6 +556,24 @@ test_unread_answers() {
   for fd in "${fds[@]}"; do exec {fd}>&-; done
   await_less "unread answers: with the clients, the memory goes" 65536 status_field greedy VmRSS
 }
+
+# Streams, as other instances open them, on which large values are asked for and nothing is read.
+test_unread_streams() {
+  local n fds=()
+  start flooded
+  check "unread streams: there is something to read" 201 "$(status_of flooded PUT /kv-store/big -d "@$work/full")"
+  printf '%s\r\n' 'POST /kv-store?stream=7 HTTP/1.1' 'Host: test' 'Content-Type: application/x-kv-store-stream' \
+    'Content-Length: 1000000000' '' >"$work/stream"
+  # A frame: a number, the length of what follows its head, that it is the last of its message; and the request.
+  for n in {1..500}; do printf '\x01\0\0\0\0\0\0\0\x16\0\0\0\x01\x03GET\x0d/kv-store/big\0\0\0\0'; done >>"$work/stream"
+  for n in {1..50}; do connect flooded && cat "$work/stream" >&"$fd" && fds+=("$fd"); done
+  sleep 1
+  check "unread streams: others are answered meanwhile" 200 "$(status_of flooded GET /kv-store)"
+  check_that "unread streams: memory stays under 256 MiB" "$(status_field flooded VmHWM) < 262144"
+  for fd in "${fds[@]}"; do exec {fd}>&-; done
+  await_less "unread streams: with the clients, the memory goes" 65536 status_field flooded VmRSS
+}
+
 # Clients that have read a large value and then rest: no new one makes the instance keep more.
 test_resting_clients() {
   local n fds=()
@@ -2689,6 +2707,7 @@ test_endless_pipelines main
 test_clients_that_leave main
 test_large_answers
 test_unread_answers
+test_unread_streams
 test_resting_clients
 test_main_paused
 test_settings
