@@ -52,7 +52,7 @@ use std::pin::{Pin, pin};
 use std::process::exit;
 use std::slice::from_ref;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
-use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::task::{Context, Poll, Waker};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
@@ -5185,7 +5185,11 @@ mod streams {
 
     /// Hands on the messages that each read brings, with their numbers, until the stream ends or brings what is none. After `turn`
     /// bytes, others have their turn.
-    pub fn read_from<T: DeserializeOwned>(mut reader: impl BufRead, turn: u64, mut hand_on: impl FnMut(Vec<(u64, T)>)) {
+    pub fn read_from<T: DeserializeOwned>(
+        reader: &mut impl BufRead,
+        turn: u64,
+        mut hand_on: impl FnMut(Vec<(u64, T)>),
+    ) {
         let (mut inbox, mut served) = (Inbox::default(), 0);
         while let Ok(arrived @ [_, ..]) = reader.fill_buf()
             && let Some(messages) = inbox.take_in(arrived)
@@ -5354,11 +5358,6 @@ mod relay {
         }
     }
 
-    /// Ends a stream: its reader sees that, and does the rest.
-    fn end_stream(stream: &TcpStream) {
-        let _ = stream.shutdown(Shutdown::Both);
-    }
-
     /// These get no answer. A coroutine tells them, since who calls this holds a lock.
     fn give_up(waiting: Vec<Waiting>) {
         if !waiting.is_empty() {
@@ -5393,9 +5392,12 @@ mod relay {
             give_up(queued.filter_map(|(number, _)| self.waiters.remove(&number)).collect());
         }
 
-        /// The stream is over: what was given to it gets no answer, and what is still queued goes on the next one.
+        /// Closes the stream: what was given to it gets no answer, and what is still queued goes on the next one.
         fn close(&mut self) {
-            (self.stream, self.outbox) = (State::Closed, Outbox::default());
+            if let State::Open(stream) = std::mem::take(&mut self.stream) {
+                let _ = stream.shutdown(Shutdown::Both);
+            }
+            self.outbox = Outbox::default();
             give_up(self.waiters.extract_if(|_, waiting| waiting.on_stream).map(|(_, waiting)| waiting).collect());
         }
     }
@@ -5443,7 +5445,6 @@ mod relay {
                 .insert(number, Waiting { waiter: waiter.clone(), deadline: now + patience, on_stream: false });
             traffic.queue.push_back((number, request));
             self.dispatch(traffic);
-            wake_watch();
             Ok(Question(waiter))
         }
 
@@ -5490,10 +5491,10 @@ mod relay {
             let mut traffic = lock(&self.traffic);
             match opened {
                 Ok((stream, reader)) => {
-                    traffic.stream = State::Open(stream);
+                    traffic.stream = State::Open(stream.clone());
                     traffic.heard = Some(Instant::now());
                     let peer = self.clone();
-                    may::go!(move || peer.read_answers(reader));
+                    may::go!(move || peer.read_answers(&stream, reader));
                     self.dispatch(traffic);
                 }
                 Err(NotOpened::NoAnswer) => {
@@ -5554,7 +5555,7 @@ mod relay {
 
         /// Writes what is queued on the stream, until nothing is.
         fn write_queue(self: Arc<Peer>, stream: Arc<TcpStream>) {
-            let (socket, broken) = (stream.clone(), stream.clone());
+            let (peer, socket, broken) = (self.clone(), stream.clone(), stream.clone());
             let next = move || {
                 let mut traffic = lock(&self.traffic);
                 if !traffic.is_open(&stream) {
@@ -5563,19 +5564,23 @@ mod relay {
                 traffic.fill_outbox();
                 traffic.outbox.next()
             };
-            write_from(&socket, next, move || end_stream(&broken));
+            write_from(&socket, next, move || peer.end_stream(&broken));
         }
 
-        /// Hands on the answers that come on a stream, until it ends, and does what is to be done then.
-        fn read_answers(self: Arc<Peer>, stream: may::net::TcpStream) {
-            let reader = BufReader::with_capacity(FRAME, stream);
+        /// Hands on the answers that come on a stream, until it ends.
+        fn read_answers(self: Arc<Peer>, stream: &Arc<TcpStream>, reader: may::net::TcpStream) {
+            let mut reader = BufReader::with_capacity(FRAME, reader);
             // A panic ends the stream as well.
-            let _ = catch_unwind(AssertUnwindSafe(|| read_from(reader, ANSWERED, |answers| self.hand_on(answers))));
+            let _ =
+                catch_unwind(AssertUnwindSafe(|| read_from(&mut reader, ANSWERED, |answers| self.hand_on(answers))));
+            self.end_stream(stream);
+        }
+
+        fn end_stream(self: &Arc<Peer>, stream: &Arc<TcpStream>) {
             let mut traffic = lock(&self.traffic);
-            if let State::Open(stream) = &traffic.stream {
-                end_stream(stream);
+            if traffic.is_open(stream) {
+                traffic.close();
             }
-            traffic.close();
             if !traffic.queue.is_empty() {
                 self.dispatch(traffic);
             }
@@ -5604,7 +5609,7 @@ mod relay {
             (traffic.is_looked_for, traffic.heard) = (false, Some(Instant::now()));
             if gone && traffic.is_open(&stream) {
                 traffic.give_up_queue();
-                end_stream(&stream);
+                traffic.close();
             }
         }
 
@@ -5710,9 +5715,8 @@ mod relay {
 
         // -- The watch
 
-        /// Ends waiting that is in vain, has a peer looked for that is silent, and closes a stream that nobody needs. False if nobody
-        /// waits.
-        fn look_after(self: &Arc<Peer>, now: Instant) -> bool {
+        /// Ends waiting that is in vain, has a peer looked for that is silent, and ends a stream that nobody needs.
+        fn look_after(self: &Arc<Peer>, now: Instant) {
             let mut traffic = lock(&self.traffic);
             let is_past =
                 |time: Option<Instant>, limit| time.is_some_and(|time| now.saturating_duration_since(time) > limit);
@@ -5724,46 +5728,25 @@ mod relay {
             }
             give_up(late);
             queue.retain(|(number, _)| waiters.contains_key(number));
-            let (is_needed, State::Open(stream)) = (!waiters.is_empty(), &traffic.stream) else {
-                return !traffic.waiters.is_empty();
-            };
-            if !is_needed && is_past(traffic.asked, REST) {
-                end_stream(stream);
+            let State::Open(stream) = &traffic.stream else { return };
+            if traffic.waiters.is_empty() && is_past(traffic.asked, REST) {
+                traffic.close();
             } else if !traffic.is_looked_for && is_past(traffic.heard, SILENCE) {
                 let (peer, stream) = (self.clone(), stream.clone());
                 traffic.is_looked_for = thread::Builder::new().spawn(move || peer.look_for(stream)).is_ok();
             }
-            is_needed
         }
     }
 
-    /// The watch rests as long as nobody waits: an idle instance should not wake many times a second.
-    static WATCH: OnceLock<thread::Thread> = OnceLock::new();
-    static WATCH_RESTS: AtomicBool = AtomicBool::new(false);
-
-    fn wake_watch() {
-        if WATCH_RESTS.swap(false, SeqCst)
-            && let Some(watch) = WATCH.get()
-        {
-            watch.unpark();
-        }
-    }
-
-    /// The watch over the peers: ends waiting that is in vain.
+    /// The watch over the peers. To be repeated by a thread of its own.
     pub fn watch_peers() {
-        WATCH.get_or_init(thread::current);
-        // Said before it looks: who comes after the look wakes it.
-        WATCH_RESTS.store(true, SeqCst);
         let mut peers = lock(&PEERS);
         // (Any client can name a thousand nodes in a view.) A follower has one peer, and remembers what it takes.
         peers.retain(|_, peer| Arc::strong_count(peer) > 1 || own().is_none());
         let known: Vec<Arc<Peer>> = peers.values().cloned().collect();
         drop(peers);
         let now = Instant::now();
-        let waited_for = known.iter().filter(|peer| peer.look_after(now)).count();
-        if waited_for == 0 {
-            thread::park_timeout(Duration::from_secs(1));
-        }
+        known.iter().for_each(|peer| peer.look_after(now));
     }
 
     // -- The client
@@ -5771,15 +5754,10 @@ mod relay {
     /// What a name stands for; nothing if that is not known in time. A name server that does not answer holds a lookup for ten
     /// seconds, so it has a thread of its own, which ends when it ends.
     fn look_up(address: &str) -> Vec<SocketAddr> {
-        let (address, found) = (address.to_owned(), Arc::new((Mutex::new(None), Condvar::new())));
-        let finder = found.clone();
-        let look_up = move || {
-            *lock(&finder.0) = Some(address.to_socket_addrs().map_or(Vec::new(), Iterator::collect));
-            finder.1.notify_all();
-        };
+        let (address, (tell, told)) = (address.to_owned(), mpsc::channel());
+        let look_up = move || tell.send(address.to_socket_addrs().map_or(Vec::new(), Iterator::collect));
         let _ = thread::Builder::new().spawn(look_up);
-        let waited = found.1.wait_timeout_while(lock(&found.0), LOOK_LIMIT, |found| found.is_none());
-        waited.unwrap_or_else(PoisonError::into_inner).0.take().unwrap_or_default()
+        told.recv_timeout(LOOK_LIMIT).unwrap_or_default()
     }
 
     fn is_no_way(error: &attohttpc::Error) -> bool {
@@ -6035,9 +6013,7 @@ struct Client {
     read_body: AtomicBool,
     /// The server was told that the client sends nothing more.
     has_left: AtomicBool,
-    /// The watch closed the connection, since its client does not read.
-    given_up: AtomicBool,
-    /// Nothing more is answered or sent. What the server still reads is not looked at.
+    /// Nothing more is answered or sent, also since the client does not read. What the server still reads is not looked at.
     has_ended: AtomicBool,
 }
 
@@ -6076,7 +6052,6 @@ impl Client {
             has_read: AtomicBool::new(false),
             read_body: AtomicBool::new(false),
             has_left: AtomicBool::new(false),
-            given_up: AtomicBool::new(false),
             has_ended: AtomicBool::new(false),
         }
     }
@@ -6091,8 +6066,7 @@ impl Client {
         self.calls.store(0, SeqCst);
         self.head.store(0, SeqCst);
         self.unread.store(0, SeqCst);
-        for flag in [&self.answering, &self.has_read, &self.read_body, &self.has_left, &self.given_up, &self.has_ended]
-        {
+        for flag in [&self.answering, &self.has_read, &self.read_body, &self.has_left, &self.has_ended] {
             flag.store(false, SeqCst);
         }
         self.is_open.store(true, SeqCst);
@@ -6129,6 +6103,10 @@ impl Client {
 
     fn unread(&self) -> u64 {
         self.unread.load(SeqCst)
+    }
+
+    fn has_output(&self) -> bool {
+        lock(&self.output).as_ref().is_some_and(|output| !output.bytes.is_empty())
     }
 
     /// Whether it is time to send what there is: it is much, or the kernel had no room for all of it when it was last sent.
@@ -6327,19 +6305,18 @@ impl Connection {
     /// False if this connection is one of them.
     fn wait_for_room(&self) -> bool {
         let is_crowded = || UNREAD.load(SeqCst) > MAX_UNREAD;
-        let given_up = || self.client.given_up.load(SeqCst);
+        let has_ended = || self.client.has_ended.load(SeqCst);
         if is_crowded() {
-            wake_connection_watch();
             // Nothing is sent on this connection meanwhile.
             self.flush();
         }
         // Longer than it takes to close those that read nothing.
         let mut patience = 2 * STUCK.as_millis() / 5;
-        while is_crowded() && !given_up() && patience > 0 {
+        while is_crowded() && !has_ended() && patience > 0 {
             patience -= 1;
             pause(Duration::from_millis(5));
         }
-        !given_up()
+        !has_ended()
     }
 
     /// Tells a client that asked first that it may send its body (RFC 9110 section 10.1.1).
@@ -6458,26 +6435,11 @@ static MAX_CONNECTIONS: LazyLock<usize> = LazyLock::new(|| {
     (files.saturating_sub(200) / 3).min(28_000) as usize
 });
 
-/// The thread of the watch, to be woken when it has something to do.
-static CONNECTION_WATCH: OnceLock<thread::Thread> = OnceLock::new();
-
-fn wake_connection_watch() {
-    if let Some(watch) = CONNECTION_WATCH.get() {
-        watch.unpark();
-    }
-}
-
 /// Ends connections on which nothing happens for too long, and those that take too much room. To be repeated by a thread of its own.
 fn watch_connections() {
-    CONNECTION_WATCH.get_or_init(thread::current);
     let mut connections = lock(&CONNECTIONS);
     connections.iter_mut().for_each(|(fd, watched)| watched.look(borrow_socket(*fd)));
     close_greediest(&connections);
-    drop(connections);
-    let is_crowded = UNREAD.load(SeqCst) > MAX_UNREAD / 2;
-    thread::park_timeout(if is_crowded { STUCK / 20 } else { STUCK });
-    // At most so often, however often it is woken.
-    thread::sleep(STUCK / 100);
 }
 
 /// What connections and records that are gone had of memory, in bytes, by estimate: the allocator keeps it.
@@ -6503,7 +6465,7 @@ fn close_greediest(connections: &HashMap<RawFd, Watched>) {
     if UNREAD.load(SeqCst) < MAX_UNREAD {
         return;
     }
-    let remaining = connections.iter().filter(|(_, watched)| !watched.client.given_up.load(SeqCst));
+    let remaining = connections.iter().filter(|(_, watched)| !watched.client.has_ended.load(SeqCst));
     let mut total: u64 = remaining.clone().map(|(_, watched)| watched.client.unread()).sum();
     let stuck = remaining.filter(|(_, watched)| watched.stuck.is_some_and(|since| since.elapsed() > STUCK));
     let mut stuck: BinaryHeap<(u64, RawFd)> = stuck.map(|(fd, watched)| (watched.client.unread(), *fd)).collect();
@@ -6512,7 +6474,7 @@ fn close_greediest(connections: &HashMap<RawFd, Watched>) {
         && let Some((unread @ 1.., fd)) = stuck.pop()
     {
         total = total.saturating_sub(unread);
-        connections[&fd].client.given_up.store(true, SeqCst);
+        connections[&fd].client.has_ended.store(true, SeqCst);
         let _ = borrow_socket(fd).shutdown(Shutdown::Both);
     }
 }
@@ -6611,7 +6573,7 @@ impl Client {
             self.read_body.store(true, Relaxed);
         }
         let would_block = count < 0 && io::Error::last_os_error().kind() == io::ErrorKind::WouldBlock;
-        if in_call && would_block && self.unread() > 0 {
+        if in_call && would_block && self.has_output() {
             return fail_with(SEND_FIRST);
         } else if count > 0 && !in_call {
             let head = self.head.fetch_add(count as u64, Relaxed) + count as u64;
@@ -6747,7 +6709,7 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
     say(&format!("{description}, version {VERSION}, listening on {listen}"));
     // Without /dev/null, stderr stays what it is.
     let _ = keep_stderr();
-    repeat(Duration::ZERO, watch_connections);
+    repeat(STUCK / 4, watch_connections);
     repeat(Duration::from_secs(1), give_back_memory);
     repeat(Duration::ZERO, wake_sleepers);
     repeat(Duration::from_millis(100), relay::watch_peers);
@@ -8537,7 +8499,7 @@ mod tests {
     static SERVED: LazyLock<SocketAddr> = LazyLock::new(|| {
         let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).unwrap();
         Server.start(free).unwrap();
-        repeat(Duration::ZERO, watch_connections);
+        repeat(STUCK / 4, watch_connections);
         repeat(Duration::ZERO, wake_sleepers);
         free
     });
