@@ -52,7 +52,7 @@ use std::pin::{Pin, pin};
 use std::process::exit;
 use std::slice::from_ref;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
-use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError, Weak, mpsc};
 use std::task::{Context, Poll, Waker};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
@@ -90,12 +90,14 @@ const MAX_VALUE: usize = 1 << 20;
 const MAX_BODY: usize = 8 << 20;
 /// The limit of a request's head. The server has none of its own and would collect an endless head in memory.
 const MAX_HEAD: usize = 64 << 10;
-/// The answers to nodes that do not read them, in bytes: more is asked only when there are fewer.
+/// The answers on a stream that are not read, in bytes: more is answered there only when there are fewer.
 const MAX_UNSENT: u64 = 4 << 20;
 /// The answers of a connection that may wait to be sent in one go, in bytes.
 const BATCH: usize = 32 << 10;
 /// The answers that all connections together may have waiting for clients that do not read, in bytes.
 const MAX_UNREAD: u64 = 64 << 20;
+/// More than this is never kept for them, also where an answer comes that was asked for when there were fewer.
+const MAX_UNREAD_EVER: u64 = 4 * MAX_UNREAD;
 /// How long a client must have read nothing to be closed for that. A reader on a lossy link waits for a packet to be sent again for a
 /// few tenths of a second, and so does one on a busy machine for its turn.
 const STUCK: Duration = Duration::from_secs(1);
@@ -5053,6 +5055,7 @@ mod streams {
             } else {
                 self.large.push_back((number, self.frames.split_off(begin + HEAD)));
                 self.frames.truncate(begin);
+                self.frames.shrink_to(FRAME);
             }
         }
 
@@ -5106,21 +5109,20 @@ mod streams {
     /// Writes what `next` has until it has nothing, and never waits: what the kernel does not take at once is left to a coroutine.
     /// `fail` is for a stream that breaks, or takes nothing for long.
     pub fn write_from(
-        socket: &Arc<TcpStream>,
-        next: impl Fn() -> Option<Vec<u8>> + Send + 'static,
-        fail: impl FnOnce() + Send + 'static,
+        stream: Arc<TcpStream>,
+        next: impl Fn(&Arc<TcpStream>) -> Option<Vec<u8>> + Send + 'static,
+        fail: impl FnOnce(&Arc<TcpStream>) + Send + 'static,
     ) {
-        while let Some(bytes) = next() {
-            match write_now(socket, &bytes) {
+        while let Some(bytes) = next(&stream) {
+            match write_now(&stream, &bytes) {
                 Ok(sent) if sent == bytes.len() => {}
                 Ok(sent) => {
-                    let socket = socket.clone();
-                    return drop(may::go!(move || match write_waiting(&socket, &bytes[sent..]) {
-                        Ok(()) => write_from(&socket, next, fail),
-                        Err(_) => fail(),
+                    return drop(may::go!(move || match write_waiting(&stream, &bytes[sent..]) {
+                        Ok(()) => write_from(stream, next, fail),
+                        Err(_) => fail(&stream),
                     }));
                 }
-                Err(_) => return fail(),
+                Err(_) => return fail(&stream),
             }
         }
     }
@@ -5183,23 +5185,23 @@ mod streams {
         }
     }
 
-    /// Hands on the messages that each read brings, with their numbers, until the stream ends or brings what is none. After `turn`
-    /// bytes, others have their turn.
-    pub fn read_from<T: DeserializeOwned>(
-        reader: &mut impl BufRead,
-        turn: u64,
-        mut hand_on: impl FnMut(Vec<(u64, T)>),
-    ) {
+    /// Hands on the messages that each read brings, with their numbers, until the stream ends, brings what is none, or one makes
+    /// a panic. After `turn` bytes, others have their turn.
+    pub fn read_from<T>(reader: &mut impl BufRead, turn: u64, mut hand_on: impl FnMut(Vec<(u64, T)>))
+    where
+        T: DeserializeOwned,
+    {
         let (mut inbox, mut served) = (Inbox::default(), 0);
-        while let Ok(arrived @ [_, ..]) = reader.fill_buf()
-            && let Some(messages) = inbox.take_in(arrived)
-        {
-            let count = arrived.len();
+        let mut read = || {
+            let arrived = reader.fill_buf().ok().filter(|arrived| !arrived.is_empty())?;
+            let (count, messages) = (arrived.len(), inbox.take_in(arrived)?);
             reader.consume(count);
             hand_on(messages);
             served += count as u64;
             take_turn(&mut served, turn);
-        }
+            Some(())
+        };
+        while let Ok(Some(())) = catch_unwind(AssertUnwindSafe(&mut read)) {}
     }
 }
 
@@ -5241,8 +5243,8 @@ mod relay {
     /// This process, in the `Via` of what it relays: a request that comes back with it runs in a ring.
     static VIA: LazyLock<String> = LazyLock::new(|| format!("1.1 kv-store-{:016x}", random()));
 
-    /// The nodes of which it was said that they do not know the secret: it is said once.
     const MAX_STRANGERS: usize = 1000;
+    /// The nodes of which it was said that they do not know the secret: it is said once.
     static STRANGERS: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
     static PEERS: LazyLock<Mutex<HashMap<String, Arc<Peer>>>> = LazyLock::new(Default::default);
@@ -5269,10 +5271,10 @@ mod relay {
         threads: usize,
         stream: State,
         outbox: Outbox,
-        /// When something was last asked, and when something last came on the stream.
+        /// When something was last asked, when something last came on the stream, and when the peer's host was last looked for.
         asked: Option<Instant>,
         heard: Option<Instant>,
-        is_looked_for: bool,
+        looked: Option<Instant>,
     }
 
     /// Dropping it wakes who waits, with an answer or without. It is never dropped by who holds a lock: a coroutine that is woken while
@@ -5358,6 +5360,10 @@ mod relay {
         }
     }
 
+    fn is_past(time: Option<Instant>, limit: Duration) -> bool {
+        time.is_some_and(|time| time.elapsed() > limit)
+    }
+
     /// These get no answer. A coroutine tells them, since who calls this holds a lock.
     fn give_up(waiting: Vec<Waiting>) {
         if !waiting.is_empty() {
@@ -5374,7 +5380,7 @@ mod relay {
         fn fill_outbox(&mut self) {
             let mut index = 0;
             while index < self.queue.len() && !self.outbox.is_full() {
-                if self.queue[index].1.body.len() > FRAME / 2 && self.outbox.has_large() {
+                if self.queue[index].1.is_large() && self.outbox.has_large() {
                     index += 1;
                 } else if let Some((number, request)) = self.queue.remove(index)
                     && let Some(waiting) = self.waiters.get_mut(&number)
@@ -5555,24 +5561,22 @@ mod relay {
 
         /// Writes what is queued on the stream, until nothing is.
         fn write_queue(self: Arc<Peer>, stream: Arc<TcpStream>) {
-            let (peer, socket, broken) = (self.clone(), stream.clone(), stream.clone());
-            let next = move || {
+            let peer = self.clone();
+            let next = move |stream: &_| {
                 let mut traffic = lock(&self.traffic);
-                if !traffic.is_open(&stream) {
+                if !traffic.is_open(stream) {
                     return None;
                 }
                 traffic.fill_outbox();
                 traffic.outbox.next()
             };
-            write_from(&socket, next, move || peer.end_stream(&broken));
+            write_from(stream, next, move |stream| peer.end_stream(stream));
         }
 
         /// Hands on the answers that come on a stream, until it ends.
         fn read_answers(self: Arc<Peer>, stream: &Arc<TcpStream>, reader: may::net::TcpStream) {
             let mut reader = BufReader::with_capacity(FRAME, reader);
-            // A panic ends the stream as well.
-            let _ =
-                catch_unwind(AssertUnwindSafe(|| read_from(&mut reader, ANSWERED, |answers| self.hand_on(answers))));
+            read_from(&mut reader, ANSWERED, |answers| self.hand_on(answers));
             self.end_stream(stream);
         }
 
@@ -5597,7 +5601,8 @@ mod relay {
             answered.into_iter().for_each(|(waiting, answer)| waiting.deliver(answer));
         }
 
-        /// Finds out whether the host of a silent peer is still there, and ends the stream if it is not.
+        /// Finds out whether the host of a silent peer is still there. Ends the stream if it is not, and one that has been silent
+        /// for too long: its packets may be lost where those of new connections are not.
         fn look_for(self: Arc<Peer>, stream: Arc<TcpStream>) {
             // (The name may stand for another host by now.)
             let is_there = |address: SocketAddr| TcpStream::connect_timeout(&address, LOOK_LIMIT).is_ok();
@@ -5606,10 +5611,12 @@ mod relay {
                 self.forget_addresses();
             }
             let mut traffic = lock(&self.traffic);
-            (traffic.is_looked_for, traffic.heard) = (false, Some(Instant::now()));
-            if gone && traffic.is_open(&stream) {
-                traffic.give_up_queue();
-                traffic.close();
+            if traffic.is_open(&stream) && (gone || is_past(traffic.heard, ANSWER_LIMIT)) {
+                if gone {
+                    traffic.give_up_queue();
+                }
+                drop(traffic);
+                self.end_stream(&stream);
             }
         }
 
@@ -5718,8 +5725,6 @@ mod relay {
         /// Ends waiting that is in vain, has a peer looked for that is silent, and ends a stream that nobody needs.
         fn look_after(self: &Arc<Peer>, now: Instant) {
             let mut traffic = lock(&self.traffic);
-            let is_past =
-                |time: Option<Instant>, limit| time.is_some_and(|time| now.saturating_duration_since(time) > limit);
             let Traffic { waiters, queue, .. } = &mut *traffic;
             let late = waiters.extract_if(|_, waiting| waiting.deadline < now).map(|(_, waiting)| waiting);
             let late: Vec<Waiting> = late.collect();
@@ -5731,9 +5736,10 @@ mod relay {
             let State::Open(stream) = &traffic.stream else { return };
             if traffic.waiters.is_empty() && is_past(traffic.asked, REST) {
                 traffic.close();
-            } else if !traffic.is_looked_for && is_past(traffic.heard, SILENCE) {
+            } else if is_past(traffic.heard.max(traffic.looked), SILENCE) {
                 let (peer, stream) = (self.clone(), stream.clone());
-                traffic.is_looked_for = thread::Builder::new().spawn(move || peer.look_for(stream)).is_ok();
+                traffic.looked = Some(now);
+                let _ = thread::Builder::new().spawn(move || peer.look_for(stream));
             }
         }
     }
@@ -5773,6 +5779,11 @@ mod relay {
     }
 
     impl Request {
+        /// Whether it may be too large for one frame.
+        fn is_large(&self) -> bool {
+            self.body.len() + self.target.len() + self.via.len() + self.content_type.len() + 64 > FRAME
+        }
+
         /// The target on a host. What of it the client would change is for `needs_stream` to tell.
         fn url(&self, host: &str) -> String {
             format!("http://{host}{}", self.target)
@@ -5853,35 +5864,47 @@ mod answering {
         }
 
         fn push(&self, number: u64, answer: &Answer) {
-            self.with(|outbox| outbox.push(number, answer));
+            let length = self.with(|outbox| {
+                outbox.push(number, answer);
+                outbox.length()
+            });
+            // Much that takes its time may have been asked while there was room.
+            if length > Some(MAX_UNSENT) && is_full() {
+                self.end();
+            }
         }
 
         /// Sees to it that what is in the outbox is written.
         fn flush(self: &Arc<Asked>) {
             if self.with(Outbox::begin) == Some(true) {
                 let (stream, broken) = (self.clone(), self.clone());
-                write_from(&self.socket, move || stream.with(Outbox::next)?, move || broken.end());
+                write_from(self.socket.clone(), move |_| stream.with(Outbox::next)?, move |_| broken.end());
             }
         }
 
-        /// Waits for room for another answer; who reads what it asked for always has some. False if the stream ends first.
+        /// Waits for room for another answer. (Whose answers all leave has some, however crowded it is.) False if the stream ends
+        /// first.
         fn has_room(self: &Arc<Asked>) -> bool {
-            loop {
-                match self.with(|outbox| outbox.length()) {
-                    None => return false,
-                    Some(0) => return true,
-                    Some(length) if length < MAX_UNSENT && UNREAD.load(SeqCst) < MAX_UNREAD => return true,
-                    Some(_) => {}
-                }
+            let has_room = |outbox: &mut Outbox| match outbox.length() {
+                0 => true,
+                length => length < MAX_UNSENT && UNREAD.load(SeqCst) < MAX_UNREAD,
+            };
+            while self.with(has_room) == Some(false) {
                 self.flush();
                 // Another coroutine may be writing.
-                pause(Duration::from_millis(1));
+                if self.with(has_room) == Some(false) {
+                    pause(Duration::from_millis(1));
+                }
             }
+            self.with(|_| ()).is_some()
         }
 
-        fn give_signs_of_life(self: Arc<Asked>) {
-            while self.with(Outbox::give_sign_of_life).is_some() {
-                self.flush();
+        /// Gives signs of life until the stream has ended. (Who only waits does not keep its descriptor open.)
+        fn give_signs_of_life(stream: Weak<Asked>) {
+            while let Some(stream) = stream.upgrade().filter(|stream| stream.with(Outbox::give_sign_of_life).is_some())
+            {
+                stream.flush();
+                drop(stream);
                 pause(SIGN_OF_LIFE);
             }
         }
@@ -5906,12 +5929,16 @@ mod answering {
                 Ok(Err(work)) => work,
                 Err(panic) => return self.push(number, &in_vain(panic)),
             };
-            let stream = self.clone();
+            let stream = Arc::downgrade(self);
             let work = move || {
                 let answer = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(in_vain);
                 WORK.fetch_sub(1, SeqCst);
-                stream.push(number, &answer);
-                stream.flush();
+                if let Some(stream) = stream.upgrade() {
+                    stream.push(number, &answer);
+                    stream.flush();
+                } else {
+                    FREED.fetch_add(answer.size() as u64, SeqCst);
+                }
             };
             if WORK.fetch_add(1, SeqCst) < MAX_WORK { drop(may::go!(work)) } else { work() }
         }
@@ -5944,8 +5971,8 @@ mod answering {
                 }
                 stream.flush();
                 if !std::mem::replace(&mut was_asked, true) {
-                    let stream = stream.clone();
-                    may::go!(move || stream.give_signs_of_life());
+                    let stream = Arc::downgrade(&stream);
+                    may::go!(move || Asked::give_signs_of_life(stream));
                 }
             });
         }
@@ -6003,7 +6030,7 @@ struct Client {
     answering: AtomicBool,
     /// None is an empty one. (A table of these is all zeros, and so no part of the binary.)
     output: Mutex<Option<Box<Output>>>,
-    /// How many bytes of answers the kernel has not taken yet.
+    /// How many bytes of answers the kernel has not taken yet (on a stream, which is given much at a time, not all of it).
     unread: AtomicU64,
     /// How many bytes were read since a request was last dealt with. Where they are many, they are a head that does not end.
     head: AtomicU64,
@@ -6039,6 +6066,11 @@ fn take_turn(served: &mut u64, most: u64) {
 
 /// What is unread of all connections.
 static UNREAD: AtomicU64 = AtomicU64::new(0);
+
+/// Whether there is no room for another large answer.
+fn is_full() -> bool {
+    UNREAD.load(SeqCst) > MAX_UNREAD_EVER
+}
 
 impl Client {
     const fn new() -> Client {
@@ -6239,8 +6271,11 @@ impl Connection {
             self.flush();
             work()
         });
-        count_answer(verb, answer.status);
         self.client.answering.store(false, SeqCst);
+        if answer.body.len() > BATCH && is_full() {
+            return self.end();
+        }
+        count_answer(verb, answer.status);
         if framing.closing {
             self.close_with(answer, framing.is_head);
         } else {

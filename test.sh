@@ -557,21 +557,46 @@ test_unread_answers() {
   await_less "unread answers: with the clients, the memory goes" 65536 status_field greedy VmRSS
 }
 
-# Streams, as other instances open them, on which large values are asked for and nothing is read.
-test_unread_streams() {
-  local n fds=()
-  start flooded
-  check "unread streams: there is something to read" 201 "$(status_of flooded PUT /kv-store/big -d "@$work/full")"
+# stream_of COUNT: what opens a stream as other instances do, and asks for the key `big` so many times on it.
+stream_of() {
+  local n
   printf '%s\r\n' 'POST /kv-store?stream=7 HTTP/1.1' 'Host: test' 'Content-Type: application/x-kv-store-stream' \
-    'Content-Length: 1000000000' '' >"$work/stream"
+    'Content-Length: 1000000000' ''
   # A frame: a number, the length of what follows its head, that it is the last of its message; and the request.
-  for n in {1..500}; do printf '\x01\0\0\0\0\0\0\0\x16\0\0\0\x01\x03GET\x0d/kv-store/big\0\0\0\0'; done >>"$work/stream"
-  for n in {1..50}; do connect flooded && cat "$work/stream" >&"$fd" && fds+=("$fd"); done
-  sleep 1
-  check "unread streams: others are answered meanwhile" 200 "$(status_of flooded GET /kv-store)"
+  for ((n = 0; n < $1; n++)); do printf '\x01\0\0\0\0\0\0\0\x16\0\0\0\x01\x03GET\x0d/kv-store/big\0\0\0\0'; done
+}
+
+# Streams on which large values are asked for and nothing is read.
+test_unread_streams() {
+  local instance fds
+  start flooded && start relaying FORWARDING_ADDRESS="${address[flooded]}"
+  check "unread streams: there is something to read" 201 "$(status_of relaying PUT /kv-store/big -d "@$work/full")"
+  stream_of 500 >"$work/stream"
+  for instance in flooded relaying; do
+    fds=()
+    for _ in {1..50}; do connect "$instance" && cat "$work/stream" >&"$fd" && fds+=("$fd"); done
+    sleep 1
+    check "unread streams, $instance: others are answered meanwhile" 200 "$(status_of "$instance" GET /kv-store)"
+    for fd in "${fds[@]}"; do exec {fd}>&-; done
+    await_less "unread streams, $instance: with the clients, the memory goes" 65536 status_field "$instance" VmRSS
+  done
   check_that "unread streams: memory stays under 256 MiB" "$(status_field flooded VmHWM) < 262144"
-  for fd in "${fds[@]}"; do exec {fd}>&-; done
-  await_less "unread streams: with the clients, the memory goes" 65536 status_field flooded VmRSS
+  check_that "unread streams: ... and little over it where answers come that were asked for before" "$(status_field relaying VmHWM) < 409600"
+}
+
+# Streams that are left while what they asked for takes its time: nothing is kept open for them.
+test_streams_that_leave_local() {
+  local files line=
+  files=$(find "/proc/${process[follower]}/fd" | wc -l)
+  stream_of 1 >"$work/stream"
+  pause_local main
+  for _ in {1..300}; do
+    connect follower && cat "$work/stream" >&"$fd" && read -r -t 5 -u "$fd" line
+    exec {fd}>&-
+  done
+  check "streams that leave: they were streams" $'HTTP/1.1 200 OK\r' "$line"
+  check_that "streams that leave: ... and leave no files open" "$(find "/proc/${process[follower]}/fd" | wc -l) < $files + 100"
+  resume_local main
 }
 
 # Clients that have read a large value and then rest: no new one makes the instance keep more.
@@ -2710,6 +2735,7 @@ test_unread_answers
 test_unread_streams
 test_resting_clients
 test_main_paused
+[ "$mode" = local ] && test_streams_that_leave_local
 test_settings
 test_idle_clients main
 test_main_gone
