@@ -97,7 +97,7 @@ const BATCH: usize = 32 << 10;
 /// The answers that all connections together may have waiting for clients that do not read, in bytes.
 const MAX_UNREAD: u64 = 64 << 20;
 /// More than this is never kept for them, also where an answer comes that was asked for when there were fewer.
-const MAX_UNREAD_EVER: u64 = 4 * MAX_UNREAD;
+const MAX_UNREAD_EVER: u64 = 2 * MAX_UNREAD;
 /// How long a client must have read nothing to be closed for that. A reader on a lossy link waits for a packet to be sent again for a
 /// few tenths of a second, and so does one on a busy machine for its turn.
 const STUCK: Duration = Duration::from_secs(1);
@@ -5004,9 +5004,7 @@ mod streams {
     pub const ANSWERS: &str = "answers";
     /// How many bytes of a message a frame carries at most: whatever is small passes between the frames of what is large.
     pub const FRAME: usize = 64 << 10;
-    /// The head of a frame, and where in it the length of what follows is.
     const HEAD: usize = 13;
-    const LENGTH: std::ops::Range<usize> = 8..12;
     /// How many bytes a message may have: an answer, or a request with all that leads to it.
     pub const MAX_MESSAGE: usize = 17 << 20;
     /// How often whoever is asked gives a sign of life: a frame with a number that no message has.
@@ -5044,18 +5042,14 @@ mod streams {
     }
 
     impl Outbox {
-        pub fn push(&mut self, number: u64, message: &impl Serialize) {
-            let begin = self.frames.len();
-            put_frame(&mut self.frames, number, &[], true);
+        /// Puts a message in that takes about `size` bytes.
+        pub fn push(&mut self, number: u64, message: &impl Serialize, size: usize) {
             // Writing to a Vec cannot fail.
-            self.frames = postcard::to_extend(message, std::mem::take(&mut self.frames)).unwrap_or_default();
-            let length = self.frames.len() - begin - HEAD;
-            if length <= FRAME {
-                self.frames[begin..][LENGTH].copy_from_slice(&(length as u32).to_le_bytes());
+            let message = postcard::to_extend(message, Vec::with_capacity(size)).unwrap_or_default();
+            if message.len() <= FRAME {
+                put_frame(&mut self.frames, number, &message, true);
             } else {
-                self.large.push_back((number, self.frames.split_off(begin + HEAD)));
-                self.frames.truncate(begin);
-                self.frames.shrink_to(FRAME);
+                self.large.push_back((number, message));
             }
         }
 
@@ -5380,14 +5374,14 @@ mod relay {
         fn fill_outbox(&mut self) {
             let mut index = 0;
             while index < self.queue.len() && !self.outbox.is_full() {
-                if self.queue[index].1.is_large() && self.outbox.has_large() {
+                if self.queue[index].1.size() > FRAME && self.outbox.has_large() {
                     index += 1;
                 } else if let Some((number, request)) = self.queue.remove(index)
                     && let Some(waiting) = self.waiters.get_mut(&number)
                 {
                     waiting.waiter.was_sent.store(true, SeqCst);
                     waiting.on_stream = true;
-                    self.outbox.push(number, &request);
+                    self.outbox.push(number, &request, request.size());
                 }
             }
         }
@@ -5779,9 +5773,9 @@ mod relay {
     }
 
     impl Request {
-        /// Whether it may be too large for one frame.
-        fn is_large(&self) -> bool {
-            self.body.len() + self.target.len() + self.via.len() + self.content_type.len() + 64 > FRAME
+        /// How many bytes it takes in a message, at most.
+        fn size(&self) -> usize {
+            self.body.len() + self.target.len() + self.via.len() + self.content_type.len() + 64
         }
 
         /// The target on a host. What of it the client would change is for `needs_stream` to tell.
@@ -5865,7 +5859,7 @@ mod answering {
 
         fn push(&self, number: u64, answer: &Answer) {
             let length = self.with(|outbox| {
-                outbox.push(number, answer);
+                outbox.push(number, answer, answer.size());
                 outbox.length()
             });
             // Much that takes its time may have been asked while there was room.
