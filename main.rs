@@ -57,7 +57,6 @@ use std::task::{Context, Poll, Waker};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use attohttpc::body::{Body, BodyKind};
 use attohttpc::header::HeaderValue;
 use attohttpc::{ErrorKind, Method, ProxySettings, RequestBuilder, StatusCode};
 use hashbrown::hash_table::{Entry, HashTable};
@@ -5002,6 +5001,8 @@ mod streams {
     /// What is proven to whoever is asked, and to whoever asks.
     pub const REQUESTS: &str = "requests";
     pub const ANSWERS: &str = "answers";
+    /// The length of the request's body. No stream carries as much.
+    pub const ENDLESS: u64 = 1 << 62;
     /// How many bytes of a message a frame carries at most: whatever is small passes between the frames of what is large.
     pub const FRAME: usize = 64 << 10;
     const HEAD: usize = 13;
@@ -5301,12 +5302,6 @@ mod relay {
         }
     }
 
-    impl Default for Waiter {
-        fn default() -> Waiter {
-            Waiter { blocker: Blocker::new(false), answer: Mutex::default(), was_sent: AtomicBool::new(false) }
-        }
-    }
-
     impl Drop for Waiting {
         fn drop(&mut self) {
             self.waiter.blocker.unpark();
@@ -5325,20 +5320,6 @@ mod relay {
         Closed,
         Opening,
         Open(Arc<TcpStream>),
-    }
-
-    /// A body that has no end: attohttpc sends the head, and reads that of the answer.
-    struct Endless;
-
-    impl Body for Endless {
-        fn kind(&mut self) -> io::Result<BodyKind> {
-            // No stream carries as much.
-            Ok(BodyKind::KnownLength(1 << 62))
-        }
-
-        fn write<W: Write>(&mut self, _: W) -> io::Result<()> {
-            Ok(())
-        }
     }
 
     /// Why a stream was not opened.
@@ -5435,7 +5416,8 @@ mod relay {
             }
             request.via = if request.via.is_empty() { VIA.clone() } else { format!("{}, {}", request.via, *VIA) };
             let now = Instant::now();
-            let waiter = Arc::new(Waiter::default());
+            let blocker = Blocker::new(false);
+            let waiter = Arc::new(Waiter { blocker, answer: Mutex::default(), was_sent: false.into() });
             let mut traffic = lock(&self.traffic);
             traffic.last_number += 1;
             traffic.asked = Some(now);
@@ -5525,11 +5507,13 @@ mod relay {
             }
             let id = format!("{:016x}", random());
             let url = format!("http://{host}/kv-store?stream={id}");
-            let mut builder = client("POST", &url, ANSWER_LIMIT)?.try_header("Content-Type", STREAM)?;
+            // The client sends no body then: that is up to whoever has the stream.
+            let builder = client("POST", &url, ANSWER_LIMIT)?.try_header("Content-Length", ENDLESS)?;
+            let mut builder = builder.try_header("Content-Type", STREAM)?;
             if let Some(proof) = proof(&id, &format!("{REQUESTS} {}", self.address)) {
                 builder = builder.bearer_auth(proof);
             }
-            let response = builder.body(Endless).send()?;
+            let response = builder.send()?;
             let stream = last_sent_on()?;
             let proven = response.headers().get("Authentication-Info").map_or("".as_bytes(), HeaderValue::as_bytes);
             let is_proven = is_proven(proven, &id, &format!("{ANSWERS} {}", self.address));
