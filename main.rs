@@ -6251,6 +6251,9 @@ impl Connection {
         });
         self.client.answering.store(false, SeqCst);
         if answer.body.len() > BATCH && is_full() {
+            // There was room when another instance was asked for this (`wait_for_room`).
+            drop(answer);
+            self.flush();
             return self.end();
         }
         count_answer(verb, answer.status);
