@@ -28,9 +28,9 @@
 //! (`compare`). What some replica may lack is kept in an `Agreement`, and told to clients as their causal context.
 //!
 //! The library `may` runs each connection as a coroutine, and each stream, on a few worker threads, and these must never block.
-//! What blocks has threads of its own: the HTTP client (while it opens a stream, and for each request to a main instance that takes
-//! no streams; a coroutine that waits for an answer holds no worker), looking names up, the watches over connections, sleepers,
-//! memory and what waits for other instances, and in a node the one that keeps in touch with the others.
+//! What blocks has a thread: the HTTP client while it opens a stream, or sends a request to a main instance that takes none (a
+//! coroutine that waits for an answer holds no worker); looking a name up; and looking for a silent peer. What is repeated has one
+//! each: watching connections, watching peers, waking sleepers, giving memory back, and in a node keeping in touch with the others.
 //!
 //! "The contract" in the comments is the section of this name in README.md, which says all that a client may see.
 
@@ -86,6 +86,7 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// The limit of a value, in bytes: of a string its UTF-8, of anything else its JSON text (the contract, "Size limit").
 const MAX_VALUE: usize = 1 << 20;
 /// The limit of a body: a value at its limit fits in however it is escaped (JSON's \u0041 takes 6 bytes for 1).
+/// (All bodies together have no limit but that of the number of connections.)
 const MAX_BODY: usize = 8 << 20;
 /// The limit of a request's head. The server has none of its own and would collect an endless head in memory.
 const MAX_HEAD: usize = 64 << 10;
@@ -95,7 +96,8 @@ const MAX_UNSENT: u64 = 4 << 20;
 const BATCH: usize = 32 << 10;
 /// The answers that all connections together may have waiting for clients that do not read, in bytes.
 const MAX_UNREAD: u64 = 64 << 20;
-/// More than this is never kept for them, also where an answer comes that was asked for when there were fewer.
+/// Above this, a large answer that another instance gave (it was asked when there were fewer) ends its connection, and a stream with
+/// more than MAX_UNSENT ends.
 const MAX_UNREAD_EVER: u64 = 2 * MAX_UNREAD;
 /// How long a client must have read nothing to be closed for that. A reader on a lossy link waits for a packet to be sent again for a
 /// few tenths of a second, and so does one on a busy machine for its turn.
@@ -5006,7 +5008,7 @@ mod streams {
     /// How many bytes of a message a frame carries at most: whatever is small passes between the frames of what is large.
     pub const FRAME: usize = 64 << 10;
     const HEAD: usize = 13;
-    /// How many bytes a message may have: an answer, or a request with all that leads to it.
+    /// How many bytes a message may have: an answer, or a request with its head.
     pub const MAX_MESSAGE: usize = 17 << 20;
     /// How often whoever is asked gives a sign of life: a frame with a number that no message has.
     pub const SIGN_OF_LIFE: Duration = Duration::from_millis(400);
@@ -5037,9 +5039,9 @@ mod streams {
         /// How many bytes of the first large one have been taken.
         taken: usize,
         /// Somebody writes, and takes along what comes in here meanwhile.
-        is_written: bool,
+        has_writer: bool,
         /// How many bytes they are writing.
-        written: usize,
+        being_written: usize,
     }
 
     impl Outbox {
@@ -5065,23 +5067,24 @@ mod streams {
         /// How many bytes are to be written, or being written.
         pub fn length(&self) -> u64 {
             let large: usize = self.large.iter().map(|(_, message)| message.len()).sum();
-            (self.written + self.frames.len() + large - self.taken) as u64
+            (self.being_written + self.frames.len() + large - self.taken) as u64
         }
 
-        pub fn is_full(&self) -> bool {
+        /// Whether this is enough for one write.
+        pub fn has_enough(&self) -> bool {
             self.frames.len() >= FRAME
         }
 
-        /// Whether it falls to whoever asks to write (`write_from`): nobody else does.
-        pub fn begin(&mut self) -> bool {
-            !std::mem::replace(&mut self.is_written, true)
+        /// Makes the caller the writer, unless there is one. True if it is to call `write_from` now.
+        pub fn claim(&mut self) -> bool {
+            !std::mem::replace(&mut self.has_writer, true)
         }
 
         /// What the next write should write. None ends the writing.
         pub fn next(&mut self) -> Option<Vec<u8>> {
-            self.is_written = !self.frames.is_empty() || self.has_large();
-            if !self.is_written {
-                self.written = 0;
+            self.has_writer = !self.frames.is_empty() || self.has_large();
+            if !self.has_writer {
+                self.being_written = 0;
                 return None;
             }
             // What comes next is often as long.
@@ -5096,7 +5099,7 @@ mod streams {
                     self.large.pop_front();
                 }
             }
-            self.written = bytes.len();
+            self.being_written = bytes.len();
             Some(bytes)
         }
     }
@@ -5354,7 +5357,7 @@ mod relay {
         /// Moves requests from the queue to the outbox, as many as one write takes, and of large ones one at a time.
         fn fill_outbox(&mut self) {
             let mut index = 0;
-            while index < self.queue.len() && !self.outbox.is_full() {
+            while index < self.queue.len() && !self.outbox.has_enough() {
                 if self.queue[index].1.size() > FRAME && self.outbox.has_large() {
                     index += 1;
                 } else if let Some((number, request)) = self.queue.remove(index)
@@ -5436,14 +5439,14 @@ mod relay {
             match &traffic.stream {
                 State::Open(stream) => {
                     let (stream, is_alone) = (stream.clone(), traffic.waiters.len() == 1);
-                    let is_to_write = traffic.outbox.begin();
+                    let is_to_write = traffic.outbox.claim();
                     drop(traffic);
                     let write = move || peer.write_queue(stream);
-                    // Beside others it runs after the coroutines that are ready now, and takes along what these queue.
-                    match is_to_write {
-                        true if is_alone => write(),
-                        true => drop(may::go!(write)),
-                        false => {}
+                    if is_to_write && is_alone {
+                        write();
+                    } else if is_to_write {
+                        // It runs after the coroutines that are ready now, and takes along what these queue.
+                        may::go!(write);
                     }
                 }
                 State::Closed if traffic.takes_streams => {
@@ -5498,7 +5501,7 @@ mod relay {
         fn open(&self) -> Result<(Arc<TcpStream>, may::net::TcpStream), NotOpened> {
             let host = self.host().ok_or(NotOpened::NoAnswer)?;
             if own().is_none() {
-                // A main instance that is of another kind now might wait for the end of the body.
+                // By now another program may listen there, and would wait for the body's end: it is asked first.
                 let greeting = Request { via: VIA.clone(), ..Request::default() }.as_greeting();
                 let (_, takes_streams) = greeting.send(&host, ANSWER_LIMIT)?;
                 if !takes_streams {
@@ -5522,7 +5525,7 @@ mod relay {
                 self.say_that_it_is_a_stranger();
             }
             if !takes_streams || !is_proven {
-                // A node always takes streams, if not from here.
+                // A node is never asked without a stream: one that takes none from here is of another store.
                 return Err(if own().is_some() { NotOpened::NoAnswer } else { NotOpened::TakesNone });
             }
             let reader = waiting_stream(&stream, None)?;
@@ -5559,10 +5562,15 @@ mod relay {
         }
 
         fn end_stream(self: &Arc<Peer>, stream: &Arc<TcpStream>) {
-            let mut traffic = lock(&self.traffic);
+            let traffic = lock(&self.traffic);
             if traffic.is_open(stream) {
-                traffic.close();
+                self.close(traffic);
             }
+        }
+
+        /// Closes the stream, and sees to what is still queued.
+        fn close(self: &Arc<Peer>, mut traffic: MutexGuard<Traffic>) {
+            traffic.close();
             if !traffic.queue.is_empty() {
                 self.dispatch(traffic);
             }
@@ -5593,8 +5601,7 @@ mod relay {
                 if gone {
                     traffic.give_up_queue();
                 }
-                drop(traffic);
-                self.end_stream(&stream);
+                self.close(traffic);
             }
         }
 
@@ -5757,7 +5764,7 @@ mod relay {
     }
 
     impl Request {
-        /// How many bytes it takes in a message, at most.
+        /// About how many bytes it takes in a message.
         fn size(&self) -> usize {
             self.body.len() + self.target.len() + self.via.len() + self.content_type.len() + 64
         }
@@ -5847,14 +5854,14 @@ mod answering {
                 outbox.length()
             });
             // Much that takes its time may have been asked while there was room.
-            if length > Some(MAX_UNSENT) && is_full() {
+            if length > Some(MAX_UNSENT) && is_memory_full() {
                 self.end();
             }
         }
 
         /// Sees to it that what is in the outbox is written.
         fn flush(self: &Arc<Asked>) {
-            if self.with(Outbox::begin) == Some(true) {
+            if self.with(Outbox::claim) == Some(true) {
                 let (stream, broken) = (self.clone(), self.clone());
                 write_from(self.socket.clone(), move |_| stream.with(Outbox::next)?, move |_| broken.end());
             }
@@ -5862,7 +5869,7 @@ mod answering {
 
         /// Waits for room for another answer. (Whose answers all leave has some, however crowded it is.) False if the stream ends
         /// first.
-        fn has_room(self: &Arc<Asked>) -> bool {
+        fn wait_for_room(self: &Arc<Asked>) -> bool {
             let has_room = |outbox: &mut Outbox| match outbox.length() {
                 0 => true,
                 length => length < MAX_UNSENT && UNREAD.load(SeqCst) < MAX_UNREAD,
@@ -5874,10 +5881,10 @@ mod answering {
                     pause(Duration::from_millis(1));
                 }
             }
-            self.with(|_| ()).is_some()
+            self.with(has_room).is_some()
         }
 
-        /// Gives signs of life until the stream has ended. (Who only waits does not keep its descriptor open.)
+        /// Gives signs of life until the stream has ended. (It holds none while it sleeps, so that the descriptor can close.)
         fn give_signs_of_life(stream: Weak<Asked>) {
             while let Some(stream) = stream.upgrade().filter(|stream| stream.with(Outbox::give_sign_of_life).is_some())
             {
@@ -5918,7 +5925,12 @@ mod answering {
                     FREED.fetch_add(answer.size() as u64, SeqCst);
                 }
             };
-            if WORK.fetch_add(1, SeqCst) < MAX_WORK { drop(may::go!(work)) } else { work() }
+            if WORK.fetch_add(1, SeqCst) < MAX_WORK {
+                may::go!(work);
+            } else {
+                self.flush();
+                work();
+            }
         }
     }
 
@@ -5943,7 +5955,7 @@ mod answering {
             read_from(&mut body, QUESTIONS, |questions| {
                 for (number, request) in questions {
                     // For who does not read answers, no more are made.
-                    if stream.has_room() {
+                    if stream.wait_for_room() {
                         stream.answer(number, request, knows_secret);
                     }
                 }
@@ -6008,7 +6020,7 @@ struct Client {
     answering: AtomicBool,
     /// None is an empty one. (A table of these is all zeros, and so no part of the binary.)
     output: Mutex<Option<Box<Output>>>,
-    /// How many bytes of answers the kernel has not taken yet (on a stream, which is given much at a time, not all of it).
+    /// How many bytes of answers the kernel has not taken yet (on a stream, a write counts until all of it is taken).
     unread: AtomicU64,
     /// How many bytes were read since a request was last dealt with. Where they are many, they are a head that does not end.
     head: AtomicU64,
@@ -6046,7 +6058,7 @@ fn take_turn(served: &mut u64, most: u64) {
 static UNREAD: AtomicU64 = AtomicU64::new(0);
 
 /// Whether there is no room for another large answer.
-fn is_full() -> bool {
+fn is_memory_full() -> bool {
     UNREAD.load(SeqCst) > MAX_UNREAD_EVER
 }
 
@@ -6250,7 +6262,7 @@ impl Connection {
             work()
         });
         self.client.answering.store(false, SeqCst);
-        if answer.body.len() > BATCH && is_full() {
+        if answer.body.len() > BATCH && is_memory_full() {
             // There was room when another instance was asked for this (`wait_for_room`).
             drop(answer);
             self.flush();
@@ -6327,9 +6339,8 @@ impl Connection {
             self.flush();
         }
         // Longer than it takes to close those that read nothing.
-        let mut patience = 2 * STUCK.as_millis() / 5;
-        while is_crowded() && !has_ended() && patience > 0 {
-            patience -= 1;
+        let until = Instant::now() + 2 * STUCK;
+        while is_crowded() && !has_ended() && Instant::now() < until {
             pause(Duration::from_millis(5));
         }
         !has_ended()
@@ -6341,7 +6352,7 @@ impl Connection {
         self.flush();
     }
 
-    /// Sends the output, however long the client takes to read it: the watch ends what takes too long. (The limit of a day is none.)
+    /// Sends the output, however long the client takes to read it: the watch ends what takes too long.
     /// A connection that breaks ends.
     fn flush(&self) {
         match self.client.send_output(self.socket.as_raw_fd(), libc::MSG_NOSIGNAL) {
@@ -6609,8 +6620,9 @@ impl Client {
 /// to read sends nothing.)
 const SEND_FIRST: libc::c_int = libc::EBUSY;
 
-/// A socket that the server owns, and closes after the service of its connection is dropped. Only that service, what it calls, and
-/// the watch as long as the list of connections has the service, may hold one.
+/// A socket that somebody else owns and closes. It may be held only while its owner certainly keeps it open: by the service of a
+/// connection, by `recv` in a call of the server, by the watch as long as the list of connections has it, and by `last_sent_on`
+/// while attohttpc has its answer.
 type Socket = ManuallyDrop<TcpStream>;
 
 fn borrow_socket(fd: RawFd) -> Socket {
@@ -6711,9 +6723,6 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
         Role::Follower(main) => format!("follower of {main}"),
         Role::Node(address) => format!("node {address} of {}", view.join(",")),
     };
-    if let Role::Node(_) = role {
-        repeat(MEETINGS, || keep_in_touch(&Live));
-    }
     // An idle worker looks up once a second, and not a hundred times: whoever has something for it wakes it.
     may::config().set_timeout_ns(1_000_000_000);
     may::config().set_stack_size(16 << 10).set_worker_pin(false);
@@ -6729,6 +6738,9 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
     repeat(Duration::from_secs(1), give_back_memory);
     repeat(Duration::ZERO, wake_sleepers);
     repeat(Duration::from_millis(100), relay::watch_peers);
+    if let Role::Node(_) = role {
+        repeat(MEETINGS, || keep_in_touch(&Live));
+    }
     let _ = server.join();
     fail(1, &format!("IP={} PORT={}: expected to go on listening, but the server ended", listen.ip(), listen.port()))
 }
