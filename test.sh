@@ -5,6 +5,7 @@
 #        ./test.sh docker     in containers, on a network of their own
 #        ./test.sh local      with processes of target/release/kv-store
 #        ./test.sh bench      measures instead of testing, in about five minutes: needs wrk; see README.md, "Speed"
+#        ./test.sh sanitize   runs processes built with AddressSanitizer under mixed load for two minutes: needs python3
 #        ./test.sh grade IMAGE [SECTION...]
 #                             grades any image, as a black box in containers: needs jq. Sections: single forwarding shards
 #                             replicas; without any, all of them. Options, before or after IMAGE:
@@ -33,6 +34,7 @@ declare -A settings=()
 
 build_docker() { docker build -q -t kv-store:test . >"$work/build" 2>&1; }
 build_local() { cargo build --release --locked >"$work/build" 2>&1; }
+binary=target/release/kv-store
 
 # address_docker INSTANCE: fixes where others reach an instance, before it runs.
 address_docker() { address[$1]=$1:8080; }
@@ -59,7 +61,7 @@ launch_local() {
   local port=${address[$1]##*:}
   # shellcheck disable=SC2086 # settings are words
   env -u FORWARDING_ADDRESS -u MAINIP -u ADDRESS -u VIEW -u REPL_FACTOR -u SECRET IP=127.0.0.1 PORT="$port" ${settings[$1]} \
-    target/release/kv-store 2>>"$work/$1.log" &
+    "$binary" 2>>"$work/$1.log" &
   process[$1]=$!
   url[$1]=http://127.0.0.1:$port
 }
@@ -92,14 +94,14 @@ run_docker() {
 run_local() {
   local variables=(FORWARDING_ADDRESS= MAINIP= ADDRESS= VIEW= REPL_FACTOR= SECRET= IP= PORT=)
   while [ $# -gt 0 ] && [ "$1" != -- ]; do variables+=("$1") && shift; done
-  timeout 10 env "${variables[@]}" target/release/kv-store "${@:2}" 2>&1
+  timeout 10 env "${variables[@]}" "$binary" "${@:2}" 2>&1
   echo "status $?"
 }
 # health_docker INSTANCE: the exit status of the health check of an instance.
 health_docker() { docker exec "${process[$1]}" /kv-store --health && echo 0 || echo 1; }
 health_local() {
   # shellcheck disable=SC2086 # settings are words
-  env IP=127.0.0.1 PORT="${address[$1]##*:}" ${settings[$1]} timeout 10 target/release/kv-store --health && echo 0 || echo 1
+  env IP=127.0.0.1 PORT="${address[$1]##*:}" ${settings[$1]} timeout 10 "$binary" --health && echo 0 || echo 1
 }
 # status_field INSTANCE FIELD: what the kernel says of the process: VmHWM (the most memory it ever had, in KiB), Threads.
 log_docker() { docker logs "${process[$1]}" 2>&1; }
@@ -157,6 +159,11 @@ check() {
     [ -z "${4:-}" ] || printf '      sent      %.300s\n' "$4"
     printf '      expected  %.600s\n      got       %.600s\n' "$2" "$3"
   fi
+}
+# tell_total: says how many checks passed; fails if one did not.
+tell_total() {
+  printf '%d passed, %d failed\n' "$passed" "$failed"
+  [ "$failed" -eq 0 ]
 }
 # check_that WHAT CONDITION...: the condition is an arithmetic expression.
 check_that() { check "$1" "true: $2" "$(if (($2)); then echo true; else echo false; fi): $2"; }
@@ -837,8 +844,8 @@ test_nodes() {
   check "nodes: errors of the owner are passed on, with its address" "$(count n2) n2" \
     "$(curl -s -X PUT "${json[@]}" -d '{}' "${url[n1]}/kv-store/keys/[a-b][1-60]" | grep -c "Value is missing.*${address[n2]}") n2"
   check "nodes: a relayed key may be odd" "201 200 200" "$(for verb in PUT GET DELETE; do status_of n1 "$verb" /kv-store/keys/.. --path-as-is "${json[@]}" -d '{"value":1}'; done | paste -sd' ')"
-  (printf '{"value":1' && head -c 8388597 /dev/zero | tr '\0' ' ' && printf '}') >"$work/padded"
-  check "nodes: a body of 8 MiB reaches the owner through another node" "201 200" "$(for node in n1 n2; do status_of "$node" PUT /kv-store/keys/padded "${json[@]}" -d "@$work/padded"; done | paste -sd' ')"
+  (printf '{"value":1' && head -c 4194293 /dev/zero | tr '\0' ' ' && printf '}') >"$work/padded"
+  check "nodes: a body of 4 MiB reaches the owner through another node" "201 200" "$(for node in n1 n2; do status_of "$node" PUT /kv-store/keys/padded "${json[@]}" -d "@$work/padded"; done | paste -sd' ')"
   check "nodes: ... and is deleted" 200 "$(status_of n1 DELETE /kv-store/keys/padded)"
 
   answer=$(change_to n1 n1 n2 n3)
@@ -1240,6 +1247,9 @@ test_settings() {
   check "--help names the settings" "status 0 7" "$("run_$mode" -- --help | awk '/^  (PORT|IP|FORWARDING_ADDRESS|MAINIP|ADDRESS|VIEW|SECRET) / { n++ } /^status/ { s = $0 } END { print s, n }')"
 }
 
+test_few_files_local() {
+  check "settings: too few files for 100 connections" "status 1, named" "$( (ulimit -n 499 && run_local) | awk '/ulimit -n 499: expected 500 or more/ { n = "named" } /^status/ { s = $0 } END { print s ", " n }')"
+}
 test_port_in_use_local() {
   check "settings: a port in use" "status 1, named" "$(run_local IP=127.0.0.1 PORT="${address[main]##*:}" | awk '/PORT=/ { n = "named" } /^status/ { s = $0 } END { print s ", " n }')"
 }
@@ -1894,7 +1904,7 @@ no_answer=''         # why there was none, if there was none
 status='' body=''    # the last answer; no status: there was none
 hosts='' first_host=0 # of the network: its first three numbers, and the last number of the network itself
 
-usage() { sed -n '2,21s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,22s/^# \{0,1\}//p' "$0"; }
 # refuse_to_grade SENTENCE: nothing can be graded, through no fault of the image. Machines are told in their own form.
 refuse_to_grade() {
   case $style in
@@ -2681,6 +2691,179 @@ test_grader_docker() {
   check "grader: nothing is left of its containers and networks" 0 "$(left_of_graders)"
 }
 
+# ---- AddressSanitizer under mixed load -------------------------------------------------------------------------------
+
+readonly SANITIZE_SECONDS=120
+
+build_sanitized() {
+  local target
+  target=$(rustc -vV | sed -n 's/^host: //p')
+  binary=target/sanitize/$target/release/kv-store
+  # (The toolchain has the sanitizer, but lets only unstable builds ask for it.)
+  RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 \
+    CARGO_PROFILE_RELEASE_STRIP=none CARGO_PROFILE_RELEASE_DEBUG=line-tables-only \
+    cargo build --release --locked --target "$target" --target-dir target/sanitize >"$work/build" 2>&1
+}
+
+# write_load: the clients, as a program for python3. It prints how often each kind of them was at work.
+write_load() {
+  cat >"$work/load.py" <<'END'
+"""usage: load.py SECONDS HOST:PORT...: several clients of each kind at a time, each time on an instance at random."""
+import concurrent.futures, random, socket, struct, sys, threading, time
+
+end, instances = time.monotonic() + float(sys.argv[1]), [address.split(":") for address in sys.argv[2:]]
+BIG, CHUNK = 1 << 20, 1 << 16
+
+def connect():
+    host, port = random.choice(instances)
+    return socket.create_connection((host, int(port)), 3)
+
+def reset(client):  # To close it sends a reset then.
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+def key():
+    return f"k{random.randrange(500)}"
+
+def get(key, more=""):
+    return f"GET /kv-store/{key} HTTP/1.1\r\nHost: t\r\n{more}\r\n".encode()
+
+def put(key, size, length=None):
+    return f"PUT /kv-store/{key} HTTP/1.1\r\nHost: t\r\nContent-Length: {length or size + 4}\r\n\r\nval=".encode() + b"v" * size
+
+def read_all(client):
+    try:
+        while client.recv(CHUNK):
+            pass
+    except OSError:
+        pass
+
+def short_connections():
+    for _ in range(20):
+        with connect() as client:
+            client.sendall(get(key(), "Connection: close\r\n"))
+            read_all(client)
+
+def half_closed():
+    with connect() as client:
+        client.sendall(put(key(), random.randrange(300)) * 3 + get(key()))
+        client.shutdown(socket.SHUT_WR)
+        read_all(client)
+
+def resets():  # In the midst of requests and answers.
+    for _ in range(20):
+        with connect() as client:
+            data = get(key()) * random.randrange(1, 40) + put(key(), 2000) + get("big") * random.randrange(3)
+            client.sendall(data[: random.randrange(len(data))])
+            if random.random() < 0.5:
+                client.recv(random.choice([1, 100, CHUNK]))
+            reset(client)
+
+def pipelines():  # As much as goes, for a moment. Not all read the answers.
+    with connect() as client:
+        reader = threading.Thread(target=read_all, args=[client], daemon=True)
+        if random.random() < 0.8:
+            reader.start()
+        until = time.monotonic() + random.random() * 0.3
+        while time.monotonic() < until:
+            client.sendall(b"".join(random.choice([get(key()), put(key(), 50)]) for _ in range(100)))
+        client.shutdown(socket.SHUT_RDWR)
+
+def large_answers():  # Read in part.
+    with connect() as client:
+        client.sendall(get("big") * 8)
+        for _ in range(random.randrange(50)):
+            client.recv(CHUNK)
+        if random.random() < 0.5:
+            reset(client)
+
+def half_sent():  # Bodies that end early.
+    with connect() as client:
+        client.sendall(put(key(), random.randrange(BIG // 2), BIG))
+        time.sleep(random.random() * 0.2)
+        if random.random() < 0.5:
+            reset(client)
+
+def whole():  # Bodies that come whole, and then what is no request.
+    with connect() as client:
+        client.sendall(put("big", BIG - 10))
+        client.recv(CHUNK)
+        stream = "POST /kv-store?stream=1 HTTP/1.1\r\nHost: t\r\nContent-Type: application/x-kv-store-stream\r\nContent-Length: 99999\r\n\r\n"
+        client.sendall(random.choice([b"\0\1\2\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", stream.encode() + bytes(200)]))
+        client.recv(CHUNK)
+
+def keep_alive():
+    with connect() as client:
+        for _ in range(100):
+            client.sendall(random.choice([get(key()), put(key(), 1), get(key()).replace(b"GET", b"DELETE")]))
+            client.recv(CHUNK)
+
+def lingering():  # More comes on connections that the server closes.
+    for _ in range(20):
+        with connect() as client:
+            client.sendall(get(key(), "Connection: close\r\n") + b"x" * random.randrange(2000))
+            client.recv(CHUNK)
+            if random.random() < 0.5:
+                client.sendall(b"x" * random.randrange(CHUNK))
+
+def repeat(kind):
+    count = 0
+    while time.monotonic() < end:
+        try:
+            kind()
+            count += 1
+        except OSError:  # The instance was killed, or has closed the connection.
+            pass
+    return count
+
+kinds = [half_closed, pipelines, large_answers, whole, keep_alive] + 3 * [short_connections, resets, half_sent, lingering]
+with concurrent.futures.ProcessPoolExecutor(len(kinds)) as clients:
+    for kind, count in zip(kinds, clients.map(repeat, kinds)):
+        print(kind.__name__, count)
+END
+}
+
+# ended_of INSTANCE...: prints which of these have ended.
+ended_of() {
+  local instance
+  for instance in "$@"; do kill -0 "${process[$instance]}" 2>/dev/null || echo "$instance"; done
+}
+
+# change_views_until_ended PID: as long as a process lives, the store grows and shrinks, its factor changes, and one node is
+# killed and started again. Ends early if an instance does.
+change_views_until_ended() {
+  local round=0
+  while kill -0 "$1" 2>/dev/null && [ -z "$(ended_of main follower n1 n2 n3)" ]; do
+    case $((round++ % 4)) in
+      0) change_to n1 n1 n2 >/dev/null ;;
+      1) change n1 "{\"view\":\"$(view n1 n2 n3)\",\"repl-factor\":$((round % 8 > 4 ? 3 : 1))}" >/dev/null ;;
+      2) kill_local n3 ;;
+      3) change n1 "{\"view\":\"$(view n1 n2)\",\"repl-factor\":1,\"force\":true}" >/dev/null ;;
+    esac
+    [ -n "$(ended_of n3)" ] && restart n3
+    sleep 2
+  done
+}
+
+sanitize() {
+  local began load kind count
+  # It says what it finds in files, since the instances have taken stderr for themselves.
+  export ASAN_OPTIONS=log_path=$work/asan:detect_leaks=0
+  write_load
+  start main && start follower FORWARDING_ADDRESS="${address[main]}" || exit 1
+  for instance in n1 n2 n3; do address_local "$instance"; done
+  for instance in n1 n2 n3; do start_node "$instance" VIEW="$(view n1 n2 n3)" || exit 1; done
+  began=$(now)
+  python3 "$work/load.py" "$SANITIZE_SECONDS" "${address[@]}" >"$work/load" &
+  load=$!
+  change_views_until_ended "$load"
+  check "sanitize: all instances live after $SANITIZE_SECONDS s" "" "$(ended_of main follower n1 n2 n3 | sed "s/$/ ended after $((($(now) - began) / 1000)) s/")"
+  kill "$load" 2>/dev/null
+  wait "$load"
+  while read -r kind count; do check_that "sanitize: clients were at work: $kind" "$count > 0"; done <"$work/load"
+  for instance in main follower n1 n2 n3; do check "sanitize: $instance answers" 200 "$(status_of "$instance" GET /kv-store)"; done
+  check "sanitize: nothing was found" "" "$(grep -h -A 12 'ERROR: AddressSanitizer' "$work"/asan.*)"
+}
+
 # ---- The run ---------------------------------------------------------------------------------------------------------
 
 mode=${1:-}
@@ -2689,6 +2872,7 @@ task=tests
 case $mode in
   local | docker) ;;
   bench) mode=local task=bench ;;
+  sanitize) mode=local task=sanitize ;;
   grade) task=grade name=kv-grade-$$-$RANDOM && read_grade_options "${@:2}" ;;
   --help | -h | help) usage && exit ;;
   *)
@@ -2704,11 +2888,15 @@ if [ "$task" = grade ]; then
   grade
   exit
 fi
-[ "$task" = tests ] || need_wrk
-"build_$mode" || { cat "$work/build" && echo "test.sh: the build failed" && exit 1; }
+[ "$task" != bench ] || need_wrk
+case $task in sanitize) build_sanitized ;; *) "build_$mode" ;; esac || { cat "$work/build" && echo "test.sh: the build failed" && exit 1; }
 if [ "$mode" = docker ]; then docker network create "$name" >/dev/null || exit 1; fi
 if [ "$task" = bench ]; then
   bench
+  exit
+elif [ "$task" = sanitize ]; then
+  sanitize
+  tell_total
   exit
 fi
 clients=()
@@ -2763,9 +2951,7 @@ test_shards_of_several
 test_replicas_killed
 test_replica_paused
 [ "$mode" = docker ] && test_cut_network_docker
-[ "$mode" = local ] && test_port_in_use_local && test_unread_stderr_local
+[ "$mode" = local ] && test_port_in_use_local && test_few_files_local && test_unread_stderr_local
 [ "$mode" = docker ] && test_image_docker
 [ "$mode" = docker ] && test_grader_docker
-
-printf '%d passed, %d failed\n' "$passed" "$failed"
-[ "$failed" -eq 0 ]
+tell_total
