@@ -30,7 +30,8 @@
 //! The library `may` runs each connection as a coroutine, and each stream. All coroutines share one worker thread (`start_worker` says
 //! why), so none may block it or compute for long; one that waits for an answer holds nothing up. What blocks or takes long has a
 //! thread: the HTTP client while it opens a stream, or sends a request to a main instance that takes none; looking a name up; looking
-//! for a silent peer; reading a large body (`on_thread`); and in a node meeting others, fetching, comparing, and changing the view.
+//! for a silent peer; and in a node meeting others, fetching, and comparing. Large bodies and the messages of nodes are dealt with by
+//! two threads in the background (`in_background`).
 //! What is repeated has one thread each: watching connections, watching peers, waking sleepers, giving memory back, keeping in touch
 //! with other nodes.
 //!
@@ -63,6 +64,7 @@ use attohttpc::header::HeaderValue;
 use attohttpc::{ErrorKind, Method, ProxySettings, RequestBuilder, StatusCode};
 use hashbrown::hash_table::{Entry, HashTable};
 use httpdate::HttpDate;
+use may::io::WaitIo;
 use may::sync::Blocker;
 use may_minihttp::{BodyReader, HttpService, HttpServiceFactory, Request as Parsed, Response};
 use percent_encoding::percent_decode;
@@ -79,7 +81,7 @@ use url::{Position as Part, Url};
 use node::*;
 use protocol::*;
 use records::*;
-use relay::{ANSWER_LIMIT, PATIENCE, Peer, Question, on_thread};
+use relay::{ANSWER_LIMIT, PATIENCE, Peer, Question, in_background};
 use streams::*;
 use table::*;
 
@@ -105,7 +107,9 @@ const MAX_UNREAD_EVER: u64 = 2 * MAX_UNREAD;
 /// few tenths of a second, and so does one on a busy machine for its turn.
 const STUCK: Duration = Duration::from_secs(1);
 /// How many bytes of answers a client that sends one request after the other gets before others have their turn.
-const TURN: u64 = 256 << 10;
+const TURN: u64 = 64 << 10;
+/// How many bytes of a body are read before that.
+const BODY_TURN: u64 = 512 << 10;
 /// A connection on which nothing happens for this long is closed. Load balancers do so after 60 s: the client's side should be
 /// the first, or a request may meet a connection that is just being closed.
 const IDLE_LIMIT: Duration = Duration::from_secs(75);
@@ -130,11 +134,11 @@ fn in_order(numbers: impl Iterator<Item = u64>) -> Vec<usize> {
     numbers.into_iter().map(|(_, index)| index).collect()
 }
 
-/// The coroutines that sleep, by when they wake; the number tells apart those that wake at once.
+/// Who sleeps, by when they wake; the number tells apart those that wake at once.
 static SLEEPERS: Mutex<BTreeMap<(Instant, usize), Arc<Blocker>>> = Mutex::new(BTreeMap::new());
 static SLEEPER_CAME: Condvar = Condvar::new();
 
-/// Lets a coroutine sleep. (`may::coroutine::sleep` sets a timer and then writes to the coroutine once more: if it has woken and
+/// Lets a coroutine, or a thread, sleep. (`may::coroutine::sleep` sets a timer and then writes to the coroutine once more: if it has woken and
 /// ended by then, it is gone, and the process crashes.)
 fn pause(time: Duration) {
     let sleeper = Arc::new(Blocker::new(false));
@@ -1313,7 +1317,7 @@ type Work = Box<dyn FnOnce() -> Answer + Send>;
 /// other instances is returned as work.
 fn answer_or_defer(request: Request) -> Result<Answer, Work> {
     match request.origin {
-        Origin::Message => return Err(in_background(request, |request| answer_message(&request.body))),
+        Origin::Message => return answer_message(&request.body),
         Origin::Push => return Ok(answer_push(&request.body)),
         Origin::Client | Origin::Node(_) => {}
     }
@@ -1329,23 +1333,17 @@ fn answer_or_defer(request: Request) -> Result<Answer, Work> {
             }))
         }
         (_, Resource::Key(_)) if request.body.len() > LARGE_BODY => {
-            Err(in_background(request, |request| answer_key(request).unwrap_or_else(|work| work())))
+            let verb = request.verb.clone();
+            let in_vain = move |_| Outcome::MainDown.answer(vocabulary, &verb);
+            Err(Box::new(move || in_background(|| answer_key(request)).unwrap_or_else(in_vain)))
         }
         (_, Resource::Key(_)) => answer_key(request),
-        (_, Resource::ViewChange) => Err(in_background(request, answer_about)),
         _ => Err(Box::new(move || answer_about(request))),
     }
 }
 
-/// Above this, in bytes, a body is read on a thread of its own: 4 MiB of JSON escapes take 30 ms.
+/// Above this, in bytes, a body is parsed in the background: 4 MiB of JSON escapes take 30 ms.
 const LARGE_BODY: usize = 128 << 10;
-
-/// Work that is done on a thread of its own.
-fn in_background(request: Request, answer: fn(Request) -> Answer) -> Work {
-    let (verb, (_, vocabulary)) = (request.verb.clone(), request.route());
-    let in_vain = move |_| Outcome::MainDown.answer(vocabulary, &verb);
-    Box::new(move || on_thread(Box::new(move || answer(request))).unwrap_or_else(in_vain))
-}
 
 /// `answer_or_defer` for a request that is about a key.
 fn answer_key(request: Request) -> Result<Answer, Work> {
@@ -3670,7 +3668,7 @@ mod node {
 
 mod protocol {
     //! These are async functions for one reason only: the simulation runs many of them at once, and decides what each message
-    //! meets. In the program every wait blocks the coroutine that it is in, and `block_on` polls once.
+    //! meets. In the program every wait blocks the coroutine or thread that it is in, and `block_on` polls once.
 
     use super::*;
 
@@ -5007,16 +5005,23 @@ fn read_reply(answer: &Answer) -> Option<(Status, Reply)> {
     postcard::from_bytes(&answer.body).ok().filter(|(status, _): &(Status, Reply)| status.is_plain())
 }
 
-/// Answers a message, if it is one and for this node. (Not inlined, as `answer_about`.)
+/// Answers a message, if it is one and for this node; in the background, unless it is a mere meeting: much may be looked for.
 #[inline(never)]
-fn answer_message(body: &[u8]) -> Answer {
+fn answer_message(body: &[u8]) -> Result<Answer, Work> {
     match postcard::from_bytes::<Envelope>(body) {
         Ok(envelope)
             if own() == Some(&envelope.to) && port_of(&envelope.from).is_some() && envelope.status.is_plain() =>
         {
-            Answer::message(&receive(&Live, envelope))
+            let is_short = matches!(envelope.message, Message::Meet);
+            let work = move || Answer::message(&receive(&Live, envelope));
+            let in_vain = |_| Outcome::MainDown.answer(Vocabulary::Form, "POST");
+            if is_short {
+                Ok(work())
+            } else {
+                Err(Box::new(move || in_background(move || Ok(work())).unwrap_or_else(in_vain)))
+            }
         }
-        _ => Outcome::BadRequest.answer(Vocabulary::Form, "POST"),
+        _ => Ok(Outcome::BadRequest.answer(Vocabulary::Form, "POST")),
     }
 }
 
@@ -5220,10 +5225,14 @@ mod streams {
         }
     }
 
-    /// Hands on the messages that each read brings, with their numbers, until the stream ends, brings what is none, or one makes
-    /// a panic. After `turn` bytes, others have their turn.
-    pub fn read_from<T>(reader: &mut impl BufRead, turn: u64, mut hand_on: impl FnMut(Vec<(u64, T)>))
-    where
+    /// Hands on the messages that each read of a socket brings, with their numbers, until the stream ends, brings what is none, or one
+    /// makes a panic. After `turn` bytes, others have their turn.
+    pub fn read_from<T>(
+        socket: &TcpStream,
+        reader: &mut impl BufRead,
+        turn: u64,
+        mut hand_on: impl FnMut(Vec<(u64, T)>),
+    ) where
         T: DeserializeOwned,
     {
         let (mut inbox, mut served) = (Inbox::default(), 0);
@@ -5233,7 +5242,7 @@ mod streams {
             reader.consume(count);
             hand_on(messages);
             served += count as u64;
-            take_turn(&mut served, turn);
+            take_turn(socket, &mut served, turn);
             Some(())
         };
         while let Ok(Some(())) = catch_unwind(AssertUnwindSafe(&mut read)) {}
@@ -5315,57 +5324,76 @@ mod relay {
     /// Dropping it wakes who waits, with an answer or without. It is never dropped by who holds a lock: a coroutine that is woken while
     /// it parks goes on inside the call that parks it, and to drop its Blocker waits for that call to return. If the coroutine came to
     /// want the lock, both would wait for ever.
-    struct Waiting {
-        waiter: Arc<Waiter>,
+    struct Waiting<T = Answer> {
+        waiter: Arc<Waiter<T>>,
         deadline: Instant,
         /// The request was given to the stream.
         on_stream: bool,
     }
 
-    /// A coroutine that waits for an answer.
-    struct Waiter {
+    /// A coroutine, or a thread, that waits for an answer.
+    struct Waiter<T = Answer> {
         blocker: Blocker,
-        answer: Mutex<Option<Answer>>,
+        answer: Mutex<Option<T>>,
         /// The request was given to a stream, or a thread, so that it may have got there.
         was_sent: AtomicBool,
     }
 
     /// What was asked of a peer.
-    pub struct Question(Arc<Waiter>);
+    pub struct Question<T = Answer>(Arc<Waiter<T>>);
 
-    impl Question {
+    impl<T> Question<T> {
         /// Waits for the answer.
-        pub fn answer(self) -> Result<Answer, Lost> {
+        pub fn answer(self) -> Result<T, Lost> {
             // The watch ends this at the deadline: a timer for each request would cost more than the rest of the relay.
             let _ = self.0.blocker.park(None);
             lock(&self.0.answer).take().ok_or(Lost { was_sent: self.0.was_sent.load(SeqCst) })
         }
     }
 
-    /// Has a thread of its own do what would hold up all coroutines, while the calling one waits. An error is a panic, or no room for
-    /// another thread.
-    pub fn on_thread(work: Work) -> Result<Answer, Lost> {
+    /// What is done in the background, and who waits for it.
+    type Task = (Box<dyn FnOnce() -> Result<Answer, Work> + Send>, Waiting<Result<Answer, Work>>);
+
+    /// To the threads that do what would hold up all coroutines. They are few: many would compete with the worker.
+    static BACKGROUND: LazyLock<mpsc::Sender<Task>> = LazyLock::new(|| {
+        let (sender, receiver) = mpsc::channel::<Task>();
+        let receiver = Arc::new(Mutex::new(receiver));
+        for _ in 0..2 {
+            let receiver = receiver.clone();
+            repeat(Duration::ZERO, move || {
+                let next = lock(&receiver).recv();
+                if let Ok((work, waiting)) = next {
+                    waiting.deliver(work());
+                }
+            });
+        }
+        sender
+    });
+
+    /// Has a thread do something while the calling coroutine waits. Work that waits for others comes back, for the coroutine to do: the
+    /// threads only compute. An error is a panic.
+    pub fn in_background(work: impl FnOnce() -> Result<Answer, Work> + Send + 'static) -> Result<Answer, Lost> {
         let waiter = Waiter::new();
         let waiting = Waiting { waiter: waiter.clone(), deadline: Instant::now(), on_stream: false };
         // However this ends, `waiting` is dropped then.
-        let _ = thread::Builder::new().spawn(move || waiting.deliver(work()));
-        Question(waiter).answer()
+        let _ = BACKGROUND.send((Box::new(work), waiting));
+        Ok(Question(waiter).answer()?.unwrap_or_else(|work| work()))
     }
 
-    impl Waiter {
-        fn new() -> Arc<Waiter> {
+    impl<T> Waiter<T> {
+        fn new() -> Arc<Waiter<T>> {
             Arc::new(Waiter { blocker: Blocker::new(false), answer: Mutex::default(), was_sent: false.into() })
         }
     }
 
-    impl Drop for Waiting {
+    impl<T> Drop for Waiting<T> {
         fn drop(&mut self) {
             self.waiter.blocker.unpark();
         }
     }
 
-    impl Waiting {
-        fn deliver(self, answer: Answer) {
+    impl<T> Waiting<T> {
+        fn deliver(self, answer: T) {
             *lock(&self.waiter.answer) = Some(answer);
         }
     }
@@ -5609,7 +5637,7 @@ mod relay {
         /// Hands on the answers that come on a stream, until it ends.
         fn read_answers(self: Arc<Peer>, stream: &Arc<TcpStream>, reader: may::net::TcpStream) {
             let mut reader = BufReader::with_capacity(FRAME, reader);
-            read_from(&mut reader, ANSWERED, |answers| self.hand_on(answers));
+            read_from(stream, &mut reader, ANSWERED, |answers| self.hand_on(answers));
             self.end_stream(stream);
         }
 
@@ -6004,7 +6032,7 @@ mod answering {
         let head = format!("HTTP/1.1 200 OK\r\nServer: M\r\nContent-Type: {STREAM}\r\n{proof}{CLOSE}\r\n");
         let mut was_asked = false;
         if write_now(&stream.socket, head.as_bytes()).is_ok_and(|count| count == head.len()) {
-            read_from(&mut body, QUESTIONS, |questions| {
+            read_from(&stream.socket, &mut body, QUESTIONS, |questions| {
                 for (number, request) in questions {
                     // For who does not read answers, no more are made.
                     if stream.wait_for_room() {
@@ -6097,12 +6125,15 @@ struct Output {
 /// The clients, by the descriptors of their sockets. (There are never as many: see MAX_CONNECTIONS.)
 static CLIENTS: [Client; 1 << 17] = [const { Client::new() }; 1 << 17];
 
-/// Lets others have their turn, if a client was served more than `most` bytes since they last had. To yield would not do: the worker looks
-/// for what else arrived only when none of its coroutines is ready.
-fn take_turn(served: &mut u64, most: u64) {
+/// Lets others have their turn, if more than `most` bytes were dealt with since they last had. To yield would not do: the worker polls
+/// only when no coroutine is ready, and of two clients that send without end one always is. But the poll signals a socket that it was
+/// just told of, so whoever waits for that comes after all others.
+fn take_turn(socket: &TcpStream, served: &mut u64, most: u64) {
     if *served > most {
         *served = 0;
-        pause(Duration::from_micros(1));
+        if let Ok(stream) = waiting_stream(socket, None) {
+            stream.wait_io();
+        }
     }
 }
 
@@ -6305,6 +6336,7 @@ impl Connection {
         }
         self.client.answering.store(true, SeqCst);
         let verb = VERBS.into_iter().find(|verb| *verb == request.verb).unwrap_or_default();
+        self.served += request.body.len() as u64;
         let answer = answer_or_defer(request).unwrap_or_else(|work| {
             // That may take long, and what was asked before is answered.
             self.flush();
@@ -6333,7 +6365,7 @@ impl Connection {
         if self.client.has_batch() {
             self.flush();
         }
-        take_turn(&mut self.served, TURN);
+        take_turn(&self.socket, &mut self.served, TURN);
     }
 
     /// Becomes a stream, as long as that lives.
@@ -6353,7 +6385,7 @@ impl Connection {
 
     /// Reads a whole body, to keep it or not. False is a client that left before it was complete: its request never happened.
     fn read_body(&self, mut reader: BodyReader, length: usize, mut body: Option<&mut Vec<u8>>) -> bool {
-        let mut taken = 0;
+        let (mut taken, mut served) = (0, 0);
         while !self.client.has_ended.load(SeqCst) {
             let arrived = match reader.fill_buf() {
                 Ok([]) => break,
@@ -6371,6 +6403,8 @@ impl Connection {
             }
             reader.consume(count);
             taken += count;
+            served += count as u64;
+            take_turn(&self.socket, &mut served, BODY_TURN);
         }
         if self.client.read_body.swap(false, Relaxed) {
             signal_again(&self.socket);
@@ -6480,8 +6514,13 @@ impl Drop for Connection {
         if self.lingers
             && let Ok(mut stream) = waiting_stream(&self.socket, Some(Duration::from_secs(1)))
         {
-            let deadline = Instant::now() + Duration::from_secs(5);
-            while Instant::now() < deadline && stream.read(&mut [0; 512]).is_ok_and(|count| count > 0) {}
+            let (deadline, mut buffer, mut served) = (Instant::now() + Duration::from_secs(5), vec![0; BATCH], 0);
+            while Instant::now() < deadline
+                && let Ok(count @ 1..) = stream.read(&mut buffer)
+            {
+                served += count as u64;
+                take_turn(&self.socket, &mut served, BODY_TURN);
+            }
         }
         lock(&CONNECTIONS).remove(&self.socket.as_raw_fd());
         self.client.close();
@@ -6786,6 +6825,7 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
     say(&format!("{description}, version {VERSION}, listening on {listen}"));
     // Without /dev/null, stderr stays what it is.
     let _ = keep_stderr();
+    LazyLock::force(&LEFTOVERS);
     repeat(STUCK / 4, watch_connections);
     repeat(Duration::from_secs(1), give_back_memory);
     repeat(Duration::ZERO, wake_sleepers);
@@ -6803,7 +6843,8 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
 /// after that (`subscribe` in its `io::sys::unix`). A second worker could run the coroutine to its end meanwhile, which frees the data:
 /// the heap is corrupted, within seconds to minutes of mixed load (`./test.sh sanitize`). With one worker, the thread that would
 /// run the coroutine is the one that is still in `subscribe`. This holds as long as nothing else runs coroutines, which `may`'s
-/// timer thread does: no `may::coroutine::sleep`, and no parking with a time limit. (Time limits of sockets belong to the worker.)
+/// timer thread does: no `may::coroutine::sleep`, and no parking with a time limit. (Time limits of sockets belong to the worker. The
+/// timer thread does run one coroutine, with which may_minihttp keeps the time of day: it touches no socket and never ends.)
 fn start_worker() {
     may::config().set_workers(1).set_stack_size(16 << 10).set_worker_pin(false);
     // An idle worker looks up once a second, and not a hundred times: whoever has something for it wakes it.
@@ -6822,11 +6863,11 @@ fn check_files() {
 }
 
 /// Has a thread of its own do something again and again.
-fn repeat(pause: Duration, work: fn()) {
+fn repeat(pause: Duration, work: impl Fn() + Send + 'static) {
     thread::spawn(move || {
         loop {
             // What must go on for ever survives a panic, which the hook has printed.
-            let _ = catch_unwind(work);
+            let _ = catch_unwind(AssertUnwindSafe(&work));
             thread::sleep(pause);
         }
     });
