@@ -31,9 +31,8 @@
 //! why), so none may block it or compute for long; one that waits for an answer holds nothing up. What blocks or takes long has a
 //! thread: the HTTP client while it opens a stream, or sends a request to a main instance that takes none; looking a name up; looking
 //! for a silent peer; and in a node meeting others, fetching, and comparing. Large bodies and the messages of nodes are dealt with by
-//! two threads in the background (`in_background`).
-//! What is repeated has one thread each: watching connections, watching peers, waking sleepers, giving memory back, keeping in touch
-//! with other nodes.
+//! two threads in the background (`in_background`). What is repeated has one thread each: watching connections, watching peers,
+//! waking sleepers, giving memory back, keeping in touch with other nodes.
 //!
 //! "The contract" in the comments is the section of this name in README.md, which says all that a client may see.
 
@@ -138,8 +137,8 @@ fn in_order(numbers: impl Iterator<Item = u64>) -> Vec<usize> {
 static SLEEPERS: Mutex<BTreeMap<(Instant, usize), Arc<Blocker>>> = Mutex::new(BTreeMap::new());
 static SLEEPER_CAME: Condvar = Condvar::new();
 
-/// Lets a coroutine, or a thread, sleep. (`may::coroutine::sleep` sets a timer and then writes to the coroutine once more: if it has woken and
-/// ended by then, it is gone, and the process crashes.)
+/// Lets a coroutine, or a thread, sleep. (`may::coroutine::sleep` sets a timer and then writes to the coroutine once more: if it has
+/// woken and ended by then, it is gone, and the process crashes.)
 fn pause(time: Duration) {
     let sleeper = Arc::new(Blocker::new(false));
     let wakes = (Instant::now() + time, Arc::as_ptr(&sleeper) as usize);
@@ -906,8 +905,8 @@ mod records {
             self.value().is_empty()
         }
 
-        /// A record as it travels between nodes; None if these are not a key and a value. (That the value is JSON is for the node to see
-        /// that a client gave it to: to check it again takes 5 ms for 1 MiB, in which nobody else is answered.)
+        /// A record as it travels between nodes; None if these are not a key and a value. (Whether the value is JSON was checked by the
+        /// node that took it from a client. To check it again would hold everybody up for 5 ms where it has 1 MiB.)
         pub fn from_message(stamp: u64, bytes: &[u8]) -> Option<Record> {
             bytes.get(1 + *bytes.first()? as usize..)?;
             Some(Record::from_parts(stamp, bytes))
@@ -6334,15 +6333,8 @@ impl Connection {
         if request.verb == "GET" && !self.wait_for_room() {
             return self.end();
         }
-        self.client.answering.store(true, SeqCst);
         let verb = VERBS.into_iter().find(|verb| *verb == request.verb).unwrap_or_default();
-        self.served += request.body.len() as u64;
-        let answer = answer_or_defer(request).unwrap_or_else(|work| {
-            // That may take long, and what was asked before is answered.
-            self.flush();
-            work()
-        });
-        self.client.answering.store(false, SeqCst);
+        let answer = self.answer(request);
         if answer.body.len() > BATCH && is_memory_full() {
             // There was room when another instance was asked for this (`wait_for_room`).
             drop(answer);
@@ -6355,6 +6347,19 @@ impl Connection {
         } else {
             self.respond(answer, framing.is_head);
         }
+    }
+
+    /// Has a whole request answered, however long that takes.
+    fn answer(&mut self, request: Request) -> Answer {
+        self.client.answering.store(true, SeqCst);
+        self.served += request.body.len() as u64;
+        let answer = answer_or_defer(request).unwrap_or_else(|work| {
+            // That may take long, and what was asked before is answered.
+            self.flush();
+            work()
+        });
+        self.client.answering.store(false, SeqCst);
+        answer
     }
 
     /// Answers a request on a connection that stays open: at once, or with what follows.
@@ -6825,6 +6830,7 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
     say(&format!("{description}, version {VERSION}, listening on {listen}"));
     // Without /dev/null, stderr stays what it is.
     let _ = keep_stderr();
+    // Its thread is started here, and not under the node's lock when there is something for it.
     LazyLock::force(&LEFTOVERS);
     repeat(STUCK / 4, watch_connections);
     repeat(Duration::from_secs(1), give_back_memory);
