@@ -39,29 +39,26 @@
 use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap, VecDeque};
-use std::fmt::{self, Display, Formatter};
+use std::fmt::{self, Formatter};
 use std::fs::File;
-use std::hash::{BuildHasher, Hasher, RandomState};
+use std::hash::{BuildHasher, RandomState};
 use std::io::ErrorKind::{AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable, TimedOut};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::mem::ManuallyDrop;
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::ops::Bound::{Excluded, Unbounded};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::process::exit;
-use std::slice::from_ref;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError, Weak, mpsc};
-use std::task::{Context, Poll, Waker};
+use std::task::{self, Poll, Waker};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use attohttpc::header::HeaderValue;
 use attohttpc::{ErrorKind, Method, ProxySettings, RequestBuilder, StatusCode};
-use hashbrown::hash_table::{Entry, HashTable};
 use httpdate::HttpDate;
 use may::io::WaitIo;
 use may::sync::Blocker;
@@ -69,20 +66,18 @@ use may_minihttp::{BodyReader, HttpService, HttpServiceFactory, Request as Parse
 use percent_encoding::percent_decode;
 use serde::de::{DeserializeOwned, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
-use serde_bytes::ByteBuf;
 use serde_json::value::RawValue;
-use siphasher::sip::SipHasher24;
 use siphasher::sip128;
 use subtle::ConstantTimeEq;
-use triomphe::ThinArc;
 use url::{Position as Part, Url};
 
-use node::*;
-use protocol::*;
-use records::*;
+use membership::{answer_view_change, count_keys, describe_shards, keep_in_touch, run};
+use node::{Context, Envelope, Message, Node, Place, Reply, Write as NodeWrite, node_of};
+use records::{Garbage, Record, hash_of};
 use relay::{ANSWER_LIMIT, PATIENCE, Peer, Question, in_background};
+use replication::{Activity, Lost, World, receive};
 use streams::*;
-use table::*;
+use table::{Table, Version};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
@@ -116,13 +111,6 @@ const IDLE_LIMIT: Duration = Duration::from_secs(75);
 /// Locks a mutex, also after a panic elsewhere: what is guarded here is whole between any two statements.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Collects into a set. (`collect` would sort first, which is several kB of code for each type.)
-fn set_of<T: Ord>(items: impl IntoIterator<Item = T>) -> BTreeSet<T> {
-    let mut set = BTreeSet::new();
-    set.extend(items);
-    set
 }
 
 /// The indices of some numbers, in the order of the numbers; of equals, the first comes first. (One sort for all who need one,
@@ -319,9 +307,8 @@ enum Origin {
     /// A client's request that a node sends to the one that owns the key by its table, which is of this store: the owner may
     /// have started again since, and be a store of its own.
     Node(u64),
-    /// No client's request: the body is what one node says to another (`Envelope`), or has it store (`Push`).
+    /// No client's request: the body is what one node says to another (`Envelope`).
     Message,
-    Push,
 }
 
 /// What the head of a request tells the connection.
@@ -556,13 +543,9 @@ fn find_member<'a>(body: &'a [u8], name: &str) -> Result<Option<&'a str>, Outcom
     Ok(value.map(RawValue::get))
 }
 
-/// What a client has seen, as far as some replica may lack it: keys and the stamps of their records. To a client it means
-/// nothing.
-type Causal = BTreeMap<String, u64>;
-
 /// The causal context in the body of a request in the JSON vocabulary. None if there is none; an error if it is not ours. (A body
 /// that is no JSON object is none of this function's business: a GET may have any.)
-fn causal_context(request: &Request, vocabulary: Vocabulary) -> Result<Option<Causal>, Outcome> {
+fn causal_context(request: &Request, vocabulary: Vocabulary) -> Result<Option<Context>, Outcome> {
     if matches!(vocabulary, Vocabulary::Form) || request.oversized || request.body.is_empty() {
         return Ok(None);
     }
@@ -576,24 +559,38 @@ fn causal_context(request: &Request, vocabulary: Vocabulary) -> Result<Option<Ca
     parser.deserialize_map(Stamps).map(Some).map_err(|_| Outcome::ContextInvalid)
 }
 
-/// Reads the members of a causal context: stamps in hexadecimal, since JSON's numbers are not exact everywhere.
+/// Reads the members of a causal context: stamps in hexadecimal, since JSON's numbers are not exact everywhere, each under the bits of
+/// its node; and the version of a table.
 struct Stamps;
 
 impl<'a> Visitor<'a> for Stamps {
-    type Value = Causal;
+    type Value = Context;
 
     fn expecting(&self, out: &mut Formatter) -> fmt::Result {
         out.write_str("a causal context")
     }
 
-    fn visit_map<M: MapAccess<'a>>(self, mut members: M) -> Result<Causal, M::Error> {
-        let mut context = Causal::new();
-        while let Some((key, text)) = members.next_entry::<String, String>()? {
-            let stamp = u64::from_str_radix(&text, 16).ok().filter(|_| text.len() == 16);
-            context.insert(key, stamp.ok_or_else(|| serde::de::Error::custom("no stamp"))?);
+    fn visit_map<M: MapAccess<'a>>(self, mut members: M) -> Result<Context, M::Error> {
+        let mut context = Context::default();
+        while let Some((name, text)) = members.next_entry::<String, String>()? {
+            let numbers: Vec<u64> = text.split('.').filter_map(hexadecimal).collect();
+            match (name.as_str(), &numbers[..]) {
+                ("table", [epoch, number, coordinator]) => {
+                    context.table = Some(Version { epoch: *epoch, number: *number, coordinator: *coordinator });
+                }
+                (name, [stamp]) if name == format!("{:03x}", node_of(*stamp)) => {
+                    context.seen.insert(node_of(*stamp), *stamp);
+                }
+                _ => return Err(serde::de::Error::custom("no stamp")),
+            }
         }
         Ok(context)
     }
+}
+
+/// A number as contexts spell it: 16 digits.
+fn hexadecimal(text: &str) -> Option<u64> {
+    u64::from_str_radix(text, 16).ok().filter(|_| text.len() == 16 && !text.starts_with('+'))
 }
 
 /// Looks for the member of this name.
@@ -786,13 +783,14 @@ impl Answer {
     }
 
     /// Adds the causal context, if the request had one.
-    fn with_context(self, context: &Option<Causal>) -> Answer {
+    fn with_context(self, context: &Option<Context>) -> Answer {
         let Some(context) = context else { return self };
-        // Writing to a String cannot fail.
-        let name = |key: &String| serde_json::to_string(key).unwrap_or_default();
-        let stamps: Vec<String> =
-            context.iter().map(|(key, stamp)| format!(r#"{}:"{stamp:016x}""#, name(key))).collect();
-        self.with_member(&format!(r#""causal-context":{{{}}}"#, stamps.join(",")))
+        let mut members: Vec<String> =
+            context.seen.iter().map(|(node, stamp)| format!(r#""{node:03x}":"{stamp:016x}""#)).collect();
+        if let Some(Version { epoch, number, coordinator }) = context.table {
+            members.push(format!(r#""table":"{epoch:016x}.{number:016x}.{coordinator:016x}""#));
+        }
+        self.with_member(&format!(r#""causal-context":{{{}}}"#, members.join(",")))
     }
 
     fn with_member(mut self, member: &str) -> Answer {
@@ -824,66 +822,67 @@ fn write_date(out: &mut Vec<u8>) {
 // ---- Records: keys and values, in buckets ---------------------------------------------------------------------------
 
 mod records {
-    //! Keys have an order: by hash, and where two have the same, by the key itself. The records stand in buckets, each for a
-    //! stretch of hash values, so that whatever is done for many keys (counting, fetching, giving up) is done a bucket at a
-    //! time: no hold of the lock grows with the store, and no big map ever has to double.
+    //! The keys of a store have an order, that of their hashes, and a span is a stretch of it. (Two keys with one hash are never
+    //! parted.) Records stand in a fixed row of buckets by the upper bits of the hash, each a small hash table of its own: whatever
+    //! is done for many records goes bucket by bucket, with the lock released in between, and no big table ever has to double.
 
-    use super::*;
-
-    /// A place in the order of keys.
-    pub type Position = (u64, Vec<u8>);
-
-    /// After every key: 0xff is no byte of UTF-8.
-    pub fn end_of_order() -> Position {
-        (u64::MAX, vec![0xff])
-    }
-
-    /// The keys from one place up to, and without, another.
-    #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-    pub struct Span {
-        pub from: Position,
-        pub to: Position,
-    }
-
-    impl Span {
-        /// The whole order.
-        pub fn all() -> Span {
-            Span { from: Position::default(), to: end_of_order() }
-        }
-
-        pub fn overlaps(&self, other: &Span) -> bool {
-            self.from < other.to && other.from < self.to
-        }
-
-        fn covers(&self, other: &Span) -> bool {
-            self.from <= other.from && other.to <= self.to
-        }
-
-        pub fn contains(&self, (hash, key): (u64, &[u8])) -> bool {
-            (self.from.0, &self.from.1[..]) <= (hash, key) && (hash, key) < (self.to.0, &self.to.1[..])
-        }
-
-        /// Cuts it at those of some hash values, which must rise, that lie within.
-        pub fn cut_at(&self, hashes: impl Iterator<Item = u64>) -> Vec<Span> {
-            let (mut parts, mut from) = (Vec::new(), self.from.clone());
-            for place in hashes.map(|hash| (hash, Vec::new())) {
-                if from < place && place < self.to {
-                    parts.push(Span { from: std::mem::replace(&mut from, place.clone()), to: place });
-                }
-            }
-            parts.push(Span { from, to: self.to.clone() });
-            parts
-        }
-    }
+    use hashbrown::hash_table::{Entry, HashTable};
+    use serde::{Deserialize, Serialize};
+    use serde_bytes::ByteBuf;
+    use siphasher::sip::SipHasher24;
+    use triomphe::ThinArc;
 
     /// SipHash-2-4 with a key of zeros (Aumasson and Bernstein, 2012): the same in every build.
     pub fn hash_of(key: &[u8]) -> u64 {
         SipHasher24::new().hash(key)
     }
 
+    /// The hashes from `first` to `last`, both included.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+    pub struct Span {
+        pub first: u64,
+        pub last: u64,
+    }
+
+    pub const ALL: Span = Span { first: 0, last: u64::MAX };
+
+    impl Span {
+        pub fn contains(&self, hash: u64) -> bool {
+            (self.first..=self.last).contains(&hash)
+        }
+
+        pub fn overlaps(&self, other: &Span) -> bool {
+            self.first <= other.last && other.first <= self.last
+        }
+
+        /// How many hashes it has, less one.
+        pub fn width(&self) -> u64 {
+            self.last - self.first
+        }
+
+        /// Cuts it where buckets begin: each part lies in one bucket.
+        pub fn by_bucket(self) -> impl DoubleEndedIterator<Item = Span> {
+            self.by_bits(BUCKET_BITS)
+        }
+
+        /// Cuts it into parts of a few hundred buckets, of which some may have all digests compared at once.
+        pub fn by_row(self) -> impl DoubleEndedIterator<Item = Span> {
+            self.by_bits(BUCKET_BITS / 2)
+        }
+
+        /// Cuts it where the upper bits of the hashes change.
+        fn by_bits(self, bits: u32) -> impl DoubleEndedIterator<Item = Span> {
+            let shift = u64::BITS - bits;
+            (self.first >> shift..=self.last >> shift).map(move |upper| {
+                let first = upper << shift;
+                Span { first: self.first.max(first), last: self.last.min(first | u64::MAX >> bits) }
+            })
+        }
+    }
+
     /// A key and its value in one allocation: a stamp, a byte with the key's length, the key, and the value as JSON text, as it
     /// goes back. Cloning one copies a pointer, so that an answer is made of it after the lock on the store is gone.
-    #[derive(Clone)]
+    #[derive(Clone, Debug)]
     pub struct Record(ThinArc<u64, u8>);
 
     impl Record {
@@ -896,7 +895,7 @@ mod records {
             Record(ThinArc::from_header_and_slice(stamp, bytes))
         }
 
-        /// What stays of a deleted key where another copy of it may still arrive: it has no value.
+        /// What stays of a deleted key where another copy of it may still exist: it has no value.
         pub fn tombstone(key: &[u8]) -> Record {
             Record::new(key, "")
         }
@@ -937,49 +936,66 @@ mod records {
             &self.0.slice[1 + self.0.slice[0] as usize..]
         }
 
-        fn position(&self) -> (u64, &[u8]) {
-            (hash_of(self.key()), self.key())
+        pub fn hash(&self) -> u64 {
+            hash_of(self.key())
         }
 
-        /// Whether it stays where both are records of one key (the design's order of writes).
+        /// Last writer wins: the higher stamp. (Two nodes whose names share their 12 bits may give one stamp twice.)
         pub fn beats(&self, other: &Record) -> bool {
             (self.stamp(), self.value()) > (other.stamp(), other.value())
         }
 
-        /// What it adds to the digest of its bucket. Two writes hardly ever have the same stamp, so the beginning of a long
-        /// value does; and a tombstone adds nothing, since replicas drop theirs at different times.
-        fn digest(&self, hash: u64) -> u64 {
-            if self.is_tombstone() {
-                return 0;
-            }
-            let mut hasher = SipHasher24::new();
-            hasher.write_u64(hash);
-            hasher.write_u64(self.stamp());
-            hasher.write_u64(self.value().len() as u64);
-            hasher.write(&self.value()[..self.value().len().min(64)]);
-            hasher.finish()
-        }
-
         /// About what it takes in a message, in bytes.
-        fn weight(&self) -> usize {
-            self.0.slice.len() + 16
+        pub fn weight(&self) -> usize {
+            self.0.slice.len() + 32
         }
     }
 
-    /// With how many records a bucket is split in two: its table would have to double. (7 of 8 places of a table can be taken.)
-    const BUCKET: usize = 7 * 128;
-    /// With how many bytes of values it is, since what a part of a bucket has must fit into a message.
-    const BUCKET_BYTES: usize = 4 << 20;
-    /// What a record takes of memory beside its value, in bytes: about, for a short key.
-    const OVERHEAD: usize = 80;
+    /// What some records add up to.
+    #[derive(Clone, Copy, Debug, Default, PartialEq)]
+    pub struct Sums {
+        /// How many are keys, and no tombstones.
+        pub count: usize,
+        /// The length of all values, as JSON text.
+        pub bytes: usize,
+        /// The XOR of a mix of hash and stamp of each record, tombstones included.
+        pub digest: u64,
+    }
 
-    /// The records of an instance. Each bucket begins at a hash value and reaches to where the next one begins.
+    impl Sums {
+        fn of(hash: u64, record: &Record) -> Sums {
+            // A multiplication spreads each bit upwards (Knuth, TAOCP 6.4), and the shift brings the upper ones down.
+            let mixed = (hash ^ record.stamp().rotate_left(32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            let count = usize::from(!record.is_tombstone());
+            Sums { count, bytes: record.value().len(), digest: mixed ^ mixed >> 29 }
+        }
+
+        pub fn add(&mut self, more: Sums) {
+            self.count += more.count;
+            self.bytes += more.bytes;
+            self.digest ^= more.digest;
+        }
+
+        fn subtract(&mut self, less: Sums) {
+            self.count -= less.count;
+            self.bytes -= less.bytes;
+            self.digest ^= less.digest;
+        }
+    }
+
+    /// Records that are to be dropped: by whoever has released the lock, since that may take a while.
     #[derive(Default)]
-    pub struct Records {
-        buckets: BTreeMap<u64, Bucket>,
+    pub struct Garbage {
+        tables: Vec<HashTable<Record>>,
+        records: Vec<Record>,
         sums: Sums,
-        /// About how many bytes of memory were freed one record at a time, since somebody last asked.
-        freed: usize,
+    }
+
+    impl Garbage {
+        /// About how many bytes of memory it has.
+        pub fn footprint(&self) -> usize {
+            self.sums.bytes + 80 * self.sums.count
+        }
     }
 
     #[derive(Default)]
@@ -988,309 +1004,190 @@ mod records {
         sums: Sums,
     }
 
-    /// What some records add up to.
-    #[derive(Clone, Copy, Default)]
-    struct Sums {
-        /// How many of them are keys, and no tombstones.
-        count: usize,
-        /// The length of all values, as JSON text.
-        bytes: usize,
-        /// The XOR of their digests.
-        digest: u64,
+    /// How many of a hash's upper bits choose the bucket.
+    const BUCKET_BITS: u32 = 14;
+
+    fn bucket_of(hash: u64) -> usize {
+        (hash >> (u64::BITS - BUCKET_BITS)) as usize
     }
 
-    impl Sums {
-        fn of(hash: u64, record: &Record) -> Sums {
-            let count = usize::from(!record.is_tombstone());
-            Sums { count, bytes: record.value().len(), digest: record.digest(hash) }
-        }
+    fn span_of(bucket: usize) -> Span {
+        let first = (bucket as u64) << (u64::BITS - BUCKET_BITS);
+        Span { first, last: first | u64::MAX >> BUCKET_BITS }
+    }
 
-        fn add(&mut self, more: Sums) {
-            let Sums { count, bytes, digest } = *self;
-            *self = Sums { count: count + more.count, bytes: bytes + more.bytes, digest: digest ^ more.digest };
-        }
+    /// The records of an instance.
+    pub struct Records {
+        buckets: Vec<Bucket>,
+        sums: Sums,
+    }
 
-        fn subtract(&mut self, less: Sums) {
-            let Sums { count, bytes, digest } = *self;
-            *self = Sums { count: count - less.count, bytes: bytes - less.bytes, digest: digest ^ less.digest };
+    impl Default for Records {
+        fn default() -> Records {
+            Records { buckets: (0..1 << BUCKET_BITS).map(|_| Bucket::default()).collect(), sums: Sums::default() }
         }
     }
 
     impl Bucket {
-        /// Clones those of some records that have the lowest places, of about `limit` bytes, and says where the first of the others is:
-        /// at `end` if all fit.
-        fn lowest(&self, records: &[&Record], limit: usize, end: Position) -> (Vec<Record>, Position) {
-            let mut places: Vec<(u64, &[u8])> = records.iter().map(|record| record.position()).collect();
-            places.sort_unstable();
-            let (mut lowest, mut weight) = (Vec::new(), 0);
-            for (hash, key) in places {
-                if weight >= limit {
-                    return (lowest, (hash, key.to_vec()));
-                } else if let Some(record) = self.table.find(hash, |record| record.key() == key) {
-                    weight += record.weight();
-                    lowest.push(record.clone());
-                }
+        fn remove_if(&mut self, mut goes: impl FnMut(&Record) -> bool) -> Vec<Record> {
+            let gone: Vec<Record> = self.table.extract_if(|record| goes(record)).collect();
+            gone.iter().for_each(|record| self.sums.subtract(Sums::of(record.hash(), record)));
+            if self.table.len() < self.table.capacity() / 4 {
+                self.table.shrink_to_fit(Record::hash);
             }
-            (lowest, end)
+            gone
         }
-    }
-
-    /// Which of some spans, which stand in order and do not overlap, a place is in.
-    fn index_of(spans: &[Span], place: (u64, &[u8])) -> Option<usize> {
-        let next = spans.partition_point(|span| (span.from.0, &span.from.1[..]) <= place);
-        next.checked_sub(1).filter(|index| spans[*index].contains(place))
-    }
-
-    /// Whether some of these spans has something of a stretch.
-    fn overlap(spans: &[Span], stretch: &Span) -> bool {
-        let next = spans.partition_point(|span| span.to <= stretch.from);
-        spans.get(next).is_some_and(|span| span.from < stretch.to)
     }
 
     impl Records {
-        /// How many keys there are.
-        pub fn len(&self) -> usize {
-            self.sums.count
-        }
-
-        /// The length of all values, as JSON text.
-        pub fn bytes(&self) -> usize {
-            self.sums.bytes
-        }
-
-        /// The digest of all that there is.
-        pub fn digest(&self) -> u64 {
-            self.sums.digest
-        }
-
-        /// About how much memory they take, in bytes.
-        pub fn footprint(&self) -> usize {
-            self.sums.bytes + self.sums.count * OVERHEAD
-        }
-
-        pub fn take_freed(&mut self) -> usize {
-            std::mem::take(&mut self.freed)
+        /// The sums of all records.
+        pub fn total(&self) -> Sums {
+            self.sums
         }
 
         pub fn is_empty(&self) -> bool {
-            self.buckets.values().all(|bucket| bucket.table.is_empty())
+            self.buckets.iter().all(|bucket| bucket.table.is_empty())
         }
 
         pub fn get(&self, hash: u64, key: &[u8]) -> Option<&Record> {
-            let (_, bucket) = self.buckets.range(..=hash).next_back()?;
-            bucket.table.find(hash, |record| record.key() == key)
+            self.buckets[bucket_of(hash)].table.find(hash, |record| record.key() == key)
         }
 
-        /// The record of a key that is there, and not deleted.
-        pub fn find(&self, hash: u64, key: &[u8]) -> Option<&Record> {
-            self.get(hash, key).filter(|record| !record.is_tombstone())
-        }
-
-        /// Stores a record; returns the one it replaced.
+        /// Stores a record; returns the one that it replaced.
         pub fn insert(&mut self, hash: u64, record: Record) -> Option<Record> {
-            if self.buckets.is_empty() {
-                self.buckets.insert(0, Bucket::default());
-            }
-            // A bucket at 0 is never taken away while there are others.
-            let (first, bucket) = self.buckets.range_mut(..=hash).next_back()?;
-            let (came, first) = (Sums::of(hash, &record), *first);
-            bucket.sums.add(came);
-            self.sums.add(came);
-            let old = match bucket.table.entry(hash, |it| it.key() == record.key(), |it| hash_of(it.key())) {
+            let bucket = &mut self.buckets[bucket_of(hash)];
+            let came = Sums::of(hash, &record);
+            let old = match bucket.table.entry(hash, |it| it.key() == record.key(), Record::hash) {
                 Entry::Occupied(mut old) => Some(std::mem::replace(old.get_mut(), record)),
                 Entry::Vacant(place) => {
                     place.insert(record);
                     None
                 }
             };
+            bucket.sums.add(came);
+            self.sums.add(came);
             if let Some(old) = &old {
-                let went = Sums::of(hash, old);
-                bucket.sums.subtract(went);
-                self.sums.subtract(went);
-                self.freed += went.bytes.saturating_sub(came.bytes);
-            }
-            if bucket.table.len() >= BUCKET || bucket.sums.bytes > BUCKET_BYTES && bucket.table.len() > 1 {
-                self.split(first);
+                bucket.sums.subtract(Sums::of(hash, old));
+                self.sums.subtract(Sums::of(hash, old));
             }
             old
         }
 
-        /// Splits a bucket in the middle of its stretch of hash values.
-        fn split(&mut self, first: u64) {
-            let last = self.buckets.range((Excluded(first), Unbounded)).next().map_or(u64::MAX, |(next, _)| next - 1);
-            let middle = first + (last - first) / 2 + 1;
-            let Some(bucket) = self.buckets.get_mut(&first).filter(|_| middle > first && middle <= last) else {
-                return;
-            };
-            let moving: Vec<Record> = bucket.table.extract_if(|record| hash_of(record.key()) >= middle).collect();
-            let mut upper = Bucket { table: HashTable::with_capacity(moving.len()), ..Bucket::default() };
-            for record in moving {
-                let hash = hash_of(record.key());
-                bucket.sums.subtract(Sums::of(hash, &record));
-                upper.sums.add(Sums::of(hash, &record));
-                upper.table.insert_unique(hash, record, |it| hash_of(it.key()));
-            }
-            bucket.table.shrink_to_fit(|it| hash_of(it.key()));
-            self.buckets.insert(middle, upper);
-        }
-
-        pub fn remove(&mut self, hash: u64, key: &[u8]) -> Option<Record> {
-            let (first, bucket) = self.buckets.range_mut(..=hash).next_back()?;
-            let (record, _) = bucket.table.find_entry(hash, |record| record.key() == key).ok()?.remove();
-            let (went, first) = (Sums::of(hash, &record), *first);
-            bucket.sums.subtract(went);
-            self.sums.subtract(went);
-            self.freed += went.bytes + OVERHEAD;
-            self.tidy(first);
-            Some(record)
-        }
-
-        /// Gives back the memory of a bucket that has become much emptier.
-        fn tidy(&mut self, first: u64) {
-            let Some(bucket) = self.buckets.get_mut(&first) else { return };
-            if bucket.table.is_empty() && first > 0 {
-                self.buckets.remove(&first);
-            } else if bucket.table.len() < bucket.table.capacity() / 4 {
-                bucket.table.shrink_to_fit(|it| hash_of(it.key()));
+        /// Removes the record with this hash and stamp, if it is a tombstone.
+        pub fn bury(&mut self, hash: u64, stamp: u64) {
+            let bucket = &mut self.buckets[bucket_of(hash)];
+            let is_it = |record: &Record| record.stamp() == stamp && record.is_tombstone();
+            if let Ok(place) = bucket.table.find_entry(hash, is_it) {
+                let gone = Sums::of(hash, &place.remove().0);
+                bucket.sums.subtract(gone);
+                self.sums.subtract(gone);
             }
         }
 
-        /// The first hash value of the bucket that a place is in.
-        fn bucket_at(&self, hash: u64) -> u64 {
-            self.buckets.range(..=hash).next_back().map_or(0, |(first, _)| *first)
-        }
-
-        /// The buckets that may have something of some spans, which stand in order and do not overlap; each with the stretch of the order
-        /// that it is for.
-        fn buckets_of(&self, spans: &[Span]) -> impl Iterator<Item = (Span, &Bucket)> {
-            let first = spans.first().map_or(0, |span| span.from.0);
-            let last = spans.last().map_or(0, |span| span.to.0);
-            let buckets = self.buckets.range(self.bucket_at(first)..);
-            let ends = buckets.clone().skip(1).map(|(next, _)| (*next, Vec::new())).chain([end_of_order()]);
-            // (A span from outside may end before it begins, which a range of the map must not.)
-            let buckets = buckets.zip(ends).take_while(move |((first, _), _)| **first <= last);
-            let buckets = buckets.map(|((first, bucket), to)| (Span { from: (*first, Vec::new()), to }, bucket));
-            buckets.filter(|(stretch, _)| overlap(spans, stretch))
-        }
-
-        /// The part of each bucket that is in a span.
-        pub fn parts_of(&self, span: &Span) -> Vec<Span> {
-            span.cut_at(self.buckets_of(from_ref(span)).map(|(stretch, _)| stretch.from.0))
-        }
-
-        /// The digests of some spans, which stand in order and do not overlap. Looks at each record only of those buckets that
-        /// are in several of them.
-        pub fn digests_of(&self, spans: &[Span]) -> Vec<u64> {
-            let mut digests = vec![0; spans.len()];
-            for (stretch, bucket) in self.buckets_of(spans) {
-                let first = index_of(spans, (stretch.from.0, &[]));
-                if let Some(whole) = first.filter(|index| spans[*index].covers(&stretch)) {
-                    digests[whole] ^= bucket.sums.digest;
+        /// Removes the records of a span: whole buckets at once, and of those that it cuts one by one.
+        pub fn remove(&mut self, span: Span) -> Garbage {
+            let mut garbage = Garbage::default();
+            for part in span.by_bucket() {
+                let bucket = &mut self.buckets[bucket_of(part.first)];
+                let before = bucket.sums;
+                if part == span_of(bucket_of(part.first)) {
+                    garbage.tables.push(std::mem::take(bucket).table);
                 } else {
-                    for record in &bucket.table {
-                        let place = record.position();
-                        if let Some(index) = index_of(spans, place) {
-                            digests[index] ^= record.digest(place.0);
-                        }
-                    }
+                    garbage.records.extend(bucket.remove_if(|record| part.contains(record.hash())));
                 }
+                self.sums.subtract(before);
+                self.sums.add(bucket.sums);
+                garbage.sums.add(before);
+                garbage.sums.subtract(bucket.sums);
             }
-            digests
+            garbage
         }
 
-        /// Clones all records of the first of some spans, which stand in order and do not overlap: of as many as have about `limit`
-        /// bytes, and of one at least.
-        pub fn all_of(&self, spans: &[Span], limit: usize) -> Vec<Vec<Record>> {
-            let (mut found, mut weight) = (vec![Vec::new(); spans.len()], 0);
-            for (stretch, bucket) in self.buckets_of(spans) {
-                let whole = spans.partition_point(|span| span.to <= stretch.from);
-                if weight >= limit && whole > 0 {
-                    found.truncate(whole);
-                    break;
-                }
-                for record in &bucket.table {
-                    if let Some(index) = index_of(spans, record.position()) {
-                        weight += record.weight();
-                        found[index].push(record.clone());
-                    }
-                }
-            }
-            found
+        /// Looks at the records of a part of one bucket.
+        fn of_part(&self, part: Span) -> impl Iterator<Item = &Record> {
+            let table = &self.buckets[bucket_of(part.first)].table;
+            table.iter().filter(move |record| part.contains(record.hash()))
         }
 
-        /// Clones the first records of a span, in no order and of about `limit` bytes, and says up to where these are all that there
-        /// is.
-        pub fn first_of(&self, span: &Span, limit: usize) -> (Vec<Record>, Position) {
+        /// The sums of a span. Looks only at the records of buckets that are cut by it.
+        pub fn sums_of(&self, span: Span) -> Sums {
+            let mut sums = Sums::default();
+            for part in span.by_bucket() {
+                let index = bucket_of(part.first);
+                if part == span_of(index) {
+                    sums.add(self.buckets[index].sums);
+                } else {
+                    self.of_part(part).for_each(|record| sums.add(Sums::of(record.hash(), record)));
+                }
+            }
+            sums
+        }
+
+        /// Hash and stamp of each record of a part of one bucket.
+        pub fn list(&self, part: Span) -> Vec<(u64, u64)> {
+            self.of_part(part).map(|record| (record.hash(), record.stamp())).collect()
+        }
+
+        /// The records with these hashes and stamps, of about `limit` bytes, and how many of the list that answers.
+        pub fn select(&self, wanted: &[(u64, u64)], limit: usize) -> (Vec<Record>, usize) {
             let (mut found, mut weight) = (Vec::new(), 0);
-            for (stretch, bucket) in self.buckets_of(from_ref(span)) {
-                let is_in = |record: &&Record| span.contains(record.position());
-                let records: Vec<&Record> = bucket.table.iter().filter(is_in).collect();
-                weight += records.iter().map(|record| record.weight()).sum::<usize>();
-                if weight > limit && found.is_empty() {
-                    return bucket.lowest(&records, limit, stretch.to.min(span.to.clone()));
-                } else if weight > limit {
-                    return (found, stretch.from);
+            for (index, (hash, stamp)) in wanted.iter().enumerate() {
+                let table = &self.buckets[bucket_of(*hash)].table;
+                let record = table.find(*hash, |record| record.stamp() == *stamp && record.hash() == *hash);
+                weight += record.map_or(0, Record::weight);
+                if weight > limit && !found.is_empty() {
+                    return (found, index);
                 }
-                found.extend(records.into_iter().cloned());
+                found.extend(record.cloned());
             }
-            (found, span.to.clone())
+            (found, wanted.len())
         }
 
-        /// Drops the records of a span. Of whole buckets, they are handed to the caller, since to free them takes a while.
-        pub fn forget(&mut self, span: &Span) -> Records {
-            let mut dropped = Records::default();
-            let stretches: Vec<Span> = self.buckets_of(from_ref(span)).map(|(stretch, _)| stretch).collect();
-            for stretch in stretches {
-                let first = stretch.from.0;
-                let Some(bucket) = self.buckets.get_mut(&first) else { continue };
-                if span.covers(&stretch) {
-                    let whole = std::mem::take(bucket);
-                    self.sums.subtract(whole.sums);
-                    dropped.sums.add(whole.sums);
-                    dropped.buckets.insert(first, whole);
-                } else {
-                    let leaving = bucket.table.extract_if(|record| span.contains(record.position()));
-                    for record in leaving.collect::<Vec<Record>>() {
-                        let went = Sums::of(hash_of(record.key()), &record);
-                        bucket.sums.subtract(went);
-                        self.sums.subtract(went);
+        /// The records of a span from its beginning on, of about `limit` bytes, and up to which hash these are all that there is.
+        pub fn first_of(&self, span: Span, limit: usize) -> (Vec<Record>, u64) {
+            let (mut found, mut weight): (Vec<Record>, usize) = (Vec::new(), 0);
+            for part in span.by_bucket() {
+                let mut records: Vec<(u64, &Record)> = self.of_part(part).map(|it| (it.hash(), it)).collect();
+                records.sort_unstable_by_key(|(hash, _)| *hash);
+                for (index, (hash, record)) in records.iter().enumerate() {
+                    // Where two have one hash, both go.
+                    if weight > limit && *hash > part.first && (index == 0 || records[index - 1].0 < *hash) {
+                        return (found, hash - 1);
                     }
+                    weight += record.weight();
+                    found.push((*record).clone());
                 }
-                self.tidy(first);
             }
-            dropped
+            (found, span.last)
         }
 
-        /// How many keys a span has.
-        pub fn count_of(&self, span: &Span) -> usize {
-            let is_in = |record: &&Record| !record.is_tombstone() && span.contains(record.position());
-            let count = |(stretch, bucket): (Span, &Bucket)| match span.covers(&stretch) {
-                true => bucket.sums.count,
-                false => bucket.table.iter().filter(is_in).count(),
-            };
-            self.buckets_of(from_ref(span)).map(count).sum()
+        /// The hashes of the keys of a span, in order. To be used where they are few, or in a part of one bucket.
+        pub fn hashes_of(&self, span: Span) -> Vec<u64> {
+            let keys = span.by_bucket().flat_map(|part| self.of_part(part)).filter(|record| !record.is_tombstone());
+            let mut hashes: Vec<u64> = keys.map(Record::hash).collect();
+            hashes.sort_unstable();
+            hashes
         }
 
-        /// The place of the n-th highest key of some spans, which stand in order and do not overlap; the lowest place of all if there are
-        /// fewer. Steps over buckets, not keys.
-        pub fn nth_highest(&self, n: usize, spans: &[Span]) -> Position {
-            let mut left = n;
-            let buckets: Vec<(Span, &Bucket)> = self.buckets_of(spans).collect();
-            for (stretch, bucket) in buckets.into_iter().rev() {
-                let is_whole = index_of(spans, (stretch.from.0, &[])).is_some_and(|it| spans[it].covers(&stretch));
-                if is_whole && bucket.sums.count < left {
-                    left -= bucket.sums.count;
-                } else {
-                    let keys = bucket.table.iter().filter(|record| !record.is_tombstone()).map(Record::position);
-                    let mut places: Vec<(u64, &[u8])> = keys.filter(|it| index_of(spans, *it).is_some()).collect();
-                    places.sort_unstable();
-                    match places.len().checked_sub(left) {
-                        Some(index) => return (places[index].0, places[index].1.to_vec()),
-                        None => left -= places.len(),
+        /// Where to cut some spans, which stand in order, so that `n` of their keys (one at least) lie at the cut or above: in the
+        /// middle between two keys. Zero if there are no more keys than that.
+        pub fn cut_above(&self, spans: &[Span], mut n: usize) -> u64 {
+            let mut above = 0;
+            for part in spans.iter().rev().flat_map(|span| span.by_bucket().rev()) {
+                let count = self.sums_of(part).count;
+                if count < n {
+                    n -= count;
+                    continue;
+                }
+                for hash in self.hashes_of(part).into_iter().rev() {
+                    if n == 0 {
+                        return hash + (above - hash) / 2 + 1;
                     }
+                    above = hash;
+                    n -= 1;
                 }
             }
-            Position::default()
+            0
         }
     }
 }
@@ -1317,7 +1214,6 @@ type Work = Box<dyn FnOnce() -> Answer + Send>;
 fn answer_or_defer(request: Request) -> Result<Answer, Work> {
     match request.origin {
         Origin::Message => return answer_message(&request.body),
-        Origin::Push => return Ok(answer_push(&request.body)),
         Origin::Client | Origin::Node(_) => {}
     }
     let (resource, vocabulary) = request.route();
@@ -1351,14 +1247,12 @@ fn answer_key(request: Request) -> Result<Answer, Work> {
         Ok(context) => context,
         Err(refusal) => return Ok(refusal.answer(vocabulary, &request.verb)),
     };
-    let (hash, action) = (hash_of(&key), Action::of(&key, &request, vocabulary));
-    let (tried, began) = Live.with(|node| (perform(node, hash, &key, action, context, request.origin), node.now));
-    match tried {
-        Tried::Done(outcome, context) => Ok(outcome.answer(vocabulary, &request.verb).with_context(&context)),
-        tried => {
-            let key = key.into_owned();
-            Err(Box::new(move || block_on(answer_for_key(&Live, &key, tried, began, &request, vocabulary))))
-        }
+    let (hash, action, key) = (hash_of(&key), Action::of(&key, &request, vocabulary), key.into_owned());
+    let mut request =
+        KeyRequest { hash, key, request, vocabulary, action, context, got: (None, Vec::new()), is_late: false };
+    match Live.with(|node| (request.perform(node), node.now)) {
+        (Tried::Done(outcome, context), _) => Ok(request.render(outcome, &context)),
+        (tried, began) => Err(Box::new(move || block_on(request.answer(&Live, tried, began)))),
     }
 }
 
@@ -1380,6 +1274,11 @@ enum Action {
 }
 
 impl Action {
+    /// Whether what it finds depends on what the key has.
+    fn reads(&self) -> bool {
+        matches!(self, Action::Get | Action::Delete)
+    }
+
     fn of(key: &[u8], request: &Request, vocabulary: Vocabulary) -> Action {
         match request.verb.as_str() {
             "GET" => Action::Get,
@@ -1390,103 +1289,228 @@ impl Action {
     }
 }
 
-/// What became of a request at this instance so far; and its causal context, if it had one.
-enum Tried {
-    Done(Outcome, Option<Causal>),
-    /// A record was written, which the other replicas are to have before this is answered.
-    Written(Outcome, Record, Option<Causal>),
-    /// This instance may not answer for the key now: the place says why. What the request wants is still to be done.
-    NotHere(Place, Action, Option<Causal>),
-    /// The context asks for a newer record of the key than the one that is here.
-    Behind(Action, Option<Causal>),
-    /// Some replica may lack the record that is here, but none is silent: its writer is probably about to tell that all have it.
-    Settling(Action, Option<Causal>),
-}
-
-/// Does what a request wants if this instance has the key.
-fn perform(node: &mut Node, hash: u64, key: &[u8], action: Action, context: Option<Causal>, origin: Origin) -> Tried {
-    use Outcome::*;
-    if let Origin::Node(store) = origin
-        && node.store().is_some_and(|own| own != store)
-    {
-        return Tried::Done(Elsewhere, context);
-    } else if context.iter().flat_map(Causal::values).any(|stamp| *stamp > node.latest()) {
-        return Tried::Done(ContextInvalid, None);
-    }
-    let place = node.place(hash, key);
-    if place != Place::Here {
-        return Tried::NotHere(place, action, context);
-    } else if node.is_replicated() {
-        return perform_replicated(node, hash, key, action, context);
-    }
-    // (A tombstone may be left from when there were several replicas.)
-    let is_key = |record: &Record| !record.is_tombstone();
-    let outcome = match action {
-        Action::Get => node.records.find(hash, key).cloned().map_or(Missing, Found),
-        Action::Delete => node.records.remove(hash, key).filter(is_key).map_or(Missing, |_| Deleted),
-        Action::Put(mut record) => node.put(hash, &mut record).filter(is_key).map_or(Created, |_| Replaced),
-        Action::Refuse(outcome) => outcome,
-    };
-    // With one replica nobody can lack anything.
-    Tried::Done(outcome, context.map(|_| Causal::new()))
-}
-
-/// `perform` where the key's shard has several replicas.
-fn perform_replicated(node: &mut Node, hash: u64, key: &[u8], action: Action, context: Option<Causal>) -> Tried {
-    use Outcome::*;
-    let known = context.clone().unwrap_or_default();
-    let found = node.records.find(hash, key).cloned();
-    if matches!(action, Action::Get | Action::Delete) && !node.satisfies(hash, key, &known) {
-        return Tried::Behind(action, context);
-    }
-    match action {
-        Action::Refuse(outcome) => Tried::Done(outcome, context),
-        Action::Put(record) => {
-            write(node, hash, record, if found.is_some() { Replaced } else { Created }, known, context)
-        }
-        Action::Delete if found.is_some() => write(node, hash, Record::tombstone(key), Deleted, known, context),
-        Action::Get if context.is_some() && node.is_settling(hash, key) => Tried::Settling(action, context),
-        Action::Get | Action::Delete => {
-            let after = context.map(|context| node.context_after(context, hash, key));
-            Tried::Done(found.map_or(Missing, Found), after)
-        }
-    }
-}
-
-/// Does what a request wants with what is here of the key, without waiting any longer for what its context asks for.
-fn perform_anyway(node: &mut Node, hash: u64, key: &[u8], action: Action, context: Option<Causal>) -> Tried {
-    let mut known = context.clone().unwrap_or_default();
-    node.know(&known);
-    let asked_for = str::from_utf8(key).ok().and_then(|key| known.remove(key));
-    let found = node.records.find(hash, key).cloned();
-    match action {
-        _ if node.place(hash, key) != Place::Here => Tried::NotHere(node.place(hash, key), action, context),
-        // A key that the client knows of is deleted, also if this replica never saw it.
-        Action::Delete if found.is_some() || asked_for.is_some() => {
-            write(node, hash, Record::tombstone(key), Outcome::Deleted, known, context)
-        }
-        Action::Get | Action::Delete => {
-            let after = context.map(|_| node.context_after(known, hash, key));
-            Tried::Done(found.map_or(Outcome::Missing, Outcome::Found), after)
-        }
-        Action::Put(_) | Action::Refuse(_) => perform_replicated(node, hash, key, action, context),
-    }
-}
-
-/// Writes a record here, for a client that knows of what is `known`.
-fn write(
-    node: &mut Node,
+/// A request for a key on its way to whoever has the key.
+struct KeyRequest {
     hash: u64,
-    mut record: Record,
-    outcome: Outcome,
-    known: Causal,
-    context: Option<Causal>,
-) -> Tried {
-    node.know(&known);
-    node.put(hash, &mut record);
-    node.note_write(&record, known);
-    Tried::Written(outcome, record, context)
+    key: Vec<u8>,
+    request: Request,
+    vocabulary: Vocabulary,
+    action: Action,
+    context: Option<Context>,
+    /// The groups that have given the key, by this table.
+    got: (Option<Version>, Vec<Vec<String>>),
+    /// Its context is not waited for any longer.
+    is_late: bool,
 }
+
+/// What became of a request at this instance so far.
+enum Tried {
+    Done(Outcome, Option<Context>),
+    /// A record was written, which the other replicas are to have before this is answered.
+    Written(NodeWrite, Outcome),
+    /// Another node is to be asked.
+    Elsewhere(String),
+    /// A node of each of these groups has to give the key first: to answer at all, or to answer what the context asks for.
+    Needs(Vec<Vec<String>>),
+    NeedsForContext(Vec<Vec<String>>),
+    /// The context knows of a newer table.
+    Outdated,
+    /// This node does not know yet who has the key.
+    Unknown,
+}
+
+impl KeyRequest {
+    /// Does what the request wants if this node may.
+    fn perform(&mut self, node: &mut Node) -> Tried {
+        let is_passed_on = self.request.origin != Origin::Client;
+        if matches!(self.request.origin, Origin::Node(store) if node.table().is_some() && node.store() != store) {
+            return Tried::Done(Outcome::Elsewhere, None);
+        }
+        match node.place(self.hash) {
+            Place::Here => {}
+            // What another node passed on is not passed on again.
+            Place::Node(_) | Place::Unknown if is_passed_on => return Tried::Done(Outcome::Elsewhere, None),
+            Place::Node(owner) => return Tried::Elsewhere(owner),
+            Place::Unknown => return Tried::Unknown,
+        }
+        if self.context.as_ref().is_some_and(|context| !node.is_plausible(context)) {
+            return Tried::Done(Outcome::ContextInvalid, None);
+        }
+        if self.got.0 != node.version() {
+            self.got = (node.version(), Vec::new());
+        }
+        let left =
+            |needs: Vec<Vec<String>>| Vec::from_iter(needs.into_iter().filter(|need| !self.got.1.contains(need)));
+        let needs = left(node.pull_needs(self.hash));
+        if !needs.is_empty() {
+            return Tried::Needs(needs);
+        }
+        if let Some(context) = self.context.as_ref().filter(|_| self.action.reads() && !self.is_late) {
+            match node.context_needs(self.hash, &self.key, context).map(left) {
+                Err(()) => return Tried::Outdated,
+                Ok(needs) if !needs.is_empty() => return Tried::NeedsForContext(needs),
+                Ok(_) => {}
+            }
+        }
+        self.perform_here(node)
+    }
+
+    fn perform_here(&mut self, node: &mut Node) -> Tried {
+        let here = node.records.get(self.hash, &self.key).cloned();
+        let found = here.clone().filter(|record| !record.is_tombstone());
+        let known = self.context.clone().unwrap_or_default();
+        let (record, outcome) = match std::mem::replace(&mut self.action, Action::Get) {
+            Action::Refuse(outcome) => return Tried::Done(outcome, self.context.clone()),
+            Action::Put(record) => (record, if found.is_some() { Outcome::Replaced } else { Outcome::Created }),
+            // A key that the client may know of is deleted, also if this replica never saw it.
+            Action::Delete if found.is_some() || self.is_late => (Record::tombstone(&self.key), Outcome::Deleted),
+            Action::Get | Action::Delete => {
+                let after = self.context.as_ref().map(|context| node.context_after(context, here.as_ref()));
+                return Tried::Done(found.map_or(Outcome::Missing, Outcome::Found), after);
+            }
+        };
+        let (write, _) = node.write(self.hash, record, &known);
+        match node.lacking(&write, &BTreeMap::new()) {
+            Ok(lacking) if lacking.is_empty() => {
+                let after = self.context.as_ref().map(|context| node.context_after(context, Some(&write.record)));
+                Tried::Done(outcome, after)
+            }
+            _ => Tried::Written(write, outcome),
+        }
+    }
+
+    fn render(&self, outcome: Outcome, context: &Option<Context>) -> Answer {
+        outcome.answer(self.vocabulary, &self.request.verb).with_context(context)
+    }
+
+    fn render_down(&self, node: &str) -> Answer {
+        let answer = Outcome::NodeDown(node.to_owned()).answer(self.vocabulary, &self.request.verb);
+        answer.with_address(node, self.vocabulary).with_context(&self.context)
+    }
+
+    /// Answers the request, of which `tried` is what came of it here so far, since it began.
+    async fn answer(mut self, world: &impl World, mut tried: Tried, began: Duration) -> Answer {
+        let deadline = began + PATIENCE;
+        loop {
+            let retry = match tried {
+                Tried::Done(outcome, context) => return self.render(outcome, &context),
+                Tried::Written(write, outcome) => return self.acknowledge(world, write, outcome, deadline).await,
+                Tried::Elsewhere(owner) => match self.pass_on(world, owner, deadline).await {
+                    // Its table is not ours: one of us learns which is newer.
+                    (owner, Some(answer)) if answer.status == 421 => {
+                        membership::meet(world, &owner).await;
+                        Duration::from_millis(1)
+                    }
+                    (owner, Some(answer)) => return answer.with_address(&owner, self.vocabulary),
+                    (owner, None) => return self.render_down(&owner),
+                },
+                Tried::Needs(groups) => match self.get(world, &groups).await {
+                    Some(group) if world.with(|node| node.now) > deadline => return self.render_down(&group[0]),
+                    missing => Duration::from_millis(if missing.is_some() { 5 } else { 0 }),
+                },
+                Tried::NeedsForContext(groups) => match self.get(world, &groups).await {
+                    Some(_) => match self.wait_for_context(world, began) {
+                        Err(refusal) => return refusal,
+                        Ok(pause) => pause,
+                    },
+                    None => Duration::ZERO,
+                },
+                Tried::Outdated => match catch_up(world, self.context.as_mut()).await {
+                    true => Duration::ZERO,
+                    false => match self.wait_for_context(world, began) {
+                        Err(refusal) => return refusal,
+                        Ok(pause) => pause,
+                    },
+                },
+                Tried::Unknown if world.with(|node| node.now) > deadline => {
+                    return self.render_down(&world.with(|node| node.missing()));
+                }
+                Tried::Unknown => Duration::from_millis(5),
+            };
+            if retry > Duration::ZERO {
+                world.sleep(retry).await;
+            }
+            tried = world.with(|node| self.perform(node));
+        }
+    }
+
+    /// Whether to try again to get what the context asks for: with the time that the last answer takes, within a second. Then a read is
+    /// refused, and a DELETE goes on without.
+    fn wait_for_context(&mut self, world: &impl World, began: Duration) -> Result<Duration, Answer> {
+        if world.with(|node| node.now) < began + CATCH_UP {
+            return Ok(Duration::from_millis(50));
+        } else if matches!(self.action, Action::Get) {
+            return Err(self.render(Outcome::Unsatisfied, &self.context));
+        }
+        self.is_late = true;
+        Ok(Duration::ZERO)
+    }
+
+    /// Gets the key from a node of each group. Some: a group of which none gave it.
+    async fn get(&mut self, world: &impl World, groups: &[Vec<String>]) -> Option<Vec<String>> {
+        for group in groups {
+            if !replication::get_key(world, &self.key, group).await {
+                return Some(group.clone());
+            }
+            self.got.1.push(group.clone());
+        }
+        None
+    }
+
+    /// Answers for a record that was written here, as soon as the other replicas have it.
+    async fn acknowledge(&self, world: &impl World, write: NodeWrite, outcome: Outcome, deadline: Duration) -> Answer {
+        if let Err(missing) = replication::replicate(world, &write, deadline).await {
+            return self.render_down(&missing);
+        }
+        let after =
+            self.context.as_ref().map(|context| world.with(|node| node.context_after(context, Some(&write.record))));
+        self.render(outcome, &after)
+    }
+
+    /// Takes a client's request to a node that has its key: to `owner` first, and to other replicas as long as it cannot have
+    /// taken effect. Returns who answered, or who did not.
+    async fn pass_on(&self, world: &impl World, mut owner: String, deadline: Duration) -> (String, Option<Answer>) {
+        let (is_read, mut asked) = (self.request.verb == "GET", Vec::new());
+        loop {
+            asked.push(owner.clone());
+            let (store, life, now, another) = world
+                .with(|node| (node.store(), node.incarnation_of(&owner), node.now, node.another(self.hash, &asked)));
+            let limit = if another.is_some() && is_read { NEXT_REPLICA } else { PATIENCE };
+            let passed_on = Request { origin: Origin::Node(store), ..self.request.clone() };
+            let lost = match world.relay(&owner, passed_on, deadline.saturating_sub(now).min(limit)).await {
+                Ok(answer) => return (owner, Some(answer)),
+                Err(lost) => lost,
+            };
+            world.with(|node| node.note_silence(&owner, life));
+            match another.filter(|_| is_read || !lost.was_sent) {
+                Some(another) => owner = another,
+                None => return (owner, None),
+            }
+        }
+    }
+}
+
+/// Meets all nodes of the view, to learn of the newer table that a context knows of. If all answer and none goes by it, it never came
+/// to be. False if that is not known yet.
+async fn catch_up(world: &impl World, context: Option<&mut Context>) -> bool {
+    let nodes = world.with(|node| node.table()).map_or(Vec::new(), |table| table.view.clone());
+    let mut all = true;
+    for node in &nodes {
+        all &= membership::meet(world, node).await.is_some();
+    }
+    let own = world.with(|node| node.version());
+    match context {
+        Some(context) if context.table > own && all => context.table = None,
+        Some(context) => return context.table <= own,
+        None => {}
+    }
+    true
+}
+
+/// How long one replica has to answer a read before another one is asked.
+const NEXT_REPLICA: Duration = Duration::from_millis(1200);
+/// For how long other replicas are asked again for what a context asks for.
+const CATCH_UP: Duration = Duration::from_millis(250);
 
 /// Answers what is about no key. (Not inlined where every request passes: it would cost each connection a page of its stack.)
 #[inline(never)]
@@ -1547,7 +1571,7 @@ fn wanted_view(body: &[u8]) -> Result<WantedView, Outcome> {
 }
 
 fn describe_instance() -> String {
-    let (count, table, more) = Live.with(|node| (node.keys(), node.table(), node.describe()));
+    let (count, table, more) = Live.with(|node| (node.sums().count, node.table(), node.describe()));
     let view = table.map_or(SETTINGS.view.clone(), |table| table.view.clone()).join(r#"",""#);
     let (role, more) = match &SETTINGS.role {
         Role::Main => ("main", format!(r#""key-count":{count}"#)),
@@ -1583,18 +1607,17 @@ fn metrics() -> String {
             text += &format!("kv_store_requests_total{{verb=\"{verb}\",class=\"{class}xx\"}} {count}\n");
         }
     }
-    let (keys, bytes, [epoch, number, to_fetch, silent]) =
-        Live.with(|node| (node.keys() as u64, node.records.bytes() as u64, node.gauges()));
+    let (sums, [epoch, number, incoming, silent]) = Live.with(|node| (node.sums(), node.gauges()));
     let connections = lock(&CONNECTIONS).len() as u64;
     for (name, kind, help, value) in [
         ("relays_total", "counter", "Requests relayed to other instances.", RELAYED.load(Relaxed)),
         ("relay_failures_total", "counter", "Relays without an answer.", RELAYED_IN_VAIN.load(Relaxed)),
-        ("keys", "gauge", "Keys held.", keys),
-        ("value_bytes", "gauge", "Bytes of the values held.", bytes),
+        ("keys", "gauge", "Keys held.", sums.count as u64),
+        ("value_bytes", "gauge", "Bytes of the values held.", sums.bytes as u64),
         ("connections", "gauge", "Open connections.", connections),
         ("table_epoch", "gauge", "Epoch of the table that this node goes by.", epoch),
         ("table_number", "gauge", "Number of that table within its epoch.", number),
-        ("keys_to_fetch", "gauge", "Keys that this node has still to fetch, as far as it knows.", to_fetch),
+        ("incoming_nodes", "gauge", "Nodes from which this one still gets keys that it owns.", incoming),
         ("silent_nodes", "gauge", "Nodes that do not answer this one.", silent),
     ] {
         text += &format!("{}kv_store_{name} {value}\n", head(name, kind, help));
@@ -1602,30 +1625,29 @@ fn metrics() -> String {
     text.trim_end().to_owned()
 }
 
-// ---- Tables: which shard has which key, and who else may have some of it --------------------------------------------
+// ---- Tables: which shard owns which hashes --------------------------------------------------------------------------
 
 mod table {
-    //! A table cuts the order of keys into ranges and says which shard owns each. It also names the *sources* of a range: the
-    //! nodes that may still have keys of it, because it was theirs before, in groups: the replicas of a former shard should all
-    //! have the same. Every node of a store has the table.
+    //! A table cuts the order of hashes into ranges and says which shard owns each. It also names the *sources* of a range: groups of
+    //! nodes, each all replicas of a former owner, where these are not the same nodes as the new ones.
 
-    use super::*;
+    use std::collections::BTreeSet;
+    use std::fmt::{self, Display, Formatter};
 
-    /// Tables come in one order: by epoch, then by number, then by who made them. The version of a table is that of the lock
-    /// under which it was made. A new epoch begins when silent nodes are left out: it beats whatever these may have made.
+    use serde::{Deserialize, Serialize};
+
+    use crate::records::{Span, hash_of};
+    use crate::{in_order, parse_view, port_of};
+
+    /// Tables come in one order: by epoch, then by number, then by who made them. A new epoch begins when silent nodes are left out: it
+    /// beats whatever these may have made.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
     pub struct Version {
         pub epoch: u64,
         pub number: u64,
-        /// Decides between two tables with the same number, and tells who made it: the incarnation of the coordinator. Nobody made
-        /// a first table: there it is the number of nodes, so that the larger view counts, and a hash of the view.
+        /// The incarnation of the coordinator. Nobody made a first table: there it is the number of nodes, so that the larger view
+        /// counts, and a hash of the view.
         pub coordinator: u64,
-    }
-
-    impl Version {
-        pub fn is_first(&self) -> bool {
-            (self.epoch, self.number) == (0, 0)
-        }
     }
 
     impl Display for Version {
@@ -1636,7 +1658,8 @@ mod table {
 
     #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
     pub struct Range {
-        pub from: Position,
+        /// The first hash; the range ends where the next one begins.
+        pub from: u64,
         /// The owner, by its index among the shards.
         pub shard: usize,
         pub sources: Vec<Vec<String>>,
@@ -1666,15 +1689,14 @@ mod table {
         /// The table of a store that had no view change: as much of the order for each shard, and the nodes dealt out in the
         /// order of the view.
         pub fn first(view: Vec<String>, factor: usize) -> Table {
-            let mut shards = Vec::new();
-            let mut next = 0;
+            let (mut shards, mut next) = (Vec::new(), 0);
             for size in shard_sizes(view.len(), factor) {
                 shards.push((next..next + size).collect());
                 next += size;
             }
-            let share = |index| ((index as u128 * (1 << 64) / shards.len() as u128) as u64, Vec::new());
-            let range = |shard| Range { from: share(shard), shard, sources: Vec::new() };
-            let ranges = (0..shards.len()).map(range).collect();
+            let share = |index| (index as u128 * (1 << 64) / shards.len() as u128) as u64;
+            let ranges =
+                (0..shards.len()).map(|shard| Range { from: share(shard), shard, sources: Vec::new() }).collect();
             let coordinator =
                 (view.len() as u64) << 48 | hash_of(format!("{} {factor}", view.join(",")).as_bytes()) >> 16;
             let version = Version { coordinator, ..Version::default() };
@@ -1684,31 +1706,26 @@ mod table {
         /// Checks a table from outside.
         pub fn is_valid(&self) -> bool {
             let indices_exist = |shard: &Vec<usize>| !shard.is_empty() && shard.iter().all(|it| *it < self.view.len());
+            let mut sources = self.ranges.iter().flat_map(|range| range.sources.iter().flatten());
             parse_view(self.view.iter().map(String::as_str)).is_ok()
                 && (1..=1000).contains(&self.factor)
-                && !self.shards.is_empty()
-                && self.shards.len() <= self.view.len()
+                && (1..=self.view.len()).contains(&self.shards.len())
                 && self.shards.iter().all(indices_exist)
-                && self.ranges.first().is_some_and(|range| range.from == Position::default())
+                && self.ranges.first().is_some_and(|range| range.from == 0)
                 && self.ranges.len() <= MAX_RANGES
                 && self.ranges.is_sorted_by(|one, next| one.from < next.from)
-                && self.ranges.iter().all(|range| range.shard < self.shards.len() && range.from.1.len() <= 200)
-                && self
-                    .ranges
-                    .iter()
-                    .flat_map(|range| range.sources.iter().flatten())
-                    .all(|source| port_of(source).is_some())
-                && self.version.epoch < u64::MAX / 2
-                && self.version.number < u64::MAX / 2
+                && self.ranges.iter().all(|range| range.shard < self.shards.len())
+                && sources.all(|source| port_of(source).is_some())
+                && self.version.epoch.max(self.version.number) < u64::MAX / 2
         }
 
-        /// The index of the range that a place is in. The table must be valid.
-        fn range_at(&self, hash: u64, key: &[u8]) -> usize {
-            self.ranges.partition_point(|range| (range.from.0, &range.from.1[..]) <= (hash, key)) - 1
+        /// The range of a hash. The table must be valid.
+        pub fn range_at(&self, hash: u64) -> &Range {
+            &self.ranges[self.ranges.partition_point(|range| range.from <= hash) - 1]
         }
 
-        pub fn shard_at(&self, hash: u64, key: &[u8]) -> usize {
-            self.ranges[self.range_at(hash, key)].shard
+        pub fn shard_at(&self, hash: u64) -> usize {
+            self.range_at(hash).shard
         }
 
         /// The nodes of a shard.
@@ -1730,98 +1747,73 @@ mod table {
             self.view.iter().any(|it| it == node)
         }
 
-        pub fn sources(&self) -> BTreeSet<String> {
-            set_of(self.ranges.iter().flat_map(|range| range.sources.iter().flatten()).cloned())
+        pub fn sources(&self) -> BTreeSet<&String> {
+            self.ranges.iter().flat_map(|range| range.sources.iter().flatten()).collect()
         }
 
-        /// Each range as a span.
+        /// Each range with its span.
         pub fn spans(&self) -> impl Iterator<Item = (Span, &Range)> {
-            let ends = self.ranges.iter().skip(1).map(|range| range.from.clone()).chain([end_of_order()]);
-            self.ranges.iter().zip(ends).map(|(range, to)| (Span { from: range.from.clone(), to }, range))
+            let ends = self.ranges.iter().skip(1).map(|range| range.from - 1).chain([u64::MAX]);
+            self.ranges.iter().zip(ends).map(|(range, last)| (Span { first: range.from, last }, range))
         }
 
-        /// The table after this one. Each shard gives away what is above its cuts. The sources of a range are the nodes that own it
-        /// by this table and, unless this table is `complete` (all has been fetched), its sources in this table; but never the nodes
-        /// that are given up.
+        /// The spans of a shard, in order.
+        pub fn spans_of(&self, shard: Option<usize>) -> Vec<Span> {
+            self.spans().filter(|(_, range)| Some(range.shard) == shard).map(|(span, _)| span).collect()
+        }
+
+        /// The table after this one: each shard goes on as the change says, and gives away what lies above its cuts. The sources of
+        /// a range are the replicas that own it by this table and, unless this one is `settled`, its sources in this one; but no
+        /// nodes that are `left_out`.
         pub fn next(
             &self,
             version: Version,
             change: &Change,
             cuts: &[Cut],
-            given_up: &[String],
-            complete: bool,
+            left_out: &[String],
+            settled: bool,
         ) -> Table {
-            let places = self.ranges.iter().map(|range| &range.from).chain(cuts.iter().map(|cut| &cut.place));
-            self.over(places, version, change, |number, place, old| {
-                let is_above = |cut: &&Cut| (cut.place.0, &cut.place.1[..]) <= place;
-                let cut = cuts.iter().filter(is_above).find(|cut| cut.giver == old);
-                let owner = cut.map(|cut| cut.receiver).or(change.kept[old]);
-                // What a shard that ends gives to nobody holds no keys, or is given up: it is dealt out.
-                owner.unwrap_or(number % change.shards.len())
-            })
-            .with_sources(self, given_up, complete)
-        }
-
-        /// The table after this one for a store without keys: as much for each shard as in a first table.
-        pub fn next_even(&self, version: Version, change: &Change, given_up: &[String], complete: bool) -> Table {
-            let even = Table::first(change.view.clone(), change.factor);
-            let places = self.ranges.iter().chain(&even.ranges).map(|range| &range.from);
-            self.over(places, version, change, |_, (hash, key), _| even.shard_at(hash, key))
-                .with_sources(self, given_up, complete)
-        }
-
-        /// A table whose ranges begin at these places; `owner` tells the shard by the number of the range, its place and which
-        /// shard has it now.
-        fn over<'a>(
-            &self,
-            places: impl Iterator<Item = &'a Position>,
-            version: Version,
-            change: &Change,
-            owner: impl Fn(usize, (u64, &[u8]), usize) -> usize,
-        ) -> Table {
-            let mut places: Vec<(u64, &[u8])> = places.map(|(hash, key)| (*hash, &key[..])).collect();
+            let mut places: Vec<u64> = self.ranges.iter().map(|range| range.from).collect();
+            places.extend(cuts.iter().flat_map(|cut| [cut.span.first, cut.span.last.wrapping_add(1)]));
             places.sort_unstable();
             places.dedup();
-            let range = |(number, (hash, key)): (usize, (u64, &[u8]))| {
-                let shard = owner(number, (hash, key), self.shard_at(hash, key));
-                Range { from: (hash, key.to_vec()), shard, sources: Vec::new() }
-            };
-            let ranges = places.into_iter().enumerate().map(range).collect();
-            let Change { view, factor, shards, .. } = change;
-            let (view, factor, shards) = (view.clone(), *factor, shards.clone());
-            Table { version, base: self.version, store: self.store, factor, view, shards, ranges, moved: 0 }
-        }
-
-        fn with_sources(mut self, old: &Table, given_up: &[String], complete: bool) -> Table {
-            for index in 0..self.ranges.len() {
-                let owners = set_of(self.replicas(self.ranges[index].shard));
-                let range = &mut self.ranges[index];
-                let before = &old.ranges[old.range_at(range.from.0, &range.from.1)];
-                let unfinished = if complete { &[] } else { &before.sources[..] };
-                let former = old.replicas(before.shard);
-                for group in unfinished.iter().chain([&former]) {
-                    let group = set_of(group.iter().filter(|node| !given_up.contains(node)).cloned());
-                    // Where the owners are the same as before, they have what they had, and compare it among themselves.
-                    let is_news = !group.is_empty() && group != owners;
-                    let group: Vec<String> = group.into_iter().collect();
-                    if is_news && !range.sources.contains(&group) {
-                        range.sources.push(group);
+            let mut ranges: Vec<Range> = Vec::new();
+            for (number, from) in places.into_iter().enumerate() {
+                let before = self.range_at(from);
+                let cut = cuts.iter().rev().find(|cut| cut.giver == before.shard && cut.span.contains(from));
+                // What a shard that ends gives to nobody has no keys, or is given up: it is dealt out.
+                let shard =
+                    cut.map(|cut| cut.receiver).or(change.kept[before.shard]).unwrap_or(number % change.shards.len());
+                let owners: BTreeSet<&String> = change.shards[shard].iter().map(|index| &change.view[*index]).collect();
+                let former = self.replicas(before.shard);
+                let mut sources: Vec<Vec<String>> = Vec::new();
+                for group in before.sources.iter().filter(|_| !settled).chain([&former]) {
+                    let group: BTreeSet<&String> = group.iter().filter(|node| !left_out.contains(node)).collect();
+                    // Where these are the owners, they have what they had, and reconcile with one another.
+                    if !group.is_empty() && group != owners {
+                        sources.push(group.into_iter().cloned().collect());
                     }
                 }
+                sources.dedup();
+                if ranges.last().is_none_or(|last| (last.shard, &last.sources) != (shard, &sources)) {
+                    ranges.push(Range { from, shard, sources });
+                }
             }
-            self.ranges.dedup_by(|next, one| (next.shard, &next.sources) == (one.shard, &one.sources));
-            self
+            let Change { view, factor, shards, .. } = change;
+            let (view, factor, shards) = (view.clone(), *factor, shards.clone());
+            Table { version, base: self.version, store: self.store, view, factor, shards, ranges, moved: 0 }
         }
     }
 
-    /// What is above a place leaves its giver for a receiver, each a shard of its table.
+    /// A span that leaves its giver (a shard of the old table) for a receiver (one of the new). Of several cuts the last one counts.
+    #[derive(Clone, Debug)]
     pub struct Cut {
         pub giver: usize,
-        pub place: Position,
+        pub span: Span,
         pub receiver: usize,
     }
 
-    /// A giver (a shard of the old table), a receiver (one of the new), and how many keys.
+    /// A giver, a receiver, and how many keys.
     pub type Move = (usize, usize, usize);
 
     /// How many nodes each shard has.
@@ -1830,7 +1822,7 @@ mod table {
         (0..count).map(|shard| nodes / count + usize::from(shard < nodes % count)).collect()
     }
 
-    /// Another view, dealt out in shards.
+    /// Another view, dealt out in shards (R12).
     pub struct Change {
         pub view: Vec<String>,
         pub factor: usize,
@@ -1863,8 +1855,7 @@ mod table {
             let mut free = (0..view.len()).filter(|index| !taken.contains(index));
             for ((_, nodes), size) in groups.iter_mut().zip(&sizes) {
                 nodes.extend(free.by_ref().take(size - nodes.len()));
-                let sorted = in_order(nodes.iter().map(|index| *index as u64));
-                *nodes = sorted.into_iter().map(|it| nodes[it]).collect();
+                nodes.sort_unstable();
             }
             let by_first = in_order(groups.iter().map(|(_, nodes)| nodes[0] as u64));
             let goes_on_as = |shard: usize| by_first.iter().position(|group| groups[*group].0 == Some(shard));
@@ -1903,115 +1894,154 @@ mod table {
             }
             (moves, targets)
         }
+
+        /// What is given of stretches without keys, besides the cuts, until no shard has less than half or more than twice its part of
+        /// the order: later keys spread then. `keys` are the hashes of all keys of those shards that have few.
+        pub fn deal_out_stretches(&self, old: &Table, mut cuts: Vec<Cut>, keys: &[Option<Vec<u64>>]) -> Vec<Cut> {
+            let mean = u64::MAX / self.shards.len() as u64;
+            // Every round evens out one shard, or uses up a stretch.
+            for _ in 0..4 * MAX_FEW {
+                let table = old.next(Version::default(), self, &cuts, &[], true);
+                let width = |shard| table.spans_of(Some(shard)).iter().map(Span::width).sum::<u64>();
+                let widths: Vec<u64> = (0..self.shards.len()).map(width).collect();
+                let by_width = in_order(widths.iter().copied());
+                let (Some(poor), Some(rich)) = (by_width.first(), by_width.last()) else { break };
+                if widths[*poor] >= mean / 2 && widths[*rich] / 2 <= mean {
+                    break;
+                }
+                let wanted = (mean - widths[*poor].min(mean)).min(widths[*rich].saturating_sub(mean));
+                let Some((giver, stretch)) = widest_stretch(old, &table, *rich, keys) else { break };
+                let span = Span { first: stretch.last - wanted.min(stretch.width()), last: stretch.last };
+                cuts.push(Cut { giver, span, receiver: *poor });
+            }
+            cuts
+        }
+    }
+
+    /// Up to how many keys a shard tells the hashes of all.
+    pub const MAX_FEW: usize = 1000;
+
+    /// The widest stretch without keys that a shard has by a table which is being made from an old one, and the shard that has it by the
+    /// old one.
+    fn widest_stretch(old: &Table, new: &Table, shard: usize, keys: &[Option<Vec<u64>>]) -> Option<(usize, Span)> {
+        let mut stretches = Vec::new();
+        for span in new.spans_of(Some(shard)) {
+            for (part, range) in old.spans().filter(|(part, _)| part.overlaps(&span)) {
+                let Some(keys) = &keys[range.shard] else { continue };
+                let both = Span { first: span.first.max(part.first), last: span.last.min(part.last) };
+                let Span { mut first, last } = both;
+                for key in keys.iter().filter(|key| both.contains(**key)) {
+                    if first < *key {
+                        stretches.push((range.shard, Span { first, last: key - 1 }));
+                    }
+                    first = key.saturating_add(1);
+                }
+                if first <= last {
+                    stretches.push((range.shard, Span { first, last }));
+                }
+            }
+        }
+        stretches.into_iter().max_by_key(|(_, stretch)| stretch.width())
     }
 }
 
 // ---- The node: what it knows of its store, and what it decides ------------------------------------------------------
 
 mod node {
-    //! A store has no moment at which all of its nodes agree, and needs none.
+    //! A node as one value, which gets messages and the time and gives answers: no clock, no network, no statics. What it does over
+    //! time stands in the rooms after this one; the simulation runs many of them in one process.
     //!
-    //! **With one replica of each shard**, a key is answered for by the one node that has it, until that node hands it on:
+    //! The rules that keep a store whole, and where they stand:
     //!
-    //! - A node answers for a key if its table gives it the key, and no source of that range can have it any more (`place`).
-    //! - Who adopts a newer table answers from then on for nothing that it gives to others, and keeps those records until the
-    //!   new owner has them (`adopt`).
-    //! - The new owner fetches them, from nodes that go by its table only. It answers for a key once the source has
-    //!   forgotten it (`merge`, `arrived`). A node that does not know the newer table goes on answering, and rightly: nobody can
-    //!   have fetched from it.
+    //! - R1 answering (`place`, `pull_needs`), R2 pull (`give`, `arrived`), R3 adopt (`adopt`), R4 write (`write`, `take`), R5 reconcile
+    //!   (in `replication`; when it is due: `is_to_reconcile`), R6 stability (`refresh_stable`), R7 causal contexts (`context_needs`,
+    //!   `context_after`), R8 settled (`hear`, `settle`).
+    //! - R9 view change, R10 start (`let_in`) and R11 meetings stand in `membership`, R12 planning in `table`.
     //!
-    //! So a PUT to a key that is just being moved meets, at the old owner before that adopts the table, `Place::Here`: it is written
-    //! and moves later. After that, `Place::Node`: it is relayed (`pass_on`). The new owner, if it has not heard of the table,
-    //! answers 421; the old owner meets it, it sees that the old owner is ahead (`take_ahead`), asks back, and adopts the table that
-    //! comes in the reply (`hear`, `consider`). Then it finds `Place::Incoming`: it fetches the beginning of that span from the source
-    //! (`fetch`), has it forgotten there, and writes.
-    //!
-    //! **With several replicas**, the order of stamps decides: of two records of a key the one with the higher stamp stays,
-    //! wherever and however often they meet. So replicas may take writes on their own, give records twice, and answer while others
-    //! still fetch. What one of them may lack, the others have in mind (`Agreement`).
-    //!
-    //! So when a replica dies in the middle of a write, there are two cases. If it was to store what another one wrote, its silence
-    //! is noted as soon as the connection to it breaks, or after `PUSH_LIMIT` (`push_to`); the write is acknowledged without it
-    //! (`replicate`), and remains in mind as one that it may lack, until it has fetched its shard and been compared with. (If it is
-    //! back already, and blank, it refuses the push: then it fetches the record with the rest.) If it was the one that wrote, its
-    //! client gets no answer, or from a node in between 501 or 503, and the write may have reached some of the others: whoever has it
-    //! holds it in mind as one that others may lack, and `compare` brings it to all of them.
-    //!
-    //! The words: a node is *blank* when it has just started and goes by no table yet. One *life* of a node, from start to end, is told
-    //! by its *incarnation*, a random number. To *go by* a table is to answer by it. A *range* of the table is *incoming* at its owner as
-    //! long as one of its *sources* has not been heard; it *blocks* as long as the owner cannot answer for its keys. A table is
-    //! *complete* when all of its nodes have fetched what it gives them. A node that grants a coordinator its *lock* keeps a *promise*: a
-    //! promise is *void* when nothing can come of it any more. A record is *open* if some replica may lack it, and *settled* when all have it.
-    //!
-    //! This type is a value that gets messages and the time, and gives answers: no statics, no clock, no network. What it does
-    //! over time stands in the next section; the simulation at the end runs both, many nodes in one process.
+    //! The words: a node is *blank* when it has just started and goes by no table yet; its *incarnation* is a random number, new at each
+    //! start. A *pull* is a span that this node owns and has not got yet. A record is *stable* when every replica of its shard has it.
 
-    use super::*;
+    use std::collections::{BTreeMap, BTreeSet};
+    use std::sync::Arc;
+    use std::time::Duration;
 
-    /// What a node tells of itself in every message and every reply.
-    #[derive(Clone, Debug, Serialize, Deserialize)]
-    pub struct Status {
-        /// A random number, new at each start.
-        pub incarnation: u64,
-        /// The table that it goes by; none yet if it is blank.
-        pub version: Option<Version>,
-        /// The store that this table is of.
-        pub store: Option<u64>,
-        /// As far as it knows, all nodes have fetched what that table gives them.
-        pub complete: bool,
-        /// Whether that table lists it, how many nodes it lists, and how many keys this one has.
-        pub is_member: bool,
-        pub members: usize,
-        pub keys: usize,
-        /// The nodes that it has still to fetch from; and of these, the groups of nodes that have the same, of which it needs one
-        /// before it answers for all its keys.
-        pub incoming: Vec<String>,
-        pub waits_for: Vec<Vec<String>>,
-        /// The newest lock that it asked for as a coordinator, and whether it is still at it.
-        pub coordinated: Version,
-        pub coordinating: bool,
-        pub promises: Vec<Promise>,
-        /// Its `VIEW` and `REPL_FACTOR`, and for how many rounds it has been up.
-        pub first_view: Vec<String>,
-        pub factor: usize,
-        pub rounds: u32,
-        /// The time by its clock, in microseconds since 1970, and the highest stamp that it knows.
-        pub time: u64,
-        pub stamp: u64,
-        /// Of a replica: the digest of all that it has. None as long as it lacks something, or keeps something for others.
-        pub digest: Option<u64>,
-        /// Of a replica: what it knows of the claims of all nodes (see `Agreement`).
-        pub claims: BTreeMap<String, u64>,
-        /// The table itself, in a reply to one that does not have it. A table comes in replies only, since these are awaited:
-        /// in a message it could be as late as a life of its sender, and of the whole store, ago.
-        pub table: Option<Table>,
-        /// Who goes by that table: itself or, if it is blank, those it heard it from.
-        pub tellers: BTreeSet<String>,
+    use serde::{Deserialize, Serialize};
+    use serde_bytes::ByteBuf;
+
+    use crate::is_plain;
+    use crate::records::{ALL, Garbage, Record, Records, Span, Sums, hash_of};
+    use crate::table::{MAX_FEW, Table, Version};
+
+    /// What a client has seen, as far as some replica may lack it (R7): by node, the highest stamp that was given there. And the table
+    /// by which it was seen, as long as that is not settled.
+    #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+    pub struct Context {
+        pub seen: BTreeMap<u16, u64>,
+        pub table: Option<Version>,
     }
 
-    impl Status {
-        /// Checks the names in what comes from outside.
-        pub fn is_plain(&self) -> bool {
-            let promises = self.promises.iter().flat_map(|promise| promise.nodes.iter().chain([&promise.coordinator]));
-            let known = self.tellers.iter().chain(self.claims.keys());
-            let awaited = self.incoming.iter().chain(self.waits_for.iter().flatten());
-            let mut names = awaited.chain(&self.first_view).chain(known).chain(promises);
-            names.all(|name| is_plain(name))
+    impl Context {
+        pub fn is_empty(&self) -> bool {
+            self.seen.is_empty() && self.table.is_none()
+        }
+
+        fn add(&mut self, stamp: u64) {
+            let known = self.seen.entry(node_of(stamp)).or_default();
+            *known = stamp.max(*known);
+        }
+
+        fn merge(&mut self, other: &Context) {
+            other.seen.values().for_each(|stamp| self.add(*stamp));
+            self.table = self.table.max(other.table);
+        }
+
+        fn highest(&self) -> u64 {
+            self.seen.values().copied().max().unwrap_or(0)
         }
     }
 
-    /// A lock that this node granted: it takes part in a change whose table will have this version.
-    #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-    pub struct Promise {
-        pub version: Version,
-        /// The store that the coordinator's table is of.
-        pub store: Option<u64>,
-        pub coordinator: String,
-        /// All nodes that the change names: one of them may go by its table when nobody else knows of it.
-        pub nodes: Vec<String>,
-        /// When this life of the node granted it. Zero is a promise that others told of.
-        #[serde(skip)]
-        granted: Duration,
+    /// With how many bits of its node's name a stamp ends. The rest, microseconds since 1970, will do until the year 2112.
+    const NODE_BITS: u32 = 12;
+
+    /// The bits of the node that gave a stamp.
+    pub fn node_of(stamp: u64) -> u16 {
+        (stamp & ((1 << NODE_BITS) - 1)) as u16
+    }
+
+    fn bits_of(name: &str) -> u16 {
+        node_of(hash_of(name.as_bytes()))
+    }
+
+    /// The lowest stamp of a moment.
+    fn stamp_at(time: Duration) -> u64 {
+        (time.as_micros() as u64) << NODE_BITS
+    }
+
+    /// What a node tells of itself when it meets another (R11).
+    #[derive(Clone, Debug, Default, Serialize, Deserialize)]
+    pub struct Status {
+        pub incarnation: u64,
+        /// The table that it goes by, and the store that this is of; none if it is blank.
+        pub version: Option<Version>,
+        pub store: u64,
+        pub settled: bool,
+        /// Whether that table lists it, and how many nodes it lists.
+        pub is_member: bool,
+        pub members: usize,
+        pub keys: usize,
+        pub digest: u64,
+        /// The nodes that its pulls wait for: none if it is whole. And whether it can answer for all that it owns.
+        pub incoming: Vec<String>,
+        pub is_ready: bool,
+        pub clock: u64,
+        /// The highest lock that it granted, and whether another coordinator's is in its way.
+        pub promised: Version,
+        /// What it knows of all nodes' stability, in the order of the view.
+        pub stable_at: Vec<u64>,
+        /// Its `VIEW` and `REPL_FACTOR` as long as it is blank and has heard of no table, and for how many rounds it has been up.
+        pub first_view: Vec<String>,
+        pub factor: usize,
+        pub rounds: u32,
     }
 
     /// What a node says to another.
@@ -2020,1665 +2050,1230 @@ mod node {
         pub from: String,
         /// A node by another name than its own answers to nothing: it would be counted twice or not at all.
         pub to: String,
-        pub status: Status,
+        /// The table that the sender goes by. All but meetings and locks is refused by who goes by another.
+        pub version: Option<Version>,
+        /// The incarnation of the addressee, as the sender knows it.
+        pub life: u64,
         pub message: Message,
     }
 
     #[derive(Clone, Debug, Serialize, Deserialize)]
     pub enum Message {
-        /// Nothing but what every message tells.
-        Meet,
-        /// Promise to take part in a change that makes this version and names these nodes. The promises of the versions that come
-        /// last are void: all nodes that they name have granted this coordinator its lock, or are given up. Drop them.
-        Lock(Version, Vec<String>, Vec<Version>),
-        /// Under that lock: where are your n-th highest keys? (And whether every node has what your table gives it: then drop what
-        /// is others'.)
-        Cut(Version, Vec<usize>, bool),
-        /// I have all records of this span now: forget them. Both of us go by the table of this version.
-        Forget(Version, Span),
-        /// Give me the first records of this span, up to about this many bytes.
-        Give(Version, Span, usize),
-        /// How many keys do you have of these spans?
-        Count(Version, Vec<Span>),
-        /// What are the digests of these spans?
-        Digests(Version, Vec<Span>),
-        /// Give me all records of these spans, or of the first of them; and whether a client waits for them.
-        GiveAll(Version, Vec<Span>, bool),
+        Meet(Status),
+        /// Take part in a change that makes this version, of this store; nothing comes of it any more.
+        Lock(Version, u64),
+        Release(Version),
+        /// Under that lock: where would cuts leave so many of the highest keys above them?
+        Survey(Version, Vec<usize>),
+        /// Give the records of the range that begins at `range`, from a hash on; all before it has arrived. `any`: also if you are not whole.
+        Give {
+            range: u64,
+            from: u64,
+            any: bool,
+        },
+        /// Give the record of one key, if you are whole for it.
+        GiveKey(ByteBuf),
+        /// The digests of some spans; hash and stamp of their records; the records with some hashes and stamps.
+        Digests(Vec<Span>),
+        List(Vec<Span>),
+        Select(Vec<(u64, u64)>),
+        /// Store these records.
+        Push(Vec<Copied>),
     }
-
-    /// A record on its way: its stamp, its bytes, and its writer's context as long as that matters.
-    pub type Copied = (u64, ByteBuf, Causal);
 
     impl Message {
         /// A node that does not answer in this time is silent. A round of meetings must fit into the second that one which
         /// starts waits to hear of the others.
         pub fn limit(&self) -> Duration {
-            let is_short = matches!(self, Message::Meet | Message::GiveAll(.., true));
-            Duration::from_millis(if is_short { 700 } else { 1500 })
+            Duration::from_millis(match self {
+                Message::Meet(_) | Message::GiveKey(_) => 700,
+                Message::Push(_) => 1200,
+                _ => 1500,
+            })
+        }
+
+        /// Whether to answer it takes no longer than to answer a client.
+        pub fn is_short(&self) -> bool {
+            matches!(self, Message::Push(_) | Message::GiveKey(_) | Message::Meet(_))
+        }
+    }
+
+    impl Status {
+        /// Whether all names in it can be names, so that they may stand in an answer.
+        pub fn is_plain(&self) -> bool {
+            self.incoming.iter().chain(&self.first_view).all(|name| is_plain(name))
         }
     }
 
     #[derive(Clone, Debug, Serialize, Deserialize)]
     pub enum Reply {
-        Done,
-        /// Not by my table, or not now.
-        Refused,
-        /// Another change is under way.
+        /// With the table, if it is newer than that of who asks. (A table comes in replies only: a message may be from a past life.)
+        Met(Status, Option<Table>),
+        Locked(Status),
+        /// Another change is under way; or the version is not above this one.
         Busy,
-        /// The version is not above this one.
         Outdated(Version),
-        Places(Vec<Position>),
-        /// Records, up to where they are all that there is, and whether who gives them lacks nothing there itself.
-        Records(Vec<Copied>, Position, bool),
+        /// The cuts, and the hashes of all keys if these are few.
+        Surveyed(Vec<u64>, Option<Vec<u64>>),
+        /// All records up to this hash.
+        Given(Vec<Copied>, u64),
+        Key(Option<Copied>),
         Digests(Vec<u64>),
-        Count(u64),
-        /// All records of the first of the spans that were asked for, and how many spans these are. If one is too large for a message, it
-        /// is none, and the records are those of the first span up to this place.
-        All(Vec<Copied>, usize, Position),
+        /// Of the first of the spans, as many as fit.
+        Lists(Vec<Vec<(u64, u64)>>),
+        /// The records of the first so many.
+        Selected(Vec<Copied>, usize),
+        Done,
+        NotWhole,
+        /// Not by my table, or not in this life.
+        Refused,
     }
 
-    /// What a replica has the others store.
-    #[derive(Clone, Debug, Serialize, Deserialize)]
-    pub struct Push {
-        pub from: String,
-        pub to: String,
-        pub version: Version,
-        /// The addressee's incarnation and its time, in microseconds, as the sender last heard them: by these the addressee sees
-        /// whether it is meant, and how late this comes.
-        pub life: u64,
-        pub echo: u64,
-        pub stamp: u64,
-        pub records: Vec<Copied>,
-        /// What all replicas have by now: keys and stamps.
-        pub settled: Vec<(ByteBuf, u64)>,
-    }
+    /// A record on its way: its stamp, its bytes, and its writer's context as long as that is not stable.
+    pub type Copied = (u64, ByteBuf, Context);
 
-    #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-    pub enum Pushed {
-        /// By the one of this incarnation: when it starts again, it has nothing.
-        Taken(u64),
-        /// Not by my table, which is of this version, or too late.
-        Refused(Option<Version>),
-    }
-
-    /// A push is refused when it comes this long after its sender last heard of the addressee: it may be older than a deletion whose
-    /// tombstone is gone.
-    pub const LATE: Duration = Duration::from_secs(5);
-    /// How long a tombstone stays after all replicas have it: longer than anything may be on its way.
-    const TOMBSTONE: Duration = Duration::from_secs(12);
-
-    struct Tombstone {
-        hash: u64,
-        record: Record,
-        /// When it was last looked at, and whether all replicas had it then.
-        since: Duration,
-        is_everywhere: bool,
-    }
-    /// How many tombstones are looked at in a round.
-    const SWEEP: usize = 20_000;
+    /// How many bytes of records a message has, about.
+    pub const MAX_BATCH: usize = 256 << 10;
+    /// How many spans are compared in one message, and how many records are listed.
+    pub const MAX_SPANS: usize = 1024;
+    const MAX_LISTED: usize = 16 << 10;
+    /// How long a lock keeps off other coordinators, and how long its own may use it.
+    pub const LEASE: Duration = Duration::from_secs(10);
+    pub const USE_OF_LEASE: Duration = Duration::from_secs(8);
+    /// A node that met nobody for this long was asleep, and meets others before it answers.
+    const ASLEEP: Duration = Duration::from_millis(2500);
+    const WAKING: Duration = Duration::from_secs(1);
+    /// For how many rounds all nodes of a first view must have been up before it counts: a second.
+    const FIRST: u32 = 5;
+    /// For how long the digests of two replicas must differ until they reconcile: while clients write, they differ at most looks.
+    const DIFFERING: Duration = Duration::from_secs(3);
 
     /// Who may answer for a key.
     #[derive(Debug, PartialEq)]
     pub enum Place {
         Here,
         Node(String),
-        /// This node, once it has fetched the key from this source. The span is from the key on all that is incoming from there.
-        Incoming(String, Version, Span),
         /// This node goes by no table yet, or cannot tell whether its table is still good.
         Unknown,
     }
 
-    /// What a node has still to fetch of a span.
+    /// A span that this node owns and has not got yet (R2).
     #[derive(Clone, Debug)]
-    struct Incoming {
-        to: Position,
-        groups: Vec<Group>,
+    pub struct Pull {
+        /// Where the range begins; and what of it has still to come.
+        pub range: u64,
+        pub left: Span,
+        /// The nodes of which a whole one has all of it; without this one.
+        pub group: Vec<String>,
+        /// Those that have been reconciled with.
+        heard: BTreeSet<String>,
+        /// A whole node has given all.
+        pub is_answerable: bool,
+        /// The table names the group as a source. (Otherwise it is the other replicas of the shard, since this node has kept nothing.)
+        is_source: bool,
     }
 
-    /// The replicas that a shard had, which should all have the same.
-    #[derive(Clone, Debug)]
-    struct Group {
-        /// Those that have not given what they have, yet.
-        unheard: BTreeSet<String>,
-        /// One of them that lacked nothing has given all, or is this node itself. With several replicas that will do to answer for a
-        /// key; what only another one took, while the two were cut off from each other, comes later.
-        is_covered: bool,
-        /// The table names it. (Otherwise it is the other replicas of this shard, since this node has kept no records.)
-        of_table: bool,
-    }
-
-    impl Incoming {
-        /// Whether this node cannot answer for these keys yet: of some group it has no whole copy.
-        fn blocks(&self) -> bool {
-            self.groups.iter().any(|group| !group.is_covered)
+    impl Pull {
+        fn covers(&self, hash: u64) -> bool {
+            self.span().contains(hash)
         }
 
-        fn is_from(&self, source: &str) -> bool {
-            self.groups.iter().any(|group| group.unheard.contains(source))
+        pub fn span(&self) -> Span {
+            Span { first: self.range, last: self.left.last }
         }
 
-        fn sources(&self) -> impl Iterator<Item = &String> {
-            self.groups.iter().flat_map(|group| &group.unheard)
+        fn awaited(&self) -> impl Iterator<Item = &String> {
+            self.group.iter().filter(|node| !self.heard.contains(*node))
         }
     }
 
-    /// What a node last heard from another.
+    /// The highest lock that this node granted.
+    #[derive(Clone, Debug, Default)]
+    struct Promise {
+        version: Version,
+        granted: Option<Duration>,
+        /// It is for joining another store, whose coordinator this is: until that is decided, this node takes no writes, which it
+        /// would have to drop.
+        joining: Option<String>,
+    }
+
+    /// What a node last heard of another.
     #[derive(Default)]
-    struct PeerInfo {
-        version: Option<Version>,
+    struct Peer {
         incarnation: u64,
-        /// Its time, in microseconds.
-        time: u64,
-        /// When it last answered.
-        answered: Duration,
-        /// When it was last compared with.
-        compared: Duration,
-        /// Since when it has something else than this node, whenever it is heard.
-        differs: Option<Duration>,
-        /// It has started again, and goes by no table yet.
-        is_blank: bool,
-        /// It has still to fetch what is here: to compare would be to send everything twice.
-        is_fetching: bool,
+        version: Option<Version>,
+        is_ready: bool,
+        /// It has started again, blank or as a store of its own: what it had for this store is gone.
+        has_nothing: bool,
         silent: bool,
+        /// Since when its digest differs, whenever it is heard.
+        differs: Option<Duration>,
+        is_reconciling: bool,
+        /// How often it was noted that it may lack something.
+        failures: u64,
         /// When it was last its turn to be met.
-        turn: Duration,
+        turn: u32,
     }
 
-    /// A node that has met nobody for this long was asleep, and meets others before it answers.
-    const ASLEEP: Duration = Duration::from_millis(2500);
-    /// A first table counts, and any other that none of its other nodes goes by, when each of them has been up for so many
-    /// rounds, a second: whoever lives by a newer one has knocked at one of them by then. (Rounds and not time: nobody can
-    /// knock at a node that sleeps.)
-    const FIRST: u32 = 5;
-
-    /// With how many bits of the name of the node that gave it a stamp ends. The rest will do until the year 2112.
-    const NAME_BITS: u32 = 12;
-
-    /// The lowest stamp of a moment.
-    fn stamp_at(time: Duration) -> u64 {
-        (time.as_micros() as u64) << NAME_BITS
-    }
-
-    /// How many spans are compared in one message.
-    pub const MAX_SPANS: usize = 32;
-
-    pub fn record_of_copy((stamp, bytes, context): &Copied) -> Option<(Record, Causal)> {
-        // (The bytes are looked at before they are copied.)
-        Some((Record::from_message(*stamp, bytes)?, context.clone()))
-    }
-
-    /// What other replicas of this shard may lack, as far as this one knows. A client that reads such a record here must not read
-    /// an older one there: it is told by its causal context.
-    ///
-    /// The arrivals of records at this node are counted, and that count serves as a clock. What is always true: a replica with which
-    /// this node has *agreed* at some count of arrivals has everything that had arrived by then; of what arrived later it can lack
-    /// only records with an open note. With a replica that is not in `agreed` nothing is known: it may lack anything.
-    #[derive(Default)]
-    pub struct Agreement {
-        /// How many records have come here, from clients and from other nodes.
-        pub arrivals: u64,
-        /// By key: the records that some replica may lack, and those whose writer had seen what some node may lack.
-        notes: HashMap<Vec<u8>, Note>,
-        /// How many notes there may be before they are thinned out.
-        limit: usize,
-        /// By replica, as long as it lives: the count of arrivals at which it had everything.
-        agreed: BTreeMap<String, u64>,
-        /// The count of arrivals at which all replicas had everything.
-        everywhere: u64,
-        /// An agreement at a lower count is of no use: not all that arrived since then was noted.
-        least: u64,
-        /// When an agreement was lost last.
-        broken: Duration,
-        /// By node of the store, a stamp: whatever that node knew of up to it, all replicas of its shard have. What is claimed once
-        /// stays true.
-        claims: BTreeMap<String, u64>,
-        /// The lowest claim of all nodes of the table: all replicas of all shards have everything up to this stamp.
-        floor: u64,
-        /// By replica: the keys and stamps of settled records that it takes for open.
-        settled: Vec<(String, Vec<(ByteBuf, u64)>)>,
-        /// Somebody is about to tell them.
-        is_telling: bool,
-    }
-
-    struct Note {
-        stamp: u64,
-        arrival: u64,
-        is_tombstone: bool,
-        /// Some replica may lack it, or what came before it: from the record with this stamp on.
-        open_since: Option<u64>,
-        /// What its writer had seen, as long as some node of the store may lack some of that, also when all replicas have this.
-        context: Causal,
-    }
-
-    /// How many records that replicas may lack are kept in mind. If there are more, they are forgotten, and so are all agreements:
-    /// then everything may be missing somewhere, until this node has compared with all other replicas.
-    const MAX_NOTES: usize = 10_000;
-
-    impl Agreement {
-        /// Notes a record that came, which some replica may lack, and what its writer had seen.
-        fn note(&mut self, record: &Record, mut context: Causal, now: Duration) {
-            self.arrivals += 1;
-            let (stamp, arrival, is_tombstone) = (record.stamp(), self.arrivals, record.is_tombstone());
-            let before = self.notes.get(record.key()).and_then(|note| note.open_since);
-            context.retain(|_, stamp| *stamp > self.floor);
-            let open_since = Some(before.unwrap_or(stamp).min(stamp));
-            self.notes.insert(record.key().to_vec(), Note { stamp, arrival, is_tombstone, open_since, context });
-            if self.notes.len() > self.limit.max(MAX_NOTES) {
-                // Tombstones stay, since no digest shows them, and contexts, since nobody else has them.
-                self.notes.retain(|_, note| note.is_tombstone || !note.context.is_empty());
-                self.notes.shrink_to_fit();
-                self.limit = MAX_NOTES + 2 * self.notes.len();
-                self.lose_all(now);
-            }
-        }
-
-        /// Notes a record that was fetched with many others. This node agrees with nobody yet and has to compare with all, so it keeps
-        /// in mind only what no comparison shows: tombstones and contexts.
-        fn note_fetched(&mut self, record: &Record, context: Causal, now: Duration) {
-            if record.is_tombstone() || !context.is_empty() {
-                self.note(record, context, now);
-            } else {
-                self.arrivals += 1;
-                self.notes.remove(record.key());
-                self.lose_all(now);
-            }
-        }
-
-        /// Notes that all replicas have a record.
-        fn settle(&mut self, key: &[u8], stamp: u64) {
-            if let Some(note) = self.notes.get_mut(key)
-                && note.stamp <= stamp
-            {
-                note.open_since = None;
-                if note.context.is_empty() {
-                    self.notes.remove(key);
-                }
-            }
-        }
-
-        /// Notes that all replicas have a record that was written here. The others are to be told.
-        fn settle_and_tell(&mut self, key: &[u8], stamp: u64, others: &[String]) {
-            self.settle(key, stamp);
-            for other in others {
-                let news = (ByteBuf::from(key), stamp);
-                match self.settled.iter_mut().find(|(to, _)| to == other) {
-                    Some((_, list)) => list.push(news),
-                    None => self.settled.push((other.clone(), vec![news])),
-                }
-            }
-        }
-
-        fn take_settled(&mut self, of: &str) -> Vec<(ByteBuf, u64)> {
-            let index = self.settled.iter().position(|(to, _)| to == of);
-            index.map_or(Vec::new(), |index| self.settled.swap_remove(index).1)
-        }
-
-        /// Whether somebody has to begin to tell the others what is settled.
-        pub fn starts_telling(&mut self) -> bool {
-            !self.settled.is_empty() && !std::mem::replace(&mut self.is_telling, true)
-        }
-
-        pub fn stops_telling(&mut self) {
-            self.is_telling = false;
-        }
-
-        /// The replicas that are to be told of what is settled.
-        pub fn to_tell(&self) -> Vec<String> {
-            self.settled.iter().map(|(to, _)| to.clone()).collect()
-        }
-
-        fn note_of(&self, record: &Record) -> Option<&Note> {
-            self.notes.get(record.key()).filter(|note| note.stamp == record.stamp())
-        }
-
-        fn is_open(&self, record: &Record) -> bool {
-            self.note_of(record).is_some_and(|note| note.open_since.is_some())
-        }
-
-        fn context_of(&self, record: &Record) -> Causal {
-            self.note_of(record).map_or(Causal::new(), |note| note.context.clone())
-        }
-
-        fn open(&self) -> impl Iterator<Item = (&Vec<u8>, &Note)> {
-            self.notes.iter().filter(|(_, note)| note.open_since.is_some())
-        }
-
-        fn has_open_tombstones(&self) -> bool {
-            self.open().any(|(_, note)| note.is_tombstone)
-        }
-
-        /// Notes that a replica has everything that had arrived here at a count of arrivals. What all `others` have is settled.
-        fn agree(&mut self, with: &str, arrivals: u64, others: &[String]) {
-            if arrivals < self.least {
-                return;
-            }
-            let agreed = self.agreed.entry(with.to_owned()).or_default();
-            *agreed = arrivals.max(*agreed);
-            let least = others.iter().map(|other| self.agreed.get(other).copied().unwrap_or(0)).min();
-            self.settle_up_to(least.unwrap_or(arrivals));
-        }
-
-        /// Notes that all replicas have what had arrived here at a count of arrivals.
-        fn settle_up_to(&mut self, arrivals: u64) {
-            if arrivals > self.everywhere {
-                self.everywhere = arrivals;
-                self.sweep();
-            }
-        }
-
-        /// Drops the notes of what all replicas have, but for the contexts that are still needed.
-        fn sweep(&mut self) {
-            let (floor, everywhere) = (self.floor, self.everywhere);
-            self.notes.retain(|_, note| {
-                note.open_since = note.open_since.filter(|_| note.arrival > everywhere);
-                note.context.retain(|_, stamp| *stamp > floor);
-                note.open_since.is_some() || !note.context.is_empty()
-            });
-            if self.notes.len() < self.notes.capacity() / 8 {
-                self.notes.shrink_to(100);
-            }
-        }
-
-        fn agrees_with(&self, others: &[String]) -> bool {
-            others.iter().all(|other| self.agreed.contains_key(other))
-        }
-
-        /// Forgets what a replica had: it has started again.
-        fn lose(&mut self, other: &str, now: Duration) {
-            if self.agreed.remove(other).is_some() {
-                self.broken = now;
-            }
-        }
-
-        fn lose_all(&mut self, now: Duration) {
-            self.agreed.clear();
-            (self.least, self.broken) = (self.arrivals, now);
-        }
-
-        /// Whether another replica may lack something that had arrived here at the count `by`.
-        fn awaits(&self, other: &str, by: u64) -> bool {
-            let Some(agreed) = self.agreed.get(other) else { return true };
-            self.open().any(|(_, note)| note.arrival > *agreed && note.arrival <= by)
-        }
-
-        fn learn(&mut self, node: &str, claim: u64) {
-            let known = self.claims.entry(node.to_owned()).or_default();
-            *known = claim.max(*known);
-        }
+    /// A write at this node until it is acknowledged.
+    pub struct Write {
+        pub hash: u64,
+        pub record: Record,
+        /// What the node had was dropped since if its count is another one.
+        drops: u64,
     }
 
     pub struct Node {
-        /// Its own address; empty in a main instance, which has all keys.
         own: String,
-        pub incarnation: u64,
         first_view: Vec<String>,
         first_factor: usize,
-        /// How long a granted lock keeps off other coordinators. (It is remembered for longer. On this depends how soon another change
-        /// succeeds, and never whether one is right.)
-        pub lease: Duration,
-        /// The time, since 1970, as of the last look. It never goes back.
+        incarnation: u64,
         pub now: Duration,
-        /// How often it has looked whether there is somebody to meet or to ask, and when it last asked.
+        /// Lines for an operator, and records to be dropped: both by whoever has let go of the lock.
+        pub lines: Vec<String>,
+        pub garbage: Vec<Garbage>,
+        table: Option<Arc<Table>>,
+        shard: Option<usize>,
+        settled: bool,
+        /// It has no records but what it owns.
+        is_tidy: bool,
+        /// The nodes that have said that they go by this table and have no pulls.
+        done: BTreeSet<String>,
+        /// The newest table that a blank node heard of in this round of asking, and whether it did in the last one.
+        heard_of: Option<Arc<Table>>,
+        has_heard: bool,
+        promise: Promise,
+        pub lease: Duration,
+        coordinating: bool,
+        pub records: Records,
+        /// By stamp, what is kept of records until they are stable: the hash and the writer's context. All tombstones are here.
+        unstable: BTreeMap<u64, (u64, Context)>,
+        /// The highest stamp given or seen.
+        clock: u64,
+        pulls: Vec<Pull>,
+        is_pulling: bool,
+        drops: u64,
+        /// By range, how far each taker has got, of what this node gives.
+        given: BTreeMap<u64, BTreeMap<String, u64>>,
+        lagging: BTreeMap<String, u64>,
+        in_flight: BTreeSet<u64>,
+        stable_at: Vec<u64>,
+        /// Every replica of every shard has every write up to it.
+        watermark: u64,
+        peers: BTreeMap<String, Peer>,
+        /// Nodes that are ahead, to be met.
+        ahead: BTreeSet<String>,
+        /// Nodes that met this blank one.
+        knocked: BTreeSet<String>,
+        /// When the last meeting that has ended began, and since when this node has been waking up.
+        met: Duration,
+        waking: Option<Duration>,
         rounds: u32,
         is_asking: bool,
-        asked: Duration,
-        /// When the latest of the meetings began that have ended, answered or not. If that is long ago, this process slept.
-        pub met: Duration,
-        /// The highest stamp so far.
-        clock: u64,
-        pub records: Records,
-        table: Option<Arc<Table>>,
-        /// The shard that the table gives it.
-        shard: Option<usize>,
-        /// Every node has fetched what that table gives it: the sources in it mean nothing any more.
-        complete: bool,
-        /// By where they begin, the spans that this node owns and has not fetched: up to where, and from whom.
-        incoming: BTreeMap<Position, Incoming>,
-        /// It went by the table before this one as well, and has kept all that it had by that one.
-        kept_records: bool,
-        /// What it keeps for others is a whole copy. (It is not if this node has started again since that became theirs.)
-        keeps_whole: bool,
-        /// What some replica may lack.
-        pub agreement: Agreement,
-        tombstones: VecDeque<Tombstone>,
-        /// A moment one or two seconds ago, and the count of arrivals then. What arrived later is no reason to compare: its writer is
-        /// about to tell all others.
-        marked: (Duration, u64),
-        promises: Vec<Promise>,
-        coordinated: Version,
-        coordinating: bool,
-        /// The newest lock that it ever granted, also if nothing came of that.
-        newest_grant: Version,
-        /// When this node last tried to settle a forgotten lock.
-        resolved_locks: Duration,
-        /// The newest table that a blank node has heard of, and who went by it then.
-        heard: Option<(Table, BTreeSet<String>)>,
-        peers: BTreeMap<String, PeerInfo>,
-        /// Nodes that have shown to go by a newer table, and are to be asked for it.
-        ahead: BTreeSet<String>,
-        /// Who fetches from here: the incarnation that asked last.
-        takers: BTreeMap<String, u64>,
-        /// The sources that are being fetched from.
-        fetching: BTreeSet<String>,
-        /// How many keys these have still to give, once they have said.
-        keys_left: BTreeMap<String, u64>,
-        /// What an operator may want to know, to be printed.
-        pub lines: Vec<String>,
-        /// Records that nobody wants, to be dropped when the lock is gone: that may take seconds.
-        pub garbage: Vec<Records>,
     }
 
     impl Node {
-        pub fn new(own: String, first_view: Vec<String>, first_factor: usize, incarnation: u64, now: Duration) -> Node {
+        pub fn new(own: String, view: Vec<String>, factor: usize, incarnation: u64, now: Duration) -> Node {
             Node {
-                lease: Duration::from_secs(10),
                 own,
+                first_view: view,
+                first_factor: factor,
                 incarnation,
-                first_view,
-                first_factor,
                 now,
-                rounds: 0,
-                is_asking: false,
-                asked: Duration::ZERO,
-                met: now,
-                clock: 0,
-                records: Records::default(),
-                table: None,
-                shard: None,
-                complete: false,
-                incoming: BTreeMap::new(),
-                kept_records: false,
-                keeps_whole: false,
-                agreement: Agreement::default(),
-                tombstones: VecDeque::new(),
-                marked: (now, 0),
-                promises: Vec::new(),
-                coordinated: Version::default(),
-                coordinating: false,
-                newest_grant: Version::default(),
-                resolved_locks: now,
-                heard: None,
-                peers: BTreeMap::new(),
-                ahead: BTreeSet::new(),
-                takers: BTreeMap::new(),
-                fetching: BTreeSet::new(),
-                keys_left: BTreeMap::new(),
                 lines: Vec::new(),
                 garbage: Vec::new(),
-            }
-        }
-
-        // -- Who has a key
-
-        /// Answers the question of the whole program: who may answer for a key now? `hash` is that of the key.
-        pub fn place(&self, hash: u64, key: &[u8]) -> Place {
-            if self.own.is_empty() {
-                return Place::Here;
-            } else if !self.may_answer() {
-                return Place::Unknown;
-            }
-            self.place_by_table(hash, key)
-        }
-
-        /// Who may answer for a key, by the table alone: also if this node slept, and others may know better.
-        pub fn place_by_table(&self, hash: u64, key: &[u8]) -> Place {
-            let Some(table) = self.table.as_ref().filter(|_| !self.is_joining()) else { return Place::Unknown };
-            let shard = table.shard_at(hash, key);
-            if Some(shard) != self.shard {
-                return Place::Node(self.pick(table.nodes_of(shard), hash));
-            } else if self.incoming.is_empty() {
-                return Place::Here;
-            }
-            let position = (hash, key.to_vec());
-            match self.incoming.range(..=&position).next_back() {
-                Some((_, incoming)) if position < incoming.to && incoming.blocks() => {
-                    let missing =
-                        incoming.groups.iter().filter(|group| !group.is_covered).flat_map(|group| &group.unheard);
-                    let source = self.pick(missing, 0);
-                    Place::Incoming(source, table.version, Span { from: position, to: incoming.to.clone() })
-                }
-                _ => Place::Here,
-            }
-        }
-
-        /// One of some nodes: of those that are neither silent nor blank, if there are such. The same for the same key.
-        fn pick<'a>(&self, nodes: impl Iterator<Item = &'a String> + Clone, hash: u64) -> String {
-            let speaks = |node: &&String| !self.peers.get(*node).is_some_and(|peer| peer.silent || peer.is_blank);
-            let (all, speaking) = (nodes.clone().count(), nodes.clone().filter(speaks).count());
-            let index = hash as usize % if speaking > 0 { speaking } else { all.max(1) };
-            let mut among = nodes.filter(|node| speaking == 0 || speaks(node));
-            among.nth(index).cloned().unwrap_or_default()
-        }
-
-        pub fn is_silent(&self, node: &str) -> bool {
-            self.peers.get(node).is_some_and(|peer| peer.silent)
-        }
-
-        /// Whether this node may go by its table. One that slept meets others first (that is a courtesy to whoever has removed
-        /// it by force; nothing else depends on it). A store of one that is asked to join another takes no more keys.
-        pub fn may_answer(&self) -> bool {
-            self.own.is_empty() || self.table.is_some() && self.now < self.met + ASLEEP && !self.is_joining()
-        }
-
-        fn is_joining(&self) -> bool {
-            let alone = self.table.as_ref().is_some_and(|table| table.view == [self.own.as_str()]);
-            alone && self.promises.iter().any(|promise| promise.version.coordinator != self.incarnation)
-        }
-
-        /// Stamps and stores a record that is a client's. Returns what was there before.
-        pub fn put(&mut self, hash: u64, record: &mut Record) -> Option<Record> {
-            // A record of a clock far ahead may have come while this one's was set back.
-            let before = self.records.get(hash, record.key()).map_or(0, Record::stamp);
-            self.clock = self.clock.max(before);
-            record.set_stamp(self.stamp());
-            self.keep(hash, record.clone())
-        }
-
-        fn keep(&mut self, hash: u64, record: Record) -> Option<Record> {
-            if record.is_tombstone() {
-                let (record, since) = (record.clone(), self.now);
-                self.tombstones.push_back(Tombstone { hash, record, since, is_everywhere: false });
-            }
-            self.records.insert(hash, record)
-        }
-
-        /// Sees to it that what is written next gets a higher stamp than anything that a client's context knows of.
-        pub fn know(&mut self, context: &Causal) {
-            self.clock = context.values().fold(self.clock, |clock, stamp| clock.max(*stamp));
-        }
-
-        /// The highest stamp that a client's context may have: one that no clock of ours can have given is forged.
-        pub fn latest(&self) -> u64 {
-            self.clock.max(stamp_at(self.now + Duration::from_secs(86_400)))
-        }
-
-        /// Notes a record that was written here, and what its writer had seen.
-        pub fn note_write(&mut self, record: &Record, context: Causal) {
-            self.agreement.note(record, context, self.now);
-        }
-
-        /// A hybrid logical clock (Kulkarni et al. 2014): microseconds that only go up, past each stamp that was met, and
-        /// below them some bits of the node's name, so that hardly ever two nodes make the same.
-        fn stamp(&mut self) -> u64 {
-            const NAME: u64 = (1 << NAME_BITS) - 1;
-            let time = stamp_at(self.now);
-            self.clock = time.max(self.clock.saturating_add(NAME + 1)) & !NAME | hash_of(self.own.as_bytes()) & NAME;
-            self.clock
-        }
-
-        /// Whether this node gave a stamp, for the simulation.
-        #[cfg(test)]
-        pub fn has_given(&self, stamp: u64) -> bool {
-            (stamp ^ hash_of(self.own.as_bytes())) & ((1 << NAME_BITS) - 1) == 0
-        }
-
-        // -- What it tells, and what it hears
-
-        pub fn status(&self) -> Status {
-            Status {
-                incarnation: self.incarnation,
-                version: self.version(),
-                store: self.store(),
-                complete: self.complete,
-                is_member: self.table.as_ref().is_some_and(|table| table.lists(&self.own)),
-                members: self.table.as_ref().map_or(0, |table| table.view.len()),
-                keys: self.keys(),
-                incoming: self.incoming_sources().into_iter().collect(),
-                waits_for: self.waits_for(),
-                coordinated: self.coordinated,
-                coordinating: self.coordinating,
-                promises: self.promises.clone(),
-                first_view: self.first_view.clone(),
-                factor: self.first_factor,
-                rounds: self.rounds,
-                time: self.now.as_micros() as u64,
-                stamp: self.clock,
-                digest: self.has_all().then(|| self.records.digest()),
-                claims: if self.is_replicated() { self.agreement.claims.clone() } else { BTreeMap::new() },
                 table: None,
-                tellers: self.heard.as_ref().map_or_else(|| set_of([self.own.clone()]), |(_, tellers)| tellers.clone()),
+                shard: None,
+                settled: false,
+                is_tidy: true,
+                done: BTreeSet::new(),
+                heard_of: None,
+                has_heard: false,
+                promise: Promise::default(),
+                lease: LEASE,
+                coordinating: false,
+                records: Records::default(),
+                unstable: BTreeMap::new(),
+                clock: 0,
+                pulls: Vec::new(),
+                is_pulling: false,
+                drops: 0,
+                given: BTreeMap::new(),
+                lagging: BTreeMap::new(),
+                in_flight: BTreeSet::new(),
+                stable_at: Vec::new(),
+                watermark: 0,
+                peers: BTreeMap::new(),
+                ahead: BTreeSet::new(),
+                knocked: BTreeSet::new(),
+                met: now,
+                waking: None,
+                rounds: 0,
+                is_asking: false,
             }
-        }
-
-        pub fn compose(&self, to: &str, message: Message) -> Envelope {
-            Envelope { from: self.own.clone(), to: to.to_owned(), status: self.status(), message }
-        }
-
-        /// The table that one who goes by this version is to be shown, if any. A blank node tells only blank ones what it has
-        /// heard of: that table may be lost with all its nodes.
-        fn table_for(&self, version: Option<Version>) -> Option<Table> {
-            let heard = self.heard.as_ref().map(|(table, _)| table).filter(|_| version.is_none());
-            self.table.as_deref().or(heard).filter(|table| version < Some(table.version)).cloned()
-        }
-
-        /// Answers a message.
-        pub fn receive(&mut self, envelope: Envelope) -> (Status, Reply) {
-            let Envelope { from, status, message, .. } = envelope;
-            let (theirs, life) = (status.version, status.incarnation);
-            // A lock is granted by what this node knew before it heard its coordinator.
-            let granted = match &message {
-                Message::Lock(version, nodes, void) => self.grant(*version, status.store, &from, nodes.clone(), void),
-                _ => Reply::Refused,
-            };
-            if theirs > self.version() {
-                self.ahead.insert(from.clone());
-            }
-            self.hear(&from, Status { table: None, ..status }, false);
-            let reply = if let Message::Lock(..) = message { granted } else { self.reply_to(from, life, message) };
-            (Status { table: self.table_for(theirs), ..self.status() }, reply)
-        }
-
-        /// Replies to what a node says in this life of it.
-        fn reply_to(&mut self, from: String, life: u64, message: Message) -> Reply {
-            let goes_by = |version| self.version() == Some(version);
-            match message {
-                Message::Meet => Reply::Done,
-                // Not if it has started again since it granted the lock, and now has nothing.
-                Message::Cut(version, counts, complete) if self.has_granted(version) => {
-                    if complete && self.is_replicated() {
-                        self.set_complete();
-                    }
-                    let spans = self.counted_spans();
-                    let place = |count: &usize| self.records.nth_highest((*count).max(1), &spans);
-                    Reply::Places(counts.iter().take(1000).map(place).collect())
-                }
-                // Not if it was fetched in an earlier life of the taker, which now has nothing.
-                Message::Forget(version, span)
-                    if self.gives(version, &span) && self.takers.get(&from) == Some(&life) =>
-                {
-                    self.forget(&span);
-                    Reply::Done
-                }
-                Message::Give(version, span, limit)
-                    if self.gives(version, &span) || goes_by(version) && self.is_replica(&from) =>
-                {
-                    self.takers.insert(from, life);
-                    let (records, to) = self.records.first_of(&span, limit.min(MAX_BATCH));
-                    let is_whole = self.lacks_nothing_of(&span);
-                    Reply::Records(records.iter().map(|record| self.copy_of(record)).collect(), to, is_whole)
-                }
-                Message::Count(version, spans) if goes_by(version) && spans.len() <= MAX_SPANS => {
-                    Reply::Count(spans.iter().map(|span| self.records.count_of(span) as u64).sum())
-                }
-                Message::Digests(version, spans) if goes_by(version) && spans.len() <= MAX_SPANS => {
-                    Reply::Digests(self.records.digests_of(&spans))
-                }
-                Message::GiveAll(version, spans, _) if goes_by(version) && spans.len() <= MAX_SPANS => {
-                    self.give_all(&spans)
-                }
-                _ => Reply::Refused,
-            }
-        }
-
-        /// All records of the first of some spans, of as many as fit into a message; or of a part of the first span.
-        fn give_all(&self, spans: &[Span]) -> Reply {
-            let (mut copies, mut count, mut bytes) = (Vec::new(), 0, 0);
-            for records in self.records.all_of(spans, MAX_BATCH) {
-                bytes += records.iter().map(|record| record.value().len() + 64).sum::<usize>();
-                if bytes > 2 * MAX_BATCH {
-                    break;
-                }
-                copies.extend(records.iter().map(|record| self.copy_of(record)));
-                count += 1;
-            }
-            match spans.first().filter(|_| count == 0) {
-                None => Reply::All(copies, count, Position::default()),
-                Some(first) => {
-                    let (records, to) = self.records.first_of(first, MAX_BATCH);
-                    Reply::All(records.iter().map(|record| self.copy_of(record)).collect(), 0, to)
-                }
-            }
-        }
-
-        /// Whether this node may give, or forget, a span: it goes by this very table, and the span is others'.
-        fn gives(&self, version: Version, span: &Span) -> bool {
-            self.table.as_ref().is_some_and(|table| {
-                table.version == version
-                    && !table.spans().any(|(other, range)| Some(range.shard) == self.shard && other.overlaps(span))
-            })
-        }
-
-        /// A record as it goes to another node.
-        pub fn copy_of(&self, record: &Record) -> Copied {
-            let (stamp, bytes) = record.to_message();
-            (stamp, bytes, self.agreement.context_of(record))
-        }
-
-        /// Whether this node lacks nothing of a span, so that a copy of what it has suffices to answer for it.
-        fn lacks_nothing_of(&self, span: &Span) -> bool {
-            let is_own = self.own_spans().iter().any(|own| own.overlaps(span));
-            if is_own { !self.incoming_in(span).any(|(_, it)| it.blocks()) } else { self.keeps_whole }
-        }
-
-        /// Takes in what another node tells of itself, in an answer or in what it says.
-        pub fn hear(&mut self, from: &str, status: Status, has_answered: bool) {
-            self.clock = self.clock.max(status.stamp);
-            status.claims.iter().for_each(|(node, claim)| self.agreement.learn(node, *claim));
-            self.note_peer(from, &status, has_answered);
-            // What its coordinator does not pursue any more, and does not go by, will never be a table.
-            self.promises.retain(|promise| {
-                let pursued = promise.version > status.coordinated
-                    || promise.version == status.coordinated && status.coordinating;
-                promise.version.coordinator != status.incarnation || pursued || status.version >= Some(promise.version)
-            });
-            if let Some(table) = status.table.filter(Table::is_valid) {
-                self.consider(from, status.tellers, status.incarnation, table);
-            }
-            if status.complete && status.version == self.version() {
-                self.set_complete();
-            }
-            if let Some(digest) = status.digest
-                && status.version == self.version()
-            {
-                self.note_digest(from, digest);
-            }
-        }
-
-        fn note_peer(&mut self, from: &str, status: &Status, has_answered: bool) {
-            let peer = self.peers.entry(from.to_owned()).or_default();
-            peer.version = status.version;
-            let is_new = std::mem::replace(&mut peer.incarnation, status.incarnation) != status.incarnation;
-            peer.is_blank = status.version.is_none();
-            peer.is_fetching = !status.waits_for.is_empty();
-            peer.time = if is_new { status.time } else { peer.time.max(status.time) };
-            if has_answered {
-                peer.answered = self.now;
-            }
-            // Who speaks may still not hear (the network may be cut in one direction); but one that started again will.
-            if peer.silent && (has_answered || is_new) {
-                (peer.silent, peer.compared) = (false, Duration::ZERO);
-                self.lines.push(format!("{from} is back"));
-            }
-            if is_new {
-                self.agreement.lose(from, self.now);
-            }
-        }
-
-        /// Compares what another replica has, by its digest, with what is here.
-        fn note_digest(&mut self, from: &str, digest: u64) {
-            if !self.has_all() || !self.is_replica(from) {
-                return;
-            }
-            let differs = digest != self.records.digest();
-            let peer = self.peers.entry(from.to_owned()).or_default();
-            peer.differs = if differs { peer.differs.or(Some(self.now)) } else { None };
-            let others = self.others();
-            // Who has the same as this node has all that it has. (But no digest shows tombstones: so only if none is open, and those
-            // of before are known to be there.)
-            if !differs && self.agreement.agreed.contains_key(from) && !self.agreement.has_open_tombstones() {
-                self.agreement.agree(from, self.agreement.arrivals, &others);
-            }
-        }
-
-        /// Notes that a node did not answer what was said to this life of it.
-        pub fn note_silence(&mut self, of: &str, incarnation: u64) {
-            let peer = self.peers.entry(of.to_owned()).or_default();
-            if peer.incarnation != incarnation {
-                return;
-            }
-            peer.version = None;
-            if !std::mem::replace(&mut peer.silent, true) {
-                self.lines.push(format!("{of} is silent"));
-            }
-        }
-
-        // -- Which table it goes by
-
-        pub fn version(&self) -> Option<Version> {
-            self.table.as_ref().map(|table| table.version)
-        }
-
-        pub fn table(&self) -> Option<Arc<Table>> {
-            self.table.clone()
-        }
-
-        pub fn store(&self) -> Option<u64> {
-            self.table.as_ref().map(|table| table.store)
-        }
-
-        pub fn is_complete(&self) -> bool {
-            self.complete
         }
 
         pub fn own(&self) -> &str {
             &self.own
         }
 
+        pub fn table(&self) -> Option<Arc<Table>> {
+            self.table.clone()
+        }
+
+        pub fn version(&self) -> Option<Version> {
+            self.table.as_ref().map(|table| table.version)
+        }
+
+        pub fn store(&self) -> u64 {
+            self.table.as_ref().map_or(0, |table| table.store)
+        }
+
         pub fn shard(&self) -> Option<usize> {
             self.shard
         }
 
-        /// Looks at a table that another node sent. It is adopted if it is newer, concerns this node, and no other coordinator's lock
-        /// forbids it. A blank node keeps it in mind until enough others go by it (`let_in`).
-        fn consider(&mut self, from: &str, tellers: BTreeSet<String>, incarnation: u64, table: Table) {
-            let Some(mine) = &self.table else { return self.consider_blank(from, tellers, table) };
-            let concerns = table.store == mine.store || self.may_change_store(mine, &table, from);
-            // A lock binds: its coordinator counts on what this node told it. It may itself bring a table from before its
-            // lock, since it asks again. (One that has no keys, and gets none, cannot do harm.)
-            let matters = mine.lists(&self.own) || table.lists(&self.own);
-            let forbids = |promise: &Promise| {
-                promise.version > table.version
-                    && ![incarnation, self.incarnation].contains(&promise.version.coordinator)
-            };
-            let is_forbidden = matters && self.promises.iter().any(forbids);
-            if concerns && table.version > mine.version && !is_forbidden {
-                self.adopt(table);
-            } else if !concerns {
-                // The locks of that store have come to tables, and to nothing here.
-                let is_void = |it: &Promise| it.store == Some(table.store) && it.version <= table.version;
-                self.promises.retain(|promise| !is_void(promise));
+        pub fn is_settled(&self) -> bool {
+            self.settled
+        }
+
+        /// The spans that this node owns.
+        pub fn own_spans(&self) -> Vec<Span> {
+            self.table.as_ref().filter(|_| self.shard.is_some()).map_or(Vec::new(), |table| table.spans_of(self.shard))
+        }
+
+        /// What the records add up to that this node owns; it may have others until the table is settled.
+        pub fn sums(&self) -> Sums {
+            if self.is_tidy {
+                return self.records.total();
             }
+            let mut sums = Sums::default();
+            self.own_spans().into_iter().for_each(|span| sums.add(self.records.sums_of(span)));
+            sums
         }
 
-        /// Whether this node may go over to another store: only where it leaves nobody.
-        fn may_change_store(&self, mine: &Table, table: &Table, from: &str) -> bool {
-            let has_left = !mine.lists(&self.own);
-            let is_free = has_left || mine.view == [self.own.as_str()] || self.has_granted(table.version);
-            is_free && self.is_named_in(table) || has_left && mine.lists(from)
-        }
-
-        /// Whether this life of the node granted the lock under which a table was made.
-        fn has_granted(&self, version: Version) -> bool {
-            self.promises.iter().any(|promise| promise.version == version && promise.granted > Duration::ZERO)
-        }
-
-        /// Whether a table has this node as a member, or as a source that has nothing to lose.
-        fn is_named_in(&self, table: &Table) -> bool {
-            table.lists(&self.own) || self.records.is_empty() && table.sources().contains(&self.own)
-        }
-
-        /// Looks at a table that another node sent to this blank one.
-        fn consider_blank(&mut self, from: &str, tellers: BTreeSet<String>, table: Table) {
-            // A table that does not name this node, told by one that its VIEW does not name, is another store's.
-            let is_known = self.heard.as_ref().is_some_and(|(heard, _)| heard.store == table.store);
-            let is_ours = is_known || self.is_named_in(&table) || self.first_view.iter().any(|node| node == from);
-            if table.lists(&self.own) && self.has_granted(table.version) {
-                self.adopt(table);
-            } else if is_ours {
-                match &mut self.heard {
-                    Some((heard, known)) if heard.version == table.version => known.extend(tellers),
-                    Some((heard, _)) if heard.version > table.version => {}
-                    heard => *heard = Some((table, tellers)),
-                }
-            }
-        }
-
-        /// Goes by a table from now on: one step, after which this node answers for no key that it gives to others.
-        fn adopt(&mut self, table: Table) {
-            let named = table.lists(&self.own) || table.sources().contains(&self.own);
-            // Who did not go by the table before this one was left out: what it has is not what the others count on.
-            let is_successor = self.version().is_none_or(|version| version == table.base);
-            let keeps = named && is_successor;
-            if !keeps && !self.records.is_empty() {
-                self.garbage.push(std::mem::take(&mut self.records));
-            }
-            // (One that started blank, and has not fetched everything from another replica, still has to.)
-            let is_filling = self.incoming.values().flat_map(|it| &it.groups).any(|it| !it.of_table && !it.is_covered);
-            self.kept_records = keeps && self.table.is_some() && !is_filling;
-            self.keeps_whole = self.kept_records && (self.keeps_whole || self.complete);
-            self.shard = table.shard_of(&self.own);
-            self.incoming = self.incoming_by(&table);
-            // The replicas may be others, and what they have is to be found out.
-            self.agreement.lose_all(self.now);
-            self.agreement.settled.clear();
-            self.promises.retain(|promise| promise.version > table.version);
-            self.lines.push(self.line_about(&table));
-            self.complete = table.sources().is_empty();
-            self.takers.clear();
-            self.fetching.clear();
-            self.keys_left.clear();
-            self.heard = None;
-            self.table = Some(Arc::new(table));
-        }
-
-        /// Tells an operator of the table that is just being adopted.
-        fn line_about(&self, table: &Table) -> String {
-            let is_source = |range: &&Range| range.sources.iter().flatten().any(|source| *source == self.own);
-            let given = table.ranges.iter().filter(is_source);
-            let gives = set_of(given.flat_map(|range| table.replicas(range.shard)));
-            let gives: Vec<String> = gives.into_iter().filter(|node| *node != self.own).collect();
-            let list = |nodes: Vec<String>| if nodes.is_empty() { "nobody".to_owned() } else { nodes.join(", ") };
-            let gains = list(self.incoming_sources().into_iter().collect());
-            let (version, count, gives) = (table.version, table.view.len(), list(gives));
-            format!("table {version} of {count} nodes: fetches from {gains}, gives to {gives}")
-        }
-
-        /// What this node has to fetch by a table.
-        fn incoming_by(&self, table: &Table) -> BTreeMap<Position, Incoming> {
-            let mut incoming = BTreeMap::new();
-            for (span, range) in table.spans().filter(|(_, range)| Some(range.shard) == self.shard) {
-                let has_it = |group: &Vec<String>| self.keeps_whole && table.factor > 1 && group.contains(&self.own);
-                let of_table = |group: &Vec<String>| (group.clone(), has_it(group), true);
-                let mut named: Vec<(Vec<String>, bool, bool)> = range.sources.iter().map(of_table).collect();
-                if !self.kept_records {
-                    named.push((table.replicas(range.shard), false, false));
-                }
-                let group = |(nodes, is_covered, of_table): (Vec<String>, bool, bool)| Group {
-                    unheard: set_of(nodes.into_iter().filter(|node| *node != self.own)),
-                    is_covered,
-                    of_table,
-                };
-                let groups: Vec<Group> = named.into_iter().map(group).filter(|it| !it.unheard.is_empty()).collect();
-                if !groups.is_empty() {
-                    incoming.insert(span.from, Incoming { to: span.to, groups });
-                }
-            }
-            incoming
-        }
-
-        /// Notes that all nodes have fetched what the table gives them. Once true it stays true, also for one that starts
-        /// again. What this node kept for others it drops.
-        pub fn set_complete(&mut self) {
-            if std::mem::replace(&mut self.complete, true) {
-                return;
-            }
-            self.retain_groups(|group| !group.of_table);
-            let (Some(table), own) = (self.table.clone(), self.shard) else { return };
-            for (span, _) in table.spans().filter(|(_, range)| Some(range.shard) != own) {
-                self.forget(&span);
-            }
-        }
-
-        fn forget(&mut self, span: &Span) {
-            let forgotten = self.records.forget(span);
-            if !forgotten.is_empty() {
-                self.garbage.push(forgotten);
-            }
-        }
-
-        /// Whether it is this node's turn to find out whether the table is complete.
-        pub fn is_to_finish(&self) -> bool {
-            let Some(table) = self.table.as_ref().filter(|_| !self.complete && self.incoming.is_empty()) else {
-                return false;
-            };
-            let turn = (self.rounds / 16) as usize % table.view.len();
-            self.rounds.is_multiple_of(16) && table.view[turn] == self.own
-        }
-
-        fn retain_groups(&mut self, keep: impl Fn(&Group) -> bool) {
-            self.incoming.retain(|_, incoming| {
-                incoming.groups.retain(&keep);
-                !incoming.groups.is_empty()
-            });
-        }
-
-        // -- Several replicas
-
-        /// Whether its table has several replicas of a shard.
-        pub fn is_replicated(&self) -> bool {
-            self.table.as_ref().is_some_and(|table| table.factor > 1)
-        }
-
-        /// The other replicas of its shard.
+        /// The other replicas of this node's shard.
         pub fn others(&self) -> Vec<String> {
             let (Some(table), Some(shard)) = (&self.table, self.shard) else { return Vec::new() };
-            table.replicas(shard).into_iter().filter(|node| *node != self.own).collect()
+            table.nodes_of(shard).filter(|node| **node != self.own).cloned().collect()
         }
 
-        fn is_replica(&self, node: &str) -> bool {
-            self.others().iter().any(|other| other == node)
-        }
-
-        pub fn own_spans(&self) -> Vec<Span> {
+        /// The other nodes of its table; and its sources, as long as they mean something.
+        fn members(&self) -> Vec<String> {
             let Some(table) = &self.table else { return Vec::new() };
-            table.spans().filter(|(_, range)| Some(range.shard) == self.shard).map(|(span, _)| span).collect()
+            let sources = table.sources().into_iter().filter(|node| !self.settled && !table.lists(node));
+            table.view.iter().chain(sources).filter(|node| **node != self.own).cloned().collect()
         }
 
-        /// How many keys this node has; with several replicas without those that it keeps for others.
-        pub fn keys(&self) -> usize {
-            match self.keeps_some_for_others() {
-                true => self.own_spans().iter().map(|span| self.records.count_of(span)).sum(),
-                false => self.records.len(),
+        // -- R1 answering
+
+        /// R1: a key is answered for by the replicas of the shard that owns it by the table, and by nobody else. Who has adopted a
+        /// newer table never answers again for what it gave away: so no two nodes of different tables answer for one key, since the
+        /// new owner has first got it from one that goes by the new table.
+        pub fn place(&self, hash: u64) -> Place {
+            let Some(table) = self.table.as_ref().filter(|_| self.may_answer()) else { return Place::Unknown };
+            let shard = table.shard_at(hash);
+            match Some(shard) == self.shard {
+                true => Place::Here,
+                false => Place::Node(self.pick(table.nodes_of(shard))),
             }
         }
 
-        /// The spans whose keys `keys` counts.
-        fn counted_spans(&self) -> Vec<Span> {
-            match self.keeps_some_for_others() {
-                true => self.own_spans(),
-                false => vec![Span::all()],
-            }
+        /// The groups of which a node must give a key before this one may answer for it.
+        pub fn pull_needs(&self, hash: u64) -> Vec<Vec<String>> {
+            let open = self.pulls.iter().filter(|pull| !pull.is_answerable && pull.left.contains(hash));
+            open.map(|pull| pull.group.clone()).collect()
         }
 
-        fn keeps_some_for_others(&self) -> bool {
-            self.is_replicated() && !self.complete
+        /// One of some nodes: not a silent one, nor one that has to get keys first, if there is another.
+        fn pick<'a>(&self, nodes: impl Iterator<Item = &'a String>) -> String {
+            let rank = |node: &&String| match self.peers.get(*node) {
+                Some(peer) if peer.silent => 3,
+                Some(peer) if !peer.is_ready => 2,
+                // The same one each time, but not for every node.
+                _ => (hash_of(node.as_bytes()) ^ self.incarnation) % 2,
+            };
+            nodes.min_by_key(rank).cloned().unwrap_or_default()
         }
 
-        /// Who else is to have a record of a key now, by which table; without the silent, and those that have it (by their
-        /// incarnations). None if this node goes by no table.
-        pub fn lacking(&self, hash: u64, key: &[u8], having: &BTreeMap<String, u64>) -> Option<(Version, Vec<String>)> {
+        /// Whether this node answers for a key without asking another one first.
+        #[cfg(test)]
+        pub fn answers_for(&self, hash: u64) -> bool {
+            let owns = self.table.as_ref().is_some_and(|table| Some(table.shard_at(hash)) == self.shard);
+            owns && self.pull_needs(hash).is_empty()
+        }
+
+        #[cfg(test)]
+        pub fn lags(&self, node: &str) -> bool {
+            self.lagging.contains_key(node)
+        }
+
+        /// Whether a stamp was given here.
+        #[cfg(test)]
+        pub fn gave(&self, stamp: u64) -> bool {
+            node_of(stamp) == bits_of(&self.own)
+        }
+
+        /// Another replica that may have a key.
+        pub fn another(&self, hash: u64, asked: &[String]) -> Option<String> {
             let table = self.table.as_ref()?;
-            let has_it = |node: &String| having.get(node) == Some(&self.incarnation_of(node));
-            let lacks = |node: &String| *node != self.own && !has_it(node) && !self.is_silent(node);
-            // Where there is one replica now, it fetches the record from here, and may have deleted it since.
-            let replicas = if table.factor > 1 { table.replicas(table.shard_at(hash, key)) } else { Vec::new() };
-            Some((table.version, replicas.into_iter().filter(lacks).collect()))
+            let left = table.nodes_of(table.shard_at(hash)).filter(|it| !asked.contains(it) && **it != self.own);
+            // (Also a silent one: it may just be back.)
+            Some(self.pick(left)).filter(|node| !node.is_empty())
         }
 
-        /// A node of a key's shard that was not asked yet, if one is left: of those that are not silent, if there are such.
-        pub fn another(&self, hash: u64, key: &[u8], asked: &[String]) -> Option<String> {
-            let table = self.table.as_ref().filter(|_| self.is_replicated())?;
-            let is_left = |node: &&String| **node != self.own && !asked.contains(node);
-            let left = table.nodes_of(table.shard_at(hash, key)).filter(is_left);
-            left.clone().next().is_some().then(|| self.pick(left, hash))
+        /// Whether this node goes by a table, and was not asleep: it might have missed a newer one.
+        pub fn may_answer(&self) -> bool {
+            self.table.is_some() && !self.is_asleep() && self.promise.joining.is_none()
         }
 
-        pub fn compose_push(&mut self, to: &str, version: Version, records: Vec<Copied>) -> Push {
-            let settled = self.agreement.take_settled(to);
-            let (life, echo) = self.peers.get(to).map_or((0, 0), |peer| (peer.incarnation, peer.time));
-            let (from, to, stamp) = (self.own.clone(), to.to_owned(), self.clock);
-            Push { from, to, version, life, echo, stamp, records, settled }
+        fn is_asleep(&self) -> bool {
+            let is_late = self.now > self.met + ASLEEP && self.table.as_ref().is_some_and(|it| it.view.len() > 1);
+            is_late && self.waking.is_none_or(|since| self.now < since + WAKING)
         }
 
-        /// Stores what another replica wrote.
-        pub fn take_push(&mut self, push: Push) -> Pushed {
-            self.clock = self.clock.max(push.stamp);
-            let time = self.now.as_micros() as u64;
-            let version = self.version();
-            let refused = Pushed::Refused(version);
-            let is_late = push.life != self.incarnation || push.echo.saturating_add(LATE.as_micros() as u64) < time;
-            let records: Option<Vec<(Record, Causal)>> = push.records.iter().map(record_of_copy).collect();
-            let (Some(table), Some(records)) = (self.table.clone(), records) else { return refused };
-            let is_mine = |record: &Record| Some(table.shard_at(hash_of(record.key()), record.key())) == self.shard;
-            if Some(push.version) > version && port_of(&push.from).is_some() {
-                self.ahead.insert(push.from.clone());
+        /// To be called whenever the time is known anew: notes that this node has slept.
+        pub fn look_at_clock(&mut self, now: Duration) {
+            self.now = self.now.max(now);
+            if self.now <= self.met + ASLEEP {
+                self.waking = None;
+            } else {
+                self.waking.get_or_insert(self.now);
             }
-            if Some(push.version) != version
-                || is_late && !records.is_empty()
-                || !records.iter().all(|(record, _)| is_mine(record))
-            {
-                return refused;
-            }
-            for (record, context) in records {
-                // A third replica may lack it until the writer says that it does not.
-                self.take(record, context);
-            }
-            for (key, stamp) in push.settled {
-                self.agreement.settle(&key, stamp);
-            }
-            Pushed::Taken(self.incarnation)
         }
 
-        /// Stores a record that another node has, if it beats the one that is here.
-        pub fn take(&mut self, record: Record, context: Causal) {
-            self.take_in(record, context, Agreement::note);
+        pub fn note_meeting(&mut self, began: Duration) {
+            self.met = self.met.max(began);
         }
 
-        fn take_in(&mut self, record: Record, context: Causal, note: fn(&mut Agreement, &Record, Causal, Duration)) {
-            let hash = hash_of(record.key());
-            self.clock = self.clock.max(record.stamp());
-            if self.records.get(hash, record.key()).is_none_or(|known| record.beats(known)) {
-                if self.is_replicated() {
-                    note(&mut self.agreement, &record, context, self.now);
+        // -- R2 pull
+
+        /// Whether this node is whole for a key or a range: it owns it or has kept it, and has no pull over it.
+        fn is_whole_for(&self, span: Span) -> bool {
+            !self.pulls.iter().any(|pull| pull.span().overlaps(&span))
+        }
+
+        /// R2: gives records of a range in the order of hashes. What all owners have taken is dropped here: each request acknowledges the
+        /// one before it.
+        fn give(&mut self, to: &str, range: u64, from: u64, any: bool) -> Reply {
+            let Some(table) = self.table.clone() else { return Reply::Refused };
+            let Some((span, owned)) = table.spans().find(|(span, _)| span.first == range) else {
+                return Reply::Refused;
+            };
+            if !any && !self.is_whole_for(span) {
+                return Reply::NotWhole;
+            }
+            // What is written from now on is to reach it, even if it was silent until now.
+            self.note_answer(to);
+            if Some(owned.shard) != self.shard {
+                let owners = table.replicas(owned.shard);
+                let takers = self.given.entry(range).or_default();
+                let before = owners.iter().map(|it| takers.get(it).copied().unwrap_or(range)).min().unwrap_or(range);
+                takers.insert(to.to_owned(), from);
+                let after = owners.iter().map(|it| takers.get(it).copied().unwrap_or(range)).min().unwrap_or(range);
+                if before < after {
+                    self.garbage.push(self.records.remove(Span { first: before, last: after - 1 }));
                 }
-                self.keep(hash, record);
             }
+            let (records, last) =
+                self.records.first_of(Span { first: from.max(span.first), last: span.last }, MAX_BATCH);
+            Reply::Given(records.iter().map(|record| self.copy_of(record)).collect(), last)
+        }
+
+        fn give_key(&self, key: &[u8]) -> Reply {
+            let hash = hash_of(key);
+            if !self.is_whole_for(Span { first: hash, last: hash }) {
+                return Reply::NotWhole;
+            }
+            Reply::Key(self.records.get(hash, key).map(|record| self.copy_of(record)))
+        }
+
+        /// A record as it goes to another node.
+        pub fn copy_of(&self, record: &Record) -> Copied {
+            let (stamp, bytes) = record.to_message();
+            (stamp, bytes, self.context_of(record))
+        }
+
+        /// The pulls that are not done; none if somebody sees to them already.
+        pub fn begin_pulling(&mut self) -> bool {
+            !self.pulls.is_empty() && !std::mem::replace(&mut self.is_pulling, true)
+        }
+
+        pub fn pulls_left(&mut self) -> Vec<Pull> {
+            self.is_pulling = !self.pulls.is_empty();
+            self.pulls.clone()
+        }
+
+        /// Whether a pull that is answerable still waits for a node that answers.
+        pub fn awaits(&self, pull: &Pull, node: &str) -> bool {
+            pull.awaited().any(|it| it == node) && !self.is_silent(node)
+        }
+
+        /// Takes what a node of a group gave. False if this is not pulled any more.
+        pub fn arrived(&mut self, version: Version, pull: &Pull, copies: &[Copied], last: u64) -> bool {
+            let is_it = |it: &Pull| (it.range, &it.group, it.left.first) == (pull.range, &pull.group, pull.left.first);
+            let Some(index) = self.pulls.iter().position(is_it).filter(|_| self.version() == Some(version)) else {
+                return false;
+            };
+            for copy in copies {
+                self.take(copy, true);
+            }
+            let it = &mut self.pulls[index];
+            it.is_answerable = last >= it.left.last;
+            it.left.first = last.saturating_add(1).min(it.left.last);
+            self.drop_done_pulls();
+            true
+        }
+
+        /// Notes that this node has what another one of a group had, for this version and incarnation.
+        pub fn note_heard(&mut self, version: Version, pull: &Pull, node: &str) {
+            if self.version() == Some(version) {
+                let same = self.pulls.iter_mut().filter(|it| (it.range, &it.group) == (pull.range, &pull.group));
+                for it in same {
+                    it.heard.insert(node.to_owned());
+                }
+                self.drop_done_pulls();
+            }
+        }
+
+        fn drop_done_pulls(&mut self) {
+            let before = self.pulls.len();
+            let peers = &self.peers;
+            let matters = |node: &String| peers.get(node).is_none_or(|peer| peer.silent || !peer.has_nothing);
+            self.pulls.retain(|pull| !pull.is_answerable || pull.awaited().any(matters));
+            if before > 0 && self.pulls.is_empty() {
+                let version = self.version().unwrap_or_default();
+                self.lines.push(format!("has everything of table {version}"));
+            }
+        }
+
+        /// The nodes that pulls wait for.
+        pub fn incoming(&self) -> BTreeSet<String> {
+            self.pulls.iter().flat_map(Pull::awaited).cloned().collect()
+        }
+
+        // -- R3 adopt
+
+        /// R3: goes by a newer table from now on, in one step. A node that went by its base keeps what it has, and is in the view or a
+        /// source; any other drops it: what it has is not what the others count on. True if it does.
+        pub fn adopt(&mut self, table: Arc<Table>) -> bool {
+            let is_fresh = self.promise.granted.is_some_and(|granted| self.now < granted + self.lease);
+            let other = table.version.coordinator != self.promise.version.coordinator;
+            if Some(table.version) <= self.version() || is_fresh && other && table.version < self.promise.version {
+                return false;
+            }
+            let named = table.lists(&self.own) || table.sources().contains(&self.own);
+            let keeps = named && self.version() == Some(table.base);
+            if !keeps {
+                // (What is still in flight is answered with 503: `lacking`.)
+                self.drops += 1;
+                self.garbage.push(self.records.remove(ALL));
+                self.unstable.clear();
+            }
+            let open: Vec<Span> = self.pulls.iter().map(Pull::span).collect();
+            self.shard = table.shard_of(&self.own);
+            self.table = Some(table.clone());
+            self.pulls = self.pulls_by(&table, keeps, &open);
+            // What the other replicas have is to be found out.
+            self.lagging = self.others().into_iter().map(|node| (node, 0)).collect();
+            self.peers.values_mut().for_each(|peer| peer.failures += 1);
+            self.stable_at = vec![0; table.view.len()];
+            (self.watermark, self.settled, self.heard_of) = (0, false, None);
+            self.promise.joining = None;
+            if self.promise.version <= table.version {
+                // What the lock was for has come about.
+                self.promise.granted = None;
+            }
+            self.is_tidy = !keeps;
+            self.given.clear();
+            self.done.clear();
+            let incoming = self.incoming();
+            let from = if incoming.is_empty() { "nobody".into() } else { Vec::from_iter(incoming).join(", ") };
+            self.lines.push(format!(
+                "goes by table {} of {} nodes, fetches from {from}",
+                table.version,
+                table.view.len()
+            ));
+            true
+        }
+
+        /// What this node has to pull by a table; `open` are the spans that it had pulls over by the one before.
+        fn pulls_by(&self, table: &Table, keeps: bool, open: &[Span]) -> Vec<Pull> {
+            let mut pulls = Vec::new();
+            for (span, range) in
+                table.spans().filter(|(_, range)| self.shard.is_some() && Some(range.shard) == self.shard)
+            {
+                let has_it = keeps && !open.iter().any(|it| it.overlaps(&span));
+                let pull = |group: Vec<String>, has_it, is_source| Pull {
+                    range: span.first,
+                    left: span,
+                    group: group.into_iter().filter(|node| *node != self.own).collect(),
+                    heard: BTreeSet::new(),
+                    is_answerable: has_it,
+                    is_source,
+                };
+                for group in &range.sources {
+                    pulls.push(pull(group.clone(), has_it && group.contains(&self.own), true));
+                }
+                if !keeps {
+                    pulls.push(pull(self.others(), false, false));
+                }
+            }
+            pulls.retain(|pull| !pull.group.is_empty());
+            pulls
+        }
+
+        // -- R4 write
+
+        /// R4: stores a record of a client under a new stamp, above all that this node knows and that the client has seen. It is in
+        /// flight until `lacking` says that nobody lacks it. Returns the record that it replaced.
+        pub fn write(&mut self, hash: u64, mut record: Record, context: &Context) -> (Write, Option<Record>) {
+            let above = self.clock_now().max(context.highest());
+            self.clock = ((above >> NODE_BITS) + 1) << NODE_BITS | bits_of(&self.own) as u64;
+            record.set_stamp(self.clock);
+            self.in_flight.insert(self.clock);
+            let mut kept = self.unstable_part(context);
+            kept.table = self.version().filter(|_| !self.settled).max(kept.table);
+            let old = self.store_record(hash, record.clone(), kept);
+            (Write { hash, record, drops: self.drops }, old)
+        }
+
+        fn clock_now(&self) -> u64 {
+            self.clock.max(stamp_at(self.now))
+        }
+
+        fn store_record(&mut self, hash: u64, record: Record, context: Context) -> Option<Record> {
+            let (stamp, is_tombstone) = (record.stamp(), record.is_tombstone());
+            let old = self.records.insert(hash, record);
+            if let Some(old) = &old {
+                self.unstable.remove(&old.stamp());
+            }
+            if is_tombstone || !context.is_empty() {
+                self.unstable.insert(stamp, (hash, context));
+            }
+            old
+        }
+
+        /// Takes a record of another node, if it beats what is here. What is stable is here, or was deleted: it is ignored, unless it
+        /// comes by a pull that still covers the key. None: it is no record; else whether it was taken.
+        pub fn take(&mut self, (stamp, bytes, context): &Copied, by_pull: bool) -> Option<bool> {
+            let record = Record::from_message(*stamp, bytes)?;
+            let hash = record.hash();
+            self.clock = self.clock.max(*stamp);
+            let is_old = *stamp <= self.watermark && !(by_pull && self.pulls.iter().any(|pull| pull.covers(hash)));
+            let is_beaten = self.records.get(hash, record.key()).is_some_and(|here| !record.beats(here));
+            if is_old || is_beaten {
+                return Some(false);
+            }
+            let context = self.unstable_part(context);
+            self.store_record(hash, record, context);
+            Some(true)
+        }
+
+        /// The replicas that still lack a write, as far as they can be reached; `stored` are those that have it, and in which incarnation.
+        /// Those that cannot be reached are lagging from then on. An error: this node has dropped what it wrote.
+        pub fn lacking(&mut self, write: &Write, stored: &BTreeMap<String, u64>) -> Result<Vec<String>, ()> {
+            let Some(table) = self.table.clone().filter(|_| write.drops == self.drops) else {
+                self.in_flight.remove(&write.record.stamp());
+                return Err(());
+            };
+            let (mut lacking, mut unreached) = (Vec::new(), Vec::new());
+            for node in table.nodes_of(table.shard_at(write.hash)).filter(|node| **node != self.own) {
+                match self.peers.get(node) {
+                    Some(peer) if peer.silent => unreached.push(node),
+                    Some(peer) if stored.get(node) == Some(&peer.incarnation) => {}
+                    _ => lacking.push(node.clone()),
+                }
+            }
+            unreached.into_iter().for_each(|node| self.note_lagging(node, write.record.stamp()));
+            if lacking.is_empty() {
+                self.in_flight.remove(&write.record.stamp());
+            }
+            Ok(lacking)
+        }
+
+        /// Gives up on replicas that did not take a write in time.
+        pub fn give_up(&mut self, write: &Write, lacking: &[String]) {
+            lacking.iter().for_each(|node| self.note_lagging(node, write.record.stamp()));
+            self.in_flight.remove(&write.record.stamp());
+        }
+
+        /// A replica may lack what was written from this stamp on.
+        fn note_lagging(&mut self, node: &str, stamp: u64) {
+            if self.others().iter().any(|it| it == node) {
+                let lowest = self.lagging.entry(node.to_owned()).or_insert(stamp);
+                *lowest = stamp.min(*lowest);
+                self.peers.entry(node.to_owned()).or_default().failures += 1;
+            }
+        }
+
+        // -- R5 reconcile
+
+        /// Whether to reconcile with a replica now: it may lack something, or its digest has differed for a while. The number is to be
+        /// given back (`reconciled`).
+        pub fn begin_to_reconcile(&mut self, node: &str) -> Option<u64> {
+            let is_due = self.others().iter().any(|it| it == node) && self.is_ready();
+            let (version, lags, now) = (self.version(), self.lagging.contains_key(node), self.now);
+            let peer = self.peers.get_mut(node).filter(|_| is_due)?;
+            let differs = peer.differs.is_some_and(|since| since + DIFFERING < now);
+            let can = peer.version == version && peer.is_ready && !peer.silent && !peer.is_reconciling;
+            (can && (lags || differs)).then(|| {
+                (peer.is_reconciling, peer.differs) = (true, None);
+                peer.failures
+            })
+        }
+
+        /// Ends that. If all was compared, nothing failed meanwhile, and it is the same incarnation, it does not lag any more.
+        pub fn reconciled(&mut self, node: &str, version: Version, failures: u64, is_through: bool) {
+            let peer = self.peers.entry(node.to_owned()).or_default();
+            peer.is_reconciling = false;
+            if is_through && peer.failures == failures && self.version() == Some(version) {
+                self.lagging.remove(node);
+            }
+        }
+
+        /// Takes records of another replica, or (`by_pull`) of a source. The other replicas may lack what is new.
+        pub fn take_reconciled(&mut self, version: Version, from: &str, copies: &[Copied], by_pull: bool) -> bool {
+            if self.version() != Some(version) {
+                return false;
+            }
+            let mut news = false;
+            for copy in copies {
+                news |= self.take(copy, by_pull) == Some(true);
+            }
+            for other in self.others().iter().filter(|other| news && *other != from) {
+                self.note_lagging(other, 0);
+            }
+            true
+        }
+
+        // -- R6 stability
+
+        /// R6: what this node claims is stable: it is below what is in flight and what some replica may lack. It does not rise while
+        /// anything is open, and never goes down. The watermark is the lowest claim of all nodes.
+        fn refresh_stable(&mut self) {
+            self.look_whether_settled();
+            let Some(table) = self.table.clone().filter(|_| self.settled) else { return };
+            if let Some(own) = table.view.iter().position(|node| *node == self.own).filter(|_| self.pulls.is_empty()) {
+                let open = self.in_flight.first().into_iter().chain(self.lagging.values());
+                let lowest = open.copied().min().unwrap_or(u64::MAX);
+                self.stable_at[own] = self.stable_at[own].max(self.clock_now().min(lowest.saturating_sub(1)));
+            }
+            self.watermark = self.watermark.max(self.stable_at.iter().copied().min().unwrap_or(0));
+            self.clock = self.clock.max(self.watermark);
+        }
+
+        /// Drops what is kept of records that are stable by now: some thousand at most. True if there is more.
+        pub fn drop_stable(&mut self) -> bool {
+            self.refresh_stable();
+            for _ in 0..2000 {
+                let Some(entry) = self.unstable.first_entry().filter(|it| *it.key() <= self.watermark) else {
+                    return false;
+                };
+                let (stamp, (hash, _)) = entry.remove_entry();
+                self.records.bury(hash, stamp);
+            }
+            true
+        }
+
+        // -- R7 causal contexts
+
+        fn context_of(&self, record: &Record) -> Context {
+            self.unstable.get(&record.stamp()).map_or(Context::default(), |(_, context)| self.unstable_part(context))
+        }
+
+        /// What of a context is not stable. Of nodes that the table does not name, one member says as much as many.
+        fn unstable_part(&self, context: &Context) -> Context {
+            let mut kept = Context {
+                table: context.table.filter(|it| Some(*it) > self.version() || !self.settled),
+                ..Context::default()
+            };
+            let mut unknown = 0;
+            for stamp in context.seen.values().filter(|stamp| **stamp > self.watermark) {
+                match self.nodes_with(node_of(*stamp)).is_empty() {
+                    true => unknown = unknown.max(*stamp),
+                    false => kept.add(*stamp),
+                }
+            }
+            if unknown > 0 {
+                kept.add(unknown);
+            }
+            kept
+        }
+
+        /// The nodes of the table, members and sources, whose names have these bits.
+        fn nodes_with(&self, bits: u16) -> Vec<&String> {
+            let Some(table) = &self.table else { return Vec::new() };
+            let sources = if self.settled { BTreeSet::new() } else { table.sources() };
+            let names: BTreeSet<&String> = table.view.iter().chain(sources).collect();
+            names.into_iter().filter(|name| bits_of(name) == bits).collect()
+        }
+
+        /// A client's context can only have stamps that some clock has given, and clocks differ by less than an hour.
+        pub fn is_plausible(&self, context: &Context) -> bool {
+            context.highest() <= stamp_at(self.now + Duration::from_secs(3600)).max(self.clock)
+        }
+
+        /// R7: the nodes that must give a key before this one may answer a read by a context. A write that the context speaks of was
+        /// made at a node; unless it is stable, or older than what is here of the key, that node has to be asked whether it was to this
+        /// key. An error: the context knows of a newer table.
+        pub fn context_needs(&self, hash: u64, key: &[u8], context: &Context) -> Result<Vec<Vec<String>>, ()> {
+            if context.table > self.version() {
+                return Err(());
+            }
+            let (Some(table), here) = (&self.table, self.records.get(hash, key).map_or(0, Record::stamp)) else {
+                return Err(());
+            };
+            let others = self.others();
+            let sources = &table.range_at(hash).sources;
+            let mut needs: Vec<Vec<String>> = Vec::new();
+            for stamp in context.seen.values().filter(|stamp| **stamp > self.watermark.max(here)) {
+                let writers = self.nodes_with(node_of(*stamp));
+                if writers.is_empty() {
+                    needs.extend(others.iter().map(|other| vec![other.clone()]));
+                }
+                let is_source = |node: &String| !self.settled && sources.iter().flatten().any(|it| it == node);
+                let asked =
+                    writers.into_iter().filter(|node| **node != self.own && (others.contains(node) || is_source(node)));
+                needs.extend(asked.map(|node| vec![node.clone()]));
+            }
+            if !needs.is_empty() {
+                needs.extend(self.pulls.iter().filter(|pull| pull.covers(hash)).map(|pull| pull.group.clone()));
+            }
+            needs.sort_unstable();
+            needs.dedup();
+            Ok(needs)
+        }
+
+        /// A client's context after it wrote or read a record here.
+        pub fn context_after(&mut self, context: &Context, record: Option<&Record>) -> Context {
+            let mut after = context.clone();
+            self.clock = self.clock.max(context.highest());
+            if let Some(record) = record {
+                after.merge(&self.context_of(record));
+                after.add(record.stamp());
+            }
+            after.table = after.table.max(self.version().filter(|_| !self.settled));
+            self.refresh_stable();
+            self.unstable_part(&after)
+        }
+
+        // -- R8 settled
+
+        /// R8: all nodes go by this table and have no pulls: sources mean nothing any more, and what this node does not own, it drops, so
+        /// that none of it comes back by a later table.
+        pub fn settle(&mut self) {
+            if std::mem::replace(&mut self.settled, true) {
+                return;
+            }
+            self.pulls.retain(|pull| !pull.is_source);
+            let (Some(table), own) = (self.table.clone(), self.shard) else { return };
+            for (span, _) in table.spans().filter(|(_, range)| !self.is_tidy && Some(range.shard) != own) {
+                self.garbage.push(self.records.remove(span));
+            }
+            self.is_tidy = true;
+        }
+
+        fn look_whether_settled(&mut self) {
+            let Some(table) = self.table.clone().filter(|_| !self.settled && self.pulls.is_empty()) else { return };
+            let mut nodes = table.view.iter().chain(table.sources());
+            if nodes.all(|node| *node == self.own || self.done.contains(node)) {
+                self.settle();
+            }
+        }
+
+        // -- Meetings (R11)
+
+        pub fn status(&mut self) -> Status {
+            self.refresh_stable();
+            let sums = self.sums();
+            // One that has heard of a table takes up no first one.
+            let (table, is_blank) = (self.table.as_ref(), self.table.is_none() && !self.has_heard);
+            Status {
+                incarnation: self.incarnation,
+                version: self.version(),
+                store: self.store(),
+                settled: self.settled,
+                is_member: self.shard.is_some(),
+                members: table.map_or(0, |table| table.view.len()),
+                keys: sums.count,
+                digest: sums.digest,
+                incoming: self.incoming().into_iter().collect(),
+                is_ready: self.is_ready(),
+                clock: self.clock_now(),
+                promised: self.promise.version,
+                stable_at: self.stable_at.clone(),
+                first_view: if is_blank { self.first_view.clone() } else { Vec::new() },
+                factor: self.first_factor,
+                rounds: self.rounds,
+            }
+        }
+
+        /// Whether this node can answer for all that it owns without asking others first.
+        pub fn is_ready(&self) -> bool {
+            self.table.is_some() && self.pulls.iter().all(|pull| pull.is_answerable)
+        }
+
+        pub fn compose(&mut self, to: &str, message: Message) -> Envelope {
+            let life = self.incarnation_of(to);
+            Envelope { from: self.own.clone(), to: to.to_owned(), version: self.version(), life, message }
         }
 
         pub fn incarnation_of(&self, node: &str) -> u64 {
             self.peers.get(node).map_or(0, |peer| peer.incarnation)
         }
 
-        /// Notes that another replica, in this life of it, has all that had arrived here at this count of arrivals.
-        pub fn agree(&mut self, with: &str, life: u64, arrivals: u64) {
-            let others = self.others();
-            if self.incarnation_of(with) == life {
-                self.agreement.agree(with, arrivals, &others);
+        /// Answers what another node says.
+        pub fn receive(&mut self, envelope: Envelope) -> Reply {
+            let Envelope { from, version, life, message, .. } = envelope;
+            let is_same = version.is_some() && version == self.version() && life == self.incarnation;
+            match message {
+                Message::Meet(status) => {
+                    let newer = self.table.as_deref().filter(|table| Some(table.version) > status.version).cloned();
+                    let is_ahead = status.version > self.version();
+                    self.hear(&from, &status);
+                    if is_ahead {
+                        self.ahead.insert(from.clone());
+                    }
+                    if self.table.is_none() {
+                        self.knocked.insert(from);
+                    }
+                    Reply::Met(self.status(), newer)
+                }
+                Message::Lock(version, store) => self.lock(&from, version, store),
+                Message::Release(version) => {
+                    self.release(version);
+                    Reply::Done
+                }
+                Message::Survey(version, counts) if self.promise.version == version => self.survey(&counts),
+                Message::Give { range, from: first, any } if is_same => self.give(&from, range, first, any),
+                Message::GiveKey(key) if is_same => self.give_key(&key),
+                Message::Digests(spans) if is_same && spans.len() <= MAX_SPANS => {
+                    Reply::Digests(spans.iter().map(|span| self.records.sums_of(*span).digest).collect())
+                }
+                Message::List(spans) if is_same && spans.len() <= MAX_SPANS => self.list(&spans),
+                Message::Select(wanted) if is_same => {
+                    let (records, count) = self.records.select(&wanted, MAX_BATCH);
+                    Reply::Selected(records.iter().map(|record| self.copy_of(record)).collect(), count)
+                }
+                Message::Push(copies) if is_same => {
+                    let all = copies.iter().all(|copy| self.take(copy, false).is_some());
+                    if all { Reply::Done } else { Reply::Refused }
+                }
+                _ => Reply::Refused,
             }
         }
 
-        /// Notes who has a record that was written here. If that is every replica, nobody lacks it.
-        pub fn written(&mut self, record: &Record, having: &BTreeMap<String, u64>) {
-            let others = self.others();
-            if others.iter().all(|other| having.get(other) == Some(&self.incarnation_of(other))) {
-                self.agreement.settle_and_tell(record.key(), record.stamp(), &others);
-            }
-        }
-
-        /// The tombstones that some replica may lack.
-        pub fn open_tombstones(&self) -> Vec<Copied> {
-            let open = self.agreement.open().filter(|(_, note)| note.is_tombstone);
-            open.filter_map(|(key, _)| Some(self.copy_of(self.records.get(hash_of(key), key)?))).collect()
-        }
-
-        /// Which other nodes may have something of a span of this shard that is not here.
-        pub fn who_may_have(&self, span: &Span) -> Vec<String> {
-            let sources = self.incoming_in(span).flat_map(|(_, incoming)| incoming.sources());
-            set_of(sources.cloned().chain(self.others())).into_iter().collect()
-        }
-
-        /// Whether a key cannot be answered for here without this source.
-        pub fn still_needs(&self, hash: u64, key: &[u8], source: &str) -> bool {
-            matches!(self.place_by_table(hash, key), Place::Incoming(needed, ..) if needed == source)
-        }
-
-        /// Whether to compare with another node now, which was just met; at most once a second with each.
-        pub fn is_to_compare(&mut self, with: &str) -> bool {
-            let (version, now) = (self.version(), self.now);
-            let awaits = self.agreement.awaits(with, self.marked.1);
-            if !self.is_replica(with) || self.incoming.values().any(Incoming::blocks) {
-                return false;
-            }
-            let peer = self.peers.entry(with.to_owned()).or_default();
-            // Whoever has what the other one lacks compares at once. That something differs is the rule while clients write.
-            let differs = peer.differs.is_some_and(|since| since + Duration::from_secs(2) < now);
-            let pause = Duration::from_secs(if awaits { 1 } else { 5 });
-            let due = (awaits || differs)
-                && peer.version == version
-                && !peer.silent
-                && !peer.is_fetching
-                && peer.compared + pause < now;
-            if due {
-                peer.compared = now;
-            }
-            due
-        }
-
-        /// Whether what is here of a key is as new as a context asks for.
-        pub fn satisfies(&self, hash: u64, key: &[u8], context: &Causal) -> bool {
-            let wanted = str::from_utf8(key).ok().and_then(|key| context.get(key)).copied().unwrap_or(0);
-            wanted <= self.agreement.floor || self.records.get(hash, key).map_or(0, Record::stamp) >= wanted
-        }
-
-        /// A client's context after it wrote or read a record here.
-        pub fn context_after(&self, mut context: Causal, hash: u64, key: &[u8]) -> Causal {
-            let Some(table) = self.table.as_ref().filter(|_| self.is_replicated()) else { return Causal::new() };
-            if let (Some(record), Ok(name)) = (self.records.get(hash, key), str::from_utf8(key)) {
-                let seen = self.agreement.context_of(record).into_iter().chain([(name.to_owned(), record.stamp())]);
-                for (key, stamp) in seen {
-                    let known = context.entry(key).or_default();
-                    *known = stamp.max(*known);
+        fn list(&self, spans: &[Span]) -> Reply {
+            let (mut lists, mut count) = (Vec::new(), 0);
+            for part in spans {
+                let list = self.records.list(*part);
+                count += list.len();
+                lists.push(list);
+                if count > MAX_LISTED {
+                    break;
                 }
             }
-            let is_settled = |key: &str, stamp: u64| {
-                let hash = hash_of(key.as_bytes());
-                let own = Some(table.shard_at(hash, key.as_bytes())) == self.shard;
-                let known = self.records.get(hash, key.as_bytes()).filter(|_| own);
-                known.is_some_and(|record| record.stamp() >= stamp && !self.may_lack(record))
-            };
-            context.retain(|key, stamp| *stamp > self.agreement.floor && !is_settled(key, *stamp));
-            context
+            Reply::Lists(lists)
         }
 
-        /// Whether some replica may not have a record of this node's shard. While the table is not complete, a former one may not
-        /// have heard of it and go on answering.
-        fn may_lack(&self, record: &Record) -> bool {
-            let agrees = self.complete && self.agreement.agrees_with(&self.others());
-            record.stamp() > self.agreement.floor && (!agrees || self.agreement.is_open(record))
-        }
-
-        /// Whether this node is one of several replicas and lacks nothing, as far as it knows.
-        fn has_all(&self) -> bool {
-            self.is_replicated() && self.complete && self.incoming.is_empty()
-        }
-
-        /// Whether the record of a key is open although no replica is silent: its writer is probably about to tell that all have it.
-        pub fn is_settling(&self, hash: u64, key: &[u8]) -> bool {
-            let is_open = self.records.get(hash, key).is_some_and(|record| self.agreement.is_open(record));
-            is_open && self.others().iter().all(|other| !self.is_silent(other))
-        }
-
-        /// Drops what is not needed any more of what was kept for other replicas. To be done several times a second.
-        pub fn sweep(&mut self) {
-            if self.marked.0 + Duration::from_secs(1) < self.now {
-                self.marked = (self.now, self.agreement.arrivals);
-            }
-            self.claim();
-            self.sweep_tombstones();
-        }
-
-        /// Finds out up to which stamp all replicas have everything, here and everywhere.
-        fn claim(&mut self) {
-            let others = self.others();
-            if self.has_all() && others.is_empty() {
-                // There is nobody who could lack anything.
-                self.agreement.settle_up_to(self.agreement.arrivals);
-            }
-            let agreement = &self.agreement;
-            if self.has_all() && agreement.agrees_with(&others) {
-                // All that is still to come is above this.
-                let clock = self.clock.max(stamp_at(self.now));
-                let lowest = agreement.open().filter_map(|(_, note)| note.open_since).min().unwrap_or(clock);
-                self.agreement.learn(&self.own, lowest.min(clock) - 1);
-            }
-            let claim = |node: &String| self.agreement.claims.get(node).copied().unwrap_or(0);
-            let lowest = self.table.as_ref().and_then(|table| table.view.iter().map(claim).min());
-            if lowest > Some(self.agreement.floor) {
-                self.agreement.floor = lowest.unwrap_or(0);
-                self.agreement.sweep();
-            }
-        }
-
-        /// Drops the tombstones that all replicas have had at one time, long enough ago that nothing older can still be on its
-        /// way. Each was pushed to all of them, since a comparison begins with the tombstones that one may lack; who started
-        /// again has fetched it with the rest, or has to be compared with anew.
-        fn sweep_tombstones(&mut self) {
-            let peers = self.others();
-            let answered = |node: &String| self.peers.get(node).map_or(Duration::ZERO, |peer| peer.answered);
-            let answered = peers.iter().map(answered).min().unwrap_or(self.now);
-            if self.tombstones.len() < self.tombstones.capacity() / 8 {
-                self.tombstones.shrink_to(100);
-            }
-            for _ in 0..self.tombstones.len().min(SWEEP) {
-                let Some(mut it) = self.tombstones.pop_front() else { return };
-                if it.since + TOMBSTONE > self.now {
-                    return self.tombstones.push_front(it);
-                } else if self.records.get(it.hash, it.record.key()).is_none_or(|now| now.stamp() != it.record.stamp())
-                {
-                    continue;
-                }
-                // Every other replica has answered since the last look, and none has started again: that would have cost an agreement.
-                let is_unbroken = self.agreement.broken < it.since && answered >= it.since;
-                if it.is_everywhere && is_unbroken {
-                    self.records.remove(it.hash, it.record.key());
-                    continue;
-                }
-                let is_needed = self.may_lack(&it.record) || !self.incoming.is_empty();
-                it.is_everywhere = !is_needed && self.agreement.context_of(&it.record).is_empty();
-                it.since = self.now;
-                self.tombstones.push_back(it);
-            }
-        }
-
-        // -- Fetching
-
-        fn incoming_sources(&self) -> BTreeSet<String> {
-            set_of(self.incoming.values().flat_map(Incoming::sources).cloned())
-        }
-
-        /// The groups of which one must be heard before this node can answer for all its keys.
-        fn waits_for(&self) -> Vec<Vec<String>> {
-            let mut groups = Vec::new();
-            for group in self.incoming.values().flat_map(|it| &it.groups).filter(|group| !group.is_covered) {
-                let left = group.unheard.iter().cloned().collect();
-                if !groups.contains(&left) {
-                    groups.push(left);
-                }
-            }
-            groups
-        }
-
-        /// The incoming spans that have something of this one.
-        fn incoming_in(&self, span: &Span) -> impl Iterator<Item = (Span, &Incoming)> {
-            let spans = self.incoming.iter().map(|(from, it)| (Span { from: from.clone(), to: it.to.clone() }, it));
-            spans.filter(|(other, _)| other.overlaps(span))
-        }
-
-        /// The sources that this node does not fetch from yet; from now on it does. Of a group of which one is enough, one at a time.
-        pub fn sources_to_fetch_from(&mut self) -> Vec<String> {
-            let mut sources = BTreeSet::new();
-            for group in self.incoming.values().flat_map(|incoming| &incoming.groups) {
-                match group.of_table {
-                    true => sources.extend(group.unheard.iter().cloned()),
-                    false => drop(sources.insert(self.pick(group.unheard.iter(), 0))),
-                }
-            }
-            let idle: Vec<String> = sources.difference(&self.fetching).cloned().collect();
-            self.fetching.extend(idle.iter().cloned());
-            idle
-        }
-
-        /// The spans that a source has to give before this node can answer for them.
-        pub fn needed_from(&self, source: &str) -> Vec<Span> {
-            let needed = self.incoming.iter().filter(|(_, incoming)| incoming.blocks() && incoming.is_from(source));
-            needed.map(|(from, it)| Span { from: from.clone(), to: it.to.clone() }).collect()
-        }
-
-        /// Notes how many keys a source has to give.
-        pub fn note_left(&mut self, version: Version, source: &str, left: u64) {
-            if self.version() == Some(version) && self.fetching.contains(source) {
-                self.keys_left.insert(source.to_owned(), left);
-            }
-        }
-
-        /// What to fetch next from a source, and whether this node answers for it already: then the two only compare what they have.
-        /// None if nothing is left, or the table is not the one of this version any more.
-        pub fn next_from(&mut self, source: &String, version: Version) -> Option<(Span, bool)> {
-            let mut spans = self.incoming.iter().filter(|(_, incoming)| incoming.is_from(source));
-            let next = spans.next().map(|(from, it)| (Span { from: from.clone(), to: it.to.clone() }, !it.blocks()));
-            if self.version() == Some(version) && next.is_none() {
-                self.fetching.remove(source);
-                self.keys_left.remove(source);
-            }
-            next.filter(|_| self.version() == Some(version))
-        }
-
-        /// Stores what a source gave of a span. What is not incoming any more is left out: a client may have written or deleted it here
-        /// since then. False if the table is another one by now.
-        pub fn merge(&mut self, version: Version, source: &str, span: &Span, records: Vec<(Record, Causal)>) -> bool {
-            if self.version() != Some(version) {
-                return false;
-            }
-            if let Some(left) = self.keys_left.get_mut(source) {
-                let keys = records.iter().filter(|(record, _)| !record.is_tombstone()).count();
-                *left = left.saturating_sub(keys as u64);
-            }
-            let from_source = self.incoming_in(span).filter(|(_, incoming)| incoming.is_from(source));
-            let spans: Vec<Span> = from_source.map(|(span, _)| span).collect();
-            for (record, context) in records {
-                let hash = hash_of(record.key());
-                let awaited = spans.iter().any(|span| span.contains((hash, record.key())));
-                if awaited {
-                    self.take_in(record, context, Agreement::note_fetched);
-                }
-            }
-            true
-        }
-
-        /// Crosses off a source for a span that it has given, and forgotten where there is one replica.
-        pub fn arrived(&mut self, version: Version, source: &str, span: &Span, is_whole: bool) {
-            if self.version() != Some(version) || self.incoming.is_empty() {
+        /// Takes in what another node tells of itself, in a message or in a reply.
+        pub fn hear(&mut self, from: &str, status: &Status) {
+            if from == self.own {
                 return;
             }
-            let suffices = is_whole && self.is_replicated();
-            let overlaps: Vec<Position> = self.incoming_in(span).map(|(span, _)| span.from).collect();
-            for from in overlaps {
-                let Some(mut incoming) = self.incoming.remove(&from) else { continue };
-                let (inner_from, inner_to) =
-                    (from.clone().max(span.from.clone()), incoming.to.clone().min(span.to.clone()));
-                if inner_to < incoming.to {
-                    self.incoming.insert(inner_to.clone(), incoming.clone());
+            self.clock = self.clock.max(status.clock);
+            let is_same = status.version.is_some() && status.version == self.version();
+            let has_nothing = status.version.is_none() || status.store != self.store();
+            if has_nothing && self.table.as_ref().is_some_and(|table| !table.lists(from)) {
+                self.done.insert(from.to_owned());
+            }
+            if is_same {
+                for (known, told) in self.stable_at.iter_mut().zip(&status.stable_at) {
+                    *known = (*known).max(*told);
                 }
-                if from < inner_from {
-                    let before = Incoming { to: inner_from.clone(), ..incoming.clone() };
-                    self.incoming.insert(from, before);
+                if status.incoming.is_empty() {
+                    self.done.insert(from.to_owned());
                 }
-                for group in &mut incoming.groups {
-                    group.is_covered |= group.unheard.remove(source) && suffices;
-                }
-                // Of the other replicas of its shard, one that started blank needs one: what else others have comes when they
-                // compare.
-                incoming.groups.retain(|group| !group.unheard.is_empty() && (group.of_table || !group.is_covered));
-                if !incoming.groups.is_empty() {
-                    self.incoming.insert(inner_from, Incoming { to: inner_to, ..incoming });
+                if status.settled {
+                    self.settle();
                 }
             }
-            if self.incoming.is_empty() {
-                self.lines.push(format!("table {version}: everything is fetched"));
+            if self.promise.joining.as_deref() == Some(from)
+                && !self.is_locked()
+                && status.version != Some(self.promise.version)
+            {
+                // Nothing came of it.
+                self.promise.joining = None;
+            }
+            let is_replica = self.others().iter().any(|it| it == from);
+            let differs =
+                is_replica && is_same && status.is_ready && self.is_ready() && status.digest != self.sums().digest;
+            let now = self.now;
+            let peer = self.peers.entry(from.to_owned()).or_default();
+            let has_restarted = peer.incarnation != status.incarnation;
+            (peer.incarnation, peer.version, peer.is_ready) = (status.incarnation, status.version, status.is_ready);
+            peer.has_nothing = has_nothing;
+            peer.differs = if differs { peer.differs.or(Some(now)) } else { None };
+            if has_restarted && is_replica {
+                self.note_lagging(from, 0);
+            }
+            self.drop_done_pulls();
+            self.refresh_stable();
+        }
+
+        /// A node has answered.
+        pub fn note_answer(&mut self, node: &str) {
+            let is_known = self.is_of_interest(node);
+            let peer = self.peers.entry(node.to_owned()).or_default();
+            if std::mem::take(&mut peer.silent) && is_known {
+                self.lines.push(format!("{node} is back"));
             }
         }
 
-        // -- Meeting others
-
-        /// Whom to meet next: a neighbour, now and then one of the others, and four that seem to be silent or not to have this
-        /// table; of these always those whose turn was longest ago. Whoever has started again must hear of the table within a
-        /// second.
-        pub fn next_to_meet(&mut self) -> BTreeSet<String> {
-            let Some(table) = self.table.clone() else { return BTreeSet::new() };
-            let mut others = set_of(table.view.iter().cloned());
-            if !self.complete {
-                others.extend(table.sources());
+        /// A node did not answer; `life` is its incarnation when it was asked.
+        pub fn note_silence(&mut self, node: &str, life: u64) {
+            let is_known = self.is_of_interest(node);
+            let peer = self.peers.entry(node.to_owned()).or_default();
+            if peer.incarnation == life && !std::mem::replace(&mut peer.silent, true) && is_known {
+                self.lines.push(format!("{node} is silent"));
             }
-            let replicas = self.others();
-            others.extend(self.promises.iter().map(|promise| promise.coordinator.clone()));
-            others.remove(&self.own);
-            self.peers.retain(|node, _| others.contains(node));
-            if others.is_empty() {
-                self.met = self.now;
-            }
-            let others: Vec<String> = others.into_iter().collect();
-            let turn = |node: &String| self.peers.get(node).map_or(0, |peer| peer.turn.as_micros() as u64);
-            let in_turn: Vec<String> =
-                in_order(others.iter().map(turn)).into_iter().map(|it| others[it].clone()).collect();
-            let version = self.version();
-            let odd = |node: &&String| self.peers.get(*node).is_none_or(|peer| peer.silent || peer.version != version);
-            let odd = in_turn.iter().filter(odd).take(4);
-            // The same neighbour again and again, to which a stream stays open. Of whatever nodes start again, one is the
-            // neighbour of one that did not.
-            let neighbour = in_turn.iter().filter(|node| **node > self.own).min().or(in_turn.iter().min());
-            let in_turn = in_turn.iter().take(usize::from(self.rounds.is_multiple_of(4)));
-            let replica = replicas.get(self.rounds as usize % replicas.len().max(1));
-            let next = set_of(in_turn.chain(neighbour).chain(odd).chain(replica).cloned());
-            for node in &next {
-                self.peers.entry(node.clone()).or_default().turn = self.now;
-            }
-            next
         }
 
-        /// The nodes that are to be asked for their tables at once.
+        fn is_of_interest(&self, node: &str) -> bool {
+            node != self.own
+                && self.table.as_ref().is_some_and(|it| it.lists(node) || it.sources().contains(&node.to_owned()))
+        }
+
+        pub fn is_silent(&self, node: &str) -> bool {
+            self.peers.get(node).is_some_and(|peer| peer.silent)
+        }
+
+        /// The silent nodes of its table.
+        pub fn silent(&self) -> Vec<String> {
+            self.members().into_iter().filter(|node| self.is_silent(node)).collect()
+        }
+
         pub fn take_ahead(&mut self) -> BTreeSet<String> {
             std::mem::take(&mut self.ahead)
         }
 
-        /// The nodes that do not answer, as far as this one knows.
-        pub fn silent(&self) -> Vec<String> {
-            self.peers.iter().filter(|(_, peer)| peer.silent).map(|(node, _)| node.clone()).collect()
-        }
-
-        /// How many keys it has still to fetch; None as long as that is not known.
-        fn to_fetch(&self) -> Option<u64> {
-            let waits = |source: &String| self.incoming.values().any(|it| it.blocks() && it.is_from(source));
-            let is_known = self.fetching.iter().all(|source| self.keys_left.contains_key(source) || !waits(source));
-            is_known.then(|| self.keys_left.values().sum())
-        }
-
-        /// What an operator asks of a node first, as members of a JSON object.
-        pub fn describe(&self) -> String {
-            let silent = self.silent().join(r#"",""#);
-            let silent = if silent.is_empty() { silent } else { format!(r#""{silent}""#) };
-            let Some(table) = &self.table else { return format!(r#","keys-to-fetch":null,"silent":[{silent}]"#) };
-            let shard = self.shard.map_or(String::new(), |shard| format!(r#","shard-id":"{}""#, shard + 1));
-            let left = self.to_fetch().map_or("null".into(), |left| left.to_string());
-            let (factor, version) = (table.factor, table.version);
-            format!(
-                r#"{shard},"repl-factor":{factor},"table-version":"{version}","keys-to-fetch":{left},"silent":[{silent}]"#
-            )
-        }
-
-        /// The same for `/metrics`: the epoch and number of its table, how many keys it has still to fetch, and how many are silent.
-        pub fn gauges(&self) -> [u64; 4] {
-            let version = self.version().unwrap_or_default();
-            [version.epoch, version.number, self.to_fetch().unwrap_or(0), self.silent().len() as u64]
-        }
-
-        /// A node that this one waits for, to name it in an error.
-        pub fn missing(&self) -> String {
-            let asked = || self.to_ask().into_iter().next();
-            self.silent().into_iter().next().or_else(asked).unwrap_or_else(|| self.own.clone())
-        }
-
-        // -- Starting
-
-        /// Begins a round of asking, if this node is blank and a round is due: all ask all, so large stores ask less often.
-        pub fn begin_round(&mut self) -> bool {
-            self.rounds += 1;
-            let pause = Duration::from_millis(20) * self.first_view.len() as u32;
-            let due = self.table.is_none() && !self.is_asking && self.now >= self.asked + pause;
-            if due {
-                (self.is_asking, self.asked) = (true, self.now);
+        /// Looks at a table that came in a reply.
+        pub fn consider(&mut self, from: &str, table: Arc<Table>) {
+            if !table.is_valid() {
+                return;
             }
-            due
+            let has_granted = self.promise.version == table.version && table.lists(&self.own);
+            let Some(mine) = self.table.clone() else {
+                let named = table.lists(&self.own) || table.sources().contains(&self.own);
+                let is_ours = named || self.first_view.iter().any(|node| node == from);
+                if has_granted {
+                    self.adopt(table);
+                } else if is_ours && self.heard_of.as_ref().is_none_or(|it| it.version < table.version) {
+                    self.heard_of = Some(table);
+                }
+                return;
+            };
+            let is_alone = mine.view == [self.own.as_str()] && self.records.is_empty();
+            let has_left = !mine.lists(&self.own);
+            // Who has left a store follows its nodes.
+            let may_join = (is_alone || has_left) && table.lists(&self.own) || has_left && mine.lists(from);
+            if mine.store == table.store || has_granted || may_join {
+                self.adopt(table);
+            }
         }
 
-        /// Whom a blank node asks: everybody who may know a table, or a node that does.
-        pub fn to_ask(&self) -> Vec<String> {
-            let mut nodes = set_of(self.first_view.iter().cloned());
-            nodes.extend(self.heard.iter().flat_map(|(table, from)| table.view.iter().chain(from)).cloned());
-            nodes.extend(self.promises.iter().flat_map(|promise| &promise.nodes).cloned());
-            nodes.remove(&self.own);
-            nodes.into_iter().collect()
+        /// Begins a round, several times a second: whom to meet. A neighbour, a replica of the shard, every now and then another one,
+        /// and, as often, one that is silent or blank: so an idle store costs in proportion to its nodes.
+        pub fn begin_round(&mut self) -> BTreeSet<String> {
+            self.rounds = self.rounds.saturating_add(1);
+            let members = self.members();
+            let own =
+                self.table.as_ref().and_then(|table| table.view.iter().position(|it| *it == self.own)).unwrap_or(0);
+            let mut chosen: BTreeSet<String> = members.get(own % members.len().max(1)).into_iter().cloned().collect();
+            chosen.extend(self.promise.joining.clone());
+            let replicas = self.others();
+            let missed: Vec<String> = members
+                .iter()
+                .filter(|it| self.peers.get(*it).is_none_or(|peer| peer.silent || peer.version.is_none()))
+                .cloned()
+                .collect();
+            let is_open = !self.settled || self.rounds.is_multiple_of(4);
+            for group in [&replicas, &missed, if is_open { &members } else { &missed }] {
+                // Who was not met for longest.
+                let turn = |node: &&String| self.peers.get(*node).map_or(0, |peer| peer.turn);
+                if let Some(node) = group.iter().min_by_key(turn).cloned() {
+                    self.peers.entry(node.clone()).or_default().turn = self.rounds;
+                    chosen.insert(node);
+                }
+            }
+            chosen
         }
 
-        pub fn promised(&self) -> Vec<Promise> {
-            self.promises.clone()
+        // -- R10 start
+
+        /// Whether a blank node should ask others now, and whom; all that may know.
+        pub fn begin_to_ask(&mut self) -> Option<Vec<String>> {
+            if self.table.is_some() || std::mem::replace(&mut self.is_asking, true) {
+                return None;
+            }
+            if let Some(table) = self.heard_of.take() {
+                // It is to be heard of again: it may have been lost with all that went by it.
+                self.knocked.extend(table.view.iter().chain(table.sources()).cloned());
+            }
+            let all: BTreeSet<String> = self.first_view.iter().chain(&self.knocked).cloned().collect();
+            Some(all.into_iter().filter(|node| *node != self.own).collect())
         }
 
-        /// Has a blank node go by a table, if what it was answered in a round of asking allows that. `known` are the promises
-        /// that it knew before the round.
-        pub fn let_in(&mut self, known: &[Promise], answers: &BTreeMap<String, Status>) {
+        /// R10: has a blank node go by a table, after a round of asking: the newest that it heard of, if more than half of its other
+        /// members answered, so that a newer one would have been heard of; or the first one, if all whom its VIEW names are blank too.
+        pub fn let_in(&mut self, asked: &[String], answers: &BTreeMap<String, Status>) {
             self.is_asking = false;
+            self.has_heard = self.heard_of.is_some();
             if self.table.is_some() {
                 return;
             }
-            for promise in answers.values().flat_map(|status| &status.promises) {
-                if !self.promises.iter().any(|it| it.version == promise.version) {
-                    self.promises.push(Promise { granted: Duration::ZERO, ..promise.clone() });
+            let has_all = asked.iter().all(|node| answers.contains_key(node));
+            let promised =
+                answers.values().map(|status| status.promised).max().unwrap_or_default().max(self.promise.version);
+            let table = match self.heard_of.clone() {
+                Some(table) => {
+                    let others = table.view.iter().filter(|node| **node != self.own);
+                    let (count, answered) =
+                        (others.clone().count(), others.filter(|it| answers.contains_key(*it)).count());
+                    let is_enough = if count == 0 { has_all } else { 2 * answered > count };
+                    Some(table).filter(|it| is_enough && (promised <= it.version || has_all))
                 }
-            }
-            // A table that nobody goes by any more was lost with its nodes.
-            let is_lost = |(table, tellers): &mut (Table, BTreeSet<String>)| {
-                table.view.iter().chain(&*tellers).all(|node| *node == self.own || answers.contains_key(node))
-                    && !answers.values().any(|status| status.version == Some(table.version))
+                None => self.first_table(answers).filter(|_| has_all),
             };
-            self.heard.take_if(is_lost);
-            let table = self.heard.as_ref().map(|(table, _)| table.clone()).or_else(|| self.first_table(answers));
-            let Some(table) = table.filter(|table| self.may_go_by(table, known, answers)) else { return };
-            self.lines.push(format!("started blank, and goes by table {}", table.version));
+            let Some(table) = table else { return };
+            self.lines.push(format!("started blank, takes up table {}", table.version));
             self.adopt(table);
         }
 
-        /// Whether this blank node may go by a table. Yes if more than half of its other nodes go by it, or each of them does or is blank
-        /// too; and nobody goes by a newer one, is making one, or may have made one that only some know.
-        fn may_go_by(&self, table: &Table, known: &[Promise], answers: &BTreeMap<String, Status>) -> bool {
-            // All that an open lock names must have answered since this node was told of it.
-            let is_resolved = |promise: &Promise| {
-                let answered = |node: &String| *node == self.own || answers.contains_key(node);
-                promise.version <= table.version
-                    || known.iter().any(|it| it.version == promise.version) && promise.nodes.iter().all(answered)
-            };
-            let others: Vec<&String> = table.view.iter().filter(|node| **node != self.own).collect();
-            let by_it =
-                |node: &&&String| answers.get(**node).is_some_and(|status| status.version == Some(table.version));
-            let blank = |node: &&&String| answers.get(**node).is_some_and(|status| status.version.is_none());
-            let (by_it, blank) = (others.iter().filter(by_it).count(), others.iter().filter(blank).count());
-            let has_waited = |node: &&String| answers.get(*node).is_none_or(|status| status.rounds >= FIRST);
-            let newer = |status: &Status| status.store == Some(table.store) && status.version > Some(table.version);
-            let known_to_enough = 2 * by_it > others.len() || by_it + blank == others.len();
-            // What nobody goes by any more was lost with its nodes.
-            let lives =
-                table.version.is_first() || answers.values().any(|status| status.version == Some(table.version));
-            known_to_enough
-                && lives
-                && (by_it > 0 || self.rounds >= FIRST && others.iter().all(has_waited))
-                && !answers.values().any(|status| status.coordinating || newer(status))
-                && self.promises.iter().all(is_resolved)
+        fn first_table(&mut self, answers: &BTreeMap<String, Status>) -> Option<Arc<Table>> {
+            let others: Vec<&String> = self.first_view.iter().filter(|node| **node != self.own).collect();
+            let differing = others.iter().find(|node| {
+                let is_as_ours = |it: &Status| it.first_view == self.first_view && it.factor == self.first_factor;
+                let same = |it: &Status| it.first_view.is_empty() || is_as_ours(it);
+                answers.get(**node).is_some_and(|it| !same(it))
+            });
+            if let Some(node) = differing.filter(|_| self.rounds.is_multiple_of(40)) {
+                self.lines.push(format!("waits: {node} was started with another VIEW or REPL_FACTOR"));
+            }
+            let is_up =
+                |node: &&String| answers.get(*node).is_some_and(|it| !it.first_view.is_empty() && it.rounds >= FIRST);
+            let is_first = differing.is_none() && others.iter().all(is_up) && self.rounds >= FIRST;
+            let names_itself = self.first_view.contains(&self.own);
+            (is_first && names_itself).then(|| Arc::new(Table::first(self.first_view.clone(), self.first_factor)))
         }
 
-        /// The table of the first view. Nodes are struck from it whose own `VIEW` does not list them, or that another one's
-        /// leaves out. All that remain must have answered, and see it the same way.
-        fn first_table(&self, answers: &BTreeMap<String, Status>) -> Option<Table> {
-            let view_of = |node: &String| match *node == self.own {
-                true => Some(&self.first_view),
-                false => answers.get(node).map(|status| &status.first_view),
-            };
-            let listed = |node: &&String| {
-                let listing = |other: &String| view_of(other).is_none_or(|view| view.contains(node));
-                self.first_view.iter().all(listing)
-            };
-            let kept: Vec<&String> = self.first_view.iter().filter(listed).collect();
-            let lowest = kept.iter().copied().min().filter(|_| kept.contains(&&self.own))?;
-            let view: Vec<String> = view_of(lowest)?.iter().filter(|node| kept.contains(node)).cloned().collect();
-            let factor = if *lowest == self.own { self.first_factor } else { answers.get(lowest)?.factor };
-            let factor = factor.max(1);
-            let agrees = |node: &&String| view_of(node).is_some_and(|theirs| view.iter().all(|it| theirs.contains(it)));
-            kept.iter().all(agrees).then(|| Table::first(view, factor))
+        // -- R9 view change: the nodes' side
+
+        fn is_locked(&self) -> bool {
+            self.promise.granted.is_some_and(|granted| self.now < granted + self.lease)
         }
 
-        // -- Coordinating
+        /// Grants a lock: above every table and lock that it knows, while no other coordinator's is fresh.
+        fn lock(&mut self, from: &str, version: Version, store: u64) -> Reply {
+            let highest = self.promise.version.max(self.version().unwrap_or_default());
+            if self.is_locked() && self.promise.version.coordinator != version.coordinator {
+                return Reply::Busy;
+            } else if version <= highest && version != self.promise.version {
+                return Reply::Outdated(highest);
+            }
+            let is_foreign = self.table.is_some() && store != self.store() && self.records.is_empty();
+            self.promise = Promise { version, granted: Some(self.now), joining: is_foreign.then(|| from.to_owned()) };
+            Reply::Locked(self.status())
+        }
 
-        /// Begins to coordinate a change: its version, above all that this node knows and above `least`; none if one is under
-        /// way.
-        pub fn begin_change(&mut self, least: Version, force: bool) -> Option<Version> {
+        fn release(&mut self, version: Version) {
+            if self.promise.version == version {
+                (self.promise.granted, self.promise.joining) = (None, None);
+            }
+        }
+
+        fn survey(&self, counts: &[usize]) -> Reply {
+            let spans = self.own_spans();
+            let cuts = counts.iter().map(|count| self.records.cut_above(&spans, (*count).max(1))).collect();
+            let few = self.sums().count <= MAX_FEW;
+            let hashes = few.then(|| spans.iter().flat_map(|span| self.records.hashes_of(*span)).collect());
+            Reply::Surveyed(cuts, hashes)
+        }
+
+        /// Begins to coordinate a change: its version, above all that this node knows and above `least`. None if it does already.
+        pub fn begin_change(&mut self, least: Version, new_epoch: bool) -> Option<Version> {
             let table = self.table.as_ref().filter(|_| !self.coordinating)?;
-            let newest = self.promises.iter().map(|promise| promise.version).max().unwrap_or_default();
-            let known = [table.version, newest, self.coordinated, least];
-            let (epoch, number) = known.iter().fold((0, 0), |(e, n), it| (it.epoch.max(e), it.number.max(n)));
-            self.coordinated = Version {
-                epoch: epoch.saturating_add(force.into()),
-                number: number.saturating_add(1),
-                coordinator: self.incarnation,
-            };
             self.coordinating = true;
-            Some(self.coordinated)
+            let newest = table.version.max(self.promise.version).max(least);
+            let epoch = newest.epoch + u64::from(new_epoch && newest.epoch == table.version.epoch);
+            Some(Version { epoch, number: newest.number + 1, coordinator: self.incarnation })
         }
 
         pub fn end_change(&mut self) {
             self.coordinating = false;
         }
 
-        /// Grants a lock to a coordinator, or says why not.
-        fn grant(
-            &mut self,
-            version: Version,
-            store: Option<u64>,
-            coordinator: &str,
-            nodes: Vec<String>,
-            void: &[Version],
-        ) -> Reply {
-            if let Some(refusal) = self.refusal_of_lock(version, &nodes) {
-                return refusal;
-            }
-            self.newest_grant = version;
-            self.promises.retain(|promise| !void.contains(&promise.version));
-            let (coordinator, granted) = (coordinator.to_owned(), self.now);
-            self.promises.push(Promise { version, store, coordinator, nodes, granted });
-            Reply::Done
+        /// The change itself: the coordinator adopts its own table, while its lock is still the highest here and not old.
+        pub fn adopt_own(&mut self, table: Arc<Table>) -> bool {
+            let granted = self.promise.granted.filter(|_| self.promise.version == table.version);
+            granted.is_some_and(|granted| self.now < granted + USE_OF_LEASE.min(self.lease)) && self.adopt(table)
         }
 
-        /// Why a lock is not granted, if it is not.
-        fn refusal_of_lock(&self, version: Version, nodes: &[String]) -> Option<Reply> {
-            let promised = self.promises.iter().map(|promise| promise.version);
-            let newest = promised.chain(self.version()).chain([self.newest_grant]).max();
-            // A coordinator that is known to be silent holds nobody up. (On this depends how soon another change succeeds, and never
-            // whether one is right.)
-            let holds = |promise: &Promise| {
-                let is_silent = self.is_silent(&promise.coordinator);
-                promise.version.coordinator != version.coordinator
-                    && !is_silent
-                    && promise.granted + self.lease > self.now
-            };
-            let is_absurd = nodes.len() > 3000
-                || nodes.iter().any(|node| port_of(node).is_none())
-                || version.number.max(version.epoch) > u64::MAX / 2
-                || self.promises.len() > 100;
-            match newest {
-                Some(newest) if version <= newest => Some(Reply::Outdated(newest)),
-                _ if is_absurd => Some(Reply::Refused),
-                _ if self.promises.iter().any(holds) => Some(Reply::Busy),
-                _ => None,
-            }
+        // -- What an operator sees
+
+        /// The members of the description of a node (the contract, `GET /kv-store`).
+        pub fn describe(&self) -> String {
+            let list =
+                |names: Vec<String>| names.iter().map(|name| format!(r#""{name}""#)).collect::<Vec<_>>().join(",");
+            let silent = list(self.silent());
+            let Some(table) = &self.table else { return format!(r#","incoming":null,"silent":[{silent}]"#) };
+            let shard = self.shard.map_or(String::new(), |shard| format!(r#","shard-id":"{}""#, shard + 1));
+            let (factor, version, incoming) =
+                (table.factor, table.version, list(self.incoming().into_iter().collect()));
+            format!(
+                r#"{shard},"repl-factor":{factor},"table-version":"{version}","incoming":[{incoming}],"silent":[{silent}]"#
+            )
         }
 
-        /// Whether a lock was never followed by a table, nor by the word that there will be none: somebody has to find out.
-        /// True at most once in a while.
-        pub fn has_forgotten_lock(&mut self) -> bool {
-            let forgotten = self.promises.iter().any(|promise| promise.granted + self.lease * 3 / 2 < self.now);
-            let due = forgotten && self.table.is_some() && self.resolved_locks + self.lease < self.now;
-            if due {
-                self.resolved_locks = self.now;
-            }
-            due
+        /// The same for `/metrics`: the epoch and number of its table, from how many nodes it still gets keys, and how many are silent.
+        pub fn gauges(&self) -> [u64; 4] {
+            let version = self.version().unwrap_or_default();
+            [version.epoch, version.number, self.incoming().len() as u64, self.silent().len() as u64]
         }
 
-        /// The coordinator adopts the table that it made, if its lock is still the newest that it granted. This step is the
-        /// change.
-        pub fn adopt_own(&mut self, table: Table) -> bool {
-            let may = self.newest_grant == table.version && self.version() == Some(table.base);
-            if may {
-                self.coordinating = false;
-                self.adopt(table);
-            }
-            may
+        /// A node that this one waits for, to name it in an error.
+        pub fn missing(&self) -> String {
+            let views = self.silent().into_iter().chain(self.first_view.iter().cloned());
+            views.into_iter().find(|node| *node != self.own).unwrap_or_else(|| self.own.clone())
         }
     }
 }
 
-// ---- What a node does: answering, fetching, meeting, starting, changing the view ------------------------------------
+// ---- Replication: what a node does over time with records -----------------------------------------------------------
 
-mod protocol {
+mod replication {
     //! These are async functions for one reason only: the simulation runs many of them at once, and decides what each message
     //! meets. In the program every wait blocks the coroutine or thread that it is in, and `block_on` polls once.
 
-    use super::*;
+    use std::collections::BTreeMap;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use serde_bytes::ByteBuf;
+
+    use crate::membership::meet;
+    use crate::node::{Copied, Envelope, MAX_BATCH, MAX_SPANS, Message, Node, Pull, Reply, Write};
+    use crate::records::Span;
+    use crate::table::Version;
+    use crate::{Answer, Request};
 
     /// How a node reaches its own state, the others, and time.
     pub trait World: Clone {
         /// Looks at the node, or changes it, under its lock.
         fn with<T>(&self, action: impl FnOnce(&mut Node) -> T) -> T;
         /// Takes messages to nodes, side by side; None for each that was not answered in time.
-        fn deliver(&self, envelopes: Vec<Envelope>) -> impl Future<Output = Vec<Option<(Status, Reply)>>>;
-        /// Has other replicas store something, side by side; None for each that did not answer in time.
-        fn push(&self, pushes: Vec<Push>) -> impl Future<Output = Vec<Option<Pushed>>>;
+        fn deliver(&self, envelopes: Vec<Envelope>) -> impl Future<Output = Vec<Option<Reply>>>;
         /// Takes a client's request to a node that has its key. Without an answer, it says whether the request may have got there.
         fn relay(&self, node: &str, request: Request, patience: Duration)
         -> impl Future<Output = Result<Answer, Lost>>;
@@ -3689,262 +3284,9 @@ mod protocol {
     /// What goes on beside whoever began it.
     #[derive(Clone)]
     pub enum Activity {
-        Fetch(String),
         Meet(String),
-        Start,
-        ResolveLocks,
-        /// Tells the other replicas what all have by now.
-        Tell,
-        /// Finds out whether all nodes have fetched what the table gives them.
-        Finish,
-    }
-
-    pub async fn run(world: impl World, activity: Activity) {
-        match activity {
-            Activity::Fetch(source) => fetch_all(&world, &source).await,
-            Activity::Meet(node) => meet(&world, &node).await,
-            Activity::Start => start(&world).await,
-            Activity::ResolveLocks => drop(change_view(&world, None, None, false).await),
-            Activity::Tell => tell_settled(&world).await,
-            Activity::Finish => finish(&world).await,
-        }
-    }
-
-    /// How many nodes are asked at a time: a view of a thousand names costs no more threads than one of ten.
-    const SIDE_BY_SIDE: usize = 16;
-
-    type Replies = Vec<Option<(Status, Reply)>>;
-
-    /// Says something to each of some nodes, hears what they tell, and returns their replies. (Boxed: there are many callers,
-    /// and the compiler would put all of this into each of them.)
-    fn ask_each<'a>(
-        world: &'a impl World,
-        messages: Vec<(String, Message)>,
-    ) -> Pin<Box<dyn Future<Output = Replies> + 'a>> {
-        Box::pin(async move {
-            let mut replies = Vec::new();
-            for group in messages.chunks(SIDE_BY_SIDE) {
-                let compose = |node: &mut Node| group.iter().map(|(to, it)| node.compose(to, it.clone())).collect();
-                let lives: Vec<u64> =
-                    world.with(|node| group.iter().map(|(name, _)| node.incarnation_of(name)).collect());
-                let asked = world.with(|node| node.now);
-                let mut answers = world.deliver(world.with(compose)).await;
-                world.with(|node| {
-                    // Of one that slept meanwhile: what it was given may be of before a deletion whose tombstone is gone.
-                    if node.now > asked + LATE {
-                        answers.iter_mut().for_each(|answer| *answer = None);
-                        return;
-                    }
-                    for (((name, _), answer), life) in group.iter().zip(&answers).zip(lives) {
-                        match answer {
-                            Some((status, _)) => node.hear(name, status.clone(), true),
-                            None => node.note_silence(name, life),
-                        }
-                    }
-                });
-                replies.extend(answers);
-            }
-            replies
-        })
-    }
-
-    /// Says the same to some nodes.
-    async fn ask(world: &impl World, nodes: &[String], message: Message) -> Replies {
-        ask_each(world, nodes.iter().map(|node| (node.clone(), message.clone())).collect()).await
-    }
-
-    async fn ask_one(world: &impl World, node: &str, message: Message) -> Option<(Status, Reply)> {
-        ask_each(world, vec![(node.to_owned(), message)]).await.pop()?
-    }
-
-    /// Answers what another node says.
-    pub fn receive(world: &impl World, envelope: Envelope) -> (Status, Reply) {
-        let (reply, ahead) = world.with(|node| (node.receive(envelope), node.take_ahead()));
-        for node in ahead {
-            world.spawn(Activity::Meet(node));
-        }
-        start_fetching(world);
-        reply
-    }
-
-    // -- Answering requests
-
-    /// A request for a key on its way to whoever has the key.
-    pub struct KeyRequest<'a, W> {
-        world: &'a W,
-        hash: u64,
-        key: &'a [u8],
-        request: &'a Request,
-        vocabulary: Vocabulary,
-        began: Duration,
-        deadline: Duration,
-    }
-
-    /// Answers a request for a key, of which `tried` is what came of it here so far, since it began.
-    pub async fn answer_for_key(
-        world: &impl World,
-        key: &[u8],
-        tried: Tried,
-        began: Duration,
-        request: &Request,
-        vocabulary: Vocabulary,
-    ) -> Answer {
-        let (hash, deadline) = (hash_of(key), began + PATIENCE);
-        let request = KeyRequest { world, hash, key, request, vocabulary, began, deadline };
-        request.answer(tried).await
-    }
-
-    impl<W: World> KeyRequest<'_, W> {
-        async fn answer(&self, mut tried: Tried) -> Answer {
-            loop {
-                tried = match tried {
-                    Tried::Done(outcome, context) => return self.render(outcome, &context),
-                    Tried::Written(outcome, record, context) => {
-                        return self.acknowledge(outcome, record, context).await;
-                    }
-                    Tried::NotHere(place, action, context) => match self.seek(place, &context).await {
-                        Some(answer) => return answer,
-                        None => self.perform(action, context),
-                    },
-                    Tried::Behind(action, context) => match self.catch_up(&context).await {
-                        Caught::TryAgain => self.perform(action, context),
-                        // (A DELETE is never refused for its context.)
-                        Caught::Unknown if !matches!(action, Action::Delete) => {
-                            return self.render(Outcome::Unsatisfied, &context);
-                        }
-                        Caught::Nowhere | Caught::Unknown => self.perform_anyway(action, context),
-                    },
-                    Tried::Settling(action, context) => {
-                        self.world.sleep(Duration::from_millis(3)).await;
-                        // If it takes longer, the client is told by its context.
-                        match self.world.with(|node| node.now) > self.began + Duration::from_millis(20) {
-                            true => self.perform_anyway(action, context),
-                            false => self.perform(action, context),
-                        }
-                    }
-                }
-            }
-        }
-
-        fn perform(&self, action: Action, context: Option<Causal>) -> Tried {
-            self.world.with(|node| perform(node, self.hash, self.key, action, context, self.request.origin))
-        }
-
-        fn perform_anyway(&self, action: Action, context: Option<Causal>) -> Tried {
-            self.world.with(|node| perform_anyway(node, self.hash, self.key, action, context))
-        }
-
-        fn render(&self, outcome: Outcome, context: &Option<Causal>) -> Answer {
-            outcome.answer(self.vocabulary, &self.request.verb).with_context(context)
-        }
-
-        fn render_down(&self, node: &str, context: &Option<Causal>) -> Answer {
-            let answer = Outcome::NodeDown(node.to_owned()).answer(self.vocabulary, &self.request.verb);
-            answer.with_address(node, self.vocabulary).with_context(context)
-        }
-
-        /// Answers for a record that was written here, as soon as the other replicas have it.
-        async fn acknowledge(&self, outcome: Outcome, record: Record, context: Option<Causal>) -> Answer {
-            if let Err(missing) = replicate(self.world, self.hash, &record, self.deadline).await {
-                return self.render_down(&missing, &context);
-            }
-            let after = context.map(|mut context| {
-                // A tombstone may be gone by now, and the key be somebody else's.
-                context.extend(str::from_utf8(self.key).ok().map(|key| (key.to_owned(), record.stamp())));
-                self.world.with(|node| node.context_after(context, self.hash, self.key))
-            });
-            self.render(outcome, &after)
-        }
-
-        /// Brings the request to the key, or the key to the request. None if it is to be tried here again.
-        async fn seek(&self, place: Place, context: &Option<Causal>) -> Option<Answer> {
-            let world = self.world;
-            match place {
-                // What another node passed on is not passed on again. (A blank node does not even know whose the key is.)
-                Place::Node(_) | Place::Unknown if self.request.origin != Origin::Client => {
-                    return Some(self.render(Outcome::Elsewhere, context));
-                }
-                Place::Node(owner) => match self.pass_on(owner).await {
-                    // Its table is not ours: one of us learns which is newer.
-                    (owner, Some(answer)) if answer.status == 421 => {
-                        ask_one(world, &owner, Message::Meet).await;
-                        world.sleep(Duration::from_millis(1)).await;
-                    }
-                    (owner, Some(answer)) => return Some(answer.with_address(&owner, self.vocabulary)),
-                    (owner, None) => return Some(self.render_down(&owner, context)),
-                },
-                Place::Incoming(source, version, span) => {
-                    if fetch(world, &source, version, &span, ON_DEMAND).await.is_none() {
-                        let needs_it = |node: &mut Node| node.still_needs(self.hash, self.key, &source);
-                        if world.with(|node| node.is_silent(&source) && needs_it(node)) {
-                            return Some(self.render_down(&source, context));
-                        }
-                        world.sleep(Duration::from_millis(5)).await;
-                    }
-                }
-                Place::Unknown | Place::Here => world.sleep(Duration::from_millis(5)).await,
-            }
-            let missing = world.with(|node| (node.now > self.deadline).then(|| node.missing()))?;
-            Some(self.render_down(&missing, context))
-        }
-
-        /// Takes a client's request to a node that has its key: to `owner` first, and to other replicas as long as it cannot have
-        /// taken effect. Returns who answered, or who did not.
-        async fn pass_on(&self, mut owner: String) -> (String, Option<Answer>) {
-            let (world, is_read, mut asked) = (self.world, self.request.verb == "GET", Vec::new());
-            loop {
-                asked.push(owner.clone());
-                let (store, life, now, another) = world.with(|node| {
-                    let another = node.another(self.hash, self.key, &asked);
-                    (node.store().unwrap_or_default(), node.incarnation_of(&owner), node.now, another)
-                });
-                let limit = if another.is_some() && is_read { NEXT_REPLICA } else { PATIENCE };
-                let passed_on = Request { origin: Origin::Node(store), ..self.request.clone() };
-                let lost = match world.relay(&owner, passed_on, self.deadline.saturating_sub(now).min(limit)).await {
-                    Ok(answer) => return (owner, Some(answer)),
-                    Err(lost) => lost,
-                };
-                match another.filter(|_| is_read || !lost.was_sent) {
-                    Some(another) => {
-                        world.with(|node| node.note_silence(&owner, life));
-                        owner = another;
-                    }
-                    None => return (owner, None),
-                }
-            }
-        }
-
-        /// Gets what a context asks for of the key from the other replicas.
-        async fn catch_up(&self, context: &Option<Causal>) -> Caught {
-            let (world, key) = (self.world, self.key);
-            let span = Span { from: (self.hash, key.to_vec()), to: (self.hash, [key, &[0]].concat()) };
-            loop {
-                let (version, others) = world.with(|node| (node.version(), node.who_may_have(&span)));
-                let Some(version) = version else { return Caught::TryAgain };
-                let replies = ask(world, &others, Message::GiveAll(version, vec![span.clone()], true)).await;
-                let has_all = replies.iter().all(|reply| matches!(reply, Some((_, Reply::All(..)))));
-                let is_here = world.with(|node| {
-                    if node.version() != Some(version) {
-                        return true;
-                    }
-                    for reply in replies.iter().flatten() {
-                        if let (_, Reply::All(copies, ..)) = reply {
-                            let records = copies.iter().filter_map(record_of_copy);
-                            records.for_each(|(record, context)| node.take(record, context));
-                        }
-                    }
-                    context.as_ref().is_none_or(|context| node.satisfies(self.hash, key, context))
-                });
-                if is_here {
-                    return Caught::TryAgain;
-                } else if has_all {
-                    return Caught::Nowhere;
-                } else if world.with(|node| node.now) > self.began + CATCH_UP {
-                    return Caught::Unknown;
-                }
-                world.sleep(Duration::from_millis(50)).await;
-            }
-        }
+        Start(Vec<String>),
+        Pull,
     }
 
     /// A request got no answer.
@@ -3954,231 +3296,357 @@ mod protocol {
         pub was_sent: bool,
     }
 
-    /// How long one replica has to answer a read before another one is asked.
-    const NEXT_REPLICA: Duration = Duration::from_millis(1200);
+    /// How many nodes are asked at a time: a view of a thousand names costs no more than one of ten.
+    const SIDE_BY_SIDE: usize = 16;
 
-    /// What came of looking for what a context asks for of a key.
-    enum Caught {
-        /// It is here now; or the table is another one, and it is to be seen anew who has the key.
-        TryAgain,
-        /// All replicas say that they do not have it: it was a deletion, long ago, or was lost with all that had it.
-        Nowhere,
-        /// Somebody who may have it does not answer.
-        Unknown,
-    }
-
-    /// For how long other replicas are asked again for what a context asks for. With the time that the last answer takes, that is less
-    /// than the second that the contract allows.
-    const CATCH_UP: Duration = Duration::from_millis(250);
-
-    // -- Several replicas
-
-    /// Has the other replicas store a record that was written here: all that are not silent, and whoever is to have it by a table
-    /// that comes meanwhile. Only then may the write be acknowledged. The error is a node that did not take it in time: the write is
-    /// not undone, but its client is not told that it was done.
-    async fn replicate(world: &impl World, hash: u64, record: &Record, deadline: Duration) -> Result<(), String> {
-        let (mut stored_at, mut table, mut blank_last_time) = (BTreeMap::new(), None, None);
-        loop {
-            let Some((version, lacking)) = world.with(|node| node.lacking(hash, record.key(), &stored_at)) else {
-                return Ok(());
-            };
-            // By another table it is to be stored anew: other nodes may be to have it, and who had it may have dropped it.
-            if table.replace(version).is_some_and(|before| before != version) {
-                (stored_at, blank_last_time) = (BTreeMap::new(), None);
-                continue;
-            }
-            if lacking.is_empty() {
-                world.with(|node| node.written(record, &stored_at));
-                start_telling(world);
-                return Ok(());
-            }
-            // Those that lack it were blank when all others had it already: they fetch it from these with the rest of the shard.
-            if blank_last_time.as_ref() == Some(&lacking) {
-                return Ok(());
-            }
-            let answers = push_to(world, &lacking, version, vec![world.with(|node| node.copy_of(record))]).await;
-            let all_blank = answers.iter().all(|answer| *answer == Some(Pushed::Refused(None)));
-            blank_last_time = all_blank.then(|| lacking.clone());
-            for (other, answer) in lacking.iter().zip(answers) {
-                if let Some(Pushed::Taken(incarnation)) = answer {
-                    stored_at.insert(other.clone(), incarnation);
-                    // It may have started again since, or before it was last heard.
-                    if world.with(|node| node.incarnation_of(other)) != incarnation {
-                        ask_one(world, other, Message::Meet).await;
+    /// Says something to each of some nodes. Who does not answer is silent from then on.
+    pub async fn ask_each(world: &impl World, messages: Vec<(String, Message)>) -> Vec<Option<Reply>> {
+        let mut replies = Vec::new();
+        for group in messages.chunks(SIDE_BY_SIDE) {
+            let compose = |node: &mut Node| group.iter().map(|(to, it)| node.compose(to, it.clone())).collect();
+            let envelopes: Vec<Envelope> = world.with(compose);
+            let lives: Vec<u64> = envelopes.iter().map(|envelope| envelope.life).collect();
+            let answers = world.deliver(envelopes).await;
+            let mut ahead = Vec::new();
+            world.with(|node| {
+                for (((name, _), answer), life) in group.iter().zip(&answers).zip(lives) {
+                    match answer {
+                        None => node.note_silence(name, life),
+                        Some(reply) => {
+                            node.note_answer(name);
+                            if let Reply::Met(status, _) | Reply::Locked(status) = reply {
+                                node.hear(name, status);
+                            }
+                            if let Reply::Met(_, Some(table)) = reply {
+                                node.consider(name, Arc::new(table.clone()));
+                            }
+                        }
                     }
                 }
+                ahead.extend(node.take_ahead());
+            });
+            ahead.into_iter().for_each(|node| world.spawn(Activity::Meet(node)));
+            replies.extend(answers);
+        }
+        start_pulling(world);
+        replies
+    }
+
+    /// Says the same to some nodes.
+    pub async fn ask(world: &impl World, nodes: &[String], message: Message) -> Vec<Option<Reply>> {
+        ask_each(world, nodes.iter().map(|node| (node.clone(), message.clone())).collect()).await
+    }
+
+    pub async fn ask_one(world: &impl World, node: &str, message: Message) -> Option<Reply> {
+        ask_each(world, vec![(node.to_owned(), message)]).await.pop()?
+    }
+
+    /// The same about records, by a table: who goes by another refuses, and the two meet then, so that the older one gives way.
+    async fn ask_by(world: &impl World, node: &str, version: Version, message: Message) -> Option<Reply> {
+        if world.with(|node| node.version()) != Some(version) {
+            return None;
+        }
+        match ask_one(world, node, message).await? {
+            Reply::Refused => {
+                meet(world, node).await;
+                None
             }
-            if world.with(|node| node.now) > deadline {
-                return lacking.into_iter().find(|it| !stored_at.contains_key(it)).map_or(Ok(()), Err);
-            }
+            reply => Some(reply),
         }
     }
 
-    /// Has some replicas store records. Those that refuse are met, and those that do not answer are silent.
-    async fn push_to(
-        world: &impl World,
-        replicas: &[String],
-        version: Version,
-        records: Vec<Copied>,
-    ) -> Vec<Option<Pushed>> {
-        let compose = |node: &mut Node| -> Vec<Push> {
-            replicas.iter().map(|to| node.compose_push(to, version, records.clone())).collect()
-        };
-        let pushes = world.with(compose);
-        let lives: Vec<u64> = pushes.iter().map(|push| push.life).collect();
-        let answers = world.push(pushes).await;
-        for ((replica, answer), life) in replicas.iter().zip(&answers).zip(lives) {
-            match answer {
-                Some(Pushed::Taken(_)) => {}
-                // One of us learns which table is newer, or how late it is there.
-                Some(Pushed::Refused(_)) => {
-                    ask_one(world, replica, Message::Meet).await;
-                    world.sleep(Duration::from_millis(2)).await;
+    /// Answers what another node says.
+    pub fn receive(world: &impl World, envelope: Envelope) -> Reply {
+        let (reply, ahead) = world.with(|node| (node.receive(envelope), node.take_ahead()));
+        ahead.into_iter().for_each(|node| world.spawn(Activity::Meet(node)));
+        reply
+    }
+
+    // -- R4 write
+
+    /// R4: has the other replicas store what was written here: all that can be reached, and whoever is to have it by a table that comes
+    /// meanwhile. Only then may it be acknowledged: so it is on every replica that may answer next. The error is a node that did not
+    /// take it in time: the write is not undone, but its client is not told that it was done.
+    pub async fn replicate(world: &impl World, write: &Write, deadline: Duration) -> Result<(), String> {
+        let (mut stored, mut by, mut blank) = (BTreeMap::new(), None, Vec::new());
+        loop {
+            let (version, lacking, late) = world.with(|node| {
+                if by.replace(node.version()).is_some_and(|before| before != node.version()) {
+                    // Other nodes may be to have it, and who had it may have dropped it.
+                    stored.clear();
+                    blank.clear();
                 }
-                None => world.with(|node| node.note_silence(replica, life)),
+                (node.version(), node.lacking(write, &stored), node.now > deadline)
+            });
+            let Ok(lacking) = lacking else { return Err(world.with(|node| node.own().to_owned())) };
+            let Some(first) = lacking.first() else { return Ok(()) };
+            // Who was blank when all others had it will pull it from one of these.
+            if late || lacking == blank {
+                world.with(|node| node.give_up(write, &lacking));
+                return if late { Err(first.clone()) } else { Ok(()) };
             }
-        }
-        answers
-    }
-
-    /// Finds out what another replica has that this one lacks, or the other way round, and evens it out. From then on it has
-    /// all that is here, as long as it lives.
-    async fn compare(world: &impl World, other: &str) {
-        let (version, spans) = world.with(|node| (node.version(), node.own_spans()));
-        let (life, arrivals) = world.with(|node| (node.incarnation_of(other), node.agreement.arrivals));
-        let Some(version) = version else { return };
-        // Digests do not show them.
-        let tombstones = world.with(|node| node.open_tombstones());
-        if give(world, other, version, life, tombstones).await.is_none() {
-            return;
-        }
-        for span in spans {
-            if compare_span(world, other, version, &span).await.is_none() {
-                return;
-            }
-        }
-        world.with(|node| {
-            if node.version() == Some(version) {
-                node.agree(other, life, arrivals);
-            }
-        });
-    }
-
-    /// Evens out a span with another node that goes by the same table: by buckets, then by parts of those that differ. None if
-    /// that could not be finished.
-    async fn compare_span(world: &impl World, other: &str, version: Version, span: &Span) -> Option<()> {
-        let parts = world.with(|node| node.records.parts_of(span));
-        for group in parts.chunks(MAX_SPANS) {
-            for buckets in differing(world, other, version, group).await?.chunks(MAX_SPANS / PIECES) {
-                let pieces: Vec<Span> = buckets.iter().flat_map(pieces_of).collect();
-                let mut left = differing(world, other, version, &pieces).await?;
-                while !left.is_empty() {
-                    let (_, reply) = ask_one(world, other, Message::GiveAll(version, left.clone(), false)).await?;
-                    let Reply::All(copies, count, to) = reply else { return None };
-                    let given: Vec<Span> = match count {
-                        0 if left[0].from < to && to < left[0].to => {
-                            let from = std::mem::replace(&mut left[0].from, to.clone());
-                            vec![Span { from, to }]
-                        }
-                        _ => left.drain(..count.clamp(1, left.len())).collect(),
-                    };
-                    exchange(world, other, version, &given, &copies).await?;
+            blank.clear();
+            let copies = vec![world.with(|node| node.copy_of(&write.record))];
+            let lives: Vec<u64> = world.with(|node| lacking.iter().map(|it| node.incarnation_of(it)).collect());
+            let replies = ask(world, &lacking, Message::Push(copies)).await;
+            let mut refused = false;
+            for ((node, reply), life) in lacking.iter().zip(replies).zip(lives) {
+                match reply {
+                    Some(Reply::Done) => drop(stored.insert(node.clone(), life)),
+                    Some(_) => {
+                        refused = true;
+                        let status = meet(world, node).await;
+                        blank.extend(status.filter(|it| it.version.is_none()).map(|_| node.clone()));
+                    }
+                    None => {}
                 }
+            }
+            if refused && blank != lacking && world.with(|node| node.version()) == version {
+                world.sleep(Duration::from_millis(2)).await;
+            }
+        }
+    }
+
+    // -- R2 pull
+
+    pub fn start_pulling(world: &impl World) {
+        if world.with(|node| node.begin_pulling()) {
+            world.spawn(Activity::Pull);
+        }
+    }
+
+    /// R2: gets all that this node owns and has not got: from one whole node of each group, and then what the others of the group have
+    /// besides.
+    pub async fn pull_all(world: &impl World) {
+        loop {
+            let (version, pulls) = world.with(|node| (node.version(), node.pulls_left()));
+            let Some(version) = version.filter(|_| !pulls.is_empty()) else { return };
+            let mut progress = false;
+            for pull in pulls {
+                progress |= match pull.is_answerable {
+                    true => hear_others(world, version, &pull).await,
+                    false => pull_from_group(world, version, pull).await,
+                };
+            }
+            if !progress {
+                world.sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+
+    /// Gets all of a range from a node of a group. One that is not whole is asked only when no living one is. True if something came.
+    async fn pull_from_group(world: &impl World, version: Version, mut pull: Pull) -> bool {
+        let mut progress = false;
+        for any in [false, true] {
+            for node in pull.group.clone() {
+                if world.with(|own| own.is_silent(&node)) {
+                    continue;
+                }
+                loop {
+                    let message = Message::Give { range: pull.range, from: pull.left.first, any };
+                    let Some(Reply::Given(copies, last)) = ask_by(world, &node, version, message).await else { break };
+                    if !world.with(|own| own.arrived(version, &pull, &copies, last)) {
+                        return progress;
+                    }
+                    progress = true;
+                    if last >= pull.left.last {
+                        return true;
+                    }
+                    pull.left.first = last + 1;
+                }
+            }
+            if progress {
+                break;
+            }
+        }
+        progress
+    }
+
+    /// Gets what other nodes of a group have besides.
+    async fn hear_others(world: &impl World, version: Version, pull: &Pull) -> bool {
+        let mut progress = false;
+        for node in pull.group.iter().filter(|node| world.with(|own| own.awaits(pull, node))) {
+            if reconcile(world, node, version, &[pull.span()], true).await.is_some() {
+                world.with(|own| own.note_heard(version, pull, node));
+                progress = true;
+            }
+        }
+        progress
+    }
+
+    /// Gets one key from a node of each group, and merges it. False if one of them has no whole node that answers.
+    pub async fn get_key(world: &impl World, key: &[u8], group: &[String]) -> bool {
+        let Some(version) = world.with(|node| node.version()) else { return false };
+        let mut nodes = group.to_vec();
+        world.with(|own| nodes.sort_by_key(|node| own.is_silent(node)));
+        for node in nodes {
+            let message = Message::GiveKey(ByteBuf::from(key));
+            if let Some(Reply::Key(copy)) = ask_by(world, &node, version, message).await {
+                return world.with(|own| {
+                    let is_same = own.version() == Some(version);
+                    is_same && copy.is_none_or(|copy| own.take(&copy, true).is_some())
+                });
+            }
+        }
+        false
+    }
+
+    // -- R5 reconcile
+
+    /// R5: reconciles with another replica if that is due.
+    pub async fn reconcile_if_due(world: &impl World, other: &str) {
+        let Some(failures) = world.with(|node| node.begin_to_reconcile(other)) else { return };
+        let (version, spans) = world.with(|node| (node.version().unwrap_or_default(), node.own_spans()));
+        let is_through = reconcile(world, other, version, &spans, false).await.is_some();
+        world.with(|node| node.reconciled(other, version, failures, is_through));
+    }
+
+    /// Finds out by digests, and then by stamps, in which records of some spans this node and another one differ, and takes what is
+    /// newer there; gives what is newer here, unless this is part of a pull. Holds since of two records of a key the higher stamp
+    /// stays wherever they meet. None if it could not be finished.
+    async fn reconcile(world: &impl World, other: &str, version: Version, spans: &[Span], is_pull: bool) -> Option<()> {
+        let rows: Vec<Span> = spans.iter().flat_map(|span| span.by_row()).collect();
+        for row in differing(world, other, version, &rows).await? {
+            let mut parts = differing(world, other, version, &row.by_bucket().collect::<Vec<Span>>()).await?;
+            while !parts.is_empty() {
+                let message = Message::List(parts.clone());
+                let Reply::Lists(lists) = ask_by(world, other, version, message).await? else { return None };
+                if lists.is_empty() || lists.len() > parts.len() {
+                    return None;
+                }
+                let listed: Vec<Span> = parts.drain(..lists.len()).collect();
+                exchange(world, other, version, &listed, &lists, is_pull).await?;
             }
         }
         Some(())
     }
 
+    /// Those of some spans whose digests differ at another node.
     async fn differing(world: &impl World, other: &str, version: Version, spans: &[Span]) -> Option<Vec<Span>> {
-        let (_, reply) = ask_one(world, other, Message::Digests(version, spans.to_vec())).await?;
-        let Reply::Digests(theirs) = reply else { return None };
-        let ours = world.with(|node| (node.version() == Some(version)).then(|| node.records.digests_of(spans)))?;
-        let pairs = spans.iter().zip(ours.into_iter().zip(theirs));
-        Some(pairs.filter(|(_, (ours, theirs))| ours != theirs).map(|(span, _)| span.clone()).collect())
+        let mut found = Vec::new();
+        for group in spans.chunks(MAX_SPANS) {
+            let message = Message::Digests(group.to_vec());
+            let Reply::Digests(theirs) = ask_by(world, other, version, message).await? else { return None };
+            let ours: Vec<u64> =
+                world.with(|node| group.iter().map(|span| node.records.sums_of(*span).digest).collect());
+            let pairs = group.iter().zip(ours.iter().zip(&theirs));
+            found.extend(pairs.filter(|(_, (ours, theirs))| ours != theirs).map(|(span, _)| *span));
+        }
+        Some(found)
     }
 
-    /// Into how many pieces a bucket that differs is cut, to find what differs.
-    const PIECES: usize = 16;
-
-    fn pieces_of(bucket: &Span) -> Vec<Span> {
-        let (from, to) = (bucket.from.0 as u128, bucket.to.0 as u128);
-        bucket.cut_at((1..PIECES as u128).map(|number| (from + (to - from) * number / PIECES as u128) as u64))
-    }
-
-    /// Takes what another node has of some spans, and has it store what is newer here.
+    /// Evens out some parts of buckets, of which the other node has the records of `theirs`.
     async fn exchange(
         world: &impl World,
         other: &str,
         version: Version,
-        spans: &[Span],
-        copies: &[Copied],
+        parts: &[Span],
+        theirs: &[Vec<(u64, u64)>],
+        is_pull: bool,
     ) -> Option<()> {
-        let theirs: Vec<(Record, Causal)> = copies.iter().map(record_of_copy).collect::<Option<_>>()?;
-        let mut known = Records::default();
-        for (record, _) in &theirs {
-            known.insert(hash_of(record.key()), record.clone());
+        let (mut wanted, mut newer) = (Vec::new(), Vec::new());
+        for (part, theirs) in parts.iter().zip(theirs) {
+            let ours = world.with(|node| node.records.list(*part));
+            let (mine, yours): (BTreeMap<u64, u64>, BTreeMap<u64, u64>) = (highest(&ours), highest(theirs));
+            wanted.extend(theirs.iter().filter(|(hash, stamp)| mine.get(hash).is_none_or(|mine| mine < stamp)));
+            newer.extend(ours.iter().filter(|(hash, stamp)| yours.get(hash).is_none_or(|yours| yours < stamp)));
         }
-        let newer = world.with(|node| {
-            let is_newer = |record: &Record| {
-                known.get(hash_of(record.key()), record.key()).is_none_or(|known| record.beats(known))
-            };
-            let here = node.records.all_of(spans, usize::MAX);
-            let newer = here.iter().flatten().filter(|it| is_newer(it)).map(|it| node.copy_of(it)).collect();
-            if node.version() != Some(version) {
+        while !wanted.is_empty() {
+            let message = Message::Select(wanted.clone());
+            let Reply::Selected(copies, count) = ask_by(world, other, version, message).await? else { return None };
+            if count == 0 || count > wanted.len() {
                 return None;
             }
-            theirs.into_iter().for_each(|(record, context)| node.take(record, context));
-            // One that has left the shard needs nothing.
-            let is_replica = node.others().iter().any(|it| it == other);
-            Some((node.incarnation_of(other), if is_replica { newer } else { Vec::new() }))
-        });
-        let (life, newer) = newer?;
-        give(world, other, version, life, newer).await
-    }
-
-    /// Has another replica, in this life of it, store some records.
-    async fn give(
-        world: &impl World,
-        other: &str,
-        version: Version,
-        life: u64,
-        mut records: Vec<Copied>,
-    ) -> Option<()> {
-        while !records.is_empty() {
-            let (mut batch, mut bytes) = (Vec::new(), 0);
-            while bytes < MAX_BATCH
-                && let Some(copy) = records.pop()
-            {
-                bytes += copy.1.len() + 64;
-                batch.push(copy);
-            }
-            let answers = push_to(world, &[other.to_owned()], version, batch).await;
-            (answers == [Some(Pushed::Taken(life))]).then_some(())?;
+            wanted.drain(..count);
+            world.with(|node| node.take_reconciled(version, other, &copies, is_pull)).then_some(())?;
+        }
+        while !is_pull && !newer.is_empty() {
+            let (copies, count): (Vec<Copied>, usize) = world.with(|node| {
+                let (records, count) = node.records.select(&newer, MAX_BATCH);
+                (records.iter().map(|record| node.copy_of(record)).collect(), count)
+            });
+            newer.drain(..count);
+            let Reply::Done = ask_by(world, other, version, Message::Push(copies)).await? else { return None };
         }
         Some(())
     }
 
-    /// Tells the other replicas soon what is on all of them by now.
-    fn start_telling(world: &impl World) {
-        if world.with(|node| node.agreement.starts_telling()) {
-            world.spawn(Activity::Tell);
+    /// By hash the highest stamp. (Of two keys with one hash, the lower one is exchanged when it is written next.)
+    fn highest(list: &[(u64, u64)]) -> BTreeMap<u64, u64> {
+        let mut highest = BTreeMap::new();
+        for (hash, stamp) in list {
+            let known = highest.entry(*hash).or_insert(*stamp);
+            *known = *stamp.max(known);
+        }
+        highest
+    }
+}
+
+// ---- Membership: starting, meeting, changing the view ---------------------------------------------------------------
+
+mod membership {
+    use std::collections::{BTreeMap, BTreeSet};
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use crate::node::{Message, Reply, Status};
+    use crate::records::Span;
+    use crate::replication::{Activity, World, ask, ask_each, ask_one, pull_all, reconcile_if_due, start_pulling};
+    use crate::table::{Change, Cut, Move, Table, Version};
+    use crate::{Answer, CHANGE_LIMIT, Origin, Outcome, PATIENCE, Request, Vocabulary, WantedView};
+
+    pub async fn run(world: impl World, activity: Activity) {
+        match activity {
+            Activity::Meet(node) => meet_and_reconcile(&world, &node).await,
+            Activity::Start(nodes) => start(&world, nodes).await,
+            Activity::Pull => pull_all(&world).await,
         }
     }
 
-    async fn tell_settled(world: &impl World) {
-        // Meanwhile most of it goes along with other writes.
-        world.sleep(Duration::from_millis(2)).await;
-        let pushes = world.with(|node| {
-            node.agreement.stops_telling();
-            let version = node.version().unwrap_or_default();
-            let to_tell = node.agreement.to_tell();
-            to_tell.iter().map(|other| node.compose_push(other, version, Vec::new())).collect()
-        });
-        world.push(pushes).await;
+    // -- R11 meetings, R10 start
+
+    /// R11: meets some other nodes; a blank node asks everybody that may know what to go by. To be done several times a second: nobody
+    /// waits here for one that is silent.
+    pub fn keep_in_touch(world: &impl World) {
+        while world.with(|node| node.drop_stable()) {}
+        let (next, asked) = world.with(|node| (node.begin_round(), node.begin_to_ask()));
+        next.into_iter().for_each(|node| world.spawn(Activity::Meet(node)));
+        if let Some(nodes) = asked {
+            world.spawn(Activity::Start(nodes));
+        }
+        start_pulling(world);
+    }
+
+    pub async fn meet(world: &impl World, other: &str) -> Option<Status> {
+        let began = world.with(|node| node.now);
+        let message = Message::Meet(world.with(|node| node.status()));
+        let reply = ask_one(world, other, message).await;
+        world.with(|node| node.note_meeting(began));
+        if let Some(Reply::Met(status, _)) = reply { Some(status) } else { None }
+    }
+
+    async fn meet_and_reconcile(world: &impl World, other: &str) {
+        if meet(world, other).await.is_some() {
+            reconcile_if_due(world, other).await;
+        }
+    }
+
+    async fn meet_all(world: &impl World, nodes: &[String]) -> Vec<Option<Status>> {
+        let message = Message::Meet(world.with(|node| node.status()));
+        let status = |reply| if let Some(Reply::Met(status, _)) = reply { Some(status) } else { None };
+        ask(world, nodes, message).await.into_iter().map(status).collect()
+    }
+
+    /// R10: a round of a blank node's asking.
+    async fn start(world: &impl World, nodes: Vec<String>) {
+        let replies = meet_all(world, &nodes).await;
+        let answers = nodes.iter().cloned().zip(replies).filter_map(|(node, reply)| Some((node, reply?))).collect();
+        world.with(|node| node.let_in(&nodes, &answers));
+        start_pulling(world);
     }
 
     /// Waits until this node may go by its table. The error names a node that it waits for.
-    async fn await_table(world: &impl World) -> Result<(), Outcome> {
+    pub async fn await_table(world: &impl World) -> Result<(), Outcome> {
         let deadline = world.with(|node| node.now) + PATIENCE;
         while !world.with(|node| node.may_answer()) {
             if world.with(|node| node.now) > deadline {
@@ -4192,7 +3660,7 @@ mod protocol {
     /// How many keys this instance has.
     pub async fn count_keys(world: &impl World) -> Result<Outcome, Outcome> {
         await_table(world).await?;
-        let (count, shard) = world.with(|node| (node.keys(), node.shard()));
+        let (count, shard) = world.with(|node| (node.sums().count, node.shard().filter(|_| !node.own().is_empty())));
         let id = shard.map_or(String::new(), |shard| format!(r#","shard-id":"{}""#, shard + 1));
         Ok(Outcome::KeyCount(format!(r#""key-count":{count}{id}"#)))
     }
@@ -4209,22 +3677,21 @@ mod protocol {
             return Err(Outcome::NoShard);
         }
         let replicas = table.replicas(index);
-        let count = count_of_shard(world, &table, &replicas).await;
-        let Some(count) = count else { return Err(Outcome::NodeDown(replicas[0].clone())) };
+        let Some(count) = count_of_shard(world, &table, &replicas).await else {
+            return Err(Outcome::NodeDown(replicas[0].clone()));
+        };
         let (id, replicas) = (index + 1, replicas.join(r#"",""#));
         Ok(Outcome::Shard(format!(r#""shard-id":"{id}","key-count":{count},"replicas":["{replicas}"]"#)))
     }
 
-    /// How many keys a shard has, by the first of its replicas that answers and lacks nothing; or by one that lacks something, if all
-    /// that answer do.
+    /// How many keys a shard has, by the first of its replicas that answers and is whole; or by one that is not, if all are.
     async fn count_of_shard(world: &impl World, table: &Table, replicas: &[String]) -> Option<usize> {
         let mut replicas = replicas.to_vec();
-        // Those that are known to be silent come last.
         world.with(|node| replicas.sort_by_key(|it| node.is_silent(it)));
         let mut count = None;
         for node in replicas {
-            let Some((status, _)) = ask_one(world, &node, Message::Meet).await else { continue };
-            if may_speak(table, &status) {
+            let Some(status) = meet(world, &node).await else { continue };
+            if is_whole_by(table, &status) {
                 return Some(status.keys);
             }
             count = count.or(Some(status.keys));
@@ -4232,129 +3699,11 @@ mod protocol {
         count
     }
 
-    // -- Fetching
-
-    /// How many bytes of records a message has, about: where a request waits for one of them, and where none does.
-    const ON_DEMAND: usize = 32 << 10;
-    pub const MAX_BATCH: usize = 256 << 10;
-
-    /// Fetches the first records of a span from a source. With one replica it has them forgotten there: from then on they are here. Until
-    /// then nobody answers for them: if a write were acknowledged before, and this node started again, it would fetch the old value.
-    async fn fetch(world: &impl World, source: &str, version: Version, span: &Span, limit: usize) -> Option<()> {
-        let (_, reply) = ask_one(world, source, Message::Give(version, span.clone(), limit)).await?;
-        let Reply::Records(copies, to, is_whole) = reply else { return None };
-        let span = Span { from: span.from.clone(), to: to.min(span.to.clone()) };
-        if span.to <= span.from {
-            return None;
-        }
-        let records: Vec<(Record, Causal)> = copies.iter().map(record_of_copy).collect::<Option<_>>()?;
-        if !world.with(|node| node.merge(version, source, &span, records)) {
-            return None;
-        }
-        // With several replicas the source keeps what it has until all of them have everything.
-        if !world.with(|node| node.is_replicated()) {
-            let (_, reply) = ask_one(world, source, Message::Forget(version, span.clone())).await?;
-            if !matches!(reply, Reply::Done) {
-                return None;
-            }
-        }
-        world.with(|node| node.arrived(version, source, &span, is_whole));
-        Some(())
+    fn is_whole_by(table: &Table, status: &Status) -> bool {
+        status.version == Some(table.version) && status.incoming.is_empty()
     }
 
-    /// Fetches all that a source has to give, for as long as this node goes by the same table.
-    async fn fetch_all(world: &impl World, source: &String) {
-        let Some(version) = world.with(|node| node.version()) else { return };
-        let mut left = Some(0);
-        for spans in world.with(|node| node.needed_from(source)).chunks(16) {
-            let reply = ask_one(world, source, Message::Count(version, spans.to_vec())).await;
-            let count = if let Some((_, Reply::Count(count))) = reply { Some(count) } else { None };
-            left = left.and_then(|left| Some(left + count?));
-        }
-        world.with(|node| left.iter().for_each(|left| node.note_left(version, source, *left)));
-        while let Some((span, is_here)) = world.with(|node| node.next_from(source, version)) {
-            let fetched = match is_here {
-                true => compare_span(world, source, version, &span).await.map(|()| {
-                    world.with(|node| node.arrived(version, source, &span, true));
-                }),
-                false => fetch(world, source, version, &span, MAX_BATCH).await,
-            };
-            if fetched.is_none() {
-                world.sleep(Duration::from_millis(100)).await;
-            }
-        }
-    }
-
-    fn start_fetching(world: &impl World) {
-        for source in world.with(|node| node.sources_to_fetch_from()) {
-            world.spawn(Activity::Fetch(source));
-        }
-    }
-
-    // -- Keeping in touch, and starting
-
-    /// Meets some other nodes; a blank node asks everybody that may know what to go by. To be done several times a second:
-    /// nobody waits here for one that is silent.
-    pub fn keep_in_touch(world: &impl World) {
-        let (blank, next) = world.with(|node| {
-            node.sweep();
-            (node.begin_round(), node.next_to_meet())
-        });
-        if blank {
-            world.spawn(Activity::Start);
-        }
-        for node in next {
-            world.spawn(Activity::Meet(node));
-        }
-        if world.with(|node| node.has_forgotten_lock()) {
-            world.spawn(Activity::ResolveLocks);
-        }
-        if world.with(|node| node.is_to_finish()) {
-            world.spawn(Activity::Finish);
-        }
-        start_fetching(world);
-    }
-
-    /// Does what a coordinator does when all has arrived, for one that died before.
-    async fn finish(world: &impl World) {
-        let Some(table) = world.with(|node| node.table()) else { return };
-        let replies = ask(world, &table.view, Message::Meet).await;
-        let has_all =
-            |(status, _): &(Status, Reply)| status.version == Some(table.version) && status.incoming.is_empty();
-        if replies.iter().all(|reply| reply.as_ref().is_some_and(has_all)) {
-            complete(world, &table);
-        }
-    }
-
-    /// Notes that all nodes have fetched what a table gives them. The others hear of it when they meet.
-    fn complete(world: &impl World, table: &Table) {
-        world.with(|node| {
-            if node.version() == Some(table.version) {
-                node.set_complete();
-            }
-        });
-    }
-
-    /// A round of a blank node's asking.
-    async fn start(world: &impl World) {
-        let (nodes, known) = world.with(|node| (node.to_ask(), node.promised()));
-        let replies = ask(world, &nodes, Message::Meet).await;
-        let answers = nodes.into_iter().zip(replies).filter_map(|(node, reply)| Some((node, reply?.0))).collect();
-        world.with(|node| node.let_in(&known, &answers));
-        start_fetching(world);
-    }
-
-    async fn meet(world: &impl World, other: &str) {
-        let began = world.with(|node| node.now);
-        ask_one(world, other, Message::Meet).await;
-        world.with(|node| node.met = node.met.max(began));
-        start_fetching(world);
-        if world.with(|node| node.is_to_compare(other)) {
-            compare(world, other).await;
-        }
-    }
-
-    // -- Changing the view
+    // -- R9 view change
 
     /// Answers a PUT of a view: changes it, or passes the request on to a node that can.
     pub async fn answer_view_change(world: &impl World, request: &Request, wanted: &WantedView) -> Answer {
@@ -4362,53 +3711,50 @@ mod protocol {
         if let Err(outcome) = await_table(world).await {
             return render(outcome);
         }
-        if let Some(node) = better_coordinator(world, &wanted.view).await {
-            // It may take as long as it takes.
-            let (store, before) = world.with(|node| (node.store().unwrap_or_default(), node.version()));
-            let passed_on = Request { origin: Origin::Node(store), ..request.clone() };
-            if let Ok(answer) = world.relay(&node, passed_on, CHANGE_LIMIT).await {
-                return answer;
-            }
-            // It may be there, and have passed the request back, since the view is changing.
-            if ask_one(world, &node, Message::Meet).await.is_some_and(|(status, _)| status.version.is_some()) {
-                return render(Outcome::ChangeUnderWay);
-            }
-            return match look_for_change(world, before, wanted).await {
-                Some(changed) => render(changed.outcome()),
-                None => render(Outcome::NodeDown(node)),
-            };
+        let Some(node) = better_coordinator(world, &wanted.view).await else {
+            return render(
+                change_view(world, wanted).await.map_or_else(|refusal| refusal, |changed| changed.outcome()),
+            );
+        };
+        let before = world.with(|node| node.version());
+        let passed_on = Request { origin: Origin::Node(world.with(|node| node.store())), ..request.clone() };
+        if let Ok(answer) = world.relay(&node, passed_on, CHANGE_LIMIT).await {
+            return answer;
         }
-        match change_view(world, Some(&wanted.view), wanted.factor, wanted.force).await {
-            Ok(changed) => render(changed.outcome()),
-            Err(refusal) => render(refusal),
+        // It may have made the change, and others know of it.
+        match look_for_change(world, before, wanted).await {
+            Some(changed) => render(changed.outcome()),
+            None if meet(world, &node).await.is_some() => render(Outcome::ChangeUnderWay),
+            None => render(Outcome::NodeDown(node)),
         }
     }
 
     /// Who should coordinate instead of this node, if anybody: a member of its table, if this one is none. And if this node is alone and
     /// without keys, one of the view's other nodes that has keys, or a store around it: then this one joins that store.
     async fn better_coordinator(world: &impl World, view: &[String]) -> Option<String> {
-        let (table, status) = world.with(|node| (node.table(), node.status()));
-        let (table, own) = (table?, world.with(|node| node.own().to_owned()));
-        let (alone, member) = (table.view.len() == 1 && status.keys == 0, table.lists(&own));
-        if member && !alone {
+        let (table, status, own) = world.with(|node| (node.table(), node.status(), node.own().to_owned()));
+        let table = table?;
+        let is_alone = table.view.len() == 1 && status.keys == 0;
+        if status.is_member && !is_alone {
             return None;
         }
-        let others = if member { view } else { &table.view };
+        let others = if status.is_member { view } else { &table.view };
         let others: Vec<String> = others.iter().filter(|node| **node != own).cloned().collect();
-        let replies = ask(world, &others, Message::Meet).await;
-        // (One that has left this node's own store knows no better.)
-        let has_left_another = |it: &Status| it.version.is_some() && !it.is_member && it.store != Some(table.store);
-        let fits = |status: &Status| !member || status.keys > 0 || status.members > 1 || has_left_another(status);
-        let mut answering =
-            others.into_iter().zip(replies).filter(|(_, reply)| reply.as_ref().is_some_and(|(it, _)| fits(it)));
+        let replies = meet_all(world, &others).await;
+        let fits = |it: &Status| {
+            // (One that has left this node's own store knows no better.)
+            let has_left_another = it.version.is_some() && !it.is_member && it.store != table.store;
+            !status.is_member || it.keys > 0 || it.members > 1 || has_left_another
+        };
+        let mut answering = others.into_iter().zip(replies).filter(|(_, it)| it.as_ref().is_some_and(fits));
         answering.next().map(|(node, _)| node)
     }
 
     /// How a view change ended: how many keys it moves, the shards with their replicas and shares, and who is not reached.
     pub struct Changed {
-        pub moved: usize,
-        pub shards: Vec<(Vec<String>, usize)>,
-        pub unreached: Vec<String>,
+        moved: usize,
+        shards: Vec<(Vec<String>, usize)>,
+        unreached: Vec<String>,
     }
 
     impl Changed {
@@ -4428,86 +3774,249 @@ mod protocol {
     /// Why an attempt to change the view came to nothing.
     enum Failure {
         Refused(Outcome),
-        /// To be tried again in a new epoch: nodes that leave are silent, and their shards have other replicas.
+        /// To be tried again in a new epoch: silent nodes leave, and their shards have other replicas.
         NewEpoch,
-        /// To be tried again with a version above this one, knowing this too.
-        Again(Version, Earlier, Outcome),
+        /// To be tried again for a while, with a version above this one: another change is ending, or a node is starting.
+        Again(Version, Outcome),
     }
-
-    /// What is known of earlier locks: the nodes that they name, and those of them of which nothing came.
-    #[derive(Default)]
-    struct Earlier {
-        nodes: BTreeSet<String>,
-        void: Vec<Version>,
-    }
-
-    /// What a change is to make: another view, or (None) the same table again under a new lock, to settle what became of older
-    /// locks.
-    pub type Wanted<'a> = Option<&'a [String]>;
 
     /// For how long a view change is tried while other nodes are starting, or a change before it is ending.
     const TRIES: Duration = Duration::from_secs(4);
     /// How long a node must not have answered after the change until it is not waited for any more.
     const UNREACHED: Duration = Duration::from_secs(3);
 
-    /// Changes the view, as the coordinator. The error is an outcome as well, and then the old view stays in force.
-    pub async fn change_view(
-        world: &impl World,
-        wanted: Wanted<'_>,
-        factor: Option<usize>,
-        force: bool,
-    ) -> Result<Changed, Outcome> {
-        let mut new_epoch = force;
+    /// R9: changes the view, as the coordinator. The error is an outcome as well, and then the old view stays in force.
+    async fn change_view(world: &impl World, wanted: &WantedView) -> Result<Changed, Outcome> {
         let deadline = world.with(|node| node.now) + TRIES;
-        let (mut least, mut earlier) = (Version::default(), Earlier::default());
+        let (mut least, mut new_epoch) = (Version::default(), wanted.force);
         loop {
-            let Some(version) = world.with(|node| node.begin_change(least, new_epoch)) else {
-                return Err(Outcome::ChangeUnderWay);
-            };
-            let attempt = Attempt { world, version, wanted, factor, force, new_epoch, earlier: &earlier };
-            let result = attempt.run().await;
+            let (base, version) = world.with(|node| (node.table(), node.begin_change(least, new_epoch)));
+            let (Some(base), Some(version)) = (base, version) else { return Err(Outcome::ChangeUnderWay) };
+            let attempt = Attempt { world, base, version, wanted, new_epoch };
+            let nodes = attempt.nodes();
+            let result = attempt.run(&nodes).await;
             world.with(|node| node.end_change());
-            let (named, failure) = match result {
-                Ok(made) => return Ok(spread(world, made).await),
-                Err(failed) => failed,
+            let failure = match result {
+                Ok((table, counts)) => return Ok(spread(world, &table, counts, &nodes).await),
+                Err(failure) => failure,
             };
-            // Tells all that nothing will come of this lock.
-            ask(world, &named, Message::Meet).await;
+            ask(world, &nodes, Message::Release(version)).await;
             match failure {
                 Failure::NewEpoch => new_epoch = true,
-                Failure::Again(newest, learned, _) if world.with(|node| node.now) < deadline => {
-                    least = least.max(newest);
-                    earlier.nodes.extend(learned.nodes);
-                    earlier.void.extend(learned.void);
+                Failure::Again(newest, _) if world.with(|node| node.now) < deadline => {
+                    least = least.max(newest).max(version);
+                    world.sleep(Duration::from_millis(50)).await;
                 }
-                Failure::Refused(outcome) | Failure::Again(.., outcome) => return Err(outcome),
+                Failure::Refused(outcome) | Failure::Again(_, outcome) => return Err(outcome),
             }
-            world.sleep(Duration::from_millis(50)).await;
         }
     }
 
-    /// Tells all nodes of a table that is in force now, and waits until they have fetched what it gives them.
-    async fn spread(world: &impl World, (table, counts, named): Made) -> Changed {
-        ask(world, &named, Message::Meet).await;
-        start_fetching(world);
-        let unreached = await_arrival(world, &table).await;
+    /// An attempt to make a table from a base.
+    struct Attempt<'a, W> {
+        world: &'a W,
+        base: Arc<Table>,
+        version: Version,
+        wanted: &'a WantedView,
+        new_epoch: bool,
+    }
+
+    type Granted = BTreeMap<String, Status>;
+
+    impl<W: World> Attempt<'_, W> {
+        /// All whose lock is needed: the old view, the new one, and, unless the base is settled, its sources.
+        fn nodes(&self) -> Vec<String> {
+            let sources = if self.world.with(|node| node.is_settled()) { BTreeSet::new() } else { self.base.sources() };
+            let nodes: BTreeSet<&String> = self.base.view.iter().chain(&self.wanted.view).chain(sources).collect();
+            nodes.into_iter().cloned().collect()
+        }
+
+        fn again(&self, outcome: Outcome) -> Failure {
+            Failure::Again(self.version, outcome)
+        }
+
+        /// Locks the nodes, makes the table and adopts it: that step is the change.
+        async fn run(&self, nodes: &[String]) -> Result<(Arc<Table>, Vec<usize>), Failure> {
+            let granted = self.lock(nodes).await?;
+            let silent: Vec<String> = nodes.iter().filter(|node| !granted.contains_key(*node)).cloned().collect();
+            self.check_silent(&granted, &silent)?;
+            let settled = self.check_granted(&granted, &silent)?;
+            let change = Change::new(&self.base, &self.wanted.view, self.wanted.factor.unwrap_or(self.base.factor));
+            let speakers: Vec<Option<&String>> =
+                (0..self.base.shards.len()).map(|it| self.speaker(&granted, it)).collect();
+            let held: Vec<usize> = speakers.iter().map(|it| it.map_or(0, |it| granted[it].keys)).collect();
+            let (moves, counts) = change.plan(&held);
+            let cuts = self.survey(&change, &moves, &speakers).await?;
+            let mut table = self.base.next(self.version, &change, &cuts, &silent, settled);
+            table.moved = moves.iter().map(|(.., count)| count).sum();
+            let table = Arc::new(table);
+            match self.world.with(|node| node.adopt_own(table.clone())) {
+                true => Ok((table, counts)),
+                false => Err(self.again(Outcome::ChangeUnderWay)),
+            }
+        }
+
+        /// Locks the nodes, the lowest address first: of two coordinators one fails there, and does not hold what the other needs.
+        async fn lock(&self, nodes: &[String]) -> Result<Granted, Failure> {
+            let mut granted = Granted::new();
+            let (lowest, rest) = nodes.split_at(1);
+            for group in [lowest, rest] {
+                for (name, reply) in
+                    group.iter().zip(ask(self.world, group, Message::Lock(self.version, self.base.store)).await)
+                {
+                    match reply {
+                        Some(Reply::Locked(status)) => drop(granted.insert(name.clone(), status)),
+                        Some(Reply::Outdated(newest)) => {
+                            // It may go by a newer table.
+                            meet(self.world, name).await;
+                            return Err(Failure::Again(newest, Outcome::ChangeUnderWay));
+                        }
+                        Some(_) => return Err(self.again(Outcome::ChangeUnderWay)),
+                        // The lock, or its reply, may have got lost.
+                        None if meet(self.world, name).await.is_some() => {
+                            return Err(self.again(Outcome::ChangeUnderWay));
+                        }
+                        None => {}
+                    }
+                }
+            }
+            Ok(granted)
+        }
+
+        /// Checks that nodes which do not answer may be left out: by force; or if another whole replica of each one's shard answers, and
+        /// more than half of the old view goes by the base and does, so that two sides of a cut cannot both do it.
+        fn check_silent(&self, granted: &Granted, silent: &[String]) -> Result<(), Failure> {
+            let Some(first) = silent.first() else { return Ok(()) };
+            let down = |node: &String| Failure::Refused(Outcome::NodeDown(node.clone()));
+            if let Some(joining) = silent.iter().find(|node| self.wanted.view.contains(node)) {
+                return Err(down(joining));
+            } else if self.wanted.force {
+                return Ok(());
+            }
+            let base = &self.base;
+            let goes_by_it = |node: &&String| granted.get(*node).is_some_and(|it| it.version == Some(base.version));
+            let is_majority = 2 * base.view.iter().filter(goes_by_it).count() > base.view.len();
+            let is_whole = |node: &String| granted.get(node).is_some_and(|status| is_whole_by(base, status));
+            let has_other = |node: &String| base.shard_of(node).is_some_and(|shard| base.nodes_of(shard).any(is_whole));
+            let is_starting = |node: &String| granted.contains_key(node) && !is_whole(node);
+            match is_majority && silent.iter().all(has_other) {
+                true if self.new_epoch => Ok(()),
+                true => Err(Failure::NewEpoch),
+                false if base.view.iter().any(is_starting) => Err(self.again(Outcome::NodeDown(first.clone()))),
+                false => Err(down(first)),
+            }
+        }
+
+        /// Checks that all go by the base, or may join, and that it is settled, or waits only for those that are left out by force.
+        /// Returns whether it is settled.
+        fn check_granted(&self, granted: &Granted, silent: &[String]) -> Result<bool, Failure> {
+            let settled = self.world.with(|node| node.is_settled()) || granted.values().any(|it| self.says_settled(it));
+            for (node, status) in granted {
+                let is_part = self.base.lists(node) || !settled && self.base.sources().contains(node);
+                let newer = status.store == self.base.store && status.version > Some(self.base.version);
+                if newer || is_part && status.version.is_some_and(|version| version != self.base.version) {
+                    return Err(self.again(Outcome::ChangeUnderWay));
+                } else if self.wanted.view.contains(node) && !self.base.lists(node) {
+                    self.check_joining(node, status)?;
+                }
+                let is_waited_for = |it: &&String| !(self.wanted.force && silent.contains(it));
+                if !settled && (!self.wanted.force || status.incoming.iter().any(|it| is_waited_for(&it))) {
+                    return Err(self.again(Outcome::ChangeUnderWay));
+                }
+            }
+            Ok(settled)
+        }
+
+        fn says_settled(&self, status: &Status) -> bool {
+            status.version == Some(self.base.version) && status.settled
+        }
+
+        /// Whether a node may join: it goes by our table, which does not list it; or it has left a store; or it is a store of one
+        /// without keys.
+        fn check_joining(&self, node: &str, status: &Status) -> Result<(), Failure> {
+            let is_free = if status.is_member { status.members == 1 } else { status.settled };
+            if status.version.is_none() {
+                // It has just started, and may belong to a store that it has not heard of yet.
+                Err(self.again(Outcome::NodeDown(node.to_owned())))
+            } else if status.version == Some(self.base.version) || is_free && status.keys == 0 {
+                Ok(())
+            } else if status.is_member {
+                Err(Failure::Refused(Outcome::HoldsKeys(node.to_owned())))
+            } else {
+                Err(self.again(Outcome::ChangeUnderWay))
+            }
+        }
+
+        /// The replica of a shard that tells what the shard has, and where its cuts are: a whole one, if there is one.
+        fn speaker(&self, granted: &Granted, shard: usize) -> Option<&String> {
+            let answering = self.base.shards[shard].iter().map(|index| &self.base.view[*index]);
+            answering
+                .filter(|node| granted.contains_key(*node))
+                .min_by_key(|node| !is_whole_by(&self.base, &granted[*node]))
+        }
+
+        /// Learns where the shards are to be cut, each from its speaker.
+        async fn survey(
+            &self,
+            change: &Change,
+            moves: &[Move],
+            speakers: &[Option<&String>],
+        ) -> Result<Vec<Cut>, Failure> {
+            let of = |shard: usize| moves.iter().filter(move |(giver, ..)| *giver == shard);
+            let mut messages = Vec::new();
+            for (shard, speaker) in speakers.iter().enumerate() {
+                let Some(speaker) = speaker else { continue };
+                let mut sum = 0;
+                let counts = of(shard).map(|(.., count)| {
+                    sum += count;
+                    sum
+                });
+                messages.push((shard, speaker.to_string(), counts.collect()));
+            }
+            let asked = messages.iter().map(|(_, node, counts): &(_, _, Vec<usize>)| {
+                (node.clone(), Message::Survey(self.version, counts.clone()))
+            });
+            let replies = ask_each(self.world, asked.collect()).await;
+            let (mut cuts, mut keys) = (Vec::new(), vec![Some(Vec::new()); speakers.len()]);
+            for ((shard, node, _), reply) in messages.into_iter().zip(replies) {
+                let (places, hashes) = match reply {
+                    Some(Reply::Surveyed(places, hashes)) => (places, hashes),
+                    Some(_) => return Err(self.again(Outcome::ChangeUnderWay)),
+                    None => return Err(self.again(Outcome::NodeDown(node))),
+                };
+                keys[shard] = hashes;
+                let mut last = u64::MAX;
+                for ((giver, receiver, _), first) in of(shard).zip(places) {
+                    if first <= last {
+                        cuts.push(Cut { giver: *giver, span: Span { first, last }, receiver: *receiver });
+                        last = first.saturating_sub(1);
+                    }
+                }
+            }
+            Ok(change.deal_out_stretches(&self.base, cuts, &keys))
+        }
+    }
+
+    /// Tells all nodes of a table that is in force now, and waits until it is settled.
+    async fn spread(world: &impl World, table: &Table, counts: Vec<usize>, nodes: &[String]) -> Changed {
+        meet_all(world, nodes).await;
+        start_pulling(world);
+        let unreached = await_settled(world, table).await;
         let shards = (0..table.shards.len()).map(|shard| table.replicas(shard)).zip(counts).collect();
         Changed { moved: table.moved, shards, unreached }
     }
 
-    /// Finds out what became of a change whose coordinator does not answer any more. None if nobody goes by such a table: then it was
-    /// never made, or is lost with the coordinator.
+    /// Finds out what became of a change whose coordinator does not answer any more. None if nobody goes by such a table.
     async fn look_for_change(world: &impl World, before: Option<Version>, wanted: &WantedView) -> Option<Changed> {
         let members = world.with(|node| node.table()).map_or(Vec::new(), |table| table.view.clone());
-        let nodes: Vec<String> = set_of(wanted.view.iter().chain(&members).cloned()).into_iter().collect();
-        ask(world, &nodes, Message::Meet).await;
+        let nodes: BTreeSet<String> = wanted.view.iter().chain(&members).cloned().collect();
+        meet_all(world, &Vec::from_iter(nodes)).await;
         let is_wanted = |table: &Arc<Table>| {
-            Some(table.version) > before
-                && table.view == wanted.view
-                && wanted.factor.is_none_or(|factor| factor == table.factor)
+            let same_factor = wanted.factor.is_none_or(|factor| factor == table.factor);
+            Some(table.version) > before && table.view == wanted.view && same_factor
         };
         let table = world.with(|node| node.table()).filter(is_wanted)?;
-        let unreached = await_arrival(world, &table).await;
+        let unreached = await_settled(world, &table).await;
         let mut shards = Vec::new();
         for replicas in (0..table.shards.len()).map(|shard| table.replicas(shard)) {
             let count = count_of_shard(world, &table, &replicas).await.unwrap_or(0);
@@ -4516,326 +4025,36 @@ mod protocol {
         Some(Changed { moved: table.moved, shards, unreached })
     }
 
-    struct Attempt<'a, W> {
-        world: &'a W,
-        version: Version,
-        wanted: Wanted<'a>,
-        factor: Option<usize>,
-        force: bool,
-        new_epoch: bool,
-        earlier: &'a Earlier,
-    }
-
-    /// The table that was made, how many keys each shard has by it, and the nodes that were locked.
-    type Made = (Table, Vec<usize>, Vec<String>);
-
-    impl<W: World> Attempt<'_, W> {
-        /// Locks all nodes, makes the next table and adopts it, which is the change. With an error come the nodes that may be
-        /// locked.
-        async fn run(&self) -> Result<Made, (Vec<String>, Failure)> {
-            let Some(base) = self.world.with(|node| node.table()) else {
-                return Err((Vec::new(), self.again(Outcome::ChangeUnderWay)));
-            };
-            let view = self.wanted.unwrap_or(&base.view);
-            let mut named = set_of(base.view.iter().chain(view).chain(&self.earlier.nodes).cloned());
-            // Of two coordinators, each must be asked by the other, member or not.
-            named.insert(self.world.with(|node| node.own().to_owned()));
-            if !self.world.with(|node| node.is_complete()) {
-                named.extend(base.sources());
-            }
-            let named: Vec<String> = named.into_iter().collect();
-            let joining: Vec<String> = view.iter().filter(|node| !base.lists(node)).cloned().collect();
-            if let Err(failure) = self.meet_joining(&joining, &base).await {
-                return Err((Vec::new(), failure));
-            }
-            match self.lock_and_make(&base, view, &named).await {
-                Ok((table, counts)) if self.world.with(|node| node.adopt_own(table.clone())) => {
-                    Ok((table, counts, named))
-                }
-                Ok(_) => Err((named, self.again(Outcome::ChangeUnderWay))),
-                Err(failure) => Err((named, failure)),
-            }
-        }
-
-        /// Before anything is locked, sees that those who join are there. One that has just started may belong to a store that
-        /// it has not heard of yet.
-        async fn meet_joining(&self, joining: &[String], base: &Table) -> Result<(), Failure> {
-            for group in joining.chunks(SIDE_BY_SIDE) {
-                for (node, reply) in group.iter().zip(ask(self.world, group, Message::Meet).await) {
-                    let reply = match reply {
-                        None => ask_one(self.world, node, Message::Meet).await,
-                        reply => reply,
-                    };
-                    match reply {
-                        None => return Err(Failure::Refused(Outcome::NodeDown(node.clone()))),
-                        Some((status, _)) => self.check_joining(node, &status, base)?,
-                    }
-                }
-            }
-            Ok(())
-        }
-
-        /// Whether a node may join: it goes by our table, which does not list it; or it has left a store that wants nothing of
-        /// it any more; or it is a store of one without keys.
-        fn check_joining(&self, node: &str, status: &Status, base: &Table) -> Result<(), Failure> {
-            let is_free = if status.is_member { status.members == 1 } else { status.complete };
-            if status.version.is_none() {
-                Err(self.again(Outcome::NodeDown(node.to_owned())))
-            } else if status.version == Some(base.version) || is_free && status.keys == 0 {
-                Ok(())
-            } else if status.is_member {
-                Err(Failure::Refused(Outcome::HoldsKeys(node.to_owned())))
-            } else {
-                // One that left some changes ago may still have to hear of the last ones.
-                Err(self.again(Outcome::ChangeUnderWay))
-            }
-        }
-
-        fn again(&self, outcome: Outcome) -> Failure {
-            Failure::Again(self.version, Earlier::default(), outcome)
-        }
-
-        async fn lock_and_make(
-            &self,
-            base: &Table,
-            view: &[String],
-            named: &[String],
-        ) -> Result<(Table, Vec<usize>), Failure> {
-            let granted = self.lock(base, view, named).await?;
-            let given_up: Vec<String> = named.iter().filter(|node| !granted.contains_key(*node)).cloned().collect();
-            self.check_given_up(base, &granted, &given_up)?;
-            self.check_locks(base, &granted, &given_up)?;
-            let complete = self.check_nodes(base, view, &granted, &given_up)?;
-            // (A store that shrinks below its factor has one shard of all its nodes, until it grows again: that is how a dead one leaves.)
-            let change = Change::new(base, view, self.factor.unwrap_or(base.factor));
-            let speakers: Vec<Option<String>> =
-                (0..base.shards.len()).map(|shard| speaker(base, &granted, shard)).collect();
-            let keys = |node: &Option<String>| node.as_ref().map_or(0, |node| granted[node].keys);
-            let held: Vec<usize> = speakers.iter().map(keys).collect();
-            let (moves, counts) = match self.wanted {
-                Some(_) => change.plan(&held),
-                None => (Vec::new(), held.clone()),
-            };
-            let cuts = self.cut(&moves, &speakers, granted.keys().cloned().collect(), complete).await?;
-            let table = match held.iter().sum() {
-                0 if self.wanted.is_some() => base.next_even(self.version, &change, &given_up, complete),
-                _ => base.next(self.version, &change, &cuts, &given_up, complete),
-            };
-            Ok((Table { moved: moves.iter().map(|(.., count)| count).sum(), ..table }, counts))
-        }
-
-        /// Checks that nodes which do not answer may be left out: by force; or if another replica of each one's shard answers, and
-        /// more than half of the old view does, so that two sides of a cut cannot both do it.
-        fn check_given_up(
-            &self,
-            base: &Table,
-            granted: &BTreeMap<String, Status>,
-            given_up: &[String],
-        ) -> Result<(), Failure> {
-            let Some(first) = given_up.first().filter(|_| !self.force) else { return Ok(()) };
-            let goes_by_it = |node: &&String| granted.get(*node).is_some_and(|it| it.version == Some(base.version));
-            let is_majority = 2 * base.view.iter().filter(goes_by_it).count() > base.view.len();
-            // One that has started again vouches for nothing before it has fetched everything.
-            let is_whole = |node: &String| granted.get(node).is_some_and(|status| may_speak(base, status));
-            let is_alone =
-                |node: &String| base.shard_of(node).is_some_and(|shard| !base.replicas(shard).iter().any(is_whole));
-            let is_lost = |group: &Vec<String>| group.iter().all(|node| given_up.contains(node));
-            let is_waited_for = granted.values().any(|status| status.waits_for.iter().any(is_lost));
-            let is_starting = |node: &String| granted.contains_key(node) && !is_whole(node);
-            match is_majority && !is_waited_for && !given_up.iter().any(is_alone) {
-                true if self.new_epoch => Ok(()),
-                true => Err(Failure::NewEpoch),
-                false if base.view.iter().any(is_starting) => Err(self.again(Outcome::NodeDown(first.clone()))),
-                false => Err(Failure::Refused(Outcome::NodeDown(first.clone()))),
-            }
-        }
-
-        /// Locks the nodes, the lowest address first: of two coordinators one fails there, and does not hold what the other
-        /// needs. Returns what each told. Only a node that leaves by force need not answer.
-        async fn lock(
-            &self,
-            base: &Table,
-            view: &[String],
-            named: &[String],
-        ) -> Result<BTreeMap<String, Status>, Failure> {
-            let mut granted = BTreeMap::new();
-            let lock = Message::Lock(self.version, named.to_vec(), self.earlier.void.clone());
-            let (lowest, rest) = named.split_at(1);
-            for group in [lowest].into_iter().chain(rest.chunks(SIDE_BY_SIDE)) {
-                let mut replies = ask(self.world, group, lock.clone()).await;
-                for (name, reply) in group.iter().zip(&mut replies) {
-                    if matches!(reply, Some((_, Reply::Refused))) {
-                        return Err(self.again(Outcome::ChangeUnderWay));
-                    } else if reply.is_none() {
-                        *reply = ask_one(self.world, name, Message::Meet).await;
-                        if reply.is_some() {
-                            // Alive: the lock, or its reply, got lost.
-                            return Err(self.again(Outcome::ChangeUnderWay));
-                        }
-                    }
-                    match reply.take() {
-                        Some((status, Reply::Done)) => drop(granted.insert(name.clone(), status)),
-                        Some((_, Reply::Outdated(newest))) => {
-                            return Err(Failure::Again(newest, Earlier::default(), Outcome::ChangeUnderWay));
-                        }
-                        Some(_) => return Err(Failure::Refused(Outcome::ChangeUnderWay)),
-                        None if (self.force || base.factor > 1) && !view.contains(name) => {}
-                        None => return Err(Failure::Refused(Outcome::NodeDown(name.clone()))),
-                    }
-                }
-            }
-            Ok(granted)
-        }
-
-        /// Checks that no earlier lock is open, and that nobody goes by a newer table.
-        fn check_locks(
-            &self,
-            base: &Table,
-            granted: &BTreeMap<String, Status>,
-            given_up: &[String],
-        ) -> Result<(), Failure> {
-            let promises = granted.values().flat_map(|status| &status.promises);
-            let (mut newest, mut earlier) = (self.version, Earlier::default());
-            for promise in promises.filter(|it| it.version.coordinator != self.version.coordinator) {
-                // What another store's nodes go by says nothing here.
-                let bound = |node: &String| {
-                    granted.get(node).map_or(given_up.contains(node), |it| {
-                        it.store != promise.store || it.version < Some(promise.version)
-                    })
-                };
-                // By force, the new epoch must be above any that another has begun.
-                newest.epoch = newest.epoch.max(promise.version.epoch);
-                earlier.nodes.extend(promise.nodes.iter().cloned());
-                if promise.nodes.iter().all(bound) {
-                    earlier.void.push(promise.version);
-                }
-            }
-            let newer = |status: &Status| status.store == Some(base.store) && status.version > Some(base.version);
-            let outdated = granted.values().any(newer) || self.world.with(|node| node.version()) != Some(base.version);
-            match earlier.nodes.is_empty() && !outdated {
-                true => Ok(()),
-                false => Err(Failure::Again(newest, earlier, Outcome::ChangeUnderWay)),
-            }
-        }
-
-        /// Checks that all go by the table in force and wait for nothing. Returns whether that table is complete, so that its sources
-        /// need not be sources of the next one.
-        fn check_nodes(
-            &self,
-            base: &Table,
-            view: &[String],
-            granted: &BTreeMap<String, Status>,
-            given_up: &[String],
-        ) -> Result<bool, Failure> {
-            let known_complete = self.world.with(|node| node.is_complete());
-            let mut complete = given_up.is_empty();
-            for (node, status) in granted {
-                // A source that has not heard of the base would drop what it has when it hears of the next table. A blank node
-                // has lost what it had, and will go by the next table.
-                let takes_part = base.lists(node) || !known_complete && base.sources().contains(node);
-                if takes_part && status.version.is_some_and(|version| version != base.version) {
-                    return Err(self.again(Outcome::ChangeUnderWay));
-                } else if view.contains(node) && !base.lists(node) {
-                    self.check_joining(node, status, base)?;
-                }
-                if self.wanted.is_some()
-                    && let Some(source) = status.incoming.iter().find(|it| !given_up.contains(it))
-                {
-                    return Err(self.again(match granted.contains_key(source) {
-                        true => Outcome::ChangeUnderWay,
-                        false => Outcome::NodeDown(source.clone()),
-                    }));
-                }
-                complete &= status.incoming.is_empty() && !(base.lists(node) && status.version.is_none());
-            }
-            Ok(complete || known_complete)
-        }
-
-        /// Learns the givers' cuts. All are asked: one that has started again since it was locked refuses.
-        async fn cut(
-            &self,
-            moves: &[table::Move],
-            speakers: &[Option<String>],
-            nodes: Vec<String>,
-            complete: bool,
-        ) -> Result<Vec<Cut>, Failure> {
-            let from = |node: &String| -> Vec<&table::Move> {
-                moves.iter().filter(|(giver, ..)| speakers[*giver].as_ref() == Some(node)).collect()
-            };
-            let counts = |node: &String| {
-                let mut sum = 0;
-                let add = |(_, _, count): &table::Move| {
-                    sum += count;
-                    sum
-                };
-                from(node).into_iter().map(add).collect()
-            };
-            let message = |node: &String| (node.clone(), Message::Cut(self.version, counts(node), complete));
-            let replies = ask_each(self.world, nodes.iter().map(message).collect()).await;
-            let mut cuts = Vec::new();
-            for (node, reply) in nodes.iter().zip(replies) {
-                let places = match reply {
-                    Some((_, Reply::Places(places))) => places,
-                    Some(_) => return Err(self.again(Outcome::ChangeUnderWay)),
-                    None => return Err(self.again(Outcome::NodeDown(node.clone()))),
-                };
-                for ((giver, receiver, _), place) in from(node).into_iter().zip(places) {
-                    cuts.push(Cut { giver: *giver, place, receiver: *receiver });
-                }
-            }
-            Ok(cuts)
-        }
-    }
-
-    /// The replica of a shard that is to tell what the shard has, and where its cuts are: one that lacks nothing, if there is one.
-    fn speaker(base: &Table, granted: &BTreeMap<String, Status>, shard: usize) -> Option<String> {
-        let mut answering = base.replicas(shard);
-        answering.retain(|node| granted.contains_key(node));
-        answering.sort_by_key(|node| !may_speak(base, &granted[node]));
-        answering.into_iter().next()
-    }
-
-    /// Whether a node can speak for its shard: it goes by this table, and lacks nothing that it needs.
-    fn may_speak(base: &Table, status: &Status) -> bool {
-        status.version == Some(base.version) && status.waits_for.is_empty()
-    }
-
     /// What is known of a node while the keys that a table moves arrive.
     struct Awaited {
         name: String,
-        has_arrived: bool,
-        /// When it last answered.
+        is_done: bool,
+        /// When it last answered, and for whom it waited then.
         heard: Duration,
-        /// From whom it still had to fetch then.
         needs: Vec<String>,
     }
 
-    /// Waits until all nodes have fetched what a table gives them. Returns the nodes that are not reached: that have not
-    /// answered for a while, and without which nothing gets on.
-    async fn await_arrival(world: &impl World, table: &Table) -> Vec<String> {
+    /// Waits until a table is settled (R8). Returns the nodes that are not reached: that have not answered for a while, and without
+    /// which nothing gets on.
+    async fn await_settled(world: &impl World, table: &Table) -> Vec<String> {
         let now = || world.with(|node| node.now);
-        let names: Vec<String> = set_of(table.view.iter().cloned().chain(table.sources())).into_iter().collect();
-        let await_one = |name: &String| Awaited {
-            name: name.clone(),
-            has_arrived: !table.lists(name),
-            heard: now(),
-            needs: Vec::new(),
-        };
+        let names: BTreeSet<&String> = table.view.iter().chain(table.sources()).collect();
+        let names: Vec<String> = names.into_iter().cloned().collect();
+        let await_one = |name: &String| Awaited { name: name.clone(), is_done: false, heard: now(), needs: Vec::new() };
         let (mut nodes, mut pause): (Vec<Awaited>, u64) = (names.iter().map(await_one).collect(), 2);
         loop {
-            for (node, reply) in nodes.iter_mut().zip(ask(world, &names, Message::Meet).await) {
-                let Some((status, _)) = reply else { continue };
-                if status.version > Some(table.version) {
+            for (node, reply) in nodes.iter_mut().zip(meet_all(world, &names).await) {
+                let Some(status) = reply else { continue };
+                if status.store == table.store && status.version > Some(table.version) {
                     return Vec::new();
                 }
-                node.has_arrived |=
-                    status.version == Some(table.version) && (status.complete || status.incoming.is_empty());
+                node.is_done |= status.version == Some(table.version) && status.incoming.is_empty();
                 (node.heard, node.needs) = (now(), status.incoming);
             }
-            let waiting: Vec<&Awaited> = nodes.iter().filter(|node| !node.has_arrived).collect();
-            if waiting.is_empty() {
-                complete(world, table);
-                ask(world, &names, Message::Meet).await;
+            let waiting: Vec<&Awaited> = nodes.iter().filter(|node| !node.is_done).collect();
+            if waiting.is_empty() || world.with(|node| node.version() == Some(table.version) && node.is_settled()) {
+                // All hear of it at once.
+                meet_all(world, &names).await;
                 return Vec::new();
             }
             let is_silent = |name: &String| nodes.iter().any(|it| it.name == *name && it.heard + UNREACHED < now());
@@ -4843,8 +4062,8 @@ mod protocol {
                 |it: &&Awaited| is_silent(&it.name) || !it.needs.is_empty() && it.needs.iter().all(is_silent);
             if waiting.iter().all(is_stuck) {
                 let named = waiting.iter().flat_map(|it| it.needs.iter().chain([&it.name]));
-                let named = named.filter(|name| is_silent(name));
-                return set_of(named.cloned()).into_iter().collect();
+                let named: BTreeSet<&String> = named.filter(|name| is_silent(name)).collect();
+                return named.into_iter().cloned().collect();
             }
             world.sleep(Duration::from_millis(pause)).await;
             pause = (pause * 2).min(200);
@@ -4857,8 +4076,14 @@ mod protocol {
 /// What this instance holds, and what it knows of the other nodes. A std Mutex and not a coroutine's: nobody waits for
 /// anything while holding it.
 static NODE: LazyLock<Mutex<Node>> = LazyLock::new(|| {
-    let own = own().unwrap_or_default().to_owned();
-    Mutex::new(Node::new(own, SETTINGS.view.clone(), SETTINGS.factor, random(), now()))
+    // A main instance is a store of one that nobody else knows.
+    let (own, view) = own().map_or((String::new(), vec![String::new()]), |own| (own.to_owned(), SETTINGS.view.clone()));
+    let mut node = Node::new(own.clone(), view.clone(), SETTINGS.factor, random(), now());
+    if own.is_empty() {
+        node.adopt(Arc::new(Table::first(view, 1)));
+        node.lines.clear();
+    }
+    Mutex::new(node)
 });
 
 /// The time since 1970 at the start, and since then by a clock that nobody sets.
@@ -4876,12 +4101,12 @@ const CHANGE_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
 #[inline(never)]
 fn lock_node() -> MutexGuard<'static, Node> {
     let mut node = lock(&NODE);
-    node.now = now();
+    node.look_at_clock(now());
     node
 }
 
 /// Lines for stderr, and records to be dropped.
-type Leftovers = (Vec<String>, Vec<Records>);
+type Leftovers = (Vec<String>, Vec<Garbage>);
 
 /// To the thread that deals with leftovers, one after the other, so that lines stay in order. To drop many records takes a while.
 static LEFTOVERS: LazyLock<mpsc::Sender<Leftovers>> = LazyLock::new(|| {
@@ -4889,7 +4114,7 @@ static LEFTOVERS: LazyLock<mpsc::Sender<Leftovers>> = LazyLock::new(|| {
     thread::spawn(move || {
         for (lines, garbage) in receiver {
             lines.iter().for_each(|line| say(line));
-            let freed: usize = garbage.iter().map(Records::footprint).sum();
+            let freed: usize = garbage.iter().map(Garbage::footprint).sum();
             drop(garbage);
             FREED.fetch_add(freed as u64, SeqCst);
         }
@@ -4918,7 +4143,7 @@ impl World for Live {
         result
     }
 
-    async fn deliver(&self, envelopes: Vec<Envelope>) -> Vec<Option<(Status, Reply)>> {
+    async fn deliver(&self, envelopes: Vec<Envelope>) -> Vec<Option<Reply>> {
         // All are asked before the first is waited for.
         let questions: Vec<Option<Question>> = envelopes.iter().map(begin_to_deliver).collect();
         let answers = envelopes.into_iter().zip(questions).map(|(envelope, question)| match question {
@@ -4926,18 +4151,6 @@ impl World for Live {
             question => read_reply(&question?.answer().ok()?),
         });
         answers.collect()
-    }
-
-    async fn push(&self, pushes: Vec<Push>) -> Vec<Option<Pushed>> {
-        let begin = |push: &Push| {
-            let body = postcard::to_stdvec(push).ok()?;
-            let message = Request { origin: Origin::Push, body, ..Request::default() };
-            Peer::at(&push.to).begin(message, PUSH_LIMIT).ok()
-        };
-        // All are asked before the first is waited for.
-        let questions: Vec<Option<Question>> = pushes.iter().map(begin).collect();
-        let answer = |question: Option<Question>| postcard::from_bytes(&question?.answer().ok()?.body).ok();
-        questions.into_iter().map(answer).collect()
     }
 
     async fn relay(&self, node: &str, request: Request, patience: Duration) -> Result<Answer, Lost> {
@@ -4949,11 +4162,6 @@ impl World for Live {
     }
 
     fn spawn(&self, activity: Activity) {
-        if let Activity::Tell = activity {
-            // It is short, and as frequent as writes.
-            may::go!(move || block_on(run(Live, activity)));
-            return;
-        }
         let spawn = |activity| thread::Builder::new().spawn(move || block_on(run(Live, activity)));
         while spawn(activity.clone()).is_err() {
             // The system has no room for another thread now.
@@ -4967,21 +4175,9 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
     // (Not in a Box: large allocations are slow.)
     let mut future = pin!(future);
     loop {
-        if let Poll::Ready(result) = future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+        if let Poll::Ready(result) = future.as_mut().poll(&mut task::Context::from_waker(Waker::noop())) {
             return result;
         }
-    }
-}
-
-/// A replica that does not take a push in this time is silent.
-const PUSH_LIMIT: Duration = Duration::from_millis(1200);
-
-/// Stores what another replica pushes, if it is for this node.
-#[inline(never)]
-fn answer_push(body: &[u8]) -> Answer {
-    match postcard::from_bytes::<Push>(body) {
-        Ok(push) if own() == Some(&push.to) => Answer::message(&Live.with(|node| node.take_push(push))),
-        _ => Outcome::BadRequest.answer(Vocabulary::Form, "POST"),
     }
 }
 
@@ -4993,25 +4189,31 @@ fn begin_to_deliver(envelope: &Envelope) -> Option<Question> {
     let body = postcard::to_stdvec(envelope).ok()?;
     let message = Request { origin: Origin::Message, body, ..Request::default() };
     let mut limit = envelope.message.limit();
-    if matches!(envelope.message, Message::Meet) {
+    if matches!(envelope.message, Message::Meet(_)) {
         // In a large store that starts, all ask all.
         limit = limit.max(Duration::from_millis(40) * SETTINGS.view.len() as u32);
     }
     Peer::at(&envelope.to).begin(message, limit).ok()
 }
 
-fn read_reply(answer: &Answer) -> Option<(Status, Reply)> {
-    postcard::from_bytes(&answer.body).ok().filter(|(status, _): &(Status, Reply)| status.is_plain())
+fn read_reply(answer: &Answer) -> Option<Reply> {
+    let reply = postcard::from_bytes(&answer.body).ok()?;
+    match &reply {
+        Reply::Met(status, _) | Reply::Locked(status) if !status.is_plain() => None,
+        _ => Some(reply),
+    }
 }
 
-/// Answers a message, if it is one and for this node; in the background, unless it is a mere meeting: much may be looked for.
+/// Answers a message, if it is one and for this node: in the background, unless that is short. (Not inlined, as `answer_about`.)
 #[inline(never)]
 fn answer_message(body: &[u8]) -> Result<Answer, Work> {
+    let is_plain = |envelope: &Envelope| match &envelope.message {
+        Message::Meet(status) => status.is_plain(),
+        _ => true,
+    };
     match postcard::from_bytes::<Envelope>(body) {
-        Ok(envelope)
-            if own() == Some(&envelope.to) && port_of(&envelope.from).is_some() && envelope.status.is_plain() =>
-        {
-            let is_short = matches!(envelope.message, Message::Meet);
+        Ok(envelope) if own() == Some(&envelope.to) && port_of(&envelope.from).is_some() && is_plain(&envelope) => {
+            let is_short = envelope.message.is_short();
             let work = move || Answer::message(&receive(&Live, envelope));
             let in_vain = |_| Outcome::MainDown.answer(Vocabulary::Form, "POST");
             if is_short {
@@ -6572,8 +5774,7 @@ static FREED: AtomicU64 = AtomicU64::new(0);
 /// Gives memory back to the system when there is some and no more is being freed, or when there is very much. (To give it back holds
 /// up whoever allocates.) To be done once a second.
 fn give_back_memory() {
-    let freed = Live.with(|node| node.records.take_freed()) as u64;
-    let total = FREED.fetch_add(freed, SeqCst) + freed;
+    let total = FREED.load(SeqCst);
     static BEFORE: AtomicU64 = AtomicU64::new(0);
     let growth = total.saturating_sub(BEFORE.swap(total, SeqCst));
     if (total > 16 << 20 && growth < 1 << 20) || total > 256 << 20 {
@@ -6836,9 +6037,7 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
     repeat(Duration::from_secs(1), give_back_memory);
     repeat(Duration::ZERO, wake_sleepers);
     repeat(Duration::from_millis(100), relay::watch_peers);
-    if let Role::Node(_) = role {
-        repeat(MEETINGS, || keep_in_touch(&Live));
-    }
+    repeat(MEETINGS, || keep_in_touch(&Live));
     let _ = server.join();
     fail(1, &format!("IP={} PORT={}: expected to go on listening, but the server ended", listen.ip(), listen.port()))
 }
@@ -6941,11 +6140,16 @@ mod simulation {
     //!
     //! `SEED=n` repeats one schedule, and tells it; `SCHEDULES=n` runs as many.
 
-    use super::*;
     use std::cell::RefCell;
     use std::collections::HashSet;
     use std::pin::Pin;
     use std::rc::Rc;
+    use std::task::Context;
+
+    use super::*;
+
+    /// By key, the stamp of what a session knows.
+    type Past = BTreeMap<String, u64>;
 
     const KEYS: usize = 6;
     /// A client waits so long for an answer.
@@ -6963,11 +6167,6 @@ mod simulation {
         Relay {
             to: usize,
             request: Request,
-            call: usize,
-        },
-        Push {
-            to: usize,
-            push: Push,
             call: usize,
         },
         /// A call ends at the node that made it.
@@ -6988,9 +6187,8 @@ mod simulation {
     /// How a call ended.
     enum Ending {
         Nothing,
-        Reply(Box<(Status, Reply)>),
+        Reply(Box<Reply>),
         Answer(Answer),
-        Pushed(Pushed),
     }
 
     #[derive(Default)]
@@ -7016,8 +6214,9 @@ mod simulation {
         Put(u32),
         Get,
         Delete,
-        /// The node that may have had the key was killed.
+        /// The node that may have had the key was killed; if keys were still moving, it may come back as it was before (the contract).
         Vanish,
+        Rewind,
     }
 
     /// What a client did and saw. Without an end it is not known whether it took effect.
@@ -7084,7 +6283,7 @@ mod simulation {
         highest: Vec<u64>,
         lost: Vec<u64>,
         /// By value: what its writer had seen.
-        past: HashMap<u32, Causal>,
+        past: HashMap<u32, Past>,
         sessions: Vec<Session>,
     }
 
@@ -7093,7 +6292,7 @@ mod simulation {
     #[derive(Default)]
     struct Session {
         context: String,
-        past: Causal,
+        past: Past,
         busy: bool,
     }
 
@@ -7169,7 +6368,7 @@ mod simulation {
             let apart = |table: &Table| {
                 let newest =
                     self.newest().is_some_and(|newest| newest.version.number > 0 && !newest.lists(&address(machine)));
-                table.version.is_first() && table.view.len() == 1 && self.machines[machine].life > 0 && newest
+                is_first(table.version) && table.view.len() == 1 && self.machines[machine].life > 0 && newest
             };
             self.table(machine).is_some_and(|table| self.lineage.contains(&table.version) && !apart(&table))
         }
@@ -7189,7 +6388,7 @@ mod simulation {
             let first: Vec<String> = self.first_view().into_iter().map(address).collect();
             for machine in 0..self.machines.len() {
                 let Some(table) = self.table(machine) else { continue };
-                if table.version.is_first() && (table.view == first || table.view.len() > 1)
+                if is_first(table.version) && (table.view == first || table.view.len() > 1)
                     || self.lineage.contains(&table.base)
                     || self.machines[machine].seen.is_some_and(|seen| self.lineage.contains(&seen))
                 {
@@ -7204,9 +6403,9 @@ mod simulation {
             for key in 0..KEYS {
                 let (hash, name) = (hash_of(name(key).as_bytes()), name(key));
                 let node = self.machines[machine].node.as_ref();
-                if node.is_some_and(|node| node.records.get(hash, name.as_bytes()).is_some()) {
-                    let start = self.now;
-                    self.history[key].push(Op { did: Did::Vanish, start, end, saw: None });
+                if let Some(node) = node.filter(|node| node.records.get(hash, name.as_bytes()).is_some()) {
+                    let (start, did) = (self.now, if node.is_settled() { Did::Vanish } else { Did::Rewind });
+                    self.history[key].push(Op { did, start, end, saw: None });
                 }
             }
         }
@@ -7247,7 +6446,7 @@ mod simulation {
         fn note_acknowledged(&mut self, machine: usize, key: &[u8], value: Option<u32>, seed: u64) {
             let hash = hash_of(key);
             let Some(node) = &self.machines[machine].node else { return };
-            let is_mine = node.table().is_some_and(|table| Some(table.shard_at(hash, key)) == node.shard());
+            let is_mine = node.table().is_some_and(|table| Some(table.shard_at(hash)) == node.shard());
             let Some(record) =
                 node.records.get(hash, key).filter(|_| is_mine && self.machines[machine].outlawed.is_none())
             else {
@@ -7259,12 +6458,14 @@ mod simulation {
             let is_this = |record: &&Record| record.is_tombstone() && self.machines[machine].deleting[index] == 1;
             let written = match value {
                 Some(_) => seen.find(|(_, it)| **it == value).map(|(stamp, _)| *stamp),
-                None => Some(record).filter(is_this).map(Record::stamp).filter(|stamp| node.has_given(*stamp)),
+                None => Some(record).filter(is_this).map(Record::stamp).filter(|stamp| node.gave(*stamp)),
             };
             let Some(stamp) = written else { return };
-            for other in node.others().iter().filter(|other| !node.is_silent(other)) {
+            // (It may have been silent when a later deletion was acknowledged.)
+            let is_excused = |other: &String| node.is_silent(other) || value.is_none() && node.lags(other);
+            for other in node.others().iter().filter(|other| !is_excused(other)) {
                 let Some(there) = &self.machines[machine_of(other)].node else { continue };
-                let takes_part = there.version() == node.version() && there.status().incoming.is_empty();
+                let takes_part = there.version() == node.version() && there.incoming().is_empty();
                 let has = there.records.get(hash, key).is_some_and(|it| it.stamp() >= stamp);
                 let gone = record.is_tombstone() && there.records.get(hash, key).is_none();
                 assert!(!takes_part || has || gone, "SEED={seed}: n{machine} acknowledged what {other} does not have");
@@ -7273,8 +6474,17 @@ mod simulation {
         }
     }
 
+    fn is_first(version: Version) -> bool {
+        (version.epoch, version.number) == (0, 0)
+    }
+
     fn name(key: usize) -> String {
         format!("k{key}")
+    }
+
+    /// The stamp of a key that is there, and not deleted.
+    fn stamp_of(node: &Node, hash: u64, key: &[u8]) -> Option<u64> {
+        node.records.get(hash, key).filter(|record| !record.is_tombstone()).map(Record::stamp)
     }
 
     fn key_of(name: &[u8]) -> usize {
@@ -7306,7 +6516,7 @@ mod simulation {
             let mut state = self.state.borrow_mut();
             let (now, told) = (state.now, state.told);
             let node = state.machines[self.machine].node.as_mut().expect("only living nodes run");
-            node.now = node.now.max(now);
+            node.look_at_clock(now);
             let result = action(node);
             for line in node.lines.drain(..) {
                 if told {
@@ -7317,46 +6527,22 @@ mod simulation {
             result
         }
 
-        async fn deliver(&self, envelopes: Vec<Envelope>) -> Vec<Option<(Status, Reply)>> {
+        async fn deliver(&self, envelopes: Vec<Envelope>) -> Vec<Option<Reply>> {
             let mut calls = Vec::new();
             for envelope in envelopes {
                 let mut state = self.state.borrow_mut();
                 let to = machine_of(&envelope.to);
                 let call = state.call(self.machine, envelope.message.limit());
-                if state.trouble > 0
-                    && state.percent(3)
-                    && let Some(way) = state.way(self.machine, to)
-                {
-                    state.at(way, Event::Message { to, envelope: Box::new(envelope.clone()), call });
-                }
-                if let Some(way) = state.way(self.machine, to) {
-                    state.at(way, Event::Message { to, envelope: Box::new(envelope), call });
-                }
-                calls.push(call);
-            }
-            let mut answers = Vec::new();
-            for call in calls {
-                answers.push(if let Ending::Reply(reply) = Wait(self, call).await { Some(*reply) } else { None });
-            }
-            answers
-        }
-
-        async fn push(&self, pushes: Vec<Push>) -> Vec<Option<Pushed>> {
-            let mut calls = Vec::new();
-            for push in pushes {
-                let mut state = self.state.borrow_mut();
-                let to = machine_of(&push.to);
-                let call = state.call(self.machine, PUSH_LIMIT);
                 for _ in 0..1 + usize::from(state.trouble > 0 && state.percent(3)) {
                     if let Some(way) = state.way(self.machine, to) {
-                        state.at(way, Event::Push { to, push: push.clone(), call });
+                        state.at(way, Event::Message { to, envelope: Box::new(envelope.clone()), call });
                     }
                 }
                 calls.push(call);
             }
             let mut answers = Vec::new();
             for call in calls {
-                answers.push(if let Ending::Pushed(answer) = Wait(self, call).await { Some(answer) } else { None });
+                answers.push(if let Ending::Reply(reply) = Wait(self, call).await { Some(*reply) } else { None });
             }
             answers
         }
@@ -7672,7 +6858,7 @@ mod simulation {
                 state.now = time;
                 let on = match &event {
                     Event::Poll(task) => state.tasks.get(task).map(|(machine, ..)| *machine),
-                    Event::Message { to, .. } | Event::Relay { to, .. } | Event::Push { to, .. } => Some(*to),
+                    Event::Message { to, .. } | Event::Relay { to, .. } => Some(*to),
                     Event::Result { call, .. } => state.calls.get(call).map(|(_, machine, _)| *machine),
                     Event::Spawn { on, .. } => Some(*on),
                     _ => None,
@@ -7690,7 +6876,6 @@ mod simulation {
                 Event::Poll(id) => self.poll(id),
                 Event::Message { to, envelope, call } => self.message(to, *envelope, call),
                 Event::Relay { to, request, call } => self.relayed(to, request, call),
-                Event::Push { to, push, call } => self.pushed(to, push, call),
                 Event::Result { call, result } => {
                     let mut state = self.state.borrow_mut();
                     if let Some((task, ..)) = state.calls.remove(&call) {
@@ -7745,25 +6930,15 @@ mod simulation {
             if self.state.borrow().machines[to].node.is_none() {
                 return self.state.borrow_mut().refuse(call);
             }
+            let what = if self.state.borrow().told { format!("{:?}", envelope.message) } else { String::new() };
             let reply = receive(&self.there(to), envelope);
             let mut state = self.state.borrow_mut();
+            if state.told && !what.starts_with("Meet") {
+                let (what, reply) = (what.chars().take(120).collect::<String>(), format!("{reply:?}"));
+                state.tell(|| format!("  n{from} -> n{to}: {what}: {}", reply.chars().take(120).collect::<String>()));
+            }
             if let Some(way) = state.way(to, from) {
                 state.at(way, Event::Result { call, result: Ending::Reply(Box::new(reply)) });
-            }
-        }
-
-        fn pushed(&self, to: usize, push: Push, call: usize) {
-            let from = machine_of(&push.from);
-            if self.state.borrow().machines[to].node.is_none() {
-                return self.state.borrow_mut().refuse(call);
-            }
-            let keys: Vec<String> =
-                push.records.iter().map(|(_, bytes, _)| String::from_utf8_lossy(&bytes[1..]).into_owned()).collect();
-            let answer = self.there(to).with(|node| node.take_push(push));
-            let mut state = self.state.borrow_mut();
-            state.tell(|| format!("n{from} pushes {keys:?} to n{to}: {answer:?}"));
-            if let Some(way) = state.way(to, from) {
-                state.at(way, Event::Result { call, result: Ending::Pushed(answer) });
             }
         }
 
@@ -7802,7 +6977,7 @@ mod simulation {
             for key in 0..KEYS {
                 let name = name(key);
                 let hash = hash_of(name.as_bytes());
-                let here = |node: &Node| node.place_by_table(hash, name.as_bytes()) == Place::Here;
+                let here = |node: &Node| node.answers_for(hash);
                 let has = |machine: &usize| state.machines[*machine].node.as_ref().is_some_and(here);
                 let owners: Vec<usize> = machines.iter().copied().filter(has).collect();
                 assert!(
@@ -7854,7 +7029,7 @@ mod simulation {
                 let others = state.machines.iter().enumerate().filter(|(it, _)| *it != machine);
                 let kept =
                     others.filter_map(|(_, it)| record(it.node.as_ref()?, &name)).any(|it| it.stamp() >= lost.stamp());
-                assert!(kept || gone.has_given(lost.stamp()), "SEED={}: {name} is given up with n{machine}", self.seed);
+                assert!(kept || gone.gave(lost.stamp()), "SEED={}: {name} is given up with n{machine}", self.seed);
             }
         }
 
@@ -8086,10 +7261,10 @@ mod simulation {
                     let hash = hash_of(name.as_bytes());
                     let stamp = |node: &String| {
                         let node = state.machines[machine_of(node)].node.as_ref();
-                        node.and_then(|node| node.records.find(hash, name.as_bytes()).map(Record::stamp))
+                        node.and_then(|node| stamp_of(node, hash, name.as_bytes()))
                     };
                     let stamps: HashSet<Option<u64>> =
-                        newest.replicas(newest.shard_at(hash, name.as_bytes())).iter().map(stamp).collect();
+                        newest.replicas(newest.shard_at(hash)).iter().map(stamp).collect();
                     stamps.len() == 1
                 })
             };
@@ -8156,9 +7331,9 @@ mod simulation {
             for key in 0..KEYS {
                 let (name, bound) = (name(key), state.replicas.bound[key]);
                 let hash = hash_of(name.as_bytes());
-                let owner = newest.replicas(newest.shard_at(hash, name.as_bytes())).remove(0);
+                let owner = newest.replicas(newest.shard_at(hash)).remove(0);
                 let node = state.machines[machine_of(&owner)].node.as_ref().expect("all live");
-                let found = node.records.find(hash, name.as_bytes()).map(Record::stamp);
+                let found = stamp_of(node, hash, name.as_bytes());
                 let deleted = state.replicas.seen[key].range(bound..).any(|(_, value)| value.is_none());
                 let kept = found.map_or(bound == 0 || deleted, |stamp| stamp >= bound);
                 assert!(kept, "SEED={}: {name} is at {found:?}, but {bound} was acknowledged", self.seed);
@@ -8175,8 +7350,7 @@ mod simulation {
             let newest = state.newest().unwrap_or_default();
             (0..state.machines.len()).all(|machine| {
                 let Some(node) = &state.machines[machine].node else { return false };
-                let has_all =
-                    node.version() == Some(newest.version) && node.may_answer() && node.status().incoming.is_empty();
+                let has_all = node.version() == Some(newest.version) && node.may_answer() && node.incoming().is_empty();
                 has_all || node.version().is_some() && !newest.lists(&address(machine))
             })
         }
@@ -8185,13 +7359,12 @@ mod simulation {
             let state = self.state.borrow();
             let describe = |it: &Machine| {
                 it.node.as_ref().map_or("dead".into(), |node| {
-                    let status = node.status();
                     format!(
-                        "{} {:?} incoming {:?} promises {:?}\n",
+                        "{} {:?} incoming {:?} settled {}\n",
                         node.own(),
-                        status.version,
-                        status.incoming,
-                        status.promises
+                        node.version(),
+                        node.incoming(),
+                        node.is_settled()
                     )
                 })
             };
@@ -8209,9 +7382,20 @@ mod simulation {
         let action = Action::of(key, request, vocabulary);
         let deletions = u32::from(request.verb == "DELETE");
         there.state.borrow_mut().machines[there.machine].deleting[key_of(key)] += deletions;
-        let perform = |node: &mut Node| (perform(node, hash_of(key), key, action, context, request.origin), node.now);
-        let (tried, began) = there.with(perform);
-        let answer = answer_for_key(there, key, tried, began, request, vocabulary).await;
+        let (hash, key_text, got) = (hash_of(key), key.to_vec(), (None, Vec::new()));
+        let request_clone = request.clone();
+        let mut it = KeyRequest {
+            hash,
+            key: key_text,
+            request: request_clone,
+            vocabulary,
+            action,
+            context,
+            got,
+            is_late: false,
+        };
+        let (tried, began) = there.with(|node| (it.perform(node), node.now));
+        let answer = it.answer(there, tried, began).await;
         let state = &mut *there.state.borrow_mut();
         // Who relayed it acknowledged nothing.
         let is_own = !String::from_utf8_lossy(&answer.body).contains(r#""address""#);
@@ -8264,9 +7448,15 @@ mod simulation {
                     let next = match op.did {
                         Did::Put(value) => Some(value),
                         Did::Get => value,
-                        Did::Delete | Did::Vanish => None,
+                        Did::Delete | Did::Vanish | Did::Rewind => None,
                     };
                     open.push((done | 1 << index, next));
+                    let earlier = ops.iter().enumerate().filter(|(it, _)| op.did == Did::Rewind && !left(*it));
+                    for (_, earlier) in earlier {
+                        if let Did::Put(value) = earlier.did {
+                            open.push((done | 1 << index, Some(value)));
+                        }
+                    }
                 }
             }
         }
@@ -8323,7 +7513,7 @@ mod simulation {
         simulation.wake(0);
         simulation.for_a_while(Duration::from_millis(5000), |_| {});
         let state = simulation.state.borrow();
-        let keys = |machine: &Machine| machine.node.as_ref().map_or(0, Node::keys);
+        let keys = |machine: &Machine| machine.node.as_ref().map_or(0, |node| node.sums().count);
         assert_eq!(keys(&state.machines[1]) + keys(&state.machines[2]), KEYS, "{}", simulation.describe());
     }
 
@@ -8377,6 +7567,8 @@ mod tests {
     use std::os::fd::OwnedFd;
 
     use super::*;
+    use crate::records::{Records, Span};
+    use crate::table::{Change, Cut};
 
     /// Numbers that look random and are the same in every run.
     struct Numbers(u64);
@@ -8399,80 +7591,85 @@ mod tests {
         records.insert(hash_of(key.as_bytes()), Record::new(key.as_bytes(), r#""value""#));
     }
 
-    /// A whole store in one place: the table, and what each node has.
-    type Store = (Table, BTreeMap<String, Records>);
+    /// A whole store in one place: its records, and the table that deals them out.
+    struct Store(Table, Records);
 
-    fn put_at_owner(store: &mut Store, key: &str) {
-        let (hash, name) = (hash_of(key.as_bytes()), key.as_bytes());
-        let owner = store.0.replicas(store.0.shard_at(hash, name)).remove(0);
-        put(store.1.entry(owner).or_default(), key);
-    }
+    impl Store {
+        fn new(view: Vec<String>) -> Store {
+            Store(Table::first(view, 1), Records::default())
+        }
 
-    /// Gives all records of some ranges to their owners, from whoever has them.
-    fn settle(store: &mut Store) {
-        for (span, range) in store.0.spans() {
-            for source in range.sources.iter().flatten() {
-                let mut span = span.clone();
-                while span.from < span.to {
-                    let giver = store.1.entry(source.clone()).or_default();
-                    let (records, to) = giver.first_of(&span, 100);
-                    let given = Span { from: span.from.clone(), to: to.clone() };
-                    giver.forget(&given);
-                    let owner = store.1.entry(store.0.replicas(range.shard).remove(0)).or_default();
-                    records.into_iter().for_each(|record| drop(owner.insert(hash_of(record.key()), record)));
-                    span.from = to;
-                }
+        fn sizes(&self) -> Vec<usize> {
+            let size = |shard| self.0.spans_of(Some(shard)).into_iter().map(|span| self.1.sums_of(span).count).sum();
+            (0..self.0.shards.len()).map(size).collect()
+        }
+
+        /// What a view change does, without the network. Returns how many keys change their shard.
+        fn change(&mut self, view: &[String]) -> usize {
+            let Store(table, records) = &*self;
+            let (change, held) = (Change::new(table, view, 1), self.sizes());
+            let (moves, counts) = change.plan(&held);
+            let (mut given, mut cuts): (HashMap<usize, (usize, u64)>, _) = (HashMap::new(), Vec::new());
+            for (giver, receiver, count) in &moves {
+                let (sum, last) = given.entry(*giver).or_insert((0, u64::MAX));
+                *sum += count;
+                let first = records.cut_above(&table.spans_of(Some(*giver)), *sum);
+                cuts.push(Cut { giver: *giver, span: Span { first, last: *last }, receiver: *receiver });
+                *last = first.saturating_sub(1);
             }
+            let keys = |shard| {
+                let spans = table.spans_of(Some(shard)).into_iter();
+                (held[shard] <= table::MAX_FEW).then(|| spans.flat_map(|span| records.hashes_of(span)).collect())
+            };
+            let keys: Vec<Option<Vec<u64>>> = (0..held.len()).map(keys).collect();
+            let cuts = change.deal_out_stretches(table, cuts, &keys);
+            let version = Version { number: table.version.number + 1, ..Version::default() };
+            self.0 = table.next(version, &change, &cuts, &[], true);
+            assert!(self.0.is_valid(), "{:?}", self.0);
+            assert_eq!(self.sizes(), counts);
+            moves.iter().map(|(.., count)| count).sum()
         }
-    }
-
-    /// What a view change does, without the network. Returns how many keys moved.
-    fn change(store: &mut Store, view: &[String]) -> usize {
-        let (table, records) = &*store;
-        let change = Change::new(table, view, 1);
-        let held: Vec<usize> = table.view.iter().map(|node| records.get(node).map_or(0, Records::len)).collect();
-        let (moves, _) = change.plan(&held);
-        let mut given: HashMap<usize, usize> = HashMap::new();
-        let mut cuts = Vec::new();
-        for (giver, receiver, count) in &moves {
-            let sum = given.entry(*giver).or_default();
-            *sum += count;
-            let place = records[&table.view[*giver]].nth_highest(*sum, &[Span::all()]);
-            cuts.push(Cut { giver: *giver, place, receiver: *receiver });
-        }
-        let version = Version { number: table.version.number + 1, ..Version::default() };
-        store.0 = table.next(version, &change, &cuts, &[], true);
-        assert!(store.0.is_valid(), "{:?}", store.0);
-        settle(store);
-        moves.iter().map(|(.., count)| count).sum()
     }
 
     #[test]
     fn shards_differ_by_one_key_and_no_key_moves_without_need() {
         let mut numbers = Numbers(1);
         for case in 0..300 {
-            let view = numbers.nodes(1);
-            let mut store: Store = (Table::first(view, 1), BTreeMap::new());
+            let mut store = Store::new(numbers.nodes(1));
             let keys = [0, 1, 2, 3, 7, 10, 100, 1000][case % 8];
-            (0..keys).for_each(|number| put_at_owner(&mut store, &format!("{case} {number}")));
+            (0..keys).for_each(|number| put(&mut store.1, &format!("{case} {number}")));
             for round in 0..4 {
                 let view = numbers.nodes(1);
-                let total: usize = store.1.values().map(Records::len).sum();
+                let total = store.1.total().count;
                 let (least, rest) = (total / view.len(), total % view.len());
                 // What nodes have above their target, if those with most keys may keep one more.
-                let mut held: Vec<usize> = view.iter().map(|node| store.1.get(node).map_or(0, Records::len)).collect();
+                let sizes: HashMap<String, usize> = store.0.view.iter().cloned().zip(store.sizes()).collect();
+                let mut held: Vec<usize> = view.iter().map(|node| sizes.get(node).copied().unwrap_or(0)).collect();
                 held.sort_by_key(|count| std::cmp::Reverse(*count));
                 let stays: usize =
                     held.iter().enumerate().map(|(rank, count)| (*count).min(least + usize::from(rank < rest))).sum();
-                assert_eq!(change(&mut store, &view), total - stays, "case {case}, round {round}");
-                let sizes: Vec<usize> = view.iter().map(|node| store.1.get(node).map_or(0, Records::len)).collect();
-                assert_eq!(sizes.iter().sum::<usize>(), total, "case {case}, round {round}: keys got lost");
-                assert!(
-                    sizes.iter().all(|size| (least..=least + 1).contains(size)),
-                    "case {case}: {sizes:?} of {total}"
-                );
-                assert_eq!(change(&mut store, &view), 0, "case {case}: the same view again");
-                (0..numbers.below(20)).for_each(|number| put_at_owner(&mut store, &format!("{case} {round} {number}")));
+                assert_eq!(store.change(&view), total - stays, "case {case}, round {round}");
+                let fits = |size: &usize| (least..=least + 1).contains(size);
+                assert!(store.sizes().iter().all(fits), "case {case}: {:?} of {total}", store.sizes());
+                assert_eq!(store.change(&view), 0, "case {case}: the same view again");
+                (0..numbers.below(20)).for_each(|number| put(&mut store.1, &format!("{case} {round} {number}")));
+            }
+        }
+    }
+
+    #[test]
+    fn later_keys_spread_however_few_there_were() {
+        let node = |number| format!("n{number}:1");
+        for keys in [0, 1, 2, 3, 5, 10, 100, 999] {
+            for nodes in [2, 3, 6] {
+                let mut store = Store::new(vec![node(1)]);
+                (0..keys).for_each(|number| put(&mut store.1, &number.to_string()));
+                store.change(&(1..=nodes).map(node).collect::<Vec<_>>());
+                for shard in 0..nodes {
+                    let width: u64 = store.0.spans_of(Some(shard)).iter().map(Span::width).sum();
+                    let part = width as f64 / u64::MAX as f64 * nodes as f64;
+                    assert!((0.49..2.01).contains(&part), "{keys} keys, {nodes} nodes: {part} of its part");
+                }
             }
         }
     }
@@ -8480,171 +7677,58 @@ mod tests {
     #[test]
     fn a_fourth_node_takes_a_quarter() {
         let node = |number| format!("n{number}:1");
-        let mut store: Store = (Table::first((1..=3).map(node).collect(), 1), BTreeMap::new());
-        (0..100_001).for_each(|number| put_at_owner(&mut store, &number.to_string()));
-        change(&mut store, &(1..=3).map(node).collect::<Vec<_>>());
-        assert_eq!(change(&mut store, &(1..=4).map(node).collect::<Vec<_>>()), 25_000);
+        let mut store = Store::new((1..=3).map(node).collect());
+        (0..100_001).for_each(|number| put(&mut store.1, &number.to_string()));
+        store.change(&(1..=3).map(node).collect::<Vec<_>>());
+        assert_eq!(store.change(&(1..=4).map(node).collect::<Vec<_>>()), 25_000);
     }
 
     #[test]
-    fn buckets_are_a_map_in_the_order_of_keys() {
+    fn records_are_a_map_in_the_order_of_hashes() {
         let mut numbers = Numbers(7);
         let (mut records, mut model) = (Records::default(), BTreeMap::new());
         for round in 0..60_000 {
             let key = numbers.below(40_000).to_string();
-            let position = (hash_of(key.as_bytes()), key.clone().into_bytes());
-            if numbers.below(3) > 0 {
-                let value = round.to_string();
-                let old = records.insert(position.0, Record::new(key.as_bytes(), &value));
-                let before = model.insert(position, value);
-                assert_eq!(old.map(|record| record.value().to_vec()), before.map(String::into_bytes));
-            } else {
-                assert_eq!(records.remove(position.0, key.as_bytes()).is_some(), model.remove(&position).is_some());
+            let hash = hash_of(key.as_bytes());
+            let mut record =
+                if numbers.below(3) > 0 { Record::new(key.as_bytes(), "1") } else { Record::tombstone(key.as_bytes()) };
+            record.set_stamp(round);
+            let before = model.insert(hash, (record.stamp(), record.is_tombstone()));
+            let old = records.insert(hash, record).map(|old| (old.stamp(), old.is_tombstone()));
+            assert_eq!(old, before);
+            if let Some((hash, (stamp, true))) = model.iter().nth(round as usize % 7).map(|(hash, it)| (*hash, *it)) {
+                records.bury(hash, stamp);
+                model.remove(&hash);
             }
         }
-        assert_eq!(records.len(), model.len());
-        for n in [1, 2, 100, model.len() / 2, model.len()] {
-            assert_eq!(Some(&records.nth_highest(n, &[Span::all()])), model.keys().rev().nth(n - 1));
-        }
-        assert_eq!(records.nth_highest(model.len() + 1, &[Span::all()]), Position::default());
-        let halves = Span::all().cut_at([1 << 62, 1 << 63].into_iter());
-        let first_and_last = |place: &&Position| place.0 < 1 << 62 || place.0 >= 1 << 63;
-        let nth = model.keys().rev().filter(first_and_last).nth(15_000);
-        assert_eq!(Some(&records.nth_highest(15_001, &[halves[0].clone(), halves[2].clone()])), nth);
-        for _ in 0..100 {
+        for _ in 0..200 {
             let (one, other) = (numbers.below(usize::MAX) as u64, numbers.below(usize::MAX) as u64);
-            let span = Span { from: (one.min(other), b"5".to_vec()), to: (one.max(other), Vec::new()) };
-            let (given, to) = records.first_of(&span, numbers.below(100_000));
-            let expected: Vec<_> = model.range(span.from.clone()..to.clone()).map(|(place, _)| place.clone()).collect();
-            let mut places: Vec<Position> = given.iter().map(|it| (hash_of(it.key()), it.key().to_vec())).collect();
-            places.sort();
-            assert_eq!(places, expected);
-            assert!(to > span.from && to <= span.to, "no progress");
-            let spans = span.cut_at((1..20).map(|part| part << 59));
-            let all = records.all_of(&spans, numbers.below(100_000));
-            assert!(!all.is_empty());
-            for (found, span) in all.iter().zip(&spans) {
-                assert_eq!(found.len(), model.range(span.from.clone()..span.to.clone()).count());
+            let span = Span { first: one.min(other), last: one.max(other) };
+            let expected: Vec<(u64, u64)> =
+                model.range(span.first..=span.last).map(|(hash, it)| (*hash, it.0)).collect();
+            let keys = model.range(span.first..=span.last).filter(|(_, (_, is_tombstone))| !is_tombstone);
+            assert_eq!(records.sums_of(span).count, keys.clone().count());
+            let mut listed: Vec<(u64, u64)> = span.by_bucket().flat_map(|part| records.list(part)).collect();
+            listed.sort_unstable();
+            assert_eq!(listed, expected);
+            let (mut given, mut from) = (Vec::new(), span.first);
+            loop {
+                let (some, last) = records.first_of(Span { first: from, last: span.last }, 5000);
+                given.extend(some.iter().map(|record| (record.hash(), record.stamp())));
+                if last == span.last {
+                    break;
+                }
+                from = last + 1;
             }
-            let digests: Vec<u64> = records.digests_of(&spans);
-            let digest = digests.iter().fold(0, |sum, digest| sum ^ digest);
-            assert_eq!(vec![digest], records.digests_of(from_ref(&span)));
-            assert_eq!(digests[0], records.digests_of(&spans[..1])[0]);
+            assert_eq!(given, expected);
+            let hashes: Vec<u64> = keys.map(|(hash, _)| *hash).collect();
+            if let [.., _, _, _] = hashes[..] {
+                let cut = records.cut_above(&[span], 2);
+                assert_eq!(hashes.iter().filter(|hash| **hash >= cut).count(), 2);
+            }
         }
-        let all = Span::all();
-        records.forget(&Span { to: (1 << 63, Vec::new()), ..all.clone() });
-        assert_eq!(records.len(), model.range((1 << 63, Vec::new())..).count());
-        records.forget(&all);
-        assert_eq!(records.len(), 0);
-    }
-
-    #[test]
-    fn keys_with_the_same_hash_are_told_apart() {
-        let range = |from, shard| Range { from, shard, sources: Vec::new() };
-        let mut table = Table::first(vec!["a:1".into(), "b:1".into()], 1);
-        table.ranges = vec![range(Position::default(), 0), range((7, b"m".to_vec()), 1), range((8, Vec::new()), 0)];
-        assert!(table.is_valid());
-        assert_eq!((table.shard_at(7, b"l"), table.shard_at(7, b"m"), table.shard_at(8, b"")), (0, 1, 0));
-    }
-
-    /// A node that goes by a table of two nodes, and a table that could follow.
-    fn node_and_next_table() -> (Node, Table) {
-        let view = vec!["a:1".to_owned(), "b:1".to_owned()];
-        let mut node = Node::new("a:1".into(), view.clone(), 1, 1, Duration::ZERO);
-        let blank = Node::new("b:1".into(), view.clone(), 1, 2, Duration::ZERO).status();
-        for _ in 0..5 {
-            node.begin_round();
-            let answers = [("b:1".to_owned(), Status { rounds: 5, ..blank.clone() })].into();
-            node.let_in(&[], &answers);
-        }
-        let table = node.table().expect("both agree on the first table");
-        let version = Version { epoch: 0, number: 1, coordinator: 2 };
-        let change = Change::new(&table, &["b:1".to_owned()], 1);
-        (node, table.next(version, &change, &[], &[], true))
-    }
-
-    fn tell(node: &mut Node, table: &Table) -> Option<Version> {
-        let other = Node::new("b:1".into(), Vec::new(), 1, 2, Duration::ZERO);
-        node.hear("b:1", Status { version: Some(table.version), table: Some(table.clone()), ..other.status() }, true);
-        node.version()
-    }
-
-    #[test]
-    fn a_table_from_outside_that_is_none_is_not_adopted() {
-        let (mut node, table) = node_and_next_table();
-        let before = node.version();
-        let named = |name: &str| vec![name.to_owned()];
-        let mut with = |spoil: &dyn Fn(&mut Table)| {
-            let mut spoiled = table.clone();
-            spoil(&mut spoiled);
-            assert_eq!(tell(&mut node, &spoiled), before, "{spoiled:?}");
-        };
-        with(&|table| table.view = named("no address"));
-        with(&|table| table.view = (0..33_000).map(|number| format!("n{number}:1")).collect());
-        with(&|table| table.view = vec!["b:1".into(), "b:1".into()]);
-        with(&|table| table.view = Vec::new());
-        with(&|table| table.shards = Vec::new());
-        with(&|table| table.shards = vec![vec![7]]);
-        with(&|table| table.shards = vec![Vec::new()]);
-        with(&|table| table.ranges = Vec::new());
-        with(&|table| table.ranges[0].from.0 = 1);
-        with(&|table| table.ranges[0].shard = 7);
-        with(&|table| table.ranges[0].sources = vec![named("no address")]);
-        with(&|table| table.ranges = vec![table.ranges[0].clone(); 200_000]);
-        with(&|table| table.version.number = u64::MAX);
-        with(&|table| table.version.number = 0);
-        assert_eq!(tell(&mut node, &table), Some(table.version), "one that is whole is adopted");
-    }
-
-    #[test]
-    fn a_table_at_the_wrong_time_is_not_adopted() {
-        let (mut node, table) = node_and_next_table();
-        let before = node.version();
-        // A lock of a later epoch has been granted: its coordinator counts on what this node told it.
-        let lock = Message::Lock(Version { epoch: 1, number: 9, coordinator: 3 }, vec!["a:1".into()], Vec::new());
-        let other = Node::new("b:1".into(), Vec::new(), 1, 3, Duration::ZERO);
-        assert!(matches!(node.receive(other.compose("a:1", lock)), (_, Reply::Done)));
-        assert_eq!(tell(&mut node, &table), before);
-    }
-
-    #[test]
-    fn a_replica_that_has_not_fetched_yet_goes_on_fetching_by_the_next_table() {
-        let view: Vec<String> = vec!["a:1".into(), "b:1".into()];
-        let mut node = Node::new("a:1".into(), view.clone(), 2, 1, Duration::ZERO);
-        let first = Table::first(view.clone(), 2);
-        // It starts blank beside a replica that goes by the first table.
-        let other = Node::new("b:1".into(), view.clone(), 2, 2, Duration::ZERO);
-        let goes_by_it = Status { version: Some(first.version), table: Some(first.clone()), ..other.status() };
-        node.hear("b:1", goes_by_it.clone(), true);
-        node.let_in(&[], &BTreeMap::from([("b:1".to_owned(), goes_by_it)]));
-        assert!(matches!(node.place_by_table(0, b""), Place::Incoming(source, ..) if source == "b:1"));
-        // A lock is resolved: the same table, under another version.
-        let version = Version { number: 1, ..first.version };
-        let next = first.next(version, &Change::new(&first, &view, 2), &[], &[], false);
-        assert_eq!(tell(&mut node, &next), Some(version));
-        assert!(matches!(node.place_by_table(0, b""), Place::Incoming(source, ..) if source == "b:1"));
-    }
-
-    #[test]
-    fn records_that_do_not_fit_into_a_message_are_given_in_parts() {
-        let (mut node, _) = node_and_next_table();
-        let version = node.version().unwrap_or_default();
-        let other = Node::new("b:1".into(), Vec::new(), 1, 2, Duration::ZERO);
-        for key in (0..40).map(|number: u32| number.to_string()) {
-            let value = format!("\"{}\"", "v".repeat(200_000));
-            node.records.insert(hash_of(key.as_bytes()), Record::new(key.as_bytes(), &value));
-        }
-        let (mut left, mut keys) = (Span::all(), BTreeSet::new());
-        while left.from < left.to {
-            let message = Message::GiveAll(version, vec![left.clone()], false);
-            let (_, Reply::All(copies, count, to)) = node.receive(other.compose("a:1", message)) else {
-                panic!("it goes by that table");
-            };
-            assert!(copies.len() < 5 && (count == 1 || to > left.from), "too much, or no progress");
-            keys.extend(copies.iter().filter_map(record_of_copy).map(|(record, _)| record.key().to_vec()));
-            left.from = if count == 1 { left.to.clone() } else { to };
-        }
-        assert_eq!(keys.len(), 40);
+        records.remove(crate::records::ALL);
+        assert!(records.is_empty() && records.total() == Default::default());
     }
 
     /// A main instance in this process, where clients can be written that a shell cannot be: it starts them too slowly, and closes
@@ -8825,7 +7909,7 @@ mod tests {
         assert_eq!(hash_of(b""), 0x1e924b9d737700d7);
         let shares = (0..30_000).fold([0; 3], |mut shares, number: u32| {
             let view = (0..3).map(|number| format!("n{number}:1")).collect();
-            shares[Table::first(view, 1).shard_at(hash_of(number.to_string().as_bytes()), b"")] += 1;
+            shares[Table::first(view, 1).shard_at(hash_of(number.to_string().as_bytes()))] += 1;
             shares
         });
         assert!(shares.iter().all(|share| (9_700..10_300).contains(share)), "{shares:?}");
