@@ -72,10 +72,10 @@ use subtle::ConstantTimeEq;
 use url::{Position as Part, Url};
 
 use membership::{answer_view_change, count_keys, describe_shards, keep_in_touch, run};
-use node::{Context, Envelope, Message, Node, Place, Reply, Write as NodeWrite, node_of};
+use node::{Context, Envelope, Later, Message, Node, Place, Reply, Write as NodeWrite, node_of};
 use records::{Garbage, Record, hash_of};
 use relay::{ANSWER_LIMIT, PATIENCE, Peer, Question, in_background};
-use replication::{Activity, Lost, World, receive};
+use replication::{Lost, World};
 use streams::*;
 use table::{Table, Version};
 
@@ -827,8 +827,9 @@ mod records {
     //! is done for many records goes bucket by bucket, with the lock released in between, and no big table ever has to double.
 
     use hashbrown::hash_table::{Entry, HashTable};
-    use serde::{Deserialize, Serialize};
-    use serde_bytes::ByteBuf;
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use serde_bytes::Bytes;
     use siphasher::sip::SipHasher24;
     use triomphe::ThinArc;
 
@@ -853,6 +854,10 @@ mod records {
 
         pub fn overlaps(&self, other: &Span) -> bool {
             self.first <= other.last && other.first <= self.last
+        }
+
+        pub fn is_in_one_bucket(&self) -> bool {
+            bucket_of(self.first) == bucket_of(self.last)
         }
 
         /// How many hashes it has, less one.
@@ -904,17 +909,6 @@ mod records {
             self.value().is_empty()
         }
 
-        /// A record as it travels between nodes; None if these are not a key and a value. (Whether the value is JSON was checked by the
-        /// node that took it from a client. To check it again would hold everybody up for 5 ms where it has 1 MiB.)
-        pub fn from_message(stamp: u64, bytes: &[u8]) -> Option<Record> {
-            bytes.get(1 + *bytes.first()? as usize..)?;
-            Some(Record::from_parts(stamp, bytes))
-        }
-
-        pub fn to_message(&self) -> (u64, ByteBuf) {
-            (self.stamp(), ByteBuf::from(&self.0.slice))
-        }
-
         pub fn stamp(&self) -> u64 {
             self.0.header.header
         }
@@ -940,7 +934,7 @@ mod records {
             hash_of(self.key())
         }
 
-        /// Last writer wins: the higher stamp. (Two nodes whose names share their 12 bits may give one stamp twice.)
+        /// Last-writer-wins: the higher stamp. (Two nodes whose names share their 12 bits may give one stamp twice.)
         pub fn beats(&self, other: &Record) -> bool {
             (self.stamp(), self.value()) > (other.stamp(), other.value())
         }
@@ -948,6 +942,25 @@ mod records {
         /// About what it takes in a message, in bytes.
         pub fn weight(&self) -> usize {
             self.0.slice.len() + 32
+        }
+    }
+
+    /// A record travels between nodes as its stamp and its bytes.
+    impl Serialize for Record {
+        fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+            (self.stamp(), Bytes::new(&self.0.slice)).serialize(to)
+        }
+    }
+
+    /// Whether the value is JSON was checked by the node that took it from a client. To check it again would hold everybody up for 5 ms
+    /// where it has 1 MiB.
+    impl<'de> Deserialize<'de> for Record {
+        fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Record, D::Error> {
+            let (stamp, bytes) = <(u64, &Bytes)>::deserialize(from)?;
+            match bytes.split_first().is_some_and(|(length, rest)| rest.len() >= *length as usize) {
+                true => Ok(Record::from_parts(stamp, bytes)),
+                false => Err(D::Error::custom("not a key and a value")),
+            }
         }
     }
 
@@ -983,29 +996,25 @@ mod records {
         }
     }
 
-    /// Records that are to be dropped: by whoever has released the lock, since that may take a while.
-    #[derive(Default)]
-    pub struct Garbage {
-        tables: Vec<HashTable<Record>>,
-        records: Vec<Record>,
-        sums: Sums,
-    }
-
-    impl Garbage {
-        /// About how many bytes of memory it has.
-        pub fn footprint(&self) -> usize {
-            self.sums.bytes + 80 * self.sums.count
-        }
-    }
-
     #[derive(Default)]
     struct Bucket {
         table: HashTable<Record>,
         sums: Sums,
     }
 
-    /// How many of a hash's upper bits choose the bucket.
-    const BUCKET_BITS: u32 = 14;
+    /// Records that are to be dropped by whoever has released the lock, since that may take a while.
+    #[derive(Default)]
+    pub struct Garbage(Vec<Bucket>);
+
+    impl Garbage {
+        /// About how many bytes of memory it has.
+        pub fn footprint(&self) -> usize {
+            self.0.iter().map(|bucket| bucket.sums.bytes + 80 * bucket.sums.count).sum()
+        }
+    }
+
+    /// How many of a hash's upper bits choose the bucket. (The simulation starts a hundred thousand nodes, each with its buckets.)
+    const BUCKET_BITS: u32 = if cfg!(test) { 8 } else { 14 };
 
     fn bucket_of(hash: u64) -> usize {
         (hash >> (u64::BITS - BUCKET_BITS)) as usize
@@ -1029,12 +1038,15 @@ mod records {
     }
 
     impl Bucket {
-        fn remove_if(&mut self, mut goes: impl FnMut(&Record) -> bool) -> Vec<Record> {
-            let gone: Vec<Record> = self.table.extract_if(|record| goes(record)).collect();
-            gone.iter().for_each(|record| self.sums.subtract(Sums::of(record.hash(), record)));
-            if self.table.len() < self.table.capacity() / 4 {
-                self.table.shrink_to_fit(Record::hash);
+        /// Takes out the records of a part of it.
+        fn split_off(&mut self, part: Span) -> Bucket {
+            let mut gone = Bucket::default();
+            for record in self.table.extract_if(|record| part.contains(record.hash())) {
+                gone.sums.add(Sums::of(record.hash(), &record));
+                gone.table.insert_unique(record.hash(), record, Record::hash);
             }
+            self.sums.subtract(gone.sums);
+            self.table.shrink_to(self.table.len(), Record::hash);
             gone
         }
     }
@@ -1046,7 +1058,8 @@ mod records {
         }
 
         pub fn is_empty(&self) -> bool {
-            self.buckets.iter().all(|bucket| bucket.table.is_empty())
+            // (Tombstones are in the digest.)
+            self.sums == Sums::default()
         }
 
         pub fn get(&self, hash: u64, key: &[u8]) -> Option<&Record> {
@@ -1089,16 +1102,12 @@ mod records {
             let mut garbage = Garbage::default();
             for part in span.by_bucket() {
                 let bucket = &mut self.buckets[bucket_of(part.first)];
-                let before = bucket.sums;
-                if part == span_of(bucket_of(part.first)) {
-                    garbage.tables.push(std::mem::take(bucket).table);
-                } else {
-                    garbage.records.extend(bucket.remove_if(|record| part.contains(record.hash())));
+                if !bucket.table.is_empty() {
+                    let is_whole = part == span_of(bucket_of(part.first));
+                    let gone = if is_whole { std::mem::take(bucket) } else { bucket.split_off(part) };
+                    self.sums.subtract(gone.sums);
+                    garbage.0.push(gone);
                 }
-                self.sums.subtract(before);
-                self.sums.add(bucket.sums);
-                garbage.sums.add(before);
-                garbage.sums.subtract(bucket.sums);
             }
             garbage
         }
@@ -1123,26 +1132,6 @@ mod records {
             sums
         }
 
-        /// Hash and stamp of each record of a part of one bucket.
-        pub fn list(&self, part: Span) -> Vec<(u64, u64)> {
-            self.of_part(part).map(|record| (record.hash(), record.stamp())).collect()
-        }
-
-        /// The records with these hashes and stamps, of about `limit` bytes, and how many of the list that answers.
-        pub fn select(&self, wanted: &[(u64, u64)], limit: usize) -> (Vec<Record>, usize) {
-            let (mut found, mut weight) = (Vec::new(), 0);
-            for (index, (hash, stamp)) in wanted.iter().enumerate() {
-                let table = &self.buckets[bucket_of(*hash)].table;
-                let record = table.find(*hash, |record| record.stamp() == *stamp && record.hash() == *hash);
-                weight += record.map_or(0, Record::weight);
-                if weight > limit && !found.is_empty() {
-                    return (found, index);
-                }
-                found.extend(record.cloned());
-            }
-            (found, wanted.len())
-        }
-
         /// The records of a span from its beginning on, of about `limit` bytes, and up to which hash these are all that there is.
         pub fn first_of(&self, span: Span, limit: usize) -> (Vec<Record>, u64) {
             let (mut found, mut weight): (Vec<Record>, usize) = (Vec::new(), 0);
@@ -1163,10 +1152,8 @@ mod records {
 
         /// The hashes of the keys of a span, in order. To be used where they are few, or in a part of one bucket.
         pub fn hashes_of(&self, span: Span) -> Vec<u64> {
-            let keys = span.by_bucket().flat_map(|part| self.of_part(part)).filter(|record| !record.is_tombstone());
-            let mut hashes: Vec<u64> = keys.map(Record::hash).collect();
-            hashes.sort_unstable();
-            hashes
+            let records = self.first_of(span, usize::MAX).0;
+            records.iter().filter(|record| !record.is_tombstone()).map(Record::hash).collect()
         }
 
         /// Where to cut some spans, which stand in order, so that `n` of their keys (one at least) lie at the cut or above: in the
@@ -2073,10 +2060,10 @@ mod node {
         },
         /// Give the record of one key, if you are whole for it.
         GiveKey(ByteBuf),
-        /// The digests of some spans; hash and stamp of their records; the records with some hashes and stamps.
+        /// The digests of some spans.
         Digests(Vec<Span>),
-        List(Vec<Span>),
-        Select(Vec<(u64, u64)>),
+        /// Compare this part of a bucket with the records that the sender has of it, by hash and stamp.
+        Compare(Span, Vec<(u64, u64)>),
         /// Store these records.
         Push(Vec<Copied>),
     }
@@ -2119,24 +2106,20 @@ mod node {
         Given(Vec<Copied>, u64),
         Key(Option<Copied>),
         Digests(Vec<u64>),
-        /// Of the first of the spans, as many as fit.
-        Lists(Vec<Vec<(u64, u64)>>),
-        /// The records of the first so many.
-        Selected(Vec<Copied>, usize),
+        /// What is newer here; what is newer there; both up to this hash.
+        Compared(Vec<Copied>, Vec<(u64, u64)>, u64),
         Done,
-        NotWhole,
-        /// Not by my table, or not in this life.
+        /// Not by my table, not in this life, or not from me since I am not whole.
         Refused,
     }
 
-    /// A record on its way: its stamp, its bytes, and its writer's context as long as that is not stable.
-    pub type Copied = (u64, ByteBuf, Context);
+    /// A record on its way, and its writer's context as long as that is not stable.
+    pub type Copied = (Record, Context);
 
     /// How many bytes of records a message has, about.
     pub const MAX_BATCH: usize = 256 << 10;
-    /// How many spans are compared in one message, and how many records are listed.
+    /// How many digests are compared in one message.
     pub const MAX_SPANS: usize = 1024;
-    const MAX_LISTED: usize = 16 << 10;
     /// How long a lock keeps off other coordinators, and how long its own may use it.
     pub const LEASE: Duration = Duration::from_secs(10);
     pub const USE_OF_LEASE: Duration = Duration::from_secs(8);
@@ -2192,19 +2175,14 @@ mod node {
     struct Promise {
         version: Version,
         granted: Option<Duration>,
-        /// It is for joining another store, whose coordinator this is: until that is decided, this node takes no writes, which it
-        /// would have to drop.
-        joining: Option<String>,
+        /// It is for joining another store: as long as it is fresh this node takes no writes, which it would have to drop.
+        joins: bool,
     }
 
     /// What a node last heard of another.
     #[derive(Default)]
     struct Peer {
-        incarnation: u64,
-        version: Option<Version>,
-        is_ready: bool,
-        /// It has started again, blank or as a store of its own: what it had for this store is gone.
-        has_nothing: bool,
+        status: Status,
         silent: bool,
         /// Since when its digest differs, whenever it is heard.
         differs: Option<Duration>,
@@ -2215,6 +2193,22 @@ mod node {
         turn: u32,
     }
 
+    /// What a node does beside whoever makes it do so.
+    #[derive(Clone, Debug)]
+    pub enum Activity {
+        Meet(String),
+        Start(Vec<String>),
+        Pull,
+    }
+
+    /// What is left to whoever has unlocked the node: lines for an operator, records to be dropped, and what is to be begun.
+    #[derive(Default)]
+    pub struct Later {
+        pub lines: Vec<String>,
+        pub garbage: Vec<Garbage>,
+        pub activities: Vec<Activity>,
+    }
+
     /// A write at this node until it is acknowledged.
     pub struct Write {
         pub hash: u64,
@@ -2223,20 +2217,18 @@ mod node {
         drops: u64,
     }
 
+    #[derive(Default)]
     pub struct Node {
         own: String,
         first_view: Vec<String>,
         first_factor: usize,
         incarnation: u64,
         pub now: Duration,
-        /// Lines for an operator, and records to be dropped: both by whoever has let go of the lock.
-        pub lines: Vec<String>,
-        pub garbage: Vec<Garbage>,
+        pub later: Later,
         table: Option<Arc<Table>>,
         shard: Option<usize>,
+        /// The table is settled (R8), and this node has no records but what it owns.
         settled: bool,
-        /// It has no records but what it owns.
-        is_tidy: bool,
         /// The nodes that have said that they go by this table and have no pulls.
         done: BTreeSet<String>,
         /// The newest table that a blank node heard of in this round of asking, and whether it did in the last one.
@@ -2252,17 +2244,17 @@ mod node {
         clock: u64,
         pulls: Vec<Pull>,
         is_pulling: bool,
+        /// How often it has dropped all that it had.
         drops: u64,
         /// By range, how far each taker has got, of what this node gives.
         given: BTreeMap<u64, BTreeMap<String, u64>>,
-        lagging: BTreeMap<String, u64>,
+        /// The other replicas that may lack something: the lowest stamp of what they may lack.
+        pub lagging: BTreeMap<String, u64>,
         in_flight: BTreeSet<u64>,
         stable_at: Vec<u64>,
         /// Every replica of every shard has every write up to it.
         watermark: u64,
         peers: BTreeMap<String, Peer>,
-        /// Nodes that are ahead, to be met.
-        ahead: BTreeSet<String>,
         /// Nodes that met this blank one.
         knocked: BTreeSet<String>,
         /// When the last meeting that has ended began, and since when this node has been waking up.
@@ -2274,43 +2266,12 @@ mod node {
 
     impl Node {
         pub fn new(own: String, view: Vec<String>, factor: usize, incarnation: u64, now: Duration) -> Node {
-            Node {
-                own,
-                first_view: view,
-                first_factor: factor,
-                incarnation,
-                now,
-                lines: Vec::new(),
-                garbage: Vec::new(),
-                table: None,
-                shard: None,
-                settled: false,
-                is_tidy: true,
-                done: BTreeSet::new(),
-                heard_of: None,
-                has_heard: false,
-                promise: Promise::default(),
-                lease: LEASE,
-                coordinating: false,
-                records: Records::default(),
-                unstable: BTreeMap::new(),
-                clock: 0,
-                pulls: Vec::new(),
-                is_pulling: false,
-                drops: 0,
-                given: BTreeMap::new(),
-                lagging: BTreeMap::new(),
-                in_flight: BTreeSet::new(),
-                stable_at: Vec::new(),
-                watermark: 0,
-                peers: BTreeMap::new(),
-                ahead: BTreeSet::new(),
-                knocked: BTreeSet::new(),
-                met: now,
-                waking: None,
-                rounds: 0,
-                is_asking: false,
-            }
+            let (first_view, first_factor) = (view, factor);
+            Node { own, first_view, first_factor, incarnation, now, met: now, lease: LEASE, ..Node::default() }
+        }
+
+        fn say(&mut self, line: String) {
+            self.later.lines.push(line);
         }
 
         pub fn own(&self) -> &str {
@@ -2344,7 +2305,7 @@ mod node {
 
         /// What the records add up to that this node owns; it may have others until the table is settled.
         pub fn sums(&self) -> Sums {
-            if self.is_tidy {
+            if self.settled {
                 return self.records.total();
             }
             let mut sums = Sums::default();
@@ -2389,29 +2350,11 @@ mod node {
         fn pick<'a>(&self, nodes: impl Iterator<Item = &'a String>) -> String {
             let rank = |node: &&String| match self.peers.get(*node) {
                 Some(peer) if peer.silent => 3,
-                Some(peer) if !peer.is_ready => 2,
+                Some(peer) if !peer.status.is_ready => 2,
                 // The same one each time, but not for every node.
                 _ => (hash_of(node.as_bytes()) ^ self.incarnation) % 2,
             };
             nodes.min_by_key(rank).cloned().unwrap_or_default()
-        }
-
-        /// Whether this node answers for a key without asking another one first.
-        #[cfg(test)]
-        pub fn answers_for(&self, hash: u64) -> bool {
-            let owns = self.table.as_ref().is_some_and(|table| Some(table.shard_at(hash)) == self.shard);
-            owns && self.pull_needs(hash).is_empty()
-        }
-
-        #[cfg(test)]
-        pub fn lags(&self, node: &str) -> bool {
-            self.lagging.contains_key(node)
-        }
-
-        /// Whether a stamp was given here.
-        #[cfg(test)]
-        pub fn gave(&self, stamp: u64) -> bool {
-            node_of(stamp) == bits_of(&self.own)
         }
 
         /// Another replica that may have a key.
@@ -2424,7 +2367,7 @@ mod node {
 
         /// Whether this node goes by a table, and was not asleep: it might have missed a newer one.
         pub fn may_answer(&self) -> bool {
-            self.table.is_some() && !self.is_asleep() && self.promise.joining.is_none()
+            self.table.is_some() && !self.is_asleep() && !(self.promise.joins && self.is_locked())
         }
 
         fn is_asleep(&self) -> bool {
@@ -2461,7 +2404,7 @@ mod node {
                 return Reply::Refused;
             };
             if !any && !self.is_whole_for(span) {
-                return Reply::NotWhole;
+                return Reply::Refused;
             }
             // What is written from now on is to reach it, even if it was silent until now.
             self.note_answer(to);
@@ -2472,7 +2415,7 @@ mod node {
                 takers.insert(to.to_owned(), from);
                 let after = owners.iter().map(|it| takers.get(it).copied().unwrap_or(range)).min().unwrap_or(range);
                 if before < after {
-                    self.garbage.push(self.records.remove(Span { first: before, last: after - 1 }));
+                    self.drop_records(Span { first: before, last: after - 1 });
                 }
             }
             let (records, last) =
@@ -2480,25 +2423,31 @@ mod node {
             Reply::Given(records.iter().map(|record| self.copy_of(record)).collect(), last)
         }
 
+        fn drop_records(&mut self, span: Span) {
+            self.later.garbage.push(self.records.remove(span));
+        }
+
         fn give_key(&self, key: &[u8]) -> Reply {
             let hash = hash_of(key);
             if !self.is_whole_for(Span { first: hash, last: hash }) {
-                return Reply::NotWhole;
+                return Reply::Refused;
             }
             Reply::Key(self.records.get(hash, key).map(|record| self.copy_of(record)))
         }
 
         /// A record as it goes to another node.
         pub fn copy_of(&self, record: &Record) -> Copied {
-            let (stamp, bytes) = record.to_message();
-            (stamp, bytes, self.context_of(record))
+            (record.clone(), self.context_of(record))
         }
 
-        /// The pulls that are not done; none if somebody sees to them already.
-        pub fn begin_pulling(&mut self) -> bool {
-            !self.pulls.is_empty() && !std::mem::replace(&mut self.is_pulling, true)
+        /// Has somebody see to the pulls, if there are any and nobody does.
+        fn start_pulling(&mut self) {
+            if !self.pulls.is_empty() && !std::mem::replace(&mut self.is_pulling, true) {
+                self.later.activities.push(Activity::Pull);
+            }
         }
 
+        /// The pulls that are not done; with none left, nobody sees to them any more.
         pub fn pulls_left(&mut self) -> Vec<Pull> {
             self.is_pulling = !self.pulls.is_empty();
             self.pulls.clone()
@@ -2538,12 +2487,13 @@ mod node {
 
         fn drop_done_pulls(&mut self) {
             let before = self.pulls.len();
-            let peers = &self.peers;
-            let matters = |node: &String| peers.get(node).is_none_or(|peer| peer.silent || !peer.has_nothing);
+            let (peers, store) = (&self.peers, self.store());
+            // One that has started again, blank or as a store of its own, has nothing for this store any more.
+            let has_nothing = |peer: &Peer| peer.status.version.is_none() || peer.status.store != store;
+            let matters = |node: &String| peers.get(node).is_none_or(|peer| peer.silent || !has_nothing(peer));
             self.pulls.retain(|pull| !pull.is_answerable || pull.awaited().any(matters));
             if before > 0 && self.pulls.is_empty() {
-                let version = self.version().unwrap_or_default();
-                self.lines.push(format!("has everything of table {version}"));
+                self.say(format!("has everything of table {}", self.version().unwrap_or_default()));
             }
         }
 
@@ -2567,7 +2517,7 @@ mod node {
             if !keeps {
                 // (What is still in flight is answered with 503: `lacking`.)
                 self.drops += 1;
-                self.garbage.push(self.records.remove(ALL));
+                self.drop_records(ALL);
                 self.unstable.clear();
             }
             let open: Vec<Span> = self.pulls.iter().map(Pull::span).collect();
@@ -2579,21 +2529,17 @@ mod node {
             self.peers.values_mut().for_each(|peer| peer.failures += 1);
             self.stable_at = vec![0; table.view.len()];
             (self.watermark, self.settled, self.heard_of) = (0, false, None);
-            self.promise.joining = None;
             if self.promise.version <= table.version {
                 // What the lock was for has come about.
                 self.promise.granted = None;
             }
-            self.is_tidy = !keeps;
             self.given.clear();
             self.done.clear();
             let incoming = self.incoming();
             let from = if incoming.is_empty() { "nobody".into() } else { Vec::from_iter(incoming).join(", ") };
-            self.lines.push(format!(
-                "goes by table {} of {} nodes, fetches from {from}",
-                table.version,
-                table.view.len()
-            ));
+            let (version, count) = (table.version, table.view.len());
+            self.say(format!("goes by table {version} of {count} nodes, fetches from {from}"));
+            self.start_pulling();
             true
         }
 
@@ -2654,20 +2600,19 @@ mod node {
             old
         }
 
-        /// Takes a record of another node, if it beats what is here. What is stable is here, or was deleted: it is ignored, unless it
-        /// comes by a pull that still covers the key. None: it is no record; else whether it was taken.
-        pub fn take(&mut self, (stamp, bytes, context): &Copied, by_pull: bool) -> Option<bool> {
-            let record = Record::from_message(*stamp, bytes)?;
-            let hash = record.hash();
-            self.clock = self.clock.max(*stamp);
-            let is_old = *stamp <= self.watermark && !(by_pull && self.pulls.iter().any(|pull| pull.covers(hash)));
+        /// Takes a record of another node, if it beats what is here; says whether it did. What is stable is here, or was deleted: it is
+        /// ignored, unless it comes by a pull that still covers the key.
+        pub fn take(&mut self, (record, context): &Copied, by_pull: bool) -> bool {
+            let (hash, stamp) = (record.hash(), record.stamp());
+            self.clock = self.clock.max(stamp);
+            let is_old = stamp <= self.watermark && !(by_pull && self.pulls.iter().any(|pull| pull.covers(hash)));
             let is_beaten = self.records.get(hash, record.key()).is_some_and(|here| !record.beats(here));
             if is_old || is_beaten {
-                return Some(false);
+                return false;
             }
             let context = self.unstable_part(context);
-            self.store_record(hash, record, context);
-            Some(true)
+            self.store_record(hash, record.clone(), context);
+            true
         }
 
         /// The replicas that still lack a write, as far as they can be reached; `stored` are those that have it, and in which incarnation.
@@ -2681,7 +2626,7 @@ mod node {
             for node in table.nodes_of(table.shard_at(write.hash)).filter(|node| **node != self.own) {
                 match self.peers.get(node) {
                     Some(peer) if peer.silent => unreached.push(node),
-                    Some(peer) if stored.get(node) == Some(&peer.incarnation) => {}
+                    Some(peer) if stored.get(node) == Some(&peer.status.incarnation) => {}
                     _ => lacking.push(node.clone()),
                 }
             }
@@ -2716,7 +2661,7 @@ mod node {
             let (version, lags, now) = (self.version(), self.lagging.contains_key(node), self.now);
             let peer = self.peers.get_mut(node).filter(|_| is_due)?;
             let differs = peer.differs.is_some_and(|since| since + DIFFERING < now);
-            let can = peer.version == version && peer.is_ready && !peer.silent && !peer.is_reconciling;
+            let can = peer.status.version == version && peer.status.is_ready && !peer.silent && !peer.is_reconciling;
             (can && (lags || differs)).then(|| {
                 (peer.is_reconciling, peer.differs) = (true, None);
                 peer.failures
@@ -2739,12 +2684,30 @@ mod node {
             }
             let mut news = false;
             for copy in copies {
-                news |= self.take(copy, by_pull) == Some(true);
+                news |= self.take(copy, by_pull);
             }
             for other in self.others().iter().filter(|other| news && *other != from) {
                 self.note_lagging(other, 0);
             }
             true
+        }
+
+        /// Compares a part of a bucket with what another node has of it, by hash and stamp: gives what is newer here, and says what is
+        /// newer there, as far as a message has room. (Of two keys with one hash, the older one is compared when it is written next.)
+        fn compare(&self, part: Span, theirs: Vec<(u64, u64)>) -> Reply {
+            let (records, last) = self.records.first_of(part, MAX_BATCH);
+            let mut theirs: BTreeMap<u64, u64> = theirs.into_iter().filter(|(hash, _)| *hash <= last).collect();
+            let mut newer = Vec::new();
+            for record in records {
+                let (hash, stamp) = (record.hash(), theirs.get(&record.hash()).copied().unwrap_or(0));
+                if stamp <= record.stamp() {
+                    theirs.remove(&hash);
+                }
+                if stamp < record.stamp() {
+                    newer.push(self.copy_of(&record));
+                }
+            }
+            Reply::Compared(newer, theirs.into_iter().collect(), last)
         }
 
         // -- R6 stability
@@ -2868,10 +2831,7 @@ mod node {
             }
             self.pulls.retain(|pull| !pull.is_source);
             let (Some(table), own) = (self.table.clone(), self.shard) else { return };
-            for (span, _) in table.spans().filter(|(_, range)| !self.is_tidy && Some(range.shard) != own) {
-                self.garbage.push(self.records.remove(span));
-            }
-            self.is_tidy = true;
+            table.spans().filter(|(_, range)| Some(range.shard) != own).for_each(|(span, _)| self.drop_records(span));
         }
 
         fn look_whether_settled(&mut self) {
@@ -2920,7 +2880,7 @@ mod node {
         }
 
         pub fn incarnation_of(&self, node: &str) -> u64 {
-            self.peers.get(node).map_or(0, |peer| peer.incarnation)
+            self.peers.get(node).map_or(0, |peer| peer.status.incarnation)
         }
 
         /// Answers what another node says.
@@ -2933,14 +2893,14 @@ mod node {
                     let is_ahead = status.version > self.version();
                     self.hear(&from, &status);
                     if is_ahead {
-                        self.ahead.insert(from.clone());
+                        self.later.activities.push(Activity::Meet(from.clone()));
                     }
                     if self.table.is_none() {
                         self.knocked.insert(from);
                     }
                     Reply::Met(self.status(), newer)
                 }
-                Message::Lock(version, store) => self.lock(&from, version, store),
+                Message::Lock(version, store) => self.lock(version, store),
                 Message::Release(version) => {
                     self.release(version);
                     Reply::Done
@@ -2951,30 +2911,15 @@ mod node {
                 Message::Digests(spans) if is_same && spans.len() <= MAX_SPANS => {
                     Reply::Digests(spans.iter().map(|span| self.records.sums_of(*span).digest).collect())
                 }
-                Message::List(spans) if is_same && spans.len() <= MAX_SPANS => self.list(&spans),
-                Message::Select(wanted) if is_same => {
-                    let (records, count) = self.records.select(&wanted, MAX_BATCH);
-                    Reply::Selected(records.iter().map(|record| self.copy_of(record)).collect(), count)
-                }
+                Message::Compare(part, theirs) if is_same && part.is_in_one_bucket() => self.compare(part, theirs),
                 Message::Push(copies) if is_same => {
-                    let all = copies.iter().all(|copy| self.take(copy, false).is_some());
-                    if all { Reply::Done } else { Reply::Refused }
+                    for copy in &copies {
+                        self.take(copy, false);
+                    }
+                    Reply::Done
                 }
                 _ => Reply::Refused,
             }
-        }
-
-        fn list(&self, spans: &[Span]) -> Reply {
-            let (mut lists, mut count) = (Vec::new(), 0);
-            for part in spans {
-                let list = self.records.list(*part);
-                count += list.len();
-                lists.push(list);
-                if count > MAX_LISTED {
-                    break;
-                }
-            }
-            Reply::Lists(lists)
         }
 
         /// Takes in what another node tells of itself, in a message or in a reply.
@@ -2999,21 +2944,13 @@ mod node {
                     self.settle();
                 }
             }
-            if self.promise.joining.as_deref() == Some(from)
-                && !self.is_locked()
-                && status.version != Some(self.promise.version)
-            {
-                // Nothing came of it.
-                self.promise.joining = None;
-            }
             let is_replica = self.others().iter().any(|it| it == from);
             let differs =
                 is_replica && is_same && status.is_ready && self.is_ready() && status.digest != self.sums().digest;
             let now = self.now;
             let peer = self.peers.entry(from.to_owned()).or_default();
-            let has_restarted = peer.incarnation != status.incarnation;
-            (peer.incarnation, peer.version, peer.is_ready) = (status.incarnation, status.version, status.is_ready);
-            peer.has_nothing = has_nothing;
+            let has_restarted = peer.status.incarnation != status.incarnation;
+            peer.status = status.clone();
             peer.differs = if differs { peer.differs.or(Some(now)) } else { None };
             if has_restarted && is_replica {
                 self.note_lagging(from, 0);
@@ -3024,25 +2961,23 @@ mod node {
 
         /// A node has answered.
         pub fn note_answer(&mut self, node: &str) {
-            let is_known = self.is_of_interest(node);
-            let peer = self.peers.entry(node.to_owned()).or_default();
-            if std::mem::take(&mut peer.silent) && is_known {
-                self.lines.push(format!("{node} is back"));
-            }
+            self.note_silent(node, false);
         }
 
         /// A node did not answer; `life` is its incarnation when it was asked.
         pub fn note_silence(&mut self, node: &str, life: u64) {
-            let is_known = self.is_of_interest(node);
-            let peer = self.peers.entry(node.to_owned()).or_default();
-            if peer.incarnation == life && !std::mem::replace(&mut peer.silent, true) && is_known {
-                self.lines.push(format!("{node} is silent"));
+            if self.incarnation_of(node) == life {
+                self.note_silent(node, true);
             }
         }
 
-        fn is_of_interest(&self, node: &str) -> bool {
-            node != self.own
-                && self.table.as_ref().is_some_and(|it| it.lists(node) || it.sources().contains(&node.to_owned()))
+        fn note_silent(&mut self, node: &str, silent: bool) {
+            let peer = self.peers.entry(node.to_owned()).or_default();
+            let is_news = std::mem::replace(&mut peer.silent, silent) != silent;
+            // (Of nodes that left nothing is told.)
+            if is_news && self.members().iter().any(|it| it == node) {
+                self.say(format!("{node} is {}", if silent { "silent" } else { "back" }));
+            }
         }
 
         pub fn is_silent(&self, node: &str) -> bool {
@@ -3052,10 +2987,6 @@ mod node {
         /// The silent nodes of its table.
         pub fn silent(&self) -> Vec<String> {
             self.members().into_iter().filter(|node| self.is_silent(node)).collect()
-        }
-
-        pub fn take_ahead(&mut self) -> BTreeSet<String> {
-            std::mem::take(&mut self.ahead)
         }
 
         /// Looks at a table that came in a reply.
@@ -3083,46 +3014,43 @@ mod node {
             }
         }
 
-        /// Begins a round, several times a second: whom to meet. A neighbour, a replica of the shard, every now and then another one,
-        /// and, as often, one that is silent or blank: so an idle store costs in proportion to its nodes.
-        pub fn begin_round(&mut self) -> BTreeSet<String> {
+        /// Begins a round, several times a second: meets a neighbour, a replica of the shard, every now and then another node, and, as
+        /// often, one that is silent or blank: so an idle store costs in proportion to its nodes. A blank node asks all that may know.
+        pub fn begin_round(&mut self) {
             self.rounds = self.rounds.saturating_add(1);
+            let Some(table) = self.table.clone() else { return self.begin_to_ask() };
             let members = self.members();
-            let own =
-                self.table.as_ref().and_then(|table| table.view.iter().position(|it| *it == self.own)).unwrap_or(0);
-            let mut chosen: BTreeSet<String> = members.get(own % members.len().max(1)).into_iter().cloned().collect();
-            chosen.extend(self.promise.joining.clone());
-            let replicas = self.others();
-            let missed: Vec<String> = members
-                .iter()
-                .filter(|it| self.peers.get(*it).is_none_or(|peer| peer.silent || peer.version.is_none()))
-                .cloned()
-                .collect();
+            let own = table.view.iter().position(|it| *it == self.own).unwrap_or(0);
+            let mut chosen: BTreeSet<&String> = members.get(own % members.len().max(1)).into_iter().collect();
+            let is_missed = |peer: &Peer| peer.silent || peer.status.version.is_none();
+            let missed = members.iter().filter(|it| self.peers.get(*it).is_none_or(is_missed)).cloned().collect();
             let is_open = !self.settled || self.rounds.is_multiple_of(4);
-            for group in [&replicas, &missed, if is_open { &members } else { &missed }] {
+            for group in [&self.others(), &missed, if is_open { &members } else { &missed }] {
                 // Who was not met for longest.
                 let turn = |node: &&String| self.peers.get(*node).map_or(0, |peer| peer.turn);
-                if let Some(node) = group.iter().min_by_key(turn).cloned() {
+                if let Some(node) = group.iter().min_by_key(turn).and_then(|it| members.iter().find(|name| *name == it))
+                {
                     self.peers.entry(node.clone()).or_default().turn = self.rounds;
                     chosen.insert(node);
                 }
             }
-            chosen
+            self.later.activities.extend(chosen.into_iter().cloned().map(Activity::Meet));
         }
 
         // -- R10 start
 
-        /// Whether a blank node should ask others now, and whom; all that may know.
-        pub fn begin_to_ask(&mut self) -> Option<Vec<String>> {
-            if self.table.is_some() || std::mem::replace(&mut self.is_asking, true) {
-                return None;
+        /// Has a blank node ask all others that may know, unless it does.
+        fn begin_to_ask(&mut self) {
+            if std::mem::replace(&mut self.is_asking, true) {
+                return;
             }
             if let Some(table) = self.heard_of.take() {
                 // It is to be heard of again: it may have been lost with all that went by it.
                 self.knocked.extend(table.view.iter().chain(table.sources()).cloned());
             }
-            let all: BTreeSet<String> = self.first_view.iter().chain(&self.knocked).cloned().collect();
-            Some(all.into_iter().filter(|node| *node != self.own).collect())
+            let all: BTreeSet<&String> = self.first_view.iter().chain(&self.knocked).collect();
+            let others = all.into_iter().filter(|node| **node != self.own).cloned().collect();
+            self.later.activities.push(Activity::Start(others));
         }
 
         /// R10: has a blank node go by a table, after a round of asking: the newest that it heard of, if more than half of its other
@@ -3147,7 +3075,7 @@ mod node {
                 None => self.first_table(answers).filter(|_| has_all),
             };
             let Some(table) = table else { return };
-            self.lines.push(format!("started blank, takes up table {}", table.version));
+            self.say(format!("started blank, takes up table {}", table.version));
             self.adopt(table);
         }
 
@@ -3159,7 +3087,7 @@ mod node {
                 answers.get(**node).is_some_and(|it| !same(it))
             });
             if let Some(node) = differing.filter(|_| self.rounds.is_multiple_of(40)) {
-                self.lines.push(format!("waits: {node} was started with another VIEW or REPL_FACTOR"));
+                self.later.lines.push(format!("waits: {node} was started with another VIEW or REPL_FACTOR"));
             }
             let is_up =
                 |node: &&String| answers.get(*node).is_some_and(|it| !it.first_view.is_empty() && it.rounds >= FIRST);
@@ -3175,21 +3103,21 @@ mod node {
         }
 
         /// Grants a lock: above every table and lock that it knows, while no other coordinator's is fresh.
-        fn lock(&mut self, from: &str, version: Version, store: u64) -> Reply {
+        fn lock(&mut self, version: Version, store: u64) -> Reply {
             let highest = self.promise.version.max(self.version().unwrap_or_default());
             if self.is_locked() && self.promise.version.coordinator != version.coordinator {
                 return Reply::Busy;
             } else if version <= highest && version != self.promise.version {
                 return Reply::Outdated(highest);
             }
-            let is_foreign = self.table.is_some() && store != self.store() && self.records.is_empty();
-            self.promise = Promise { version, granted: Some(self.now), joining: is_foreign.then(|| from.to_owned()) };
+            let joins = self.table.is_some() && store != self.store() && self.records.is_empty();
+            self.promise = Promise { version, granted: Some(self.now), joins };
             Reply::Locked(self.status())
         }
 
         fn release(&mut self, version: Version) {
             if self.promise.version == version {
-                (self.promise.granted, self.promise.joining) = (None, None);
+                self.promise.granted = None;
             }
         }
 
@@ -3263,8 +3191,8 @@ mod replication {
     use serde_bytes::ByteBuf;
 
     use crate::membership::meet;
-    use crate::node::{Copied, Envelope, MAX_BATCH, MAX_SPANS, Message, Node, Pull, Reply, Write};
-    use crate::records::Span;
+    use crate::node::{Envelope, MAX_BATCH, MAX_SPANS, Message, Node, Pull, Reply, Write};
+    use crate::records::{Record, Span};
     use crate::table::Version;
     use crate::{Answer, Request};
 
@@ -3278,15 +3206,6 @@ mod replication {
         fn relay(&self, node: &str, request: Request, patience: Duration)
         -> impl Future<Output = Result<Answer, Lost>>;
         fn sleep(&self, time: Duration) -> impl Future<Output = ()>;
-        fn spawn(&self, activity: Activity);
-    }
-
-    /// What goes on beside whoever began it.
-    #[derive(Clone)]
-    pub enum Activity {
-        Meet(String),
-        Start(Vec<String>),
-        Pull,
     }
 
     /// A request got no answer.
@@ -3307,28 +3226,23 @@ mod replication {
             let envelopes: Vec<Envelope> = world.with(compose);
             let lives: Vec<u64> = envelopes.iter().map(|envelope| envelope.life).collect();
             let answers = world.deliver(envelopes).await;
-            let mut ahead = Vec::new();
             world.with(|node| {
                 for (((name, _), answer), life) in group.iter().zip(&answers).zip(lives) {
-                    match answer {
-                        None => node.note_silence(name, life),
-                        Some(reply) => {
-                            node.note_answer(name);
-                            if let Reply::Met(status, _) | Reply::Locked(status) = reply {
-                                node.hear(name, status);
-                            }
-                            if let Reply::Met(_, Some(table)) = reply {
-                                node.consider(name, Arc::new(table.clone()));
-                            }
-                        }
+                    let Some(reply) = answer else {
+                        node.note_silence(name, life);
+                        continue;
+                    };
+                    node.note_answer(name);
+                    if let Reply::Met(status, _) | Reply::Locked(status) = reply {
+                        node.hear(name, status);
+                    }
+                    if let Reply::Met(_, Some(table)) = reply {
+                        node.consider(name, Arc::new(table.clone()));
                     }
                 }
-                ahead.extend(node.take_ahead());
             });
-            ahead.into_iter().for_each(|node| world.spawn(Activity::Meet(node)));
             replies.extend(answers);
         }
-        start_pulling(world);
         replies
     }
 
@@ -3353,13 +3267,6 @@ mod replication {
             }
             reply => Some(reply),
         }
-    }
-
-    /// Answers what another node says.
-    pub fn receive(world: &impl World, envelope: Envelope) -> Reply {
-        let (reply, ahead) = world.with(|node| (node.receive(envelope), node.take_ahead()));
-        ahead.into_iter().for_each(|node| world.spawn(Activity::Meet(node)));
-        reply
     }
 
     // -- R4 write
@@ -3408,12 +3315,6 @@ mod replication {
     }
 
     // -- R2 pull
-
-    pub fn start_pulling(world: &impl World) {
-        if world.with(|node| node.begin_pulling()) {
-            world.spawn(Activity::Pull);
-        }
-    }
 
     /// R2: gets all that this node owns and has not got: from one whole node of each group, and then what the others of the group have
     /// besides.
@@ -3484,7 +3385,10 @@ mod replication {
             if let Some(Reply::Key(copy)) = ask_by(world, &node, version, message).await {
                 return world.with(|own| {
                     let is_same = own.version() == Some(version);
-                    is_same && copy.is_none_or(|copy| own.take(&copy, true).is_some())
+                    if let Some(copy) = copy.filter(|_| is_same) {
+                        own.take(&copy, true);
+                    }
+                    is_same
                 });
             }
         }
@@ -3507,15 +3411,11 @@ mod replication {
     async fn reconcile(world: &impl World, other: &str, version: Version, spans: &[Span], is_pull: bool) -> Option<()> {
         let rows: Vec<Span> = spans.iter().flat_map(|span| span.by_row()).collect();
         for row in differing(world, other, version, &rows).await? {
-            let mut parts = differing(world, other, version, &row.by_bucket().collect::<Vec<Span>>()).await?;
+            let buckets: Vec<Span> = row.by_bucket().collect();
+            let mut parts = differing(world, other, version, &buckets).await?;
             while !parts.is_empty() {
-                let message = Message::List(parts.clone());
-                let Reply::Lists(lists) = ask_by(world, other, version, message).await? else { return None };
-                if lists.is_empty() || lists.len() > parts.len() {
-                    return None;
-                }
-                let listed: Vec<Span> = parts.drain(..lists.len()).collect();
-                exchange(world, other, version, &listed, &lists, is_pull).await?;
+                let group = parts.split_off(parts.len().saturating_sub(SIDE_BY_SIDE));
+                parts.extend(exchange(world, other, version, group, is_pull).await?);
             }
         }
         Some(())
@@ -3535,50 +3435,36 @@ mod replication {
         Some(found)
     }
 
-    /// Evens out some parts of buckets, of which the other node has the records of `theirs`.
+    /// Evens out some parts of buckets, side by side and as far as messages have room; returns what is left of them.
     async fn exchange(
         world: &impl World,
         other: &str,
         version: Version,
-        parts: &[Span],
-        theirs: &[Vec<(u64, u64)>],
+        parts: Vec<Span>,
         is_pull: bool,
-    ) -> Option<()> {
-        let (mut wanted, mut newer) = (Vec::new(), Vec::new());
-        for (part, theirs) in parts.iter().zip(theirs) {
-            let ours = world.with(|node| node.records.list(*part));
-            let (mine, yours): (BTreeMap<u64, u64>, BTreeMap<u64, u64>) = (highest(&ours), highest(theirs));
-            wanted.extend(theirs.iter().filter(|(hash, stamp)| mine.get(hash).is_none_or(|mine| mine < stamp)));
-            newer.extend(ours.iter().filter(|(hash, stamp)| yours.get(hash).is_none_or(|yours| yours < stamp)));
+    ) -> Option<Vec<Span>> {
+        let ours: Vec<(Vec<Record>, u64)> =
+            world.with(|node| parts.iter().map(|part| node.records.first_of(*part, MAX_BATCH)).collect());
+        let mut messages = Vec::new();
+        for (part, (records, last)) in parts.iter().zip(&ours) {
+            let listed = records.iter().map(|record| (record.hash(), record.stamp())).collect();
+            messages.push((other.to_owned(), Message::Compare(Span { first: part.first, last: *last }, listed)));
         }
-        while !wanted.is_empty() {
-            let message = Message::Select(wanted.clone());
-            let Reply::Selected(copies, count) = ask_by(world, other, version, message).await? else { return None };
-            if count == 0 || count > wanted.len() {
-                return None;
+        let (replies, mut left) = (ask_each(world, messages).await, Vec::new());
+        for ((part, (records, _)), reply) in parts.iter().zip(ours).zip(replies) {
+            let Reply::Compared(theirs, wanted, last) = reply? else { return None };
+            world.with(|node| node.take_reconciled(version, other, &theirs, is_pull)).then_some(())?;
+            let is_wanted = |record: &Record| wanted.contains(&(record.hash(), record.stamp()));
+            let newer: Vec<Record> = records.into_iter().filter(|record| !is_pull && is_wanted(record)).collect();
+            if !newer.is_empty() {
+                let copies = world.with(|node| newer.iter().map(|record| node.copy_of(record)).collect());
+                let Reply::Done = ask_by(world, other, version, Message::Push(copies)).await? else { return None };
             }
-            wanted.drain(..count);
-            world.with(|node| node.take_reconciled(version, other, &copies, is_pull)).then_some(())?;
+            if last < part.last {
+                left.push(Span { first: last + 1, last: part.last });
+            }
         }
-        while !is_pull && !newer.is_empty() {
-            let (copies, count): (Vec<Copied>, usize) = world.with(|node| {
-                let (records, count) = node.records.select(&newer, MAX_BATCH);
-                (records.iter().map(|record| node.copy_of(record)).collect(), count)
-            });
-            newer.drain(..count);
-            let Reply::Done = ask_by(world, other, version, Message::Push(copies)).await? else { return None };
-        }
-        Some(())
-    }
-
-    /// By hash the highest stamp. (Of two keys with one hash, the lower one is exchanged when it is written next.)
-    fn highest(list: &[(u64, u64)]) -> BTreeMap<u64, u64> {
-        let mut highest = BTreeMap::new();
-        for (hash, stamp) in list {
-            let known = highest.entry(*hash).or_insert(*stamp);
-            *known = *stamp.max(known);
-        }
-        highest
+        Some(left)
     }
 }
 
@@ -3589,9 +3475,9 @@ mod membership {
     use std::sync::Arc;
     use std::time::Duration;
 
-    use crate::node::{Message, Reply, Status};
+    use crate::node::{Activity, Message, Reply, Status};
     use crate::records::Span;
-    use crate::replication::{Activity, World, ask, ask_each, ask_one, pull_all, reconcile_if_due, start_pulling};
+    use crate::replication::{World, ask, ask_each, ask_one, pull_all, reconcile_if_due};
     use crate::table::{Change, Cut, Move, Table, Version};
     use crate::{Answer, CHANGE_LIMIT, Origin, Outcome, PATIENCE, Request, Vocabulary, WantedView};
 
@@ -3609,12 +3495,7 @@ mod membership {
     /// waits here for one that is silent.
     pub fn keep_in_touch(world: &impl World) {
         while world.with(|node| node.drop_stable()) {}
-        let (next, asked) = world.with(|node| (node.begin_round(), node.begin_to_ask()));
-        next.into_iter().for_each(|node| world.spawn(Activity::Meet(node)));
-        if let Some(nodes) = asked {
-            world.spawn(Activity::Start(nodes));
-        }
-        start_pulling(world);
+        world.with(|node| node.begin_round());
     }
 
     pub async fn meet(world: &impl World, other: &str) -> Option<Status> {
@@ -3642,7 +3523,6 @@ mod membership {
         let replies = meet_all(world, &nodes).await;
         let answers = nodes.iter().cloned().zip(replies).filter_map(|(node, reply)| Some((node, reply?))).collect();
         world.with(|node| node.let_in(&nodes, &answers));
-        start_pulling(world);
     }
 
     /// Waits until this node may go by its table. The error names a node that it waits for.
@@ -4000,7 +3880,6 @@ mod membership {
     /// Tells all nodes of a table that is in force now, and waits until it is settled.
     async fn spread(world: &impl World, table: &Table, counts: Vec<usize>, nodes: &[String]) -> Changed {
         meet_all(world, nodes).await;
-        start_pulling(world);
         let unreached = await_settled(world, table).await;
         let shards = (0..table.shards.len()).map(|shard| table.replicas(shard)).zip(counts).collect();
         Changed { moved: table.moved, shards, unreached }
@@ -4081,7 +3960,7 @@ static NODE: LazyLock<Mutex<Node>> = LazyLock::new(|| {
     let mut node = Node::new(own.clone(), view.clone(), SETTINGS.factor, random(), now());
     if own.is_empty() {
         node.adopt(Arc::new(Table::first(view, 1)));
-        node.lines.clear();
+        node.later = Later::default();
     }
     Mutex::new(node)
 });
@@ -4105,12 +3984,10 @@ fn lock_node() -> MutexGuard<'static, Node> {
     node
 }
 
-/// Lines for stderr, and records to be dropped.
-type Leftovers = (Vec<String>, Vec<Garbage>);
-
-/// To the thread that deals with leftovers, one after the other, so that lines stay in order. To drop many records takes a while.
-static LEFTOVERS: LazyLock<mpsc::Sender<Leftovers>> = LazyLock::new(|| {
-    let (sender, receiver) = mpsc::channel::<Leftovers>();
+/// To the thread that deals with lines for stderr and garbage, one after the other, so that lines stay in order. To drop many records
+/// takes a while.
+static LEFTOVERS: LazyLock<mpsc::Sender<(Vec<String>, Vec<Garbage>)>> = LazyLock::new(|| {
+    let (sender, receiver) = mpsc::channel::<(Vec<String>, Vec<Garbage>)>();
     thread::spawn(move || {
         for (lines, garbage) in receiver {
             lines.iter().for_each(|line| say(line));
@@ -4122,12 +3999,26 @@ static LEFTOVERS: LazyLock<mpsc::Sender<Leftovers>> = LazyLock::new(|| {
     sender
 });
 
-/// Unlocks the node, and hands on the lines and the records that it wants to be rid of.
+/// Unlocks the node, and does what it left for later.
 #[inline(never)]
 fn let_go(mut node: MutexGuard<Node>) {
-    if !node.lines.is_empty() || !node.garbage.is_empty() {
+    let Later { lines, garbage, activities } = std::mem::take(&mut node.later);
+    if !lines.is_empty() || !garbage.is_empty() {
         // Still locked, so that they are in the channel in the order in which they came about.
-        let _ = LEFTOVERS.send((std::mem::take(&mut node.lines), std::mem::take(&mut node.garbage)));
+        let _ = LEFTOVERS.send((lines, garbage));
+    }
+    drop(node);
+    for activity in activities {
+        let spawn = || {
+            thread::Builder::new().spawn({
+                let activity = activity.clone();
+                move || block_on(run(Live, activity))
+            })
+        };
+        while spawn().is_err() {
+            // The system has no room for another thread now.
+            pause(Duration::from_millis(100));
+        }
     }
 }
 
@@ -4147,7 +4038,7 @@ impl World for Live {
         // All are asked before the first is waited for.
         let questions: Vec<Option<Question>> = envelopes.iter().map(begin_to_deliver).collect();
         let answers = envelopes.into_iter().zip(questions).map(|(envelope, question)| match question {
-            None if own() == Some(&envelope.to) => Some(receive(self, envelope)),
+            None if own() == Some(&envelope.to) => Some(self.with(|node| node.receive(envelope))),
             question => read_reply(&question?.answer().ok()?),
         });
         answers.collect()
@@ -4159,14 +4050,6 @@ impl World for Live {
 
     async fn sleep(&self, time: Duration) {
         pause(time);
-    }
-
-    fn spawn(&self, activity: Activity) {
-        let spawn = |activity| thread::Builder::new().spawn(move || block_on(run(Live, activity)));
-        while spawn(activity.clone()).is_err() {
-            // The system has no room for another thread now.
-            pause(Duration::from_millis(100));
-        }
     }
 }
 
@@ -4214,7 +4097,7 @@ fn answer_message(body: &[u8]) -> Result<Answer, Work> {
     match postcard::from_bytes::<Envelope>(body) {
         Ok(envelope) if own() == Some(&envelope.to) && port_of(&envelope.from).is_some() && is_plain(&envelope) => {
             let is_short = envelope.message.is_short();
-            let work = move || Answer::message(&receive(&Live, envelope));
+            let work = move || Answer::message(&Live.with(|node| node.receive(envelope)));
             let in_vain = |_| Outcome::MainDown.answer(Vocabulary::Form, "POST");
             if is_short {
                 Ok(work())
@@ -6147,11 +6030,14 @@ mod simulation {
     use std::task::Context;
 
     use super::*;
+    use crate::node::Activity;
 
     /// By key, the stamp of what a session knows.
     type Past = BTreeMap<String, u64>;
 
     const KEYS: usize = 6;
+    const NAMES: [&str; KEYS] = ["k0", "k1", "k2", "k3", "k4", "k5"];
+    static HASHES: LazyLock<[u64; KEYS]> = LazyLock::new(|| NAMES.map(|name| hash_of(name.as_bytes())));
     /// A client waits so long for an answer.
     const CLIENT: Duration = Duration::from_secs(8);
 
@@ -6243,12 +6129,12 @@ mod simulation {
         events: BTreeMap<(Duration, u64), Event>,
         sequence: u64,
         machines: Vec<Machine>,
-        tasks: HashMap<usize, (usize, u64, Task)>,
+        tasks: BTreeMap<usize, (usize, u64, Task)>,
         current: usize,
         /// The task that waits for a call, its machine and life, and what it was answered.
-        calls: HashMap<usize, (usize, usize, u64)>,
-        results: HashMap<usize, Ending>,
-        cut: HashSet<(usize, usize)>,
+        calls: BTreeMap<usize, (usize, usize, u64)>,
+        results: BTreeMap<usize, Ending>,
+        cut: BTreeSet<(usize, usize)>,
         /// Of a hundred messages so many are lost, late, or come twice.
         trouble: u64,
         quiet: bool,
@@ -6256,13 +6142,16 @@ mod simulation {
         history: Vec<Vec<Op>>,
         value: u32,
         told: bool,
+        /// The versions by which the machines go, as of the last look, and those that take part in the store.
+        versions: Vec<Option<Version>>,
+        members: Vec<usize>,
         changes: usize,
         /// How long the nodes' locks keep off others.
         lease: Duration,
         /// A view was changed by force, which may give up anything.
         forced: bool,
         /// The versions of the store's tables.
-        lineage: HashSet<Version>,
+        lineage: BTreeSet<Version>,
         /// How many replicas the first table has.
         factor: usize,
         /// Networks are cut often and for long, and nodes seldom die.
@@ -6283,7 +6172,7 @@ mod simulation {
         highest: Vec<u64>,
         lost: Vec<u64>,
         /// By value: what its writer had seen.
-        past: HashMap<u32, Past>,
+        past: BTreeMap<u32, Past>,
         sessions: Vec<Session>,
     }
 
@@ -6401,9 +6290,8 @@ mod simulation {
         /// Notes what a machine that dies, or is outlawed, may take with it.
         fn vanish(&mut self, machine: usize, end: Option<Duration>) {
             for key in 0..KEYS {
-                let (hash, name) = (hash_of(name(key).as_bytes()), name(key));
                 let node = self.machines[machine].node.as_ref();
-                if let Some(node) = node.filter(|node| node.records.get(hash, name.as_bytes()).is_some()) {
+                if let Some(node) = node.filter(|node| record(node, key).is_some()) {
                     let (start, did) = (self.now, if node.is_settled() { Did::Vanish } else { Did::Rewind });
                     self.history[key].push(Op { did, start, end, saw: None });
                 }
@@ -6416,12 +6304,10 @@ mod simulation {
         /// not be forgotten where an older record is left.
         fn note_records(&mut self, died: bool) {
             for key in 0..KEYS {
-                let name = name(key);
-                let hash = hash_of(name.as_bytes());
                 let mut highest = 0;
                 for machine in &self.machines {
                     let Some(node) = machine.node.as_ref().filter(|_| machine.outlawed.is_none()) else { continue };
-                    let Some(record) = node.records.get(hash, name.as_bytes()) else { continue };
+                    let Some(record) = record(node, key) else { continue };
                     let value = str::from_utf8(record.value()).ok().and_then(|value| value.parse().ok());
                     self.replicas.seen[key].insert(record.stamp(), value);
                     highest = highest.max(record.stamp());
@@ -6444,30 +6330,27 @@ mod simulation {
 
         /// An acknowledged write is on every replica that can be reached, as far as the one that took it knows.
         fn note_acknowledged(&mut self, machine: usize, key: &[u8], value: Option<u32>, seed: u64) {
-            let hash = hash_of(key);
-            let Some(node) = &self.machines[machine].node else { return };
-            let is_mine = node.table().is_some_and(|table| Some(table.shard_at(hash)) == node.shard());
-            let Some(record) =
-                node.records.get(hash, key).filter(|_| is_mine && self.machines[machine].outlawed.is_none())
-            else {
-                return;
-            };
             let index = key_of(key);
+            let Some(node) = &self.machines[machine].node else { return };
+            let is_mine = node.table().is_some_and(|table| Some(table.shard_at(HASHES[index])) == node.shard());
+            let is_trusted = self.machines[machine].outlawed.is_none();
+            let Some(found) = record(node, index).filter(|_| is_mine && is_trusted) else { return };
             // It may have been followed by another one meanwhile. Of several deletions it is not known which one this was.
             let mut seen = self.replicas.seen[index].iter();
             let is_this = |record: &&Record| record.is_tombstone() && self.machines[machine].deleting[index] == 1;
             let written = match value {
                 Some(_) => seen.find(|(_, it)| **it == value).map(|(stamp, _)| *stamp),
-                None => Some(record).filter(is_this).map(Record::stamp).filter(|stamp| node.gave(*stamp)),
+                None => Some(found).filter(is_this).map(Record::stamp).filter(|stamp| gave(node, *stamp)),
             };
             let Some(stamp) = written else { return };
             // (It may have been silent when a later deletion was acknowledged.)
-            let is_excused = |other: &String| node.is_silent(other) || value.is_none() && node.lags(other);
+            let is_excused =
+                |other: &String| node.is_silent(other) || value.is_none() && node.lagging.contains_key(other);
             for other in node.others().iter().filter(|other| !is_excused(other)) {
                 let Some(there) = &self.machines[machine_of(other)].node else { continue };
                 let takes_part = there.version() == node.version() && there.incoming().is_empty();
-                let has = there.records.get(hash, key).is_some_and(|it| it.stamp() >= stamp);
-                let gone = record.is_tombstone() && there.records.get(hash, key).is_none();
+                let has = record(there, index).is_some_and(|it| it.stamp() >= stamp);
+                let gone = found.is_tombstone() && record(there, index).is_none();
                 assert!(!takes_part || has || gone, "SEED={seed}: n{machine} acknowledged what {other} does not have");
             }
             self.replicas.bound[index] = self.replicas.bound[index].max(stamp);
@@ -6478,13 +6361,19 @@ mod simulation {
         (version.epoch, version.number) == (0, 0)
     }
 
-    fn name(key: usize) -> String {
-        format!("k{key}")
+    /// The record of a key at a node.
+    fn record(node: &Node, key: usize) -> Option<&Record> {
+        node.records.get(HASHES[key], NAMES[key].as_bytes())
     }
 
     /// The stamp of a key that is there, and not deleted.
-    fn stamp_of(node: &Node, hash: u64, key: &[u8]) -> Option<u64> {
-        node.records.get(hash, key).filter(|record| !record.is_tombstone()).map(Record::stamp)
+    fn stamp_of(node: &Node, key: usize) -> Option<u64> {
+        record(node, key).filter(|record| !record.is_tombstone()).map(Record::stamp)
+    }
+
+    /// Whether a stamp was given by this node.
+    fn gave(node: &Node, stamp: u64) -> bool {
+        node_of(stamp) == node_of(hash_of(node.own().as_bytes()))
     }
 
     fn key_of(name: &[u8]) -> usize {
@@ -6518,12 +6407,13 @@ mod simulation {
             let node = state.machines[self.machine].node.as_mut().expect("only living nodes run");
             node.look_at_clock(now);
             let result = action(node);
-            for line in node.lines.drain(..) {
-                if told {
-                    println!("{:8.3} n{}: {line}", now.as_secs_f64(), self.machine);
-                }
+            let Later { lines, activities, .. } = std::mem::take(&mut node.later);
+            for line in lines.iter().filter(|_| told) {
+                println!("{:8.3} n{}: {line}", now.as_secs_f64(), self.machine);
             }
-            node.garbage.clear();
+            for activity in activities {
+                state.at(Duration::ZERO, Event::Spawn { on: self.machine, life: self.life, activity });
+            }
             result
         }
 
@@ -6567,11 +6457,6 @@ mod simulation {
             let call = self.state.borrow_mut().call(self.machine, time);
             Wait(self, call).await;
         }
-
-        fn spawn(&self, activity: Activity) {
-            let mut state = self.state.borrow_mut();
-            state.at(Duration::ZERO, Event::Spawn { on: self.machine, life: self.life, activity });
-        }
     }
 
     struct Simulation {
@@ -6588,21 +6473,23 @@ mod simulation {
                 events: BTreeMap::new(),
                 sequence: 0,
                 machines: Vec::new(),
-                tasks: HashMap::new(),
+                tasks: BTreeMap::new(),
                 current: 0,
-                calls: HashMap::new(),
-                results: HashMap::new(),
-                cut: HashSet::new(),
+                calls: BTreeMap::new(),
+                results: BTreeMap::new(),
+                cut: BTreeSet::new(),
                 trouble: 0,
                 quiet: true,
                 quiet_until: Duration::ZERO,
                 history: vec![Vec::new(); KEYS],
                 value: 0,
                 told,
+                versions: Vec::new(),
+                members: Vec::new(),
                 changes: 0,
                 lease: Duration::from_millis(0),
                 forced: false,
-                lineage: HashSet::new(),
+                lineage: BTreeSet::new(),
                 factor: 1,
                 is_cut_up: false,
                 is_long: false,
@@ -6693,7 +6580,7 @@ mod simulation {
             };
             let request = Request {
                 verb: verb.into(),
-                target: format!("/kv-store/{}", name(key)),
+                target: format!("/kv-store/{}", NAMES[key]),
                 body: body.into(),
                 ..Request::default()
             };
@@ -6704,7 +6591,7 @@ mod simulation {
                 (state.history[key].len() - 1, start)
             };
             self.run_task(there.machine, async move {
-                let name = name(key);
+                let name = NAMES[key];
                 let answer = answer_request(&there, name.as_bytes(), &request).await;
                 let mut state = there.state.borrow_mut();
                 let text = String::from_utf8_lossy(&answer.body).into_owned();
@@ -6757,22 +6644,21 @@ mod simulation {
             };
             let request = Request {
                 verb: verb.into(),
-                target: format!("/kv-store/keys/{}", name(key)),
+                target: format!("/kv-store/keys/{}", NAMES[key]),
                 content_type: "application/json".into(),
                 body: format!(r#"{{{value}"causal-context":{context}}}"#).into(),
                 ..Request::default()
             };
             let seed = self.seed;
             self.run_task(there.machine, async move {
-                let answer = answer_request(&there, name(key).as_bytes(), &request).await;
+                let answer = answer_request(&there, NAMES[key].as_bytes(), &request).await;
                 let state = &mut *there.state.borrow_mut();
                 let text = String::from_utf8_lossy(&answer.body).trim().to_owned();
                 state.tell(|| {
                     let n = there.machine;
                     format!(
                         "n{n} answers session {session} {verb} {} {did:?} {context}: {} {text}",
-                        name(key),
-                        answer.status
+                        NAMES[key], answer.status
                     )
                 });
                 let trusted = state.machines[there.machine].outlawed.is_none();
@@ -6786,7 +6672,7 @@ mod simulation {
                 let seen = &state.replicas.seen[key];
                 let stamp_of =
                     |value: u32| seen.iter().find(|(_, it)| **it == Some(value)).map_or(0, |(stamp, _)| *stamp);
-                let known = past.get(&name(key)).copied().unwrap_or(0);
+                let known = past.get(NAMES[key]).copied().unwrap_or(0);
                 let wanted = if known > state.replicas.lost[key] { known } else { 0 };
                 let mut now = past;
                 match (did, value) {
@@ -6795,10 +6681,10 @@ mod simulation {
                         assert!(
                             stamp >= wanted,
                             "SEED={seed}: {} is older than what the session knows: {text}",
-                            name(key)
+                            NAMES[key]
                         );
                         let known = state.replicas.past.get(&value).cloned().unwrap_or_default();
-                        for (key, stamp) in known.into_iter().chain([(name(key), stamp)]) {
+                        for (key, stamp) in known.into_iter().chain([(NAMES[key].to_owned(), stamp)]) {
                             let old = now.entry(key).or_default();
                             *old = stamp.max(*old);
                         }
@@ -6808,11 +6694,11 @@ mod simulation {
                         assert!(
                             wanted == 0 || deleted,
                             "SEED={seed}: the session knows of {}, which is not there",
-                            name(key)
+                            NAMES[key]
                         );
                     }
                     (Did::Put(value), _) => {
-                        now.insert(name(key), stamp_of(value));
+                        now.insert(NAMES[key].to_owned(), stamp_of(value));
                     }
                     _ => {}
                 }
@@ -6931,7 +6817,7 @@ mod simulation {
                 return self.state.borrow_mut().refuse(call);
             }
             let what = if self.state.borrow().told { format!("{:?}", envelope.message) } else { String::new() };
-            let reply = receive(&self.there(to), envelope);
+            let reply = self.there(to).with(|node| node.receive(envelope));
             let mut state = self.state.borrow_mut();
             if state.told && !what.starts_with("Meet") {
                 let (what, reply) = (what.chars().take(120).collect::<String>(), format!("{reply:?}"));
@@ -6967,24 +6853,30 @@ mod simulation {
         /// No key is answered for by two nodes.
         fn check_owners(&self) {
             let state = &mut *self.state.borrow_mut();
-            state.note_tables();
-            self.outlaw(state);
+            let versions = state.machines.iter().map(|it| it.node.as_ref().and_then(Node::version)).collect();
+            if versions != state.versions {
+                state.versions = versions;
+                state.note_tables();
+                self.outlaw(state);
+                let counts = |it: &usize| state.machines[*it].outlawed.is_none() && state.is_member(*it);
+                state.members = (0..state.machines.len()).filter(counts).collect();
+            }
             if state.factor > 1 {
                 return state.note_records(false);
             }
-            let counts = |machine: &usize| state.machines[*machine].outlawed.is_none() && state.is_member(*machine);
-            let machines: Vec<usize> = (0..state.machines.len()).filter(counts).collect();
-            for key in 0..KEYS {
-                let name = name(key);
-                let hash = hash_of(name.as_bytes());
-                let here = |node: &Node| node.answers_for(hash);
+            for (key, hash) in HASHES.iter().enumerate() {
+                let here = |node: &Node| {
+                    let owns = node.table().is_some_and(|table| Some(table.shard_at(*hash)) == node.shard());
+                    owns && node.pull_needs(*hash).is_empty()
+                };
                 let has = |machine: &usize| state.machines[*machine].node.as_ref().is_some_and(here);
-                let owners: Vec<usize> = machines.iter().copied().filter(has).collect();
+                let owners: Vec<usize> = state.members.iter().copied().filter(has).collect();
                 assert!(
                     owners.len() < 2,
-                    "SEED={}: at {:.3} {name} is answered for by {owners:?}",
+                    "SEED={}: at {:.3} {} is answered for by {owners:?}",
                     self.seed,
-                    state.now.as_secs_f64()
+                    state.now.as_secs_f64(),
+                    NAMES[key]
                 );
             }
         }
@@ -7019,17 +6911,15 @@ mod simulation {
 
         /// Whoever is left out without force takes nothing with it but what it alone took while it was cut off.
         fn check_given_up(&self, state: &State, machine: usize) {
-            let record = |node: &Node, name: &str| node.records.get(hash_of(name.as_bytes()), name.as_bytes()).cloned();
-            for key in 0..KEYS {
-                let name = name(key);
+            for (key, name) in NAMES.iter().enumerate() {
                 let gone = state.machines[machine].node.as_ref().expect("it lives");
-                let Some(lost) = record(gone, &name).filter(|it| it.stamp() == state.replicas.bound[key]) else {
+                let Some(lost) = record(gone, key).filter(|it| it.stamp() == state.replicas.bound[key]) else {
                     continue;
                 };
                 let others = state.machines.iter().enumerate().filter(|(it, _)| *it != machine);
                 let kept =
-                    others.filter_map(|(_, it)| record(it.node.as_ref()?, &name)).any(|it| it.stamp() >= lost.stamp());
-                assert!(kept || gone.gave(lost.stamp()), "SEED={}: {name} is given up with n{machine}", self.seed);
+                    others.filter_map(|(_, it)| record(it.node.as_ref()?, key)).any(|it| it.stamp() >= lost.stamp());
+                assert!(kept || gave(gone, lost.stamp()), "SEED={}: {name} is given up with n{machine}", self.seed);
             }
         }
 
@@ -7241,10 +7131,10 @@ mod simulation {
                     answered(key),
                     "SEED={}: {} is not answered for at the end: {}",
                     self.seed,
-                    name(key),
+                    NAMES[key],
                     self.describe()
                 );
-                assert!(is_linearizable(history), "SEED={}: {} was not kept: {history:#?}", self.seed, name(key));
+                assert!(is_linearizable(history), "SEED={}: {} was not kept: {history:#?}", self.seed, NAMES[key]);
             }
         }
 
@@ -7257,14 +7147,9 @@ mod simulation {
                 let state = self.state.borrow();
                 let newest = state.newest().unwrap_or_default();
                 (0..KEYS).all(|key| {
-                    let name = name(key);
-                    let hash = hash_of(name.as_bytes());
-                    let stamp = |node: &String| {
-                        let node = state.machines[machine_of(node)].node.as_ref();
-                        node.and_then(|node| stamp_of(node, hash, name.as_bytes()))
-                    };
-                    let stamps: HashSet<Option<u64>> =
-                        newest.replicas(newest.shard_at(hash)).iter().map(stamp).collect();
+                    let stamp = |node: &String| stamp_of(state.machines[machine_of(node)].node.as_ref()?, key);
+                    let stamps: BTreeSet<Option<u64>> =
+                        newest.replicas(newest.shard_at(HASHES[key])).iter().map(stamp).collect();
                     stamps.len() == 1
                 })
             };
@@ -7295,7 +7180,7 @@ mod simulation {
                                 !it.busy,
                                 "SEED={}: {} is not answered at the end: {}",
                                 self.seed,
-                                name(key),
+                                NAMES[key],
                                 self.describe()
                             );
                             assert!(
@@ -7313,12 +7198,7 @@ mod simulation {
             assert!(agree(), "SEED={}: the replicas do not agree in the end", self.seed);
             self.check_bounds();
             let state = self.state.borrow();
-            let has_tombstones = |node: &Node| {
-                (0..KEYS).any(|key| {
-                    let name = name(key);
-                    node.records.get(hash_of(name.as_bytes()), name.as_bytes()).is_some_and(Record::is_tombstone)
-                })
-            };
+            let has_tombstones = |node: &Node| (0..KEYS).any(|it| record(node, it).is_some_and(Record::is_tombstone));
             for machine in members {
                 let node = state.machines[*machine].node.as_ref();
                 assert!(!node.is_some_and(has_tombstones), "SEED={}: n{machine} keeps a tombstone", self.seed);
@@ -7329,11 +7209,10 @@ mod simulation {
             let state = self.state.borrow();
             let newest = state.newest().unwrap_or_default();
             for key in 0..KEYS {
-                let (name, bound) = (name(key), state.replicas.bound[key]);
-                let hash = hash_of(name.as_bytes());
-                let owner = newest.replicas(newest.shard_at(hash)).remove(0);
+                let (name, bound) = (NAMES[key], state.replicas.bound[key]);
+                let owner = newest.replicas(newest.shard_at(HASHES[key])).remove(0);
                 let node = state.machines[machine_of(&owner)].node.as_ref().expect("all live");
-                let found = stamp_of(node, hash, name.as_bytes());
+                let found = stamp_of(node, key);
                 let deleted = state.replicas.seen[key].range(bound..).any(|(_, value)| value.is_none());
                 let kept = found.map_or(bound == 0 || deleted, |stamp| stamp >= bound);
                 assert!(kept, "SEED={}: {name} is at {found:?}, but {bound} was acknowledged", self.seed);
@@ -7708,9 +7587,6 @@ mod tests {
                 model.range(span.first..=span.last).map(|(hash, it)| (*hash, it.0)).collect();
             let keys = model.range(span.first..=span.last).filter(|(_, (_, is_tombstone))| !is_tombstone);
             assert_eq!(records.sums_of(span).count, keys.clone().count());
-            let mut listed: Vec<(u64, u64)> = span.by_bucket().flat_map(|part| records.list(part)).collect();
-            listed.sort_unstable();
-            assert_eq!(listed, expected);
             let (mut given, mut from) = (Vec::new(), span.first);
             loop {
                 let (some, last) = records.first_of(Span { first: from, last: span.last }, 5000);
@@ -7795,7 +7671,7 @@ mod tests {
         let (reader, writer) = io::pipe().unwrap();
         STDERR.get_or_init(|| File::from(OwnedFd::from(writer)));
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        let add_line = |node: &mut Node| node.lines.push(format!("line {}", COUNT.fetch_add(1, SeqCst)));
+        let add_line = |node: &mut Node| node.later.lines.push(format!("line {}", COUNT.fetch_add(1, SeqCst)));
         thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| (0..250).for_each(|_| Live.with(add_line)));
