@@ -1558,14 +1558,25 @@ fn wanted_view(body: &[u8]) -> Result<WantedView, Outcome> {
 }
 
 fn describe_instance() -> String {
-    let (count, table, more) = Live.with(|node| (node.sums().count, node.table(), node.describe()));
-    let view = table.map_or(SETTINGS.view.clone(), |table| table.view.clone()).join(r#"",""#);
-    let (role, more) = match &SETTINGS.role {
-        Role::Main => ("main", format!(r#""key-count":{count}"#)),
-        Role::Follower(main) => ("follower", format!(r#""forwarding-address":"{main}""#)),
-        Role::Node(own) => ("node", format!(r#""address":"{own}","view":["{view}"],"key-count":{count}{more}"#)),
-    };
-    format!(r#""role":"{role}","version":"{VERSION}",{more}"#)
+    let (count, table, status, silent) =
+        Live.with(|node| (node.sums().count, node.table(), node.status(), node.silent()));
+    let list = |names: &[String]| names.iter().map(|name| format!(r#""{name}""#)).collect::<Vec<_>>().join(",");
+    match &SETTINGS.role {
+        Role::Main => format!(r#""role":"main","version":"{VERSION}","key-count":{count}"#),
+        Role::Follower(main) => format!(r#""role":"follower","version":"{VERSION}","forwarding-address":"{main}""#),
+        Role::Node(own) => {
+            let view = list(table.as_ref().map_or(&SETTINGS.view, |table| &table.view));
+            let table = table.map_or(r#","incoming":null"#.into(), |table| {
+                let shard = table.shard_of(own).map_or(String::new(), |it| format!(r#","shard-id":"{}""#, it + 1));
+                let (factor, version, incoming) = (table.factor, table.version, list(&status.incoming));
+                format!(r#"{shard},"repl-factor":{factor},"table-version":"{version}","incoming":[{incoming}]"#)
+            });
+            let (role, silent) = (r#""role":"node","version""#, list(&silent));
+            format!(
+                r#"{role}:"{VERSION}","address":"{own}","view":[{view}],"key-count":{count}{table},"silent":[{silent}]"#
+            )
+        }
+    }
 }
 
 /// What clients were answered since the start: by verb, and by the first digit of the status.
@@ -1594,7 +1605,8 @@ fn metrics() -> String {
             text += &format!("kv_store_requests_total{{verb=\"{verb}\",class=\"{class}xx\"}} {count}\n");
         }
     }
-    let (sums, [epoch, number, incoming, silent]) = Live.with(|node| (node.sums(), node.gauges()));
+    let (sums, version, incoming, silent) =
+        Live.with(|node| (node.sums(), node.version().unwrap_or_default(), node.incoming(), node.silent()));
     let connections = lock(&CONNECTIONS).len() as u64;
     for (name, kind, help, value) in [
         ("relays_total", "counter", "Requests relayed to other instances.", RELAYED.load(Relaxed)),
@@ -1602,10 +1614,10 @@ fn metrics() -> String {
         ("keys", "gauge", "Keys held.", sums.count as u64),
         ("value_bytes", "gauge", "Bytes of the values held.", sums.bytes as u64),
         ("connections", "gauge", "Open connections.", connections),
-        ("table_epoch", "gauge", "Epoch of the table that this node goes by.", epoch),
-        ("table_number", "gauge", "Number of that table within its epoch.", number),
-        ("incoming_nodes", "gauge", "Nodes from which this one still gets keys that it owns.", incoming),
-        ("silent_nodes", "gauge", "Nodes that do not answer this one.", silent),
+        ("table_epoch", "gauge", "Epoch of the table that this node goes by.", version.epoch),
+        ("table_number", "gauge", "Number of that table within its epoch.", version.number),
+        ("incoming_nodes", "gauge", "Nodes from which this one still gets keys that it owns.", incoming.len() as u64),
+        ("silent_nodes", "gauge", "Nodes that do not answer this one.", silent.len() as u64),
     ] {
         text += &format!("{}kv_store_{name} {value}\n", head(name, kind, help));
     }
@@ -2165,7 +2177,8 @@ mod node {
             Span { first: self.range, last: self.left.last }
         }
 
-        fn awaited(&self) -> impl Iterator<Item = &String> {
+        /// The nodes that it waits for.
+        pub fn awaited(&self) -> impl Iterator<Item = &String> {
             self.group.iter().filter(|node| !self.heard.contains(*node))
         }
     }
@@ -2175,8 +2188,9 @@ mod node {
     struct Promise {
         version: Version,
         granted: Option<Duration>,
-        /// It is for joining another store: as long as it is fresh this node takes no writes, which it would have to drop.
-        joins: bool,
+        /// It is for joining another store, whose coordinator this is: until that is decided, this node takes no writes, which it
+        /// would have to drop.
+        joining: Option<String>,
     }
 
     /// What a node last heard of another.
@@ -2367,7 +2381,7 @@ mod node {
 
         /// Whether this node goes by a table, and was not asleep: it might have missed a newer one.
         pub fn may_answer(&self) -> bool {
-            self.table.is_some() && !self.is_asleep() && !(self.promise.joins && self.is_locked())
+            self.table.is_some() && !self.is_asleep() && self.promise.joining.is_none()
         }
 
         fn is_asleep(&self) -> bool {
@@ -2411,9 +2425,12 @@ mod node {
             if Some(owned.shard) != self.shard {
                 let owners = table.replicas(owned.shard);
                 let takers = self.given.entry(range).or_default();
-                let before = owners.iter().map(|it| takers.get(it).copied().unwrap_or(range)).min().unwrap_or(range);
+                let all_have = |takers: &BTreeMap<String, u64>| {
+                    owners.iter().map(|it| takers.get(it).copied().unwrap_or(range)).min().unwrap_or(range)
+                };
+                let before = all_have(takers);
                 takers.insert(to.to_owned(), from);
-                let after = owners.iter().map(|it| takers.get(it).copied().unwrap_or(range)).min().unwrap_or(range);
+                let after = all_have(takers);
                 if before < after {
                     self.drop_records(Span { first: before, last: after - 1 });
                 }
@@ -2451,11 +2468,6 @@ mod node {
         pub fn pulls_left(&mut self) -> Vec<Pull> {
             self.is_pulling = !self.pulls.is_empty();
             self.pulls.clone()
-        }
-
-        /// Whether a pull that is answerable still waits for a node that answers.
-        pub fn awaits(&self, pull: &Pull, node: &str) -> bool {
-            pull.awaited().any(|it| it == node) && !self.is_silent(node)
         }
 
         /// Takes what a node of a group gave. False if this is not pulled any more.
@@ -2529,6 +2541,7 @@ mod node {
             self.peers.values_mut().for_each(|peer| peer.failures += 1);
             self.stable_at = vec![0; table.view.len()];
             (self.watermark, self.settled, self.heard_of) = (0, false, None);
+            self.promise.joining = None;
             if self.promise.version <= table.version {
                 // What the lock was for has come about.
                 self.promise.granted = None;
@@ -2900,7 +2913,7 @@ mod node {
                     }
                     Reply::Met(self.status(), newer)
                 }
-                Message::Lock(version, store) => self.lock(version, store),
+                Message::Lock(version, store) => self.lock(&from, version, store),
                 Message::Release(version) => {
                     self.release(version);
                     Reply::Done
@@ -2924,7 +2937,7 @@ mod node {
 
         /// Takes in what another node tells of itself, in a message or in a reply.
         pub fn hear(&mut self, from: &str, status: &Status) {
-            if from == self.own {
+            if from == self.own || !status.is_plain() {
                 return;
             }
             self.clock = self.clock.max(status.clock);
@@ -2943,6 +2956,11 @@ mod node {
                 if status.settled {
                     self.settle();
                 }
+            }
+            let is_decided = !self.is_locked() && status.version != Some(self.promise.version);
+            if self.promise.joining.as_deref() == Some(from) && is_decided {
+                // Nothing came of it.
+                self.promise.joining = None;
             }
             let is_replica = self.others().iter().any(|it| it == from);
             let differs =
@@ -2989,6 +3007,11 @@ mod node {
             self.members().into_iter().filter(|node| self.is_silent(node)).collect()
         }
 
+        /// Whether this is a store of one, without records: it may join another store.
+        fn is_alone(&self) -> bool {
+            self.table.as_ref().is_some_and(|table| table.view == [self.own.as_str()]) && self.records.is_empty()
+        }
+
         /// Looks at a table that came in a reply.
         pub fn consider(&mut self, from: &str, table: Arc<Table>) {
             if !table.is_valid() {
@@ -3005,10 +3028,9 @@ mod node {
                 }
                 return;
             };
-            let is_alone = mine.view == [self.own.as_str()] && self.records.is_empty();
             let has_left = !mine.lists(&self.own);
             // Who has left a store follows its nodes.
-            let may_join = (is_alone || has_left) && table.lists(&self.own) || has_left && mine.lists(from);
+            let may_join = (self.is_alone() || has_left) && table.lists(&self.own) || has_left && mine.lists(from);
             if mine.store == table.store || has_granted || may_join {
                 self.adopt(table);
             }
@@ -3034,6 +3056,7 @@ mod node {
                     chosen.insert(node);
                 }
             }
+            chosen.extend(&self.promise.joining);
             self.later.activities.extend(chosen.into_iter().cloned().map(Activity::Meet));
         }
 
@@ -3103,21 +3126,21 @@ mod node {
         }
 
         /// Grants a lock: above every table and lock that it knows, while no other coordinator's is fresh.
-        fn lock(&mut self, version: Version, store: u64) -> Reply {
+        fn lock(&mut self, from: &str, version: Version, store: u64) -> Reply {
             let highest = self.promise.version.max(self.version().unwrap_or_default());
             if self.is_locked() && self.promise.version.coordinator != version.coordinator {
                 return Reply::Busy;
             } else if version <= highest && version != self.promise.version {
                 return Reply::Outdated(highest);
             }
-            let joins = self.table.is_some() && store != self.store() && self.records.is_empty();
-            self.promise = Promise { version, granted: Some(self.now), joins };
+            let joining = Some(from.to_owned()).filter(|_| self.is_alone() && store != self.store());
+            self.promise = Promise { version, granted: Some(self.now), joining };
             Reply::Locked(self.status())
         }
 
         fn release(&mut self, version: Version) {
             if self.promise.version == version {
-                self.promise.granted = None;
+                (self.promise.granted, self.promise.joining) = (None, None);
             }
         }
 
@@ -3129,13 +3152,15 @@ mod node {
             Reply::Surveyed(cuts, hashes)
         }
 
-        /// Begins to coordinate a change: its version, above all that this node knows and above `least`. None if it does already.
-        pub fn begin_change(&mut self, least: Version, new_epoch: bool) -> Option<Version> {
-            let table = self.table.as_ref().filter(|_| !self.coordinating)?;
+        /// Begins to coordinate a change to a view: its base; and its version, above all that this node knows and above `least`, in a new
+        /// epoch if silent nodes are left out. None if it does already.
+        pub fn begin_change(&mut self, view: &[String], force: bool, least: Version) -> Option<(Arc<Table>, Version)> {
+            let table = self.table.clone().filter(|_| !self.coordinating)?;
             self.coordinating = true;
             let newest = table.version.max(self.promise.version).max(least);
-            let epoch = newest.epoch + u64::from(new_epoch && newest.epoch == table.version.epoch);
-            Some(Version { epoch, number: newest.number + 1, coordinator: self.incarnation })
+            let leaves_out = force || self.silent().iter().any(|node| !view.contains(node));
+            let epoch = newest.epoch + u64::from(leaves_out && newest.epoch == table.version.epoch);
+            Some((table, Version { epoch, number: newest.number + 1, coordinator: self.incarnation }))
         }
 
         pub fn end_change(&mut self) {
@@ -3149,26 +3174,6 @@ mod node {
         }
 
         // -- What an operator sees
-
-        /// The members of the description of a node (the contract, `GET /kv-store`).
-        pub fn describe(&self) -> String {
-            let list =
-                |names: Vec<String>| names.iter().map(|name| format!(r#""{name}""#)).collect::<Vec<_>>().join(",");
-            let silent = list(self.silent());
-            let Some(table) = &self.table else { return format!(r#","incoming":null,"silent":[{silent}]"#) };
-            let shard = self.shard.map_or(String::new(), |shard| format!(r#","shard-id":"{}""#, shard + 1));
-            let (factor, version, incoming) =
-                (table.factor, table.version, list(self.incoming().into_iter().collect()));
-            format!(
-                r#"{shard},"repl-factor":{factor},"table-version":"{version}","incoming":[{incoming}],"silent":[{silent}]"#
-            )
-        }
-
-        /// The same for `/metrics`: the epoch and number of its table, from how many nodes it still gets keys, and how many are silent.
-        pub fn gauges(&self) -> [u64; 4] {
-            let version = self.version().unwrap_or_default();
-            [version.epoch, version.number, self.incoming().len() as u64, self.silent().len() as u64]
-        }
 
         /// A node that this one waits for, to name it in an error.
         pub fn missing(&self) -> String {
@@ -3366,7 +3371,7 @@ mod replication {
     /// Gets what other nodes of a group have besides.
     async fn hear_others(world: &impl World, version: Version, pull: &Pull) -> bool {
         let mut progress = false;
-        for node in pull.group.iter().filter(|node| world.with(|own| own.awaits(pull, node))) {
+        for node in pull.awaited().filter(|node| !world.with(|own| own.is_silent(node))) {
             if reconcile(world, node, version, &[pull.span()], true).await.is_some() {
                 world.with(|own| own.note_heard(version, pull, node));
                 progress = true;
@@ -3654,8 +3659,6 @@ mod membership {
     /// Why an attempt to change the view came to nothing.
     enum Failure {
         Refused(Outcome),
-        /// To be tried again in a new epoch: silent nodes leave, and their shards have other replicas.
-        NewEpoch,
         /// To be tried again for a while, with a version above this one: another change is ending, or a node is starting.
         Again(Version, Outcome),
     }
@@ -3668,11 +3671,11 @@ mod membership {
     /// R9: changes the view, as the coordinator. The error is an outcome as well, and then the old view stays in force.
     async fn change_view(world: &impl World, wanted: &WantedView) -> Result<Changed, Outcome> {
         let deadline = world.with(|node| node.now) + TRIES;
-        let (mut least, mut new_epoch) = (Version::default(), wanted.force);
+        let mut least = Version::default();
         loop {
-            let (base, version) = world.with(|node| (node.table(), node.begin_change(least, new_epoch)));
-            let (Some(base), Some(version)) = (base, version) else { return Err(Outcome::ChangeUnderWay) };
-            let attempt = Attempt { world, base, version, wanted, new_epoch };
+            let begun = world.with(|node| node.begin_change(&wanted.view, wanted.force, least));
+            let Some((base, version)) = begun else { return Err(Outcome::ChangeUnderWay) };
+            let attempt = Attempt { world, base, version, wanted };
             let nodes = attempt.nodes();
             let result = attempt.run(&nodes).await;
             world.with(|node| node.end_change());
@@ -3682,7 +3685,6 @@ mod membership {
             };
             ask(world, &nodes, Message::Release(version)).await;
             match failure {
-                Failure::NewEpoch => new_epoch = true,
                 Failure::Again(newest, _) if world.with(|node| node.now) < deadline => {
                     least = least.max(newest).max(version);
                     world.sleep(Duration::from_millis(50)).await;
@@ -3698,7 +3700,6 @@ mod membership {
         base: Arc<Table>,
         version: Version,
         wanted: &'a WantedView,
-        new_epoch: bool,
     }
 
     type Granted = BTreeMap<String, Status>;
@@ -3780,8 +3781,9 @@ mod membership {
             let has_other = |node: &String| base.shard_of(node).is_some_and(|shard| base.nodes_of(shard).any(is_whole));
             let is_starting = |node: &String| granted.contains_key(node) && !is_whole(node);
             match is_majority && silent.iter().all(has_other) {
-                true if self.new_epoch => Ok(()),
-                true => Err(Failure::NewEpoch),
+                true if self.version.epoch > base.version.epoch => Ok(()),
+                // It is known to be silent by now.
+                true => Err(self.again(Outcome::NodeDown(first.clone()))),
                 false if base.view.iter().any(is_starting) => Err(self.again(Outcome::NodeDown(first.clone()))),
                 false => Err(down(first)),
             }
@@ -4080,22 +4082,14 @@ fn begin_to_deliver(envelope: &Envelope) -> Option<Question> {
 }
 
 fn read_reply(answer: &Answer) -> Option<Reply> {
-    let reply = postcard::from_bytes(&answer.body).ok()?;
-    match &reply {
-        Reply::Met(status, _) | Reply::Locked(status) if !status.is_plain() => None,
-        _ => Some(reply),
-    }
+    postcard::from_bytes(&answer.body).ok()
 }
 
 /// Answers a message, if it is one and for this node: in the background, unless that is short. (Not inlined, as `answer_about`.)
 #[inline(never)]
 fn answer_message(body: &[u8]) -> Result<Answer, Work> {
-    let is_plain = |envelope: &Envelope| match &envelope.message {
-        Message::Meet(status) => status.is_plain(),
-        _ => true,
-    };
     match postcard::from_bytes::<Envelope>(body) {
-        Ok(envelope) if own() == Some(&envelope.to) && port_of(&envelope.from).is_some() && is_plain(&envelope) => {
+        Ok(envelope) if own() == Some(&envelope.to) && port_of(&envelope.from).is_some() => {
             let is_short = envelope.message.is_short();
             let work = move || Answer::message(&Live.with(|node| node.receive(envelope)));
             let in_vain = |_| Outcome::MainDown.answer(Vocabulary::Form, "POST");
@@ -6084,6 +6078,8 @@ mod simulation {
         /// Goes up each time it dies: what was begun before is gone.
         life: u64,
         asleep: bool,
+        /// How far its clock is ahead, another one in each life; it may be set back at a restart.
+        ahead: Duration,
         /// By key, how many deletions it is at.
         deleting: [u32; KEYS],
         /// What happened to it while it slept.
@@ -6404,8 +6400,9 @@ mod simulation {
         fn with<T>(&self, action: impl FnOnce(&mut Node) -> T) -> T {
             let mut state = self.state.borrow_mut();
             let (now, told) = (state.now, state.told);
-            let node = state.machines[self.machine].node.as_mut().expect("only living nodes run");
-            node.look_at_clock(now);
+            let machine = &mut state.machines[self.machine];
+            let node = machine.node.as_mut().expect("only living nodes run");
+            node.look_at_clock(now + machine.ahead);
             let result = action(node);
             let Later { lines, activities, .. } = std::mem::take(&mut node.later);
             for line in lines.iter().filter(|_| told) {
@@ -6524,7 +6521,10 @@ mod simulation {
         fn start(&self, machine: usize, view: &[usize]) {
             {
                 let mut state = self.state.borrow_mut();
-                let (incarnation, now) = (state.random.wrapping_add(state.sequence) | 1, state.now);
+                // Clocks are wrong by up to ten minutes.
+                let ahead = Duration::from_secs([0, 0, 300, 600][state.below(4)]);
+                let (incarnation, now) = (state.random.wrapping_add(state.sequence) | 1, state.now + ahead);
+                state.machines[machine].ahead = ahead;
                 let view: Vec<String> = view.iter().map(|it| address(*it)).collect();
                 state.tell(|| format!("n{machine} starts with {view:?}"));
                 let factor = state.factor.min(view.len());
@@ -6965,10 +6965,14 @@ mod simulation {
                     state.machines[one].asleep = true;
                     state.at(Duration::from_millis(millis), Event::Wake(one));
                 }
-                80..86 if alive(one) => {
-                    self.kill(one);
-                    let millis = [10, 200, 2000, 6000][self.state.borrow_mut().below(4)];
-                    self.state.borrow_mut().at(Duration::from_millis(millis), Event::Start(one));
+                80..86 => {
+                    // Sometimes two at once.
+                    let dying = if roll < 85 { vec![one] } else { vec![one, other] };
+                    for machine in dying.into_iter().filter(|it| alive(*it)) {
+                        self.kill(machine);
+                        let millis = [10, 200, 2000, 6000][self.state.borrow_mut().below(4)];
+                        self.state.borrow_mut().at(Duration::from_millis(millis), Event::Start(machine));
+                    }
                 }
                 86..90 => drop(self.state.borrow_mut().cut.insert((one, other))),
                 90..98 if !is_cut_up => self.state.borrow_mut().cut.clear(),
@@ -6981,9 +6985,16 @@ mod simulation {
                 }
                 _ if is_cut_up => {
                     let mut state = self.state.borrow_mut();
-                    // One or two pairs at a time, half of them in one direction only.
+                    // One or two pairs at a time, half of them in one direction only. Sometimes a node leaves as soon as all is whole.
                     if state.cut.len() > state.below(4) {
                         state.cut.clear();
+                        if state.percent(10) {
+                            drop(state);
+                            let staying = (0..count).filter(|it| *it != other).collect();
+                            return if one != other && awake(one) {
+                                self.change(one, staying, false)
+                            };
+                        }
                     }
                     state.cut.insert((one, other));
                     if state.percent(50) {
@@ -7113,6 +7124,9 @@ mod simulation {
             if self.state.borrow().factor > 1 {
                 return self.check_replicas(&members);
             }
+            // A node that has left learns of it when the last lock is old.
+            let lease = self.state.borrow().lease;
+            self.for_a_while(lease, |_| {});
             let before: Vec<usize> = self.state.borrow().history.iter().map(Vec::len).collect();
             for machine in members {
                 (0..KEYS).for_each(|key| self.ask(self.there(machine), key, Did::Get));
@@ -7401,7 +7415,7 @@ mod simulation {
         if let Some(seed) = number("SEED") {
             return Simulation::new(seed, true).run();
         }
-        let schedules = number("SCHEDULES").unwrap_or(6_000);
+        let schedules = number("SCHEDULES").unwrap_or(10_000);
         let first = number("FIRST").unwrap_or(0);
         let threads = thread::available_parallelism().map_or(2, |it| it.get() as u64);
         let failed = AtomicBool::new(false);
