@@ -37,46 +37,41 @@
 //! "The contract" in the comments is the section of this name in README.md, which says all that a client may see.
 
 use std::borrow::Cow;
-use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap, VecDeque};
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BinaryHeap, HashMap};
 use std::fmt::{self, Formatter};
 use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
-use std::io::ErrorKind::{AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable, TimedOut};
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, Read, Write};
 use std::mem::ManuallyDrop;
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
 use std::process::exit;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
-use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError, Weak, mpsc};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::task::{self, Poll, Waker};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use attohttpc::header::HeaderValue;
-use attohttpc::{ErrorKind, Method, ProxySettings, RequestBuilder, StatusCode};
+use attohttpc::StatusCode;
 use httpdate::HttpDate;
 use may::io::WaitIo;
 use may::sync::Blocker;
 use may_minihttp::{BodyReader, HttpService, HttpServiceFactory, Request as Parsed, Response};
 use percent_encoding::percent_decode;
-use serde::de::{DeserializeOwned, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
-use siphasher::sip128;
-use subtle::ConstantTimeEq;
-use url::{Position as Part, Url};
+use url::Url;
 
 use membership::{answer_view_change, count_keys, describe_shards, keep_in_touch, run};
 use node::{Context, Envelope, Later, Message, Node, Place, Reply, Write as NodeWrite, node_of};
+use peers::{ANSWER_LIMIT, PATIENCE, Peer, Question, STREAM, Waiting};
 use records::{Garbage, Record, hash_of};
-use relay::{ANSWER_LIMIT, PATIENCE, Peer, Question, in_background};
 use replication::{Lost, World};
-use streams::*;
 use table::{Table, Version};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -88,14 +83,11 @@ const MAX_VALUE: usize = 1 << 20;
 const MAX_BODY: usize = 4 << 20;
 /// The limit of a request's head. The server has none of its own and would collect an endless head in memory.
 const MAX_HEAD: usize = 64 << 10;
-/// The answers on a stream that are not read, in bytes: more is answered there only when there are fewer.
-const MAX_UNSENT: u64 = 4 << 20;
 /// The answers of a connection that may wait to be sent in one go, in bytes.
 const BATCH: usize = 32 << 10;
 /// The answers that all connections together may have waiting for clients that do not read, in bytes.
 const MAX_UNREAD: u64 = 64 << 20;
-/// Above this, a large answer that another instance gave (it was asked when there were fewer) ends its connection, and a stream with
-/// more than MAX_UNSENT ends.
+/// Above this, a large answer that another instance gave (it was asked when there were fewer) ends its connection.
 const MAX_UNREAD_EVER: u64 = 2 * MAX_UNREAD;
 /// How long a client must have read nothing to be closed for that. A reader on a lossy link waits for a packet to be sent again for a
 /// few tenths of a second, and so does one on a busy machine for its turn.
@@ -431,9 +423,10 @@ impl Request {
         }
     }
 
-    /// Whether this opens a stream.
-    fn is_stream(&self) -> bool {
-        self.verb == "POST" && self.content_type == STREAM
+    /// The id of the stream of which this is a part, if it is.
+    fn stream_id(&self) -> Option<&str> {
+        let is_part = matches!(self.verb.as_str(), "GET" | "POST") && self.content_type == STREAM;
+        peers::stream_id(&self.target).filter(|_| is_part)
     }
 
     fn is_upload(&self) -> bool {
@@ -4024,6 +4017,34 @@ fn let_go(mut node: MutexGuard<Node>) {
     }
 }
 
+/// What is done in the background, and who waits for it.
+type Task = (Box<dyn FnOnce() -> Result<Answer, Work> + Send>, Waiting<Result<Answer, Work>>);
+
+/// To the threads that do what would hold up all coroutines. They are few: many would compete with the worker.
+static BACKGROUND: LazyLock<mpsc::Sender<Task>> = LazyLock::new(|| {
+    let (sender, receiver) = mpsc::channel::<Task>();
+    let receiver = Arc::new(Mutex::new(receiver));
+    for _ in 0..2 {
+        let receiver = receiver.clone();
+        repeat(Duration::ZERO, move || {
+            let next = lock(&receiver).recv();
+            if let Ok((work, waiting)) = next {
+                waiting.deliver(work());
+            }
+        });
+    }
+    sender
+});
+
+/// Has a thread do something while the calling coroutine waits. Work that waits for others comes back, for the coroutine to do: the
+/// threads only compute. An error is a panic.
+fn in_background(work: impl FnOnce() -> Result<Answer, Work> + Send + 'static) -> Result<Answer, Lost> {
+    let (question, waiting) = Question::new(Duration::ZERO);
+    // However this ends, `waiting` is dropped then.
+    let _ = BACKGROUND.send((Box::new(work), waiting));
+    Ok(question.answer()?.unwrap_or_else(|work| work()))
+}
+
 /// The world that this program runs in, as opposed to the one of the simulation.
 #[derive(Clone, Copy)]
 struct Live;
@@ -4103,264 +4124,311 @@ fn answer_message(body: &[u8]) -> Result<Answer, Work> {
     }
 }
 
-// ---- Streams: what instances say to one another, in frames ----------------------------------------------------------
+// ---- Peers: what one instance asks another --------------------------------------------------------------------------
 
-mod streams {
-    //! attohttpc opens a connection for each request, but a request's body need not end, nor does an answer's, and its socket can
-    //! be used without it. Such a request makes a *stream* from one instance to another: its body carries what is asked, its answer
-    //! what is answered, in any order. Both go in frames: a number that question and answer share, a length, whether the message
-    //! ends here, and so much of it. This is what both ends have in common; `relay` is the end that asks, and what is asked is
-    //! answered beside the connections, in `answering`. (A stream of two requests, one for each direction, would need one and a
-    //! half times as many packets: what comes and what goes could not acknowledge each other.)
+mod peers {
+    //! A *stream* carries requests to another instance, and their answers back in any order, for as long as it lives. It consists of two
+    //! requests of the HTTP client that do not end and share a random id: the answer to a GET carries what is answered, the body of a
+    //! POST what is asked. Both carry messages: a number that question and answer share, a length, and that many bytes. An empty message
+    //! tells that the sender is alive; a stream on which nothing comes for 1.5 s ends, at either side.
     //!
-    //! Who is asked sends nothing but the head of its answer before it was asked something: attohttpc might read that as well, and
-    //! keep it.
+    //! - At the side that asks, a thread writes and a thread reads. Whoever asks queues its request and waits; what is queued while one
+    //!   write is under way goes out with the next. When the stream ends, every request that was given to it fails at once.
+    //! - At the side that is asked, the two requests are connections like others: the coroutine of one reads and answers, that of the
+    //!   other writes. After a silence nothing more is answered, so that no request takes effect long after it failed.
+    //!
+    //! Nodes take streams, and so does a main instance that says so in its answers (`Accept-Post`). Any other main instance gets the
+    //! requests one by one, each from a thread that is blocked meanwhile.
 
-    use super::*;
+    use std::collections::{BTreeSet, HashMap, VecDeque};
+    use std::io::{self, Read, Write};
+    use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
+    use std::sync::{Arc, LazyLock, Mutex, MutexGuard, mpsc};
+    use std::thread::{self, Thread, ThreadId};
+    use std::time::{Duration, Instant};
 
-    /// The media type of the request and of its answer.
-    pub const STREAM: &str = "application/x-kv-store-stream";
-    /// What is proven to whoever is asked, and to whoever asks.
-    pub const REQUESTS: &str = "requests";
-    pub const ANSWERS: &str = "answers";
-    /// The length of the request's body. No stream carries as much.
-    pub const ENDLESS: u64 = 1 << 62;
-    /// How many bytes of a message a frame carries at most: whatever is small passes between the frames of what is large.
-    pub const FRAME: usize = 64 << 10;
-    const HEAD: usize = 13;
-    /// How many bytes a message may have: an answer, or a request with its head.
-    pub const MAX_MESSAGE: usize = 17 << 20;
-    /// How often whoever is asked gives a sign of life: a frame with a number that no message has.
-    pub const SIGN_OF_LIFE: Duration = Duration::from_millis(400);
-    const NO_NUMBER: u64 = 0;
+    use attohttpc::body::{Body, BodyKind};
+    use attohttpc::header::HeaderValue;
+    use attohttpc::{ErrorKind, Method, ProxySettings, RequestBuilder, StatusCode};
+    use may::sync::Blocker;
+    use may_minihttp::BodyReader;
+    use percent_encoding::percent_decode;
+    use serde::Serialize;
+    use serde::de::DeserializeOwned;
+    use siphasher::sip128;
+    use subtle::ConstantTimeEq;
+    use url::{Position as Part, Url};
 
-    /// Proves to the other end of a stream that this one knows the secret, without telling it: any client can have a node open a
-    /// stream to anywhere, by naming it in a view. The proof is good for this stream (its `id`) and this `purpose`, which names the
-    /// direction and the node that is asked: what one node answers proves nothing in the name of another. (SipHash is made to be
-    /// a code for messages under a secret key.) None without a secret.
-    pub fn proof(id: &str, purpose: &str) -> Option<String> {
-        let secret = SETTINGS.secret.as_ref()?;
-        let key = sip128::SipHasher24::new().hash(secret.as_bytes());
-        let code = sip128::SipHasher24::new_with_keys(key.h1, key.h2).hash(format!("{id} {purpose}").as_bytes());
-        Some(format!("{:032x}", code.as_u128()))
-    }
+    use crate::replication::Lost;
+    use crate::{Answer, CLOSE, Origin, Outcome, Parsed, RELAYED, RELAYED_IN_VAIN, Request, SETTINGS, Vocabulary};
+    use crate::{answer_or_defer, lock, own, pause, random, say, take_turn, waiting_stream};
 
-    /// Whether what the other end sent is that proof; also where there is no secret to be proven. Comparing takes as long whatever
-    /// was sent.
-    pub fn is_proven(given: &[u8], id: &str, purpose: &str) -> bool {
-        proof(id, purpose).is_none_or(|proof| proof.as_bytes().ct_eq(given).into())
-    }
-
-    /// What is to be written on a stream: messages, and in between, one after the other, the large ones in pieces.
-    #[derive(Default)]
-    pub struct Outbox {
-        frames: Vec<u8>,
-        large: VecDeque<(u64, Vec<u8>)>,
-        /// How many bytes of the first large one have been taken.
-        taken: usize,
-        /// Somebody writes, and takes along what comes in here meanwhile.
-        has_writer: bool,
-        /// How many bytes they are writing.
-        being_written: usize,
-    }
-
-    impl Outbox {
-        /// Puts a message in that takes about `size` bytes.
-        pub fn push(&mut self, number: u64, message: &impl Serialize, size: usize) {
-            // Writing to a Vec cannot fail.
-            let message = postcard::to_extend(message, Vec::with_capacity(size)).unwrap_or_default();
-            if message.len() <= FRAME {
-                put_frame(&mut self.frames, number, &message, true);
-            } else {
-                self.large.push_back((number, message));
-            }
-        }
-
-        pub fn give_sign_of_life(&mut self) {
-            put_frame(&mut self.frames, NO_NUMBER, &[], true);
-        }
-
-        pub fn has_large(&self) -> bool {
-            !self.large.is_empty()
-        }
-
-        /// How many bytes are to be written, or being written.
-        pub fn length(&self) -> u64 {
-            let large: usize = self.large.iter().map(|(_, message)| message.len()).sum();
-            (self.being_written + self.frames.len() + large - self.taken) as u64
-        }
-
-        /// Whether this is enough for one write.
-        pub fn has_enough(&self) -> bool {
-            self.frames.len() >= FRAME
-        }
-
-        /// Makes the caller the writer, unless there is one. True if it is to call `write_from` now.
-        pub fn claim(&mut self) -> bool {
-            !std::mem::replace(&mut self.has_writer, true)
-        }
-
-        /// What the next write should write. None ends the writing.
-        pub fn next(&mut self) -> Option<Vec<u8>> {
-            self.has_writer = !self.frames.is_empty() || self.has_large();
-            if !self.has_writer {
-                self.being_written = 0;
-                return None;
-            }
-            // What comes next is often as long.
-            let empty = Vec::with_capacity(self.frames.len());
-            let mut bytes = std::mem::replace(&mut self.frames, empty);
-            if let Some((number, message)) = self.large.front() {
-                let end = message.len().min(self.taken + FRAME);
-                let is_last = end == message.len();
-                put_frame(&mut bytes, *number, &message[self.taken..end], is_last);
-                self.taken = if is_last { 0 } else { end };
-                if is_last {
-                    self.large.pop_front();
-                }
-            }
-            self.being_written = bytes.len();
-            Some(bytes)
-        }
-    }
-
-    /// Writes what `next` has until it has nothing, and never waits: what the kernel does not take at once is left to a coroutine.
-    /// `fail` is for a stream that breaks, or takes nothing for long.
-    pub fn write_from(
-        stream: Arc<TcpStream>,
-        next: impl Fn(&Arc<TcpStream>) -> Option<Vec<u8>> + Send + 'static,
-        fail: impl FnOnce(&Arc<TcpStream>) + Send + 'static,
-    ) {
-        while let Some(bytes) = next(&stream) {
-            match write_now(&stream, &bytes) {
-                Ok(sent) if sent == bytes.len() => {}
-                Ok(sent) => {
-                    return drop(may::go!(move || match write_waiting(&stream, &bytes[sent..]) {
-                        Ok(()) => write_from(stream, next, fail),
-                        Err(_) => fail(&stream),
-                    }));
-                }
-                Err(_) => return fail(&stream),
-            }
-        }
-    }
-
-    fn put_frame(out: &mut Vec<u8>, number: u64, piece: &[u8], is_last: bool) {
-        out.extend(number.to_le_bytes());
-        out.extend((piece.len() as u32).to_le_bytes());
-        out.push(is_last.into());
-        out.extend(piece);
-    }
-
-    /// The first frame of some bytes (its number, whether it is a message's last, and the piece), and the bytes after it.
-    fn first_frame(bytes: &[u8]) -> Option<(u64, bool, &[u8], &[u8])> {
-        let (number, rest) = bytes.split_first_chunk()?;
-        let (length, rest) = rest.split_first_chunk()?;
-        let (is_last, rest) = rest.split_first()?;
-        let (piece, rest) = rest.split_at_checked(u32::from_le_bytes(*length) as usize)?;
-        Some((u64::from_le_bytes(*number), *is_last == 1, piece, rest))
-    }
-
-    /// Puts messages together from the frames that arrive.
-    #[derive(Default)]
-    struct Inbox {
-        /// The beginning of a frame.
-        begun: Vec<u8>,
-        large: Option<(u64, Vec<u8>)>,
-    }
-
-    impl Inbox {
-        /// Takes in what arrived, and returns the messages that are whole now, with their numbers. None: these are no frames, or
-        /// no such messages.
-        fn take_in<T: DeserializeOwned>(&mut self, arrived: &[u8]) -> Option<Vec<(u64, T)>> {
-            let mut whole = Vec::new();
-            let Inbox { begun, large } = self;
-            begun.extend(arrived);
-            let mut rest = &begun[..];
-            while let Some((number, is_last, piece, after)) = first_frame(rest) {
-                rest = after;
-                match large {
-                    Some((of, message)) if *of == number => {
-                        message.extend(piece);
-                        if message.len() > MAX_MESSAGE {
-                            return None;
-                        }
-                        if is_last {
-                            whole.push((number, postcard::from_bytes(message).ok()?));
-                            *large = None;
-                        }
-                    }
-                    _ if is_last && number == NO_NUMBER => {}
-                    _ if is_last => whole.push((number, postcard::from_bytes(piece).ok()?)),
-                    // Large messages come one after the other.
-                    Some(_) => return None,
-                    None => *large = Some((number, piece.to_vec())),
-                }
-            }
-            let left = rest.len();
-            begun.drain(..begun.len() - left);
-            (left < FRAME + HEAD).then_some(whole)
-        }
-    }
-
-    /// Hands on the messages that each read of a socket brings, with their numbers, until the stream ends, brings what is none, or one
-    /// makes a panic. After `turn` bytes, others have their turn.
-    pub fn read_from<T>(
-        socket: &TcpStream,
-        reader: &mut impl BufRead,
-        turn: u64,
-        mut hand_on: impl FnMut(Vec<(u64, T)>),
-    ) where
-        T: DeserializeOwned,
-    {
-        let (mut inbox, mut served) = (Inbox::default(), 0);
-        let mut read = || {
-            let arrived = reader.fill_buf().ok().filter(|arrived| !arrived.is_empty())?;
-            let (count, messages) = (arrived.len(), inbox.take_in(arrived)?);
-            reader.consume(count);
-            hand_on(messages);
-            served += count as u64;
-            take_turn(socket, &mut served, turn);
-            Some(())
-        };
-        while let Ok(Some(())) = catch_unwind(AssertUnwindSafe(&mut read)) {}
-    }
-}
-
-// ---- The relay: taking a request to the instance that owns it -------------------------------------------------------
-
-mod relay {
-    //! A request to a peer stands in its queue until a stream to the peer, or a thread, takes it. A stream takes whatever is
-    //! queued; it is opened when there is something to send, and closed when there was nothing for a moment. Nodes
-    //! take streams, and so does a main instance that says so in its answers (`Accept-Post`). To any other main instance the
-    //! requests go one by one, each from a thread that is blocked meanwhile.
-
-    use super::*;
-
-    /// A peer that is gone is reported within 1.5 s (the contract, "A follower"): a connection must come about before.
+    /// A peer that is gone is reported within 2 s (the contract, "A follower"): a connection must come about before.
     const CONNECT_LIMIT: Duration = Duration::from_millis(1100);
-    /// A peer that accepts and never answers is reported within 5 s.
+    /// A peer that takes no streams, accepts and never answers is reported within 5 s.
     pub const ANSWER_LIMIT: Duration = Duration::from_millis(4200);
     /// How long a request may take in all, on its way through other instances and back.
     pub const PATIENCE: Duration = Duration::from_millis(4400);
-    /// After this long a silence on a stream it is found out whether the peer's host is still there.
-    const SILENCE: Duration = Duration::from_millis(650);
-    /// How long it may take to look a name up; and to connect, when it is found out whether a host is there.
-    const LOOK_LIMIT: Duration = Duration::from_millis(700);
-    /// A stream is closed after this long without a request. Between neighbours, which meet more often, it stays open.
+    /// How often each side of a stream sends something, and after what silence it ends.
+    pub const BEAT: Duration = Duration::from_millis(250);
+    const SILENCE: Duration = Duration::from_millis(1500);
+    /// A stream is ended after this long without a request. Between neighbours, which meet more often, it stays.
     const REST: Duration = Duration::from_millis(400);
+    /// How long it may take to look a name up.
+    const LOOK_LIMIT: Duration = Duration::from_millis(700);
     /// How many threads may be waiting for answers of a peer that takes no streams.
     const MAX_THREADS: usize = 64;
-    /// How many bytes of answers are taken from a stream before others have their turn. (With fewer, a stream that has just been
-    /// opened is read too slowly for its buffers, which are still small: packets get lost, and are sent again much later.)
-    const ANSWERED: u64 = 4 << 20;
     /// More is no answer to any request of the contract.
     const MAX_ANSWER: u64 = 16 << 20;
-    /// What is said of a connection that does not come about.
-    const NO_WAY: [io::ErrorKind; 5] =
-        [AddrNotAvailable, ConnectionRefused, HostUnreachable, NetworkUnreachable, TimedOut];
-    /// For how long a name is taken to stand for the same address.
-    const LOOKUP_LIFETIME: Duration = Duration::from_secs(1);
+
+    // -- Messages
+
+    /// The media type of both requests of a stream, and of their answers.
+    pub const STREAM: &str = "application/x-kv-store-stream";
+    /// Where they go, followed by the id.
+    const TARGET: &str = "/kv-store?stream=";
+    /// The length of the POST's body. No stream carries as much.
+    const ENDLESS: u64 = 1 << 62;
+    /// The number and the length of a message, in bytes; an empty one has zeros there.
+    const HEAD: usize = 12;
+    /// How many bytes a message may have: an answer, or a request with its head.
+    const MAX_MESSAGE: u32 = 17 << 20;
+    /// About how many bytes of messages are written, or dealt with, at a time.
+    const BATCH: usize = 64 << 10;
+
+    fn put_message(out: &mut Vec<u8>, number: u64, message: &impl Serialize) {
+        let begin = out.len();
+        out.extend(number.to_le_bytes());
+        out.extend([0; 4]);
+        // Writing to a Vec cannot fail.
+        *out = postcard::to_extend(message, std::mem::take(out)).unwrap_or_default();
+        let length = (out.len() - begin - HEAD) as u32;
+        out[begin + 8..begin + HEAD].copy_from_slice(&length.to_le_bytes());
+    }
+
+    /// Reads a message with its number, and waits for it. None is an empty one. An error is the end, or what is no message.
+    fn read_message<T: DeserializeOwned>(reader: &mut impl Read) -> io::Result<Option<(u64, T)>> {
+        let mut head = [0; HEAD];
+        reader.read_exact(&mut head)?;
+        let [a, b, c, d, e, f, g, h, length @ ..] = head;
+        let (number, length) = (u64::from_le_bytes([a, b, c, d, e, f, g, h]), u32::from_le_bytes(length));
+        if length == 0 {
+            return Ok(None);
+        }
+        let mut bytes = Vec::with_capacity(BATCH.min(length as usize));
+        reader.by_ref().take(length.min(MAX_MESSAGE).into()).read_to_end(&mut bytes)?;
+        let message = postcard::from_bytes(&bytes).ok().filter(|_| bytes.len() == length as usize);
+        message.map(|message| Some((number, message))).ok_or(io::ErrorKind::InvalidData.into())
+    }
+
+    // -- The secret
+
+    /// Proves to the other side of a stream that this one knows the secret, without telling it: any client can have a node open a
+    /// stream to anywhere, by naming it in a view. The proof is good for this stream (its `id`), this `direction`, and this node that is
+    /// asked: what one node answers proves nothing in the name of another. (SipHash is made to be a code for messages under a secret
+    /// key.) None without a secret.
+    fn proof(id: &str, direction: &str, address: &str) -> Option<String> {
+        let secret = SETTINGS.secret.as_ref()?;
+        let key = sip128::SipHasher24::new().hash(secret.as_bytes());
+        let text = format!("{id} {direction} {address}");
+        let code = sip128::SipHasher24::new_with_keys(key.h1, key.h2).hash(text.as_bytes());
+        Some(format!("{:032x}", code.as_u128()))
+    }
+
+    /// Whether what the other side sent is that proof; also where there is no secret to be proven. Comparing takes as long whatever
+    /// was sent.
+    fn is_proven(given: &[u8], id: &str, direction: &str, address: &str) -> bool {
+        proof(id, direction, address).is_none_or(|proof| proof.as_bytes().ct_eq(given).into())
+    }
+
+    // -- The side that is asked
+
+    /// How many streams are taken.
+    const MAX_STREAMS: usize = 1000;
+    /// How many requests of all streams may take their time side by side, since each has a stack. What is more holds its stream up.
+    const MAX_WORK: u32 = 2000;
+    static WORK: AtomicU32 = AtomicU32::new(0);
+    /// How many bytes of answers may wait on a stream until no more questions are dealt with.
+    const MAX_UNSENT: usize = 1 << 20;
+    /// How long the other side may take to read some of them.
+    const WRITE_LIMIT: Duration = Duration::from_secs(10);
+
+    /// The streams on which this instance is asked, by their ids.
+    static ASKED: LazyLock<Mutex<HashMap<String, Arc<Asked>>>> = LazyLock::new(Default::default);
+
+    /// A stream on which this instance is asked.
+    struct Asked {
+        /// Who opened it proves to know the secret, or there is none.
+        knows_secret: bool,
+        state: Mutex<Asking>,
+        /// Wakes the coroutine that writes the answers.
+        writer: Blocker,
+    }
+
+    struct Asking {
+        /// What is to be written; None when the stream has ended.
+        answers: Option<Vec<u8>>,
+        /// The connection on which the questions come.
+        questions: Option<TcpStream>,
+        heard: Instant,
+    }
+
+    impl Asked {
+        fn push(&self, number: u64, answer: &Answer) {
+            if let Some(answers) = &mut lock(&self.state).answers {
+                put_message(answers, number, answer);
+            }
+            self.writer.unpark();
+        }
+
+        /// Waits for something to be written. None: the stream has ended.
+        fn next_answers(&self) -> Option<Vec<u8>> {
+            loop {
+                let answers = std::mem::take(lock(&self.state).answers.as_mut()?);
+                if !answers.is_empty() {
+                    return Some(answers);
+                }
+                let _ = self.writer.park(None);
+            }
+        }
+
+        /// Waits until few answers are unsent. None: the stream has ended.
+        fn wait_for_room(&self) -> Option<()> {
+            while lock(&self.state).answers.as_ref()?.len() > MAX_UNSENT {
+                pause(Duration::from_millis(1));
+            }
+            Some(())
+        }
+
+        /// Notes that something has come. None: the stream has ended, or was silent for so long that its other side has given up.
+        fn hear(&self) -> Option<()> {
+            let mut state = lock(&self.state);
+            let before = std::mem::replace(&mut state.heard, Instant::now());
+            (state.answers.is_some() && before.elapsed() < SILENCE).then_some(())
+        }
+
+        fn end(&self) {
+            let mut state = lock(&self.state);
+            state.answers = None;
+            // (The server would read the body to its end, which never comes.)
+            if let Some(questions) = state.questions.take() {
+                let _ = questions.shutdown(Shutdown::Both);
+            }
+            drop(state);
+            self.writer.unpark();
+        }
+
+        /// Answers what is asked, now or later. Only from who knows the store's secret is it taken for what a node says.
+        fn answer(self: &Arc<Asked>, number: u64, request: Request) {
+            if request.origin != Origin::Client && !self.knows_secret {
+                return self.push(number, &Outcome::NotOfStore.answer(Vocabulary::Form, "POST"));
+            }
+            // A panic must not leave whoever asked without an answer.
+            let in_vain = |_| Outcome::MainDown.answer(Vocabulary::Form, "GET");
+            let work = match catch_unwind(|| answer_or_defer(request)) {
+                Ok(Ok(answer)) => return self.push(number, &answer),
+                Ok(Err(work)) => work,
+                Err(panic) => return self.push(number, &in_vain(panic)),
+            };
+            let stream = self.clone();
+            let work = move || {
+                let answer = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(in_vain);
+                WORK.fetch_sub(1, SeqCst);
+                stream.push(number, &answer);
+            };
+            if WORK.fetch_add(1, SeqCst) < MAX_WORK {
+                may::go!(work);
+            } else {
+                work();
+            }
+        }
+    }
+
+    /// The id of a stream, if a target is that of one of its requests.
+    pub fn stream_id(target: &str) -> Option<&str> {
+        target.strip_prefix(TARGET).filter(|id| !id.is_empty())
+    }
+
+    /// Whether who opens a stream proves (in the form of RFC 6750 section 2.1) that it knows what the nodes of this store share. An
+    /// error is a proof that is none.
+    pub fn knows_secret(parsed: &Parsed, id: &str) -> Result<bool, Outcome> {
+        let mut headers = parsed.headers().iter();
+        let given = headers.find(|header| header.name.eq_ignore_ascii_case("Authorization"));
+        let given = given.map(|header| header.value.strip_prefix(b"Bearer ").unwrap_or_default());
+        match is_proven(given.unwrap_or_default(), id, parsed.method(), own().unwrap_or_default()) {
+            false if given.is_some() => Err(Outcome::NotOfStore),
+            knows => Ok(knows),
+        }
+    }
+
+    /// Serves the GET of a stream on its connection: writes what is answered, until the stream ends.
+    pub fn write_answers(id: &str, socket: &TcpStream, knows_secret: bool) -> io::Result<()> {
+        let mut connection = waiting_stream(socket, Some(WRITE_LIMIT))?;
+        let state = Asking { answers: Some(Vec::new()), questions: None, heard: Instant::now() };
+        let asked = Arc::new(Asked { knows_secret, state: Mutex::new(state), writer: Blocker::new(false) });
+        let mut streams = lock(&ASKED);
+        if streams.len() >= MAX_STREAMS || streams.contains_key(id) {
+            return Ok(());
+        }
+        streams.insert(id.to_owned(), asked.clone());
+        drop(streams);
+        // Nothing is proven to whoever proves nothing.
+        let proof = proof(id, "answer", own().unwrap_or_default()).filter(|_| knows_secret);
+        let proof = proof.map_or(String::new(), |proof| format!("Authentication-Info: {proof}\r\n"));
+        // Without a length, the body ends with the connection (RFC 9112 section 6.3).
+        let head = format!("HTTP/1.1 200 OK\r\nServer: M\r\nContent-Type: {STREAM}\r\n{proof}{CLOSE}\r\n");
+        let mut written = connection.write_all(head.as_bytes());
+        while written.is_ok()
+            && let Some(answers) = asked.next_answers()
+        {
+            written = connection.write_all(&answers);
+        }
+        asked.end();
+        lock(&ASKED).remove(id);
+        written
+    }
+
+    /// Serves the POST of a stream on its connection: answers what is asked, until the stream ends.
+    pub fn read_questions(id: &str, mut body: BodyReader, socket: &TcpStream, knows_secret: bool) {
+        let asked = lock(&ASKED).get(id).cloned();
+        let Some(asked) = asked.filter(|asked| asked.knows_secret == knows_secret) else {
+            return drop(socket.shutdown(Shutdown::Both));
+        };
+        lock(&asked.state).questions = socket.try_clone().ok();
+        let mut served = 0;
+        let mut read = || {
+            let message: Option<(u64, Request)> = read_message(&mut body).ok()?;
+            asked.hear()?;
+            if let Some((number, request)) = message {
+                served += request.size() as u64;
+                asked.wait_for_room()?;
+                asked.answer(number, request);
+                take_turn(socket, &mut served, BATCH as u64);
+            }
+            Some(())
+        };
+        // A message that makes a panic ends the stream.
+        while let Ok(Some(())) = catch_unwind(AssertUnwindSafe(&mut read)) {}
+        asked.end();
+    }
+
+    /// Ends the streams that are silent, and has the others give a sign of life. To be repeated every `BEAT`.
+    pub fn beat() {
+        let streams: Vec<Arc<Asked>> = lock(&ASKED).values().cloned().collect();
+        for stream in streams {
+            let mut state = lock(&stream.state);
+            let is_silent = state.heard.elapsed() > SILENCE;
+            if let Some(answers) = state.answers.as_mut().filter(|answers| answers.is_empty()) {
+                answers.extend([0; HEAD]);
+            }
+            drop(state);
+            if is_silent { stream.end() } else { stream.writer.unpark() }
+        }
+    }
+
+    // -- The side that asks
 
     /// This process, in the `Via` of what it relays: a request that comes back with it runs in a ring.
     static VIA: LazyLock<String> = LazyLock::new(|| format!("1.1 kv-store-{:016x}", random()));
@@ -4377,8 +4445,6 @@ mod relay {
         /// Its `host:port`.
         address: String,
         traffic: Mutex<Traffic>,
-        /// What the name in the address last stood for.
-        lookup: Mutex<Option<(Instant, Vec<SocketAddr>)>>,
     }
 
     #[derive(Default)]
@@ -4389,78 +4455,45 @@ mod relay {
         /// Who waits for the answer to which request.
         waiters: HashMap<u64, Waiting>,
         last_number: u64,
+        /// When something was last asked.
+        asked: Option<Instant>,
+        /// The thread that opens the stream and writes on it, while there is one.
+        writer: Option<Thread>,
         /// The threads that take requests to the peer one by one.
         threads: usize,
-        stream: State,
-        outbox: Outbox,
-        /// When something was last asked, when something last came on the stream, and when the peer's host was last looked for.
-        asked: Option<Instant>,
-        heard: Option<Instant>,
-        looked: Option<Instant>,
     }
 
     /// Dropping it wakes who waits, with an answer or without. It is never dropped by who holds a lock: a coroutine that is woken while
     /// it parks goes on inside the call that parks it, and to drop its Blocker waits for that call to return. If the coroutine came to
     /// want the lock, both would wait for ever.
-    struct Waiting<T = Answer> {
+    pub struct Waiting<T = Answer> {
         waiter: Arc<Waiter<T>>,
         deadline: Instant,
-        /// The request was given to the stream.
-        on_stream: bool,
     }
 
     /// A coroutine, or a thread, that waits for an answer.
-    struct Waiter<T = Answer> {
+    struct Waiter<T> {
         blocker: Blocker,
         answer: Mutex<Option<T>>,
         /// The request was given to a stream, or a thread, so that it may have got there.
         was_sent: AtomicBool,
     }
 
-    /// What was asked of a peer.
+    /// What was asked, to be waited for.
     pub struct Question<T = Answer>(Arc<Waiter<T>>);
 
     impl<T> Question<T> {
+        pub fn new(patience: Duration) -> (Question<T>, Waiting<T>) {
+            let (blocker, answer) = (Blocker::new(false), Mutex::default());
+            let waiter = Arc::new(Waiter { blocker, answer, was_sent: false.into() });
+            (Question(waiter.clone()), Waiting { waiter, deadline: Instant::now() + patience })
+        }
+
         /// Waits for the answer.
         pub fn answer(self) -> Result<T, Lost> {
             // The watch ends this at the deadline: a timer for each request would cost more than the rest of the relay.
             let _ = self.0.blocker.park(None);
             lock(&self.0.answer).take().ok_or(Lost { was_sent: self.0.was_sent.load(SeqCst) })
-        }
-    }
-
-    /// What is done in the background, and who waits for it.
-    type Task = (Box<dyn FnOnce() -> Result<Answer, Work> + Send>, Waiting<Result<Answer, Work>>);
-
-    /// To the threads that do what would hold up all coroutines. They are few: many would compete with the worker.
-    static BACKGROUND: LazyLock<mpsc::Sender<Task>> = LazyLock::new(|| {
-        let (sender, receiver) = mpsc::channel::<Task>();
-        let receiver = Arc::new(Mutex::new(receiver));
-        for _ in 0..2 {
-            let receiver = receiver.clone();
-            repeat(Duration::ZERO, move || {
-                let next = lock(&receiver).recv();
-                if let Ok((work, waiting)) = next {
-                    waiting.deliver(work());
-                }
-            });
-        }
-        sender
-    });
-
-    /// Has a thread do something while the calling coroutine waits. Work that waits for others comes back, for the coroutine to do: the
-    /// threads only compute. An error is a panic.
-    pub fn in_background(work: impl FnOnce() -> Result<Answer, Work> + Send + 'static) -> Result<Answer, Lost> {
-        let waiter = Waiter::new();
-        let waiting = Waiting { waiter: waiter.clone(), deadline: Instant::now(), on_stream: false };
-        // However this ends, `waiting` is dropped then.
-        let _ = BACKGROUND.send((Box::new(work), waiting));
-        Ok(Question(waiter).answer()?.unwrap_or_else(|work| work()))
-    }
-
-    impl<T> Waiter<T> {
-        fn new() -> Arc<Waiter<T>> {
-            Arc::new(Waiter { blocker: Blocker::new(false), answer: Mutex::default(), was_sent: false.into() })
         }
     }
 
@@ -4471,77 +4504,20 @@ mod relay {
     }
 
     impl<T> Waiting<T> {
-        fn deliver(self, answer: T) {
+        pub fn deliver(self, answer: T) {
             *lock(&self.waiter.answer) = Some(answer);
         }
     }
 
-    #[derive(Default)]
-    enum State {
-        #[default]
-        Closed,
-        Opening,
-        Open(Arc<TcpStream>),
-    }
-
-    /// Why a stream was not opened.
-    enum NotOpened {
-        NoAnswer,
-        /// The peer answers, and is to be asked without streams.
-        TakesNone,
-    }
-
-    impl<E: Into<attohttpc::Error>> From<E> for NotOpened {
-        fn from(_: E) -> NotOpened {
-            NotOpened::NoAnswer
-        }
-    }
-
-    fn is_past(time: Option<Instant>, limit: Duration) -> bool {
-        time.is_some_and(|time| time.elapsed() > limit)
-    }
-
-    /// These get no answer. A coroutine tells them, since who calls this holds a lock.
-    fn give_up(waiting: Vec<Waiting>) {
-        if !waiting.is_empty() {
-            may::go!(move || drop(waiting));
-        }
-    }
-
     impl Traffic {
-        fn is_open(&self, stream: &Arc<TcpStream>) -> bool {
-            matches!(&self.stream, State::Open(open) if Arc::ptr_eq(open, stream))
+        /// Those that wait for what is queued, to be dropped: they get no answer.
+        fn give_up_queue(&mut self) -> Vec<Waiting> {
+            let Traffic { queue, waiters, .. } = self;
+            queue.drain(..).filter_map(|(number, _)| waiters.remove(&number)).collect()
         }
 
-        /// Moves requests from the queue to the outbox, as many as one write takes, and of large ones one at a time.
-        fn fill_outbox(&mut self) {
-            let mut index = 0;
-            while index < self.queue.len() && !self.outbox.has_enough() {
-                if self.queue[index].1.size() > FRAME && self.outbox.has_large() {
-                    index += 1;
-                } else if let Some((number, request)) = self.queue.remove(index)
-                    && let Some(waiting) = self.waiters.get_mut(&number)
-                {
-                    waiting.waiter.was_sent.store(true, SeqCst);
-                    waiting.on_stream = true;
-                    self.outbox.push(number, &request, request.size());
-                }
-            }
-        }
-
-        /// Whoever waits for what is queued gets no answer.
-        fn give_up_queue(&mut self) {
-            let queued = self.queue.drain(..);
-            give_up(queued.filter_map(|(number, _)| self.waiters.remove(&number)).collect());
-        }
-
-        /// Closes the stream: what was given to it gets no answer, and what is still queued goes on the next one.
-        fn close(&mut self) {
-            if let State::Open(stream) = std::mem::take(&mut self.stream) {
-                let _ = stream.shutdown(Shutdown::Both);
-            }
-            self.outbox = Outbox::default();
-            give_up(self.waiters.extract_if(|_, waiting| waiting.on_stream).map(|(_, waiting)| waiting).collect());
+        fn is_written_by(&self, thread: ThreadId) -> bool {
+            self.writer.as_ref().is_some_and(|writer| writer.id() == thread)
         }
     }
 
@@ -4552,7 +4528,7 @@ mod relay {
                 return known.clone();
             }
             let traffic = Mutex::new(Traffic { takes_streams: own().is_some(), ..Traffic::default() });
-            let peer = Arc::new(Peer { address: address.into(), traffic, ..Peer::default() });
+            let peer = Arc::new(Peer { address: address.into(), traffic });
             peers.insert(address.into(), peer.clone());
             peer
         }
@@ -4560,15 +4536,10 @@ mod relay {
         /// Takes a request to the peer and returns its answer; an error if there is none in time, or the request runs in a ring.
         /// The request is sent once at most.
         pub fn relay(self: Arc<Peer>, request: Request, patience: Duration) -> Result<Answer, Lost> {
-            let result = self.ask(request, patience);
-            RELAYED.fetch_add(1, Relaxed);
-            RELAYED_IN_VAIN.fetch_add(result.is_err().into(), Relaxed);
+            let result = self.begin(request, patience).and_then(Question::answer);
+            RELAYED.fetch_add(1, SeqCst);
+            RELAYED_IN_VAIN.fetch_add(result.is_err().into(), SeqCst);
             result
-        }
-
-        /// Takes what is no client's request to the peer, and returns its answer.
-        pub fn ask(self: Arc<Peer>, request: Request, patience: Duration) -> Result<Answer, Lost> {
-            self.begin(request, patience)?.answer()
         }
 
         /// Begins to ask: what others are asked meanwhile goes on beside it.
@@ -4577,117 +4548,99 @@ mod relay {
                 return Err(Lost { was_sent: false });
             }
             request.via = if request.via.is_empty() { VIA.clone() } else { format!("{}, {}", request.via, *VIA) };
-            let now = Instant::now();
-            let waiter = Waiter::new();
+            let (question, waiting) = Question::new(patience);
             let mut traffic = lock(&self.traffic);
             traffic.last_number += 1;
-            traffic.asked = Some(now);
+            traffic.asked = Some(Instant::now());
             let number = traffic.last_number;
-            traffic
-                .waiters
-                .insert(number, Waiting { waiter: waiter.clone(), deadline: now + patience, on_stream: false });
+            traffic.waiters.insert(number, waiting);
             traffic.queue.push_back((number, request));
             self.dispatch(traffic);
-            Ok(Question(waiter))
+            Ok(question)
         }
 
         /// Sees to it that somebody takes what is queued.
         fn dispatch(self: &Arc<Peer>, mut traffic: MutexGuard<Traffic>) {
             let peer = self.clone();
-            match &traffic.stream {
-                State::Open(stream) => {
-                    let (stream, is_alone) = (stream.clone(), traffic.waiters.len() == 1);
-                    let is_to_write = traffic.outbox.claim();
-                    drop(traffic);
-                    let write = move || peer.write_queue(stream);
-                    if is_to_write && is_alone {
-                        write();
-                    } else if is_to_write {
-                        // It runs after the coroutines that are ready now, and takes along what these queue.
-                        may::go!(write);
-                    }
-                }
-                State::Closed if traffic.takes_streams => {
-                    traffic.stream = State::Opening;
-                    if thread::Builder::new().spawn(move || peer.open_stream()).is_err() {
-                        traffic.stream = State::Closed;
-                        traffic.give_up_queue();
-                    }
-                }
-                State::Closed if traffic.threads < MAX_THREADS => {
-                    traffic.threads += 1;
-                    if thread::Builder::new().spawn(move || peer.send_plainly()).is_err() {
-                        traffic.threads -= 1;
-                        traffic.give_up_queue();
-                    }
-                }
-                _ => {}
-            }
+            let spawned = if let Some(writer) = &traffic.writer {
+                let writer = writer.clone();
+                drop(traffic);
+                return writer.unpark();
+            } else if traffic.takes_streams {
+                let spawned = thread::Builder::new().spawn(move || peer.run_stream());
+                spawned.map(|writer| traffic.writer = Some(writer.thread().clone()))
+            } else if traffic.threads < MAX_THREADS {
+                let spawned = thread::Builder::new().spawn(move || peer.send_plainly());
+                spawned.map(|_| traffic.threads += 1)
+            } else {
+                Ok(())
+            };
+            let lost = if spawned.is_err() { traffic.give_up_queue() } else { Vec::new() };
+            drop(traffic);
+            drop(lost);
         }
 
         // -- A peer that takes streams
 
-        /// Opens a stream, and has a coroutine read what comes there.
-        fn open_stream(self: Arc<Peer>) {
+        /// Opens a stream and writes on it, until it ends.
+        fn run_stream(self: Arc<Peer>) {
+            let stream = thread::current().id();
             // After a panic, there was no stream.
-            let opened = catch_unwind(AssertUnwindSafe(|| self.open())).unwrap_or(Err(NotOpened::NoAnswer));
-            let mut traffic = lock(&self.traffic);
-            match opened {
-                Ok((stream, reader)) => {
-                    traffic.stream = State::Open(stream.clone());
-                    traffic.heard = Some(Instant::now());
-                    let peer = self.clone();
-                    may::go!(move || peer.read_answers(&stream, reader));
-                    self.dispatch(traffic);
-                }
-                Err(NotOpened::NoAnswer) => {
-                    traffic.stream = State::Closed;
-                    traffic.give_up_queue();
-                    drop(traffic);
-                    self.forget_addresses();
-                }
-                Err(NotOpened::TakesNone) => {
-                    (traffic.stream, traffic.takes_streams) = (State::Closed, false);
+            let opened = catch_unwind(AssertUnwindSafe(|| self.open_stream(stream)));
+            match opened.unwrap_or(Err(io::Error::from(io::ErrorKind::Other).into())) {
+                Ok(true) => self.end_stream(stream),
+                Ok(false) => {
+                    let mut traffic = lock(&self.traffic);
+                    (traffic.writer, traffic.takes_streams) = (None, false);
                     let left = traffic.queue.len();
                     drop(traffic);
                     (0..left.min(MAX_THREADS)).for_each(|_| self.dispatch(lock(&self.traffic)));
                 }
+                Err(_) => {
+                    let mut traffic = lock(&self.traffic);
+                    traffic.writer = None;
+                    let lost = traffic.give_up_queue();
+                    drop(traffic);
+                    drop(lost);
+                }
             }
         }
 
-        /// Opens a stream. Returns it, and what its answers can be read from.
-        fn open(&self) -> Result<(Arc<TcpStream>, may::net::TcpStream), NotOpened> {
-            let host = self.host().ok_or(NotOpened::NoAnswer)?;
-            if own().is_none() {
-                // By now another program may listen there, and would wait for the body's end: it is asked first.
-                let greeting = Request { via: VIA.clone(), ..Request::default() }.as_greeting();
-                let (_, takes_streams) = greeting.send(&host, ANSWER_LIMIT)?;
-                if !takes_streams {
-                    return Err(NotOpened::TakesNone);
-                }
-            }
-            let id = format!("{:016x}", random());
-            let url = format!("http://{host}/kv-store?stream={id}");
-            // The client sends no body then: that is up to whoever has the stream.
-            let builder = client("POST", &url, ANSWER_LIMIT)?.try_header("Content-Length", ENDLESS)?;
-            let mut builder = builder.try_header("Content-Type", STREAM)?;
-            if let Some(proof) = proof(&id, &format!("{REQUESTS} {}", self.address)) {
-                builder = builder.bearer_auth(proof);
-            }
-            let response = builder.send()?;
-            let stream = last_sent_on()?;
-            let proven = response.headers().get("Authentication-Info").map_or("".as_bytes(), HeaderValue::as_bytes);
-            let is_proven = is_proven(proven, &id, &format!("{ANSWERS} {}", self.address));
-            let takes_streams = response.headers().get("Content-Type").is_some_and(|it| it == STREAM);
-            if response.status() == StatusCode::FORBIDDEN || takes_streams && !is_proven {
+        /// Does that. False: the peer takes no streams. An error: there was no answer.
+        fn open_stream(self: &Arc<Peer>, stream: ThreadId) -> attohttpc::Result<bool> {
+            let host = find_host(&self.address)?;
+            let (id, via) = (format!("{:016x}", random()), VIA.as_str());
+            let open = |verb: &str| {
+                let builder = client(verb, &format!("http://{host}{TARGET}{id}"), SILENCE)?;
+                let builder = builder.try_header("Content-Type", STREAM)?.try_header("Via", via)?;
+                attohttpc::Result::Ok(match proof(&id, verb, &self.address) {
+                    Some(proof) => builder.bearer_auth(proof),
+                    None => builder,
+                })
+            };
+            let (status, headers, mut answers) = open("GET")?.send()?.split();
+            let given = headers.get("Authentication-Info").map_or("".as_bytes(), HeaderValue::as_bytes);
+            let is_proven = is_proven(given, &id, "answer", &self.address);
+            let takes_streams = headers.get("Content-Type").is_some_and(|it| it == STREAM);
+            if status == StatusCode::FORBIDDEN || takes_streams && !is_proven {
                 self.say_that_it_is_a_stranger();
             }
             if !takes_streams || !is_proven {
                 // A node is never asked without a stream: one that takes none from here is of another store.
-                return Err(if own().is_some() { NotOpened::NoAnswer } else { NotOpened::TakesNone });
+                let error = io::Error::from(io::ErrorKind::PermissionDenied);
+                return if own().is_some() { Err(error.into()) } else { Ok(false) };
             }
-            let reader = waiting_stream(&stream, None)?;
-            Ok((Arc::new(stream), reader))
+            let reader = self.clone();
+            thread::Builder::new().spawn(move || {
+                // (As long as nothing is wrong with an answer, there is no panic.)
+                while let Ok(answer) = read_message(&mut answers) {
+                    answer.into_iter().for_each(|(number, answer)| reader.deliver(number, answer));
+                }
+                reader.end_stream(stream);
+            })?;
+            // This ends with the stream, and always with an error.
+            let _ = open("POST")?.body(Questions { peer: self, stream }).send();
+            Ok(true)
         }
 
         /// Says once, as long as there are not very many of them, that a node does not know the secret.
@@ -4698,69 +4651,62 @@ mod relay {
             }
         }
 
-        /// Writes what is queued on the stream, until nothing is.
-        fn write_queue(self: Arc<Peer>, stream: Arc<TcpStream>) {
-            let peer = self.clone();
-            let next = move |stream: &_| {
-                let mut traffic = lock(&self.traffic);
-                if !traffic.is_open(stream) {
-                    return None;
-                }
-                traffic.fill_outbox();
-                traffic.outbox.next()
-            };
-            write_from(stream, next, move |stream| peer.end_stream(stream));
-        }
-
-        /// Hands on the answers that come on a stream, until it ends.
-        fn read_answers(self: Arc<Peer>, stream: &Arc<TcpStream>, reader: may::net::TcpStream) {
-            let mut reader = BufReader::with_capacity(FRAME, reader);
-            read_from(stream, &mut reader, ANSWERED, |answers| self.hand_on(answers));
-            self.end_stream(stream);
-        }
-
-        fn end_stream(self: &Arc<Peer>, stream: &Arc<TcpStream>) {
-            let traffic = lock(&self.traffic);
-            if traffic.is_open(stream) {
-                self.close(traffic);
+        fn deliver(&self, number: u64, answer: Answer) {
+            let waiting = lock(&self.traffic).waiters.remove(&number);
+            if let Some(waiting) = waiting {
+                waiting.deliver(answer);
             }
         }
 
-        /// Closes the stream, and sees to what is still queued.
-        fn close(self: &Arc<Peer>, mut traffic: MutexGuard<Traffic>) {
-            traffic.close();
+        /// What is to be written next on a stream: what is queued, or a sign of life. None: it ends, since it has, or nobody needs it.
+        fn next_questions(&self, stream: ThreadId) -> Option<Vec<u8>> {
+            let mut traffic = lock(&self.traffic);
+            if traffic.queue.is_empty() {
+                drop(traffic);
+                thread::park_timeout(BEAT);
+                traffic = lock(&self.traffic);
+            }
+            let is_resting = traffic.waiters.is_empty() && traffic.asked.is_some_and(|at| at.elapsed() > REST);
+            if !traffic.is_written_by(stream) || is_resting {
+                return None;
+            }
+            let (mut batch, mut size) = (Vec::new(), 0);
+            while size < BATCH
+                && let Some((number, request)) = traffic.queue.pop_front()
+            {
+                if let Some(waiting) = traffic.waiters.get(&number) {
+                    waiting.waiter.was_sent.store(true, SeqCst);
+                    size += request.size();
+                    batch.push((number, request));
+                }
+            }
+            drop(traffic);
+            let mut bytes = Vec::with_capacity(size);
+            batch.iter().for_each(|(number, request)| put_message(&mut bytes, *number, request));
+            if bytes.is_empty() {
+                bytes.extend([0; HEAD]);
+            }
+            Some(bytes)
+        }
+
+        /// Ends a stream: what was given to it gets no answer, and what is still queued goes on the next one.
+        fn end_stream(self: &Arc<Peer>, stream: ThreadId) {
+            let mut traffic = lock(&self.traffic);
+            if !traffic.is_written_by(stream) {
+                return;
+            }
+            if let Some(writer) = traffic.writer.take() {
+                writer.unpark();
+            }
+            let was_sent = |waiting: &Waiting| waiting.waiter.was_sent.load(SeqCst);
+            let lost: Vec<Waiting> =
+                traffic.waiters.extract_if(|_, waiting| was_sent(waiting)).map(|(_, waiting)| waiting).collect();
             if !traffic.queue.is_empty() {
                 self.dispatch(traffic);
+            } else {
+                drop(traffic);
             }
-        }
-
-        fn hand_on(&self, answers: Vec<(u64, Answer)>) {
-            let mut traffic = lock(&self.traffic);
-            traffic.heard = Some(Instant::now());
-            let answered: Vec<_> = answers
-                .into_iter()
-                .filter_map(|(number, answer)| Some((traffic.waiters.remove(&number)?, answer)))
-                .collect();
-            drop(traffic);
-            answered.into_iter().for_each(|(waiting, answer)| waiting.deliver(answer));
-        }
-
-        /// Finds out whether the host of a silent peer is still there. Ends the stream if it is not, and one that has been silent
-        /// for too long: its packets may be lost where those of new connections are not.
-        fn look_for(self: Arc<Peer>, stream: Arc<TcpStream>) {
-            // (The name may stand for another host by now.)
-            let is_there = |address: SocketAddr| TcpStream::connect_timeout(&address, LOOK_LIMIT).is_ok();
-            let gone = !stream.peer_addr().is_ok_and(is_there);
-            if gone {
-                self.forget_addresses();
-            }
-            let mut traffic = lock(&self.traffic);
-            if traffic.is_open(&stream) && (gone || is_past(traffic.heard, ANSWER_LIMIT)) {
-                if gone {
-                    traffic.give_up_queue();
-                }
-                self.close(traffic);
-            }
+            drop(lost);
         }
 
         // -- Requests one by one
@@ -4806,88 +4752,44 @@ mod relay {
             let began = Instant::now();
             let limit = deadline.saturating_duration_since(began).min(ANSWER_LIMIT);
             // After a panic there is no answer.
-            let sent = catch_unwind(AssertUnwindSafe(|| {
-                let host = self.host().ok_or(io::Error::from(HostUnreachable))?;
-                request.send(&host, limit)
-            }));
-            match sent.ok()? {
+            match catch_unwind(AssertUnwindSafe(|| request.send(&find_host(&self.address)?, limit))).ok()? {
                 Ok((answer, takes_streams)) => {
                     lock(&self.traffic).takes_streams |= takes_streams;
                     Some(answer)
                 }
-                Err(error) => {
-                    self.forget_addresses();
-                    // If there is no way to the peer at all, whatever else waits for it is told so as well.
-                    if is_no_way(&error) && began.elapsed() < limit {
-                        lock(&self.traffic).give_up_queue();
-                    }
+                // If there is no way to the peer at all, whatever else waits for it is told so as well.
+                Err(error) if is_no_way(&error) && began.elapsed() < limit => {
+                    let lost = lock(&self.traffic).give_up_queue();
+                    drop(lost);
                     None
                 }
-            }
-        }
-
-        // -- Where a peer is
-
-        /// The peer's `host:port` with the name looked up, which the client would do for each request. A name that stands for
-        /// several addresses is left to it, since it tries them side by side.
-        fn host(&self) -> Option<String> {
-            match &self.addresses()[..] {
-                [] => None,
-                [one] => Some(one.to_string()),
-                _ => Some(self.address.clone()),
-            }
-        }
-
-        fn addresses(&self) -> Vec<SocketAddr> {
-            let asked = Instant::now();
-            let mut lookup = lock(&self.lookup);
-            // What another thread learned while this one waited for it is as good, also that there is no such name.
-            let is_fresh = |(at, addresses): &(Instant, Vec<SocketAddr>)| {
-                *at >= asked || !addresses.is_empty() && at.elapsed() < LOOKUP_LIFETIME
-            };
-            match &*lookup {
-                Some(known) if is_fresh(known) => known.1.clone(),
-                _ => {
-                    let addresses = look_up(&self.address);
-                    *lookup = Some((Instant::now(), addresses.clone()));
-                    addresses
-                }
-            }
-        }
-
-        /// Has the name looked up again before the next connection: a container that is started again may have another address.
-        fn forget_addresses(&self) {
-            // Who holds this is looking it up.
-            if let Ok(mut lookup) = self.lookup.try_lock() {
-                *lookup = None;
-            }
-        }
-
-        // -- The watch
-
-        /// Ends waiting that is in vain, has a peer looked for that is silent, and ends a stream that nobody needs.
-        fn look_after(self: &Arc<Peer>, now: Instant) {
-            let mut traffic = lock(&self.traffic);
-            let Traffic { waiters, queue, .. } = &mut *traffic;
-            let late = waiters.extract_if(|_, waiting| waiting.deadline < now).map(|(_, waiting)| waiting);
-            let late: Vec<Waiting> = late.collect();
-            if !late.is_empty() {
-                self.forget_addresses();
-            }
-            give_up(late);
-            queue.retain(|(number, _)| waiters.contains_key(number));
-            let State::Open(stream) = &traffic.stream else { return };
-            if traffic.waiters.is_empty() && is_past(traffic.asked, REST) {
-                traffic.close();
-            } else if is_past(traffic.heard.max(traffic.looked), SILENCE) {
-                let (peer, stream) = (self.clone(), stream.clone());
-                traffic.looked = Some(now);
-                let _ = thread::Builder::new().spawn(move || peer.look_for(stream));
+                Err(_) => None,
             }
         }
     }
 
-    /// The watch over the peers. To be repeated by a thread of its own.
+    /// The body of a stream's POST: what is asked.
+    struct Questions<'a> {
+        peer: &'a Peer,
+        stream: ThreadId,
+    }
+
+    impl Body for Questions<'_> {
+        fn kind(&mut self) -> io::Result<BodyKind> {
+            Ok(BodyKind::KnownLength(ENDLESS))
+        }
+
+        fn write<W: Write>(&mut self, mut writer: W) -> io::Result<()> {
+            while let Some(bytes) = self.peer.next_questions(self.stream) {
+                writer.write_all(&bytes)?;
+                writer.flush()?;
+            }
+            // The rest never comes: the client is not to wait for an answer.
+            Err(io::ErrorKind::ConnectionAborted.into())
+        }
+    }
+
+    /// Ends waiting that is in vain. To be repeated by a thread of its own.
     pub fn watch_peers() {
         let mut peers = lock(&PEERS);
         // (Any client can name a thousand nodes in a view.) A follower has one peer, and remembers what it takes.
@@ -4895,30 +4797,49 @@ mod relay {
         let known: Vec<Arc<Peer>> = peers.values().cloned().collect();
         drop(peers);
         let now = Instant::now();
-        known.iter().for_each(|peer| peer.look_after(now));
+        for peer in known {
+            let mut traffic = lock(&peer.traffic);
+            let Traffic { waiters, queue, .. } = &mut *traffic;
+            let late: Vec<(u64, Waiting)> = waiters.extract_if(|_, waiting| waiting.deadline < now).collect();
+            queue.retain(|(number, _)| waiters.contains_key(number));
+            drop(traffic);
+            drop(late);
+        }
     }
 
     // -- The client
 
-    /// What a name stands for; nothing if that is not known in time. A name server that does not answer holds a lookup for ten
-    /// seconds, so it has a thread of its own, which ends when it ends.
-    fn look_up(address: &str) -> Vec<SocketAddr> {
-        let (address, (tell, told)) = (address.to_owned(), mpsc::channel());
-        let look_up = move || tell.send(address.to_socket_addrs().map_or(Vec::new(), Iterator::collect));
-        let _ = thread::Builder::new().spawn(look_up);
-        told.recv_timeout(LOOK_LIMIT).unwrap_or_default()
+    /// A `host:port` with the name looked up, which the client would do without a limit: a name server that does not answer holds a
+    /// lookup for ten seconds, so it has a thread of its own, which ends when it ends. A name that stands for several addresses is left
+    /// to the client, since it tries them side by side.
+    fn find_host(address: &str) -> io::Result<String> {
+        if address.parse::<SocketAddr>().is_ok() {
+            return Ok(address.to_owned());
+        }
+        let (name, (tell, told)) = (address.to_owned(), mpsc::channel());
+        let look_up = move || tell.send(name.to_socket_addrs().map_or(Vec::new(), Iterator::collect));
+        thread::Builder::new().spawn(look_up)?;
+        match &told.recv_timeout(LOOK_LIMIT).unwrap_or_default()[..] {
+            [] => Err(io::ErrorKind::HostUnreachable.into()),
+            [one] => Ok(one.to_string()),
+            _ => Ok(address.to_owned()),
+        }
     }
 
     fn is_no_way(error: &attohttpc::Error) -> bool {
-        matches!(error.kind(), ErrorKind::Io(error) if NO_WAY.contains(&error.kind()))
+        use io::ErrorKind::*;
+        let is_it = |kind| {
+            matches!(kind, AddrNotAvailable | ConnectionRefused | HostUnreachable | NetworkUnreachable | TimedOut)
+        };
+        matches!(error.kind(), ErrorKind::Io(error) if is_it(error.kind()))
     }
 
     /// A request of the client, without what it would do by itself: it reads `http_proxy`, and follows redirects. The limit is for
-    /// all of it until the whole answer is there, however slowly that drips.
+    /// connecting, and for each read.
     fn client(verb: &str, url: &str, limit: Duration) -> attohttpc::Result<RequestBuilder> {
         let method = Method::from_bytes(verb.as_bytes()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         let builder = RequestBuilder::try_new(method, url)?.proxy_settings(ProxySettings::builder().build());
-        Ok(builder.follow_redirects(false).connect_timeout(CONNECT_LIMIT).read_timeout(limit).timeout(limit))
+        Ok(builder.follow_redirects(false).connect_timeout(CONNECT_LIMIT).read_timeout(limit))
     }
 
     impl Request {
@@ -4949,9 +4870,9 @@ mod relay {
         }
 
         /// Sends the request to a host and reads the answer, of which status, `Content-Type`, `Allow` and body go on; and
-        /// whether the host takes streams.
+        /// whether the host takes streams. The limit is for all of it, however slowly the answer drips.
         pub fn send(&self, host: &str, limit: Duration) -> attohttpc::Result<(Answer, bool)> {
-            let mut builder = client(&self.verb, &self.url(host), limit)?;
+            let mut builder = client(&self.verb, &self.url(host), limit)?.timeout(limit);
             if !self.via.is_empty() {
                 builder = builder.try_header("Via", &self.via)?;
             }
@@ -4971,172 +4892,6 @@ mod relay {
             let header = format!("Content-Type: {content_type}{allow}").into();
             let takes_streams = value("Accept-Post") == Some(STREAM);
             Ok((Answer { status: status.as_u16(), header, body }, takes_streams))
-        }
-    }
-}
-
-// ---- The end of a stream that is asked ------------------------------------------------------------------------------
-
-mod answering {
-    //! A coroutine reads what is asked. What can be answered at once is answered there; what takes its time has a coroutine of its
-    //! own, and its answer comes when it comes.
-
-    use super::*;
-
-    /// How many requests of all streams may take their time side by side, since each has a stack. What is more holds its stream up.
-    const MAX_WORK: u32 = 2000;
-    static WORK: AtomicU32 = AtomicU32::new(0);
-    /// How many bytes of questions a stream may bring before others have their turn.
-    const QUESTIONS: u64 = 64 << 10;
-
-    struct Asked {
-        socket: Arc<TcpStream>,
-        /// The connection that became the stream: with what is unread of it, the watch deals as with that of others.
-        client: &'static Client,
-        /// None when the stream has ended.
-        outbox: Mutex<Option<Outbox>>,
-    }
-
-    impl Asked {
-        /// Does something with the outbox. None if the stream has ended.
-        fn with<T>(&self, work: impl FnOnce(&mut Outbox) -> T) -> Option<T> {
-            let mut outbox = lock(&self.outbox);
-            let result = work(outbox.as_mut()?);
-            self.client.set_unread(outbox.as_ref()?.length());
-            Some(result)
-        }
-
-        fn push(&self, number: u64, answer: &Answer) {
-            let length = self.with(|outbox| {
-                outbox.push(number, answer, answer.size());
-                outbox.length()
-            });
-            // Much that takes its time may have been asked while there was room.
-            if length > Some(MAX_UNSENT) && is_memory_full() {
-                self.end();
-            }
-        }
-
-        /// Sees to it that what is in the outbox is written.
-        fn flush(self: &Arc<Asked>) {
-            if self.with(Outbox::claim) == Some(true) {
-                let (stream, broken) = (self.clone(), self.clone());
-                write_from(self.socket.clone(), move |_| stream.with(Outbox::next)?, move |_| broken.end());
-            }
-        }
-
-        /// Waits for room for another answer. (Whose answers all leave has some, however crowded it is.) False if the stream ends
-        /// first.
-        fn wait_for_room(self: &Arc<Asked>) -> bool {
-            let has_room = |outbox: &mut Outbox| match outbox.length() {
-                0 => true,
-                length => length < MAX_UNSENT && UNREAD.load(SeqCst) < MAX_UNREAD,
-            };
-            while self.with(has_room) == Some(false) {
-                self.flush();
-                // Another coroutine may be writing.
-                if self.with(has_room) == Some(false) {
-                    pause(Duration::from_millis(1));
-                }
-            }
-            self.with(has_room).is_some()
-        }
-
-        /// Gives signs of life until the stream has ended. (It holds none while it sleeps, so that the descriptor can close.)
-        fn give_signs_of_life(stream: Weak<Asked>) {
-            while let Some(stream) = stream.upgrade().filter(|stream| stream.with(Outbox::give_sign_of_life).is_some())
-            {
-                stream.flush();
-                drop(stream);
-                pause(SIGN_OF_LIFE);
-            }
-        }
-
-        fn end(&self) {
-            if let Some(outbox) = lock(&self.outbox).take() {
-                self.client.set_unread(0);
-                FREED.fetch_add(outbox.length(), SeqCst);
-            }
-            let _ = self.socket.shutdown(Shutdown::Both);
-        }
-
-        /// Answers what is asked, now or later. Only from who knows the store's secret is it taken for what a node says.
-        fn answer(self: &Arc<Asked>, number: u64, request: Request, knows_secret: bool) {
-            if request.origin != Origin::Client && !knows_secret {
-                return self.push(number, &Outcome::NotOfStore.answer(Vocabulary::Form, "POST"));
-            }
-            // A panic must not leave whoever asked without an answer.
-            let in_vain = |_| Outcome::MainDown.answer(Vocabulary::Form, "GET");
-            let work = match catch_unwind(|| answer_or_defer(request)) {
-                Ok(Ok(answer)) => return self.push(number, &answer),
-                Ok(Err(work)) => work,
-                Err(panic) => return self.push(number, &in_vain(panic)),
-            };
-            let stream = Arc::downgrade(self);
-            let work = move || {
-                let answer = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(in_vain);
-                WORK.fetch_sub(1, SeqCst);
-                if let Some(stream) = stream.upgrade() {
-                    stream.push(number, &answer);
-                    stream.flush();
-                } else {
-                    FREED.fetch_add(answer.size() as u64, SeqCst);
-                }
-            };
-            if WORK.fetch_add(1, SeqCst) < MAX_WORK {
-                may::go!(work);
-            } else {
-                self.flush();
-                work();
-            }
-        }
-    }
-
-    /// Answers what is asked on a stream, until it ends. `knows_secret` is whether who opened it has proven that.
-    pub fn answer_stream(
-        id: &str,
-        mut body: BodyReader,
-        socket: &TcpStream,
-        client: &'static Client,
-        knows_secret: bool,
-    ) {
-        // (On the descriptor of the connection itself, answers would leave in place of what is written: see `send`.)
-        let Ok(socket) = socket.try_clone() else { return drop(socket.shutdown(Shutdown::Both)) };
-        let stream = Arc::new(Asked { socket: Arc::new(socket), client, outbox: Mutex::new(Some(Outbox::default())) });
-        // Nothing is proven to whoever proves nothing.
-        let proof = proof(id, &format!("{ANSWERS} {}", own().unwrap_or_default())).filter(|_| knows_secret);
-        let proof = proof.map_or(String::new(), |proof| format!("Authentication-Info: {proof}\r\n"));
-        // Without a length, the body ends with the connection (RFC 9112 section 6.3).
-        let head = format!("HTTP/1.1 200 OK\r\nServer: M\r\nContent-Type: {STREAM}\r\n{proof}{CLOSE}\r\n");
-        let mut was_asked = false;
-        if write_now(&stream.socket, head.as_bytes()).is_ok_and(|count| count == head.len()) {
-            read_from(&stream.socket, &mut body, QUESTIONS, |questions| {
-                for (number, request) in questions {
-                    // For who does not read answers, no more are made.
-                    if stream.wait_for_room() {
-                        stream.answer(number, request, knows_secret);
-                    }
-                }
-                stream.flush();
-                if !std::mem::replace(&mut was_asked, true) {
-                    let stream = Arc::downgrade(&stream);
-                    may::go!(move || Asked::give_signs_of_life(stream));
-                }
-            });
-        }
-        // Otherwise the server would read the body to its end, which never comes.
-        stream.end();
-    }
-
-    /// Whether who opens a stream proves (in the form of RFC 6750 section 2.1) that it knows what the nodes of this store share. An
-    /// error is a proof that is none.
-    pub fn knows_secret(parsed: &Parsed, id: &str) -> Result<bool, Outcome> {
-        let mut headers = parsed.headers().iter();
-        let given = headers.find(|header| header.name.eq_ignore_ascii_case("Authorization"));
-        let given = given.map(|header| header.value.strip_prefix(b"Bearer ").unwrap_or_default());
-        match is_proven(given.unwrap_or_default(), id, &format!("{REQUESTS} {}", own().unwrap_or_default())) {
-            false if given.is_some() => Err(Outcome::NotOfStore),
-            knows => Ok(knows),
         }
     }
 }
@@ -5272,12 +5027,6 @@ impl Client {
         UNREAD.fetch_add(count, SeqCst);
     }
 
-    /// So many bytes of answers are not sent yet.
-    fn set_unread(&self, count: u64) {
-        let before = self.unread.swap(count, SeqCst);
-        UNREAD.fetch_add(count.wrapping_sub(before), SeqCst);
-    }
-
     /// So many bytes of answers are sent, or never will be.
     fn has_less(&self, count: u64) {
         self.unread.fetch_sub(count, SeqCst);
@@ -5393,8 +5142,8 @@ impl Connection {
             Err(refusal) => return self.refuse(refusal.answer(Vocabulary::Form, "GET"), parsed.method() == "HEAD"),
         };
         self.relayed = !request.via.is_empty();
-        if request.is_stream() {
-            return self.serve_stream(&request, parsed);
+        if let Some(id) = request.stream_id() {
+            return self.serve_stream(id, parsed);
         } else if request.oversized {
             return self.refuse(refusal_of_oversized(request), false);
         }
@@ -5452,18 +5201,20 @@ impl Connection {
         take_turn(&self.socket, &mut self.served, TURN);
     }
 
-    /// Becomes a stream, as long as that lives.
-    fn serve_stream(&mut self, request: &Request, parsed: Parsed) {
-        let id = request.target.strip_prefix("/kv-store?stream=").unwrap_or_default();
-        let knows_secret = match answering::knows_secret(&parsed, id) {
+    /// Becomes one half of a stream, as long as that lives.
+    fn serve_stream(&mut self, id: &str, parsed: Parsed) {
+        let knows_secret = match peers::knows_secret(&parsed, id) {
             Ok(knows) => knows,
             Err(refusal) => return self.refuse(refusal.answer(Vocabulary::Form, "POST"), false),
         };
-        // It writes on the socket, and would overtake the answers to what came before it.
-        if id.is_empty() || self.client.calls.load(SeqCst) > 1 {
+        if self.client.calls.load(SeqCst) > 1 {
+            // It writes on the socket, and would overtake the answers to what came before it.
             return self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "POST"), false);
         }
-        answering::answer_stream(id, parsed.body(), &self.socket, self.client, knows_secret);
+        match parsed.method() {
+            "GET" => drop(peers::write_answers(id, &self.socket, knows_secret)),
+            _ => peers::read_questions(id, parsed.body(), &self.socket, knows_secret),
+        }
         self.end();
     }
 
@@ -5742,7 +5493,6 @@ unsafe extern "C" fn recv(fd: RawFd, buffer: *mut libc::c_void, size: usize, fla
 #[unsafe(no_mangle)]
 unsafe extern "C" fn send(fd: RawFd, buffer: *const libc::c_void, size: usize, flags: libc::c_int) -> isize {
     let Some(client) = Client::at(fd) else {
-        LAST_SENT_ON.set(fd);
         // SAFETY: as in `recv`.
         return unsafe { libc::sendto(fd, buffer, size, flags, std::ptr::null(), 0) };
     };
@@ -5796,8 +5546,7 @@ impl Client {
 const SEND_FIRST: libc::c_int = libc::EBUSY;
 
 /// A socket that somebody else owns and closes. It may be held only while its owner certainly keeps it open: by the service of a
-/// connection, by `recv` in a call of the server, by the watch as long as the list of connections has it, and by `last_sent_on`
-/// while attohttpc has its answer.
+/// connection, by `recv` in a call of the server, and by the watch as long as the list of connections has it.
 type Socket = ManuallyDrop<TcpStream>;
 
 fn borrow_socket(fd: RawFd) -> Socket {
@@ -5816,35 +5565,6 @@ fn waiting_stream(socket: &TcpStream, limit: Option<Duration>) -> io::Result<may
     stream.set_read_timeout(limit)?;
     stream.set_write_timeout(limit)?;
     Ok(stream)
-}
-
-/// Writes as many bytes as the kernel takes at once, and returns how many.
-fn write_now(mut socket: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
-    match socket.write(bytes) {
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
-        result => result,
-    }
-}
-
-/// Writes on a stream between instances, and makes the coroutine wait for whoever is to read: not for ever.
-fn write_waiting(socket: &TcpStream, bytes: &[u8]) -> io::Result<()> {
-    const WRITE_LIMIT: Duration = Duration::from_secs(10);
-    waiting_stream(socket, Some(WRITE_LIMIT))?.write_all(bytes)
-}
-
-thread_local! {
-    /// The descriptor on which this thread last sent something that was no answer to a client.
-    static LAST_SENT_ON: Cell<RawFd> = const { Cell::new(-1) };
-}
-
-/// The socket on which attohttpc has just sent a request in this thread, for coroutines to go on with: it keeps its sockets to
-/// itself, and would block a thread on each. To be called while it has the socket open.
-fn last_sent_on() -> io::Result<TcpStream> {
-    let socket = borrow_socket(LAST_SENT_ON.get()).try_clone()?;
-    socket.set_nonblocking(true)?;
-    // Without this, the next small write leaves when the last one is acknowledged, which may take 40 ms where nothing goes back.
-    socket.set_nodelay(true)?;
-    Ok(socket)
 }
 
 /// Has the kernel signal input once more, if there is any or the client has sent its end (setting SO_RCVLOWAT does). The server
@@ -5913,7 +5633,8 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
     repeat(STUCK / 4, watch_connections);
     repeat(Duration::from_secs(1), give_back_memory);
     repeat(Duration::ZERO, wake_sleepers);
-    repeat(Duration::from_millis(100), relay::watch_peers);
+    repeat(Duration::from_millis(100), peers::watch_peers);
+    repeat(peers::BEAT, peers::beat);
     repeat(MEETINGS, || keep_in_touch(&Live));
     let _ = server.join();
     fail(1, &format!("IP={} PORT={}: expected to go on listening, but the server ended", listen.ip(), listen.port()))
@@ -6022,6 +5743,8 @@ mod simulation {
     use std::pin::Pin;
     use std::rc::Rc;
     use std::task::Context;
+
+    use std::collections::BTreeSet;
 
     use super::*;
     use crate::node::Activity;
@@ -7179,7 +6902,7 @@ mod simulation {
             for round in 0..2 {
                 for machine in members {
                     for session in 0..3 {
-                        for key in 0..KEYS {
+                        for (key, name) in NAMES.iter().enumerate() {
                             self.state.borrow_mut().replicas.sessions[session].busy = false;
                             self.causal_client(*machine, Some((session, key)));
                             for _ in 0..300 {
@@ -7194,7 +6917,7 @@ mod simulation {
                                 !it.busy,
                                 "SEED={}: {} is not answered at the end: {}",
                                 self.seed,
-                                NAMES[key],
+                                name,
                                 self.describe()
                             );
                             assert!(
@@ -7458,6 +7181,8 @@ mod simulation {
 #[cfg(test)]
 mod tests {
     use std::os::fd::OwnedFd;
+
+    use std::io::BufReader;
 
     use super::*;
     use crate::records::{Records, Span};
