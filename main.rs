@@ -4141,7 +4141,7 @@ mod peers {
     //! requests one by one, each from a thread that is blocked meanwhile.
 
     use std::collections::{BTreeSet, HashMap, VecDeque};
-    use std::io::{self, Read, Write};
+    use std::io::{self, BufReader, Read, Write};
     use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
@@ -4223,6 +4223,19 @@ mod peers {
         message.map(|message| Some((number, message))).ok_or(io::ErrorKind::InvalidData.into())
     }
 
+    /// Reads a message, and what else has come.
+    fn read_batch<T: DeserializeOwned>(reader: &mut BufReader<impl Read>) -> io::Result<Vec<(u64, T)>> {
+        let mut batch = Vec::from_iter(read_message(reader)?);
+        let is_whole = |next: &[u8]| {
+            let length = next.get(8..HEAD).and_then(|length| length.try_into().ok()).map(u32::from_le_bytes);
+            length.is_some_and(|length| next.len() - HEAD >= length as usize)
+        };
+        while is_whole(reader.buffer()) {
+            batch.extend(read_message(reader)?);
+        }
+        Ok(batch)
+    }
+
     // -- The secret
 
     /// Proves to the other side of a stream that this one knows the secret, without telling it: any client can have a node open a
@@ -4248,7 +4261,7 @@ mod peers {
     /// How many streams are taken.
     const MAX_STREAMS: usize = 1000;
     /// How many requests of all streams may take their time side by side, since each has a stack. What is more holds its stream up.
-    const MAX_WORK: u32 = 2000;
+    const MAX_WORK: u32 = 400;
     static WORK: AtomicU32 = AtomicU32::new(0);
     /// How many bytes of answers may wait on a stream until no more questions are dealt with.
     const MAX_UNSENT: usize = 1 << 20;
@@ -4457,8 +4470,9 @@ mod peers {
         last_number: u64,
         /// When something was last asked.
         asked: Option<Instant>,
-        /// The thread that opens the stream and writes on it, while there is one.
+        /// The thread that opens the stream and writes on it, while there is one; and whether somebody is about to wake it.
         writer: Option<Thread>,
+        is_waking: bool,
         /// The threads that take requests to the peer one by one.
         threads: usize,
     }
@@ -4563,9 +4577,13 @@ mod peers {
         fn dispatch(self: &Arc<Peer>, mut traffic: MutexGuard<Traffic>) {
             let peer = self.clone();
             let spawned = if let Some(writer) = &traffic.writer {
-                let writer = writer.clone();
-                drop(traffic);
-                return writer.unpark();
+                if traffic.waiters.len() == 1 {
+                    return writer.unpark();
+                } else if !std::mem::replace(&mut traffic.is_waking, true) {
+                    // This runs after the coroutines that are ready now: what they ask goes along.
+                    may::go!(move || peer.wake_writer());
+                }
+                return;
             } else if traffic.takes_streams {
                 let spawned = thread::Builder::new().spawn(move || peer.run_stream());
                 spawned.map(|writer| traffic.writer = Some(writer.thread().clone()))
@@ -4578,6 +4596,14 @@ mod peers {
             let lost = if spawned.is_err() { traffic.give_up_queue() } else { Vec::new() };
             drop(traffic);
             drop(lost);
+        }
+
+        fn wake_writer(&self) {
+            let mut traffic = lock(&self.traffic);
+            traffic.is_waking = false;
+            if let Some(writer) = &traffic.writer {
+                writer.unpark();
+            }
         }
 
         // -- A peer that takes streams
@@ -4618,7 +4644,7 @@ mod peers {
                     None => builder,
                 })
             };
-            let (status, headers, mut answers) = open("GET")?.send()?.split();
+            let (status, headers, answers) = open("GET")?.send()?.split();
             let given = headers.get("Authentication-Info").map_or("".as_bytes(), HeaderValue::as_bytes);
             let is_proven = is_proven(given, &id, "answer", &self.address);
             let takes_streams = headers.get("Content-Type").is_some_and(|it| it == STREAM);
@@ -4630,11 +4656,10 @@ mod peers {
                 let error = io::Error::from(io::ErrorKind::PermissionDenied);
                 return if own().is_some() { Err(error.into()) } else { Ok(false) };
             }
-            let reader = self.clone();
+            let (reader, mut answers) = (self.clone(), BufReader::with_capacity(BATCH, answers));
             thread::Builder::new().spawn(move || {
-                // (As long as nothing is wrong with an answer, there is no panic.)
-                while let Ok(answer) = read_message(&mut answers) {
-                    answer.into_iter().for_each(|(number, answer)| reader.deliver(number, answer));
+                while let Ok(batch) = read_batch(&mut answers) {
+                    reader.deliver(batch);
                 }
                 reader.end_stream(stream);
             })?;
@@ -4651,11 +4676,16 @@ mod peers {
             }
         }
 
-        fn deliver(&self, number: u64, answer: Answer) {
-            let waiting = lock(&self.traffic).waiters.remove(&number);
-            if let Some(waiting) = waiting {
-                waiting.deliver(answer);
-            }
+        /// Hands on answers. A coroutine does so if they are many: to wake the worker once is enough.
+        fn deliver(&self, answers: Vec<(u64, Answer)>) {
+            let mut traffic = lock(&self.traffic);
+            let waiting =
+                answers.into_iter().filter_map(|(number, answer)| Some((traffic.waiters.remove(&number)?, answer)));
+            let answered: Vec<(Waiting, Answer)> = waiting.collect();
+            drop(traffic);
+            let is_one = answered.len() < 2;
+            let deliver = || answered.into_iter().for_each(|(waiting, answer)| waiting.deliver(answer));
+            if is_one { deliver() } else { drop(may::go!(deliver)) }
         }
 
         /// What is to be written next on a stream: what is queued, or a sign of life. None: it ends, since it has, or nobody needs it.
