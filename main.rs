@@ -4162,7 +4162,9 @@ mod peers {
     use url::{Position as Part, Url};
 
     use crate::replication::Lost;
-    use crate::{Answer, CLOSE, Origin, Outcome, Parsed, RELAYED, RELAYED_IN_VAIN, Request, SETTINGS, Vocabulary};
+    use crate::{
+        Answer, CLOSE, FREED, Origin, Outcome, Parsed, RELAYED, RELAYED_IN_VAIN, Request, SETTINGS, Vocabulary,
+    };
     use crate::{answer_or_defer, lock, own, pause, random, say, take_turn, waiting_stream};
 
     /// A peer that is gone is reported within 2 s (the contract, "A follower"): a connection must come about before.
@@ -4260,8 +4262,10 @@ mod peers {
 
     /// How many streams are taken.
     const MAX_STREAMS: usize = 1000;
-    /// How many requests of all streams may take their time side by side, since each has a stack. What is more holds its stream up.
-    const MAX_WORK: u32 = 400;
+    /// How many requests of all streams may take their time side by side, since each has a stack; and how many until no more of clients
+    /// do, since their answers may be large. What is more holds its stream up.
+    const MAX_WORK: u32 = 2000;
+    const MAX_RELAYED: u32 = 100;
     static WORK: AtomicU32 = AtomicU32::new(0);
     /// How many bytes of answers may wait on a stream until no more questions are dealt with.
     const MAX_UNSENT: usize = 1 << 20;
@@ -4290,8 +4294,9 @@ mod peers {
 
     impl Asked {
         fn push(&self, number: u64, answer: &Answer) {
-            if let Some(answers) = &mut lock(&self.state).answers {
-                put_message(answers, number, answer);
+            match &mut lock(&self.state).answers {
+                Some(answers) => put_message(answers, number, answer),
+                None => drop(FREED.fetch_add(answer.size() as u64, SeqCst)),
             }
             self.writer.unpark();
         }
@@ -4324,7 +4329,8 @@ mod peers {
 
         fn end(&self) {
             let mut state = lock(&self.state);
-            state.answers = None;
+            let unsent = state.answers.take().map_or(0, |answers| answers.capacity());
+            FREED.fetch_add(unsent as u64, SeqCst);
             // (The server would read the body to its end, which never comes.)
             if let Some(questions) = state.questions.take() {
                 let _ = questions.shutdown(Shutdown::Both);
@@ -4338,6 +4344,7 @@ mod peers {
             if request.origin != Origin::Client && !self.knows_secret {
                 return self.push(number, &Outcome::NotOfStore.answer(Vocabulary::Form, "POST"));
             }
+            let most = if request.origin == Origin::Client { MAX_RELAYED } else { MAX_WORK };
             // A panic must not leave whoever asked without an answer.
             let in_vain = |_| Outcome::MainDown.answer(Vocabulary::Form, "GET");
             let work = match catch_unwind(|| answer_or_defer(request)) {
@@ -4351,7 +4358,7 @@ mod peers {
                 WORK.fetch_sub(1, SeqCst);
                 stream.push(number, &answer);
             };
-            if WORK.fetch_add(1, SeqCst) < MAX_WORK {
+            if WORK.fetch_add(1, SeqCst) < most {
                 may::go!(work);
             } else {
                 work();

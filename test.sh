@@ -976,6 +976,7 @@ status_on_stream() {
   sed '1,/^\r$/d' "$work/answers" | od -An -v -tu1 -w1 | awk '
     { byte[n++] = $1 }
     END {
+      at = 0
       while (at < n && byte[at] != 1) at += 12 + byte[at + 8] + 256 * byte[at + 9]
       if (at + 13 < n) print byte[at + 12] % 128 + 128 * byte[at + 13]
     }'
