@@ -1313,8 +1313,12 @@ impl KeyRequest {
             Place::Node(owner) => return Tried::Elsewhere(owner),
             Place::Unknown => return Tried::Unknown,
         }
-        if self.context.as_ref().is_some_and(|context| !node.is_plausible(context)) {
-            return Tried::Done(Outcome::ContextInvalid, None);
+        if let Some(context) = &mut self.context {
+            if !node.is_plausible(context) {
+                return Tried::Done(Outcome::ContextInvalid, None);
+            }
+            // However many members it came with: those that matter are few.
+            *context = node.unstable_part(context);
         }
         if self.got.0 != node.version() {
             self.got = (node.version(), Vec::new());
@@ -2752,7 +2756,7 @@ mod node {
         }
 
         /// What of a context is not stable. Of nodes that the table does not name, one member says as much as many.
-        fn unstable_part(&self, context: &Context) -> Context {
+        pub fn unstable_part(&self, context: &Context) -> Context {
             let mut kept = Context {
                 table: context.table.filter(|it| Some(*it) > self.version() || !self.settled),
                 ..Context::default()
@@ -3491,8 +3495,11 @@ mod membership {
 
     /// R11: meets some other nodes; a blank node asks everybody that may know what to go by. To be done several times a second: nobody
     /// waits here for one that is silent.
-    pub fn keep_in_touch(world: &impl World) {
-        while world.with(|node| node.drop_stable()) {}
+    pub async fn keep_in_touch(world: &impl World) {
+        while world.with(|node| node.drop_stable()) {
+            // Whoever waits for the lock gets it: a thread that takes it again at once would keep it.
+            world.sleep(Duration::from_millis(1)).await;
+        }
         world.with(|node| node.begin_round());
     }
 
@@ -5672,7 +5679,7 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
     repeat(Duration::ZERO, wake_sleepers);
     repeat(Duration::from_millis(100), peers::watch_peers);
     repeat(peers::BEAT, peers::beat);
-    repeat(MEETINGS, || keep_in_touch(&Live));
+    repeat(MEETINGS, || block_on(keep_in_touch(&Live)));
     let _ = server.join();
     fail(1, &format!("IP={} PORT={}: expected to go on listening, but the server ended", listen.ip(), listen.port()))
 }
@@ -6296,7 +6303,7 @@ mod simulation {
             let there = self.there(machine);
             self.run_task(machine, async move {
                 loop {
-                    keep_in_touch(&there);
+                    keep_in_touch(&there).await;
                     let jitter = there.state.borrow_mut().below(20) as u64;
                     there.sleep(MEETINGS + Duration::from_millis(jitter)).await;
                 }
