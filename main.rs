@@ -14,25 +14,21 @@
 //! - *Settings*: what the environment says. *Requests*: heads, routing, keys and values, all that is taken from a client.
 //!   *Outcomes*: every answer's text.
 //! - *Records*: keys and values, in buckets. *Owners*: who answers a request, and what this instance does if it has the key.
-//! - *Tables*: which shard has which key. *The node*: what it knows and decides. *What a node does* over time: answering for a key,
-//!   replicating, comparing, fetching, meeting others, starting, changing the view. *The node in the world*: its lock and its clock.
-//! - *Streams*, and their two ends: *the relay*, the only place that asks other instances, and the end that is asked.
+//! - *Tables*: which shard owns which hashes. *The node*: what it knows and decides, by the rules R1 to R12 that stand there.
+//!   *Replication* and *membership*: what it does over time. *The node in the world*: its lock, its clock, its messages.
+//! - *Peers*: streams to other instances, at both of their sides, and plain requests. This is the only place that asks other instances.
 //! - *Connections* and *the socket*: where bytes come from and go to, and what the server cannot do. *The start*: `main`.
 //!
-//! In a store with one replica of each shard, a key is answered for by the one node that has it, until that one hands it on. Where
-//! that is decided is `Node::place`; where a key changes hands is `Node::adopt` (who gives stops answering), `fetch` (who gets
-//! asks for it) and `Node::arrived` (who gets begins to answer).
+//! Who answers for a key is decided in `Node::place`. A key changes hands in `Node::adopt` (who gives it stops answering),
+//! `replication::pull_all` (who gets it asks for it) and `Node::arrived` (who gets it begins to answer). With REPL_FACTOR a shard lives on
+//! several nodes, and each of these answers: `replication::replicate` takes a write to the others before it is acknowledged.
 //!
-//! With REPL_FACTOR a shard lives on several nodes, and each of these answers. A write goes to the others before it is acknowledged
-//! (`replicate`), a node that started again fetches its shard, and whatever else replicas lack they find out when they meet
-//! (`compare`). What some replica may lack is kept in an `Agreement`, and told to clients as their causal context.
-//!
-//! The library `may` runs each connection as a coroutine, and each stream. All coroutines share one worker thread (`start_worker` says
-//! why), so none may block it or compute for long; one that waits for an answer holds nothing up. What blocks or takes long has a
-//! thread: the HTTP client while it opens a stream, or sends a request to a main instance that takes none; looking a name up; looking
-//! for a silent peer; and in a node meeting others, fetching, and comparing. Large bodies and the messages of nodes are dealt with by
-//! two threads in the background (`in_background`). What is repeated has one thread each: watching connections, watching peers,
-//! waking sleepers, giving memory back, keeping in touch with other nodes.
+//! The library `may` runs each connection as a coroutine. All coroutines share one worker thread (`start_worker` says why), so none may
+//! block it or compute for long; one that waits for an answer holds nothing up. What blocks has a thread: the HTTP client (two for
+//! each stream that this instance asks on); looking a name up; and in a node meeting others, pulling, and reconciling. Large bodies and
+//! the messages of nodes are dealt with by two threads in the background (`in_background`). What is repeated has one thread each:
+//! watching connections, watching peers, signs of life on streams, waking sleepers, giving memory back, keeping in touch with other
+//! nodes.
 //!
 //! "The contract" in the comments is the section of this name in README.md, which says all that a client may see.
 
