@@ -34,19 +34,18 @@
 
 use std::borrow::Cow;
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BinaryHeap, HashMap};
+use std::collections::BTreeMap;
 use std::fmt::{self, Formatter};
 use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
-use std::io::{self, BufRead, Read, Write};
-use std::mem::ManuallyDrop;
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, RawFd};
+use std::io::{self, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
 use std::process::exit;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::task::{self, Poll, Waker};
 use std::thread;
@@ -54,18 +53,18 @@ use std::time::{Duration, Instant, SystemTime};
 
 use attohttpc::StatusCode;
 use httpdate::HttpDate;
-use may::io::WaitIo;
 use may::sync::Blocker;
-use may_minihttp::{BodyReader, HttpService, HttpServiceFactory, Request as Parsed, Response};
+use may_minihttp::{HttpServiceFactory, Request as Parsed};
 use percent_encoding::percent_decode;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use url::Url;
 
+use connections::{BATCH, CONNECTIONS, MAX_CONNECTIONS, OTHER_FILES, Server};
 use membership::{answer_view_change, count_keys, describe_shards, keep_in_touch, run};
 use node::{Context, Envelope, Later, Message, Node, Place, Reply, Write as NodeWrite, node_of};
-use peers::{ANSWER_LIMIT, PATIENCE, Peer, Question, STREAM, Waiting};
+use peers::{ANSWER_LIMIT, PATIENCE, Peer, Question, STREAM, Waiting, knows_secret};
 use records::{Garbage, Record, hash_of};
 use replication::{Lost, World};
 use table::{Table, Version};
@@ -75,27 +74,9 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// The limit of a value, in bytes: of a string its UTF-8, of anything else its JSON text (the contract, "Size limit").
 const MAX_VALUE: usize = 1 << 20;
 /// The limit of a body, in bytes (the contract, "Size limit").
-/// (All bodies together have no limit but that of the number of connections.)
 const MAX_BODY: usize = 4 << 20;
 /// The limit of a request's head. The server has none of its own and would collect an endless head in memory.
 const MAX_HEAD: usize = 64 << 10;
-/// The answers of a connection that may wait to be sent in one go, in bytes.
-const BATCH: usize = 32 << 10;
-/// The answers that all connections together may have waiting for clients that do not read, in bytes.
-const MAX_UNREAD: u64 = 64 << 20;
-/// Above this, a large answer that another instance gave (it was asked when there were fewer) ends its connection.
-const MAX_UNREAD_EVER: u64 = 2 * MAX_UNREAD;
-/// How long a client must have read nothing to be closed for that. A reader on a lossy link waits for a packet to be sent again for a
-/// few tenths of a second, and so does one on a busy machine for its turn.
-const STUCK: Duration = Duration::from_secs(1);
-/// How many bytes of answers a client that sends one request after the other gets before others have their turn.
-const TURN: u64 = 64 << 10;
-/// How many bytes of a body are read before that.
-const BODY_TURN: u64 = 512 << 10;
-/// A connection on which nothing happens for this long is closed. Load balancers do so after 60 s: the client's side should be
-/// the first, or a request may meet a connection that is just being closed.
-const IDLE_LIMIT: Duration = Duration::from_secs(75);
-
 /// Locks a mutex, also after a panic elsewhere: what is guarded here is whole between any two statements.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -692,13 +673,16 @@ impl Outcome {
             Vocabulary::Form => format!(r#"{{"result":"Error","msg":"{text}"}}"#).into(),
             Vocabulary::Json => format!(r#"{{"error":"{text}","message":"Error in <verb>"}}"#).into(),
         };
-        let mut body = Vec::with_capacity(template.len() + 64);
+        let (mut body, mut value) = (Vec::with_capacity(template.len() + 64), None);
         for part in template.split_inclusive('>') {
             let (text, blank) = part.split_once('<').unwrap_or((part, ""));
             body.extend(text.as_bytes());
             match (self, blank) {
                 (_, "") => {}
                 (_, "verb>") => body.extend(verb.as_bytes()),
+                (Outcome::Found(record), _) if record.value().len() > BATCH => {
+                    value = Some((body.len(), record.clone()))
+                }
                 (Outcome::Found(record), _) => body.extend(record.value()),
                 (Outcome::KeyCount(text) | Outcome::Shard(text) | Outcome::Shards(text), _)
                 | (Outcome::Instance(text) | Outcome::NodeDown(text) | Outcome::HoldsKeys(text), _)
@@ -714,7 +698,7 @@ impl Outcome {
             Outcome::Metrics(_) => METRICS,
             _ => JSON,
         };
-        Answer { status, header: Cow::Borrowed(header), body }
+        Answer { status, header: Cow::Borrowed(header), body, value }
     }
 }
 
@@ -733,11 +717,26 @@ struct Answer {
     header: Cow<'static, str>,
     #[serde(with = "serde_bytes")]
     body: Vec<u8>,
+    /// A large value is not copied into the body: it belongs at this place of it.
+    #[serde(skip)]
+    value: Option<(usize, Record)>,
 }
 
 impl Answer {
-    /// Writes the answer as HTTP. `connection` is what its head says of the connection, if anything.
-    fn write(&self, out: &mut Vec<u8>, connection: &str, without_body: bool) {
+    /// What the body consists of.
+    fn pieces(&self) -> [&[u8]; 3] {
+        let (at, value) = self.value.as_ref().map_or((0, &[][..]), |(at, record)| (*at, record.value()));
+        let (before, after) = self.body.split_at(at);
+        [before, value, after]
+    }
+
+    /// The same answer with the value in its body, as it goes to another instance.
+    fn joined(self) -> Answer {
+        if self.value.is_some() { Answer { body: self.pieces().concat(), value: None, ..self } } else { self }
+    }
+
+    /// Writes the head of the answer as HTTP. `connection` is what it says of the connection, if anything.
+    fn write_head(&self, out: &mut Vec<u8>, connection: &str) {
         let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::BAD_GATEWAY);
         let reason = status.canonical_reason().unwrap_or("Unknown");
         for text in ["HTTP/1.1 ", status.as_str(), " ", reason, "\r\nServer: M\r\nDate: "] {
@@ -745,22 +744,21 @@ impl Answer {
         }
         write_date(out);
         // Writing to a Vec cannot fail.
-        let _ = write!(out, "\r\nContent-Length: {}\r\n", self.body.len());
+        let _ = write!(out, "\r\nContent-Length: {}\r\n", self.length());
         for text in [&self.header, "\r\n", connection, "\r\n"] {
             out.extend(text.as_bytes());
         }
-        out.extend(if without_body { &[] } else { &self.body[..] });
     }
 
-    /// About how many bytes it takes.
-    fn size(&self) -> usize {
-        self.body.len() + self.header.len() + 128
+    /// How many bytes the body has.
+    fn length(&self) -> usize {
+        self.pieces().into_iter().map(<[u8]>::len).sum()
     }
 
     /// What instances say to one another, as bytes.
     fn message(content: &impl Serialize) -> Answer {
         // Writing to a Vec cannot fail.
-        Answer { status: 200, header: "".into(), body: postcard::to_stdvec(content).unwrap_or_default() }
+        Answer { status: 200, header: "".into(), body: postcard::to_stdvec(content).unwrap_or_default(), value: None }
     }
 
     /// Adds which node answered, where there is a place for it.
@@ -994,13 +992,6 @@ mod records {
     /// Records that are to be dropped by whoever has released the lock, since that may take a while.
     #[derive(Default)]
     pub struct Garbage(Vec<Bucket>);
-
-    impl Garbage {
-        /// About how many bytes of memory it has.
-        pub fn footprint(&self) -> usize {
-            self.0.iter().map(|bucket| bucket.sums.bytes + 80 * bucket.sums.count).sum()
-        }
-    }
 
     /// How many of a hash's upper bits choose the bucket. (The simulation starts a hundred thousand nodes, each with its buckets.)
     const BUCKET_BITS: u32 = if cfg!(test) { 8 } else { 14 };
@@ -1600,7 +1591,7 @@ fn metrics() -> String {
     }
     let (sums, version, incoming, silent) =
         Live.with(|node| (node.sums(), node.version().unwrap_or_default(), node.incoming(), node.silent()));
-    let connections = lock(&CONNECTIONS).len() as u64;
+    let connections = CONNECTIONS.load(Relaxed);
     for (name, kind, help, value) in [
         ("relays_total", "counter", "Requests relayed to other instances.", RELAYED.load(Relaxed)),
         ("relay_failures_total", "counter", "Relays without an answer.", RELAYED_IN_VAIN.load(Relaxed)),
@@ -3943,7 +3934,7 @@ mod membership {
                 return named.into_iter().cloned().collect();
             }
             world.sleep(Duration::from_millis(pause)).await;
-            pause = (pause * 2).min(200);
+            pause = (pause * 2).min(50);
         }
     }
 }
@@ -3989,9 +3980,7 @@ static LEFTOVERS: LazyLock<mpsc::Sender<(Vec<String>, Vec<Garbage>)>> = LazyLock
     thread::spawn(move || {
         for (lines, garbage) in receiver {
             lines.iter().for_each(|line| say(line));
-            let freed: usize = garbage.iter().map(Garbage::footprint).sum();
             drop(garbage);
-            FREED.fetch_add(freed as u64, SeqCst);
         }
     });
     sender
@@ -4164,11 +4153,10 @@ mod peers {
     use subtle::ConstantTimeEq;
     use url::{Position as Part, Url};
 
+    use crate::connections::{take_turn, waiting_stream};
     use crate::replication::Lost;
-    use crate::{
-        Answer, CLOSE, FREED, Origin, Outcome, Parsed, RELAYED, RELAYED_IN_VAIN, Request, SETTINGS, Vocabulary,
-    };
-    use crate::{answer_or_defer, lock, own, pause, random, say, take_turn, waiting_stream};
+    use crate::{Answer, CLOSE, Origin, Outcome, Parsed, RELAYED, RELAYED_IN_VAIN, Request, SETTINGS, Vocabulary};
+    use crate::{answer_or_defer, lock, own, pause, random, say};
 
     /// A peer that is gone is reported within 2 s (the contract, "A follower"): a connection must come about before.
     const CONNECT_LIMIT: Duration = Duration::from_millis(1100);
@@ -4296,10 +4284,9 @@ mod peers {
     }
 
     impl Asked {
-        fn push(&self, number: u64, answer: &Answer) {
-            match &mut lock(&self.state).answers {
-                Some(answers) => put_message(answers, number, answer),
-                None => drop(FREED.fetch_add(answer.size() as u64, SeqCst)),
+        fn push(&self, number: u64, answer: Answer) {
+            if let Some(answers) = &mut lock(&self.state).answers {
+                put_message(answers, number, &answer.joined());
             }
             self.writer.unpark();
         }
@@ -4332,8 +4319,7 @@ mod peers {
 
         fn end(&self) {
             let mut state = lock(&self.state);
-            let unsent = state.answers.take().map_or(0, |answers| answers.capacity());
-            FREED.fetch_add(unsent as u64, SeqCst);
+            state.answers = None;
             // (The server would read the body to its end, which never comes.)
             if let Some(questions) = state.questions.take() {
                 let _ = questions.shutdown(Shutdown::Both);
@@ -4345,21 +4331,21 @@ mod peers {
         /// Answers what is asked, now or later. Only from who knows the store's secret is it taken for what a node says.
         fn answer(self: &Arc<Asked>, number: u64, request: Request) {
             if request.origin != Origin::Client && !self.knows_secret {
-                return self.push(number, &Outcome::NotOfStore.answer(Vocabulary::Form, "POST"));
+                return self.push(number, Outcome::NotOfStore.answer(Vocabulary::Form, "POST"));
             }
             let most = if request.origin == Origin::Client { MAX_RELAYED } else { MAX_WORK };
             // A panic must not leave whoever asked without an answer.
             let in_vain = |_| Outcome::MainDown.answer(Vocabulary::Form, "GET");
             let work = match catch_unwind(|| answer_or_defer(request)) {
-                Ok(Ok(answer)) => return self.push(number, &answer),
+                Ok(Ok(answer)) => return self.push(number, answer),
                 Ok(Err(work)) => work,
-                Err(panic) => return self.push(number, &in_vain(panic)),
+                Err(panic) => return self.push(number, in_vain(panic)),
             };
             let stream = self.clone();
             let work = move || {
                 let answer = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(in_vain);
                 WORK.fetch_sub(1, SeqCst);
-                stream.push(number, &answer);
+                stream.push(number, answer);
             };
             if WORK.fetch_add(1, SeqCst) < most {
                 may::go!(work);
@@ -4425,10 +4411,10 @@ mod peers {
             let message: Option<(u64, Request)> = read_message(&mut body).ok()?;
             asked.hear()?;
             if let Some((number, request)) = message {
-                served += request.size() as u64;
+                served += request.size();
                 asked.wait_for_room()?;
                 asked.answer(number, request);
-                take_turn(socket, &mut served, BATCH as u64);
+                take_turn(socket, &mut served, BATCH);
             }
             Some(())
         };
@@ -4931,704 +4917,562 @@ mod peers {
             let allow = value("Allow").map_or(String::new(), |verbs| format!("\r\nAllow: {verbs}"));
             let header = format!("Content-Type: {content_type}{allow}").into();
             let takes_streams = value("Accept-Post") == Some(STREAM);
-            Ok((Answer { status: status.as_u16(), header, body }, takes_streams))
+            Ok((Answer { status: status.as_u16(), header, body, value: None }, takes_streams))
         }
     }
 }
 
-// ---- Connections: where the bytes come from and go to ---------------------------------------------------------------
-//
-// may_minihttp parses requests, and sends answers when it has dealt with all that it read. Much it cannot do: answer what it refused
-// to parse, answer without a body (HEAD) or with headers that are not known when it is compiled, answer before the next request's
-// body has come, close, and wait for a client that does not read. So a connection writes its answers itself, into its `Output`. The
-// server has an empty answer for each, and when it sends these, the output is sent in their place (`send`, in the next section): as
-// long as there is output, the server has something to send, and goes on trying.
-//
-// A connection is closed
-// - after the answer to `Connection: close` and HTTP/1.0 (`close_with`);
-// - after a refusal, since where the next request begins is not known, or not worth reading up to it (`refuse`);
-// - without an answer, when a body ends before its length, or the stream that it carries ends (`end`);
-// - by the watch, when nothing happened on it for long, or too many answers are unread (`watch_connections`);
-// - at once, when there are too many (`new_service`).
+// ---- Connections: where bytes come in and answers go out ------------------------------------------------------------
 
-/// One client connection: the server's service.
-struct Connection {
-    socket: Socket,
-    client: &'static Client,
-    /// How many bytes of answers were made since other connections had their turn.
-    served: u64,
-    /// The client may still be sending when the connection is closed.
-    lingers: bool,
-    /// The last request came by way of another instance.
-    relayed: bool,
-}
+mod connections {
+    //! may_minihttp parses requests, and sends answers when it has dealt with all that it read. Much it cannot do: answer what it
+    //! refused to parse, answer without a body (HEAD) or with headers that are not known when it is compiled, answer before the next
+    //! request's body has come, close, and wait for a client that does not read. So a connection keeps its answers itself, as its
+    //! *output*. The server has an empty answer for each, and when it sends these, the output is sent in their place (`send`).
+    //!
+    //! Output leaves when the server sends, when there is much of it, and before anything that may wait: another instance, a body, a
+    //! large answer. What is large is not copied into the output but written straight from the record, while the coroutine waits for
+    //! the client: whoever does not read costs a pointer, and there is nothing to account for.
+    //!
+    //! A connection is closed
+    //! - after the answer to `Connection: close` and HTTP/1.0 (`close_with`);
+    //! - after a refusal, since where the next request begins is not known, or not worth reading up to it (`refuse`);
+    //! - without an answer, when a body ends before its length, the stream that it carries ends, or its client has taken nothing of an
+    //!   answer for ten seconds (`end`);
+    //! - by the watch, when nothing has happened on it for 75 seconds (`watch`);
+    //! - at once, when there are too many (`new_service`).
+    //!
+    //! All of this runs on the worker thread (`start_worker`), so the state of connections needs no locks.
 
-/// How far a client's connection has got: what the connection, the watch, and `recv` and `send` know of it together.
-struct Client {
-    /// The descriptor is that of a client's connection.
-    is_open: AtomicBool,
-    /// Goes up when a request begins to be dealt with and when that ends: it is odd meanwhile, and when the connection is over.
-    calls: AtomicU32,
-    /// The whole request is there, and its answer is not yet: that may take as long as a view change.
-    answering: AtomicBool,
-    /// None is an empty one. (A table of these is all zeros, and so no part of the binary.)
-    output: Mutex<Option<Box<Output>>>,
-    /// How many bytes of answers the kernel has not taken yet (on a stream, a write counts until all of it is taken).
-    unread: AtomicU64,
-    /// How many bytes were read since a request was last dealt with. Where they are many, they are a head that does not end.
-    head: AtomicU64,
-    /// The last `recv` brought bytes.
-    has_read: AtomicBool,
-    /// A body was read from the socket, and did not come with its head.
-    read_body: AtomicBool,
-    /// The server was told that the client sends nothing more.
-    has_left: AtomicBool,
-    /// Nothing more is answered or sent, also since the client does not read. What the server still reads is not looked at.
-    has_ended: AtomicBool,
-}
+    use std::cell::{Cell, RefCell};
+    use std::io::{self, BufRead, Read, Write};
+    use std::mem::ManuallyDrop;
+    use std::net::{Shutdown, TcpStream};
+    use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
+    use std::rc::Rc;
+    use std::sync::LazyLock;
+    use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+    use std::thread;
+    use std::time::{Duration, Instant};
 
-/// The answers of a connection, until all of them are sent.
-#[derive(Default)]
-struct Output {
-    bytes: Vec<u8>,
-    /// How many of these the kernel has taken.
-    taken: usize,
-}
+    use may::io::WaitIo;
+    use may_minihttp::{BodyReader, HttpService, HttpServiceFactory, Request as Parsed, Response};
 
-/// The clients, by the descriptors of their sockets. (There are never as many: see MAX_CONNECTIONS.)
-static CLIENTS: [Client; 1 << 17] = [const { Client::new() }; 1 << 17];
+    use crate::peers::{STREAM, read_questions, write_answers};
+    use crate::{Action, Answer, CLOSE, LARGE_BODY, MAX_HEAD, Outcome, Request, Resource, VERBS, Vocabulary};
+    use crate::{answer_about, answer_or_defer, count_answer, knows_secret, pause, read_head};
 
-/// Lets others have their turn, if more than `most` bytes were dealt with since they last had. To yield would not do: the worker polls
-/// only when no coroutine is ready, and of two clients that send without end one always is. But the poll signals a socket that it was
-/// just told of, so whoever waits for that comes after all others.
-fn take_turn(socket: &TcpStream, served: &mut u64, most: u64) {
-    if *served > most {
-        *served = 0;
-        if let Ok(stream) = waiting_stream(socket, None) {
-            stream.wait_io();
+    /// The answers of a connection that may wait to be sent in one go, in bytes. What is longer is not copied.
+    pub const BATCH: usize = 32 << 10;
+    /// How many bytes of answers a client that sends one request after the other gets before others have their turn.
+    const TURN: usize = 64 << 10;
+    /// How many bytes of a body are read before that.
+    const BODY_TURN: usize = 512 << 10;
+    /// How many bytes large bodies may have together: more are not read before there is room.
+    const MAX_BODIES: usize = 64 << 20;
+    /// What the server reads of a client before a request's head is whole, in bytes, at most. It reads ahead by as much as it has, and
+    /// the limit of a head is exact only where the whole head is there.
+    const MAX_READ: usize = 3 * MAX_HEAD;
+    /// A client that takes nothing of an answer for this long is given up.
+    const WRITE_LIMIT: Duration = Duration::from_secs(10);
+    /// A connection on which nothing happens for this long is closed. Load balancers do so after 60 s: the client's side should be
+    /// the first, or a request may meet a connection that is just being closed.
+    const IDLE_LIMIT: Duration = Duration::from_secs(75);
+
+    /// How many connections are open.
+    pub static CONNECTIONS: AtomicU64 = AtomicU64::new(0);
+    /// A third of the files that the system lets this process open, less some for everything else: a connection that is written to or
+    /// read from while its coroutine waits takes another one, and a stream a third (`waiting_stream`, `read_questions`). And less than
+    /// half the mappings that Linux lets a process have: a coroutine's stack takes two, and without one the server ends.
+    pub static MAX_CONNECTIONS: LazyLock<u64> = LazyLock::new(|| {
+        let files = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024);
+        (files.saturating_sub(OTHER_FILES) / 3).min(28_000)
+    });
+    /// The files that are left for all but connections.
+    pub const OTHER_FILES: u64 = 200;
+    /// How many bytes large bodies have that are being read and dealt with.
+    static BODIES: AtomicUsize = AtomicUsize::new(0);
+
+    thread_local! {
+        /// The clients, by the descriptors of their sockets. The worker has them; in any other thread there are none.
+        static CLIENTS: RefCell<Vec<Option<Rc<Client>>>> = const { RefCell::new(Vec::new()) };
+    }
+
+    /// What a connection, the watch, and `recv` and `send` know of a client.
+    #[derive(Default)]
+    struct Client {
+        /// Answers that are still to be sent.
+        output: RefCell<Vec<u8>>,
+        /// When something last happened. None while an answer is awaited, which may take as long as a view change.
+        active: Cell<Option<Instant>>,
+        /// How many bytes were read since a request was last dealt with. Where they are many, they are a head that does not end.
+        head: Cell<usize>,
+        /// A request is being dealt with; one was.
+        in_call: Cell<bool>,
+        had_call: Cell<bool>,
+        /// The last read brought bytes.
+        has_read: Cell<bool>,
+        /// A body was read from the socket, and did not come with its head.
+        read_body: Cell<bool>,
+        /// The server was told that the client sends nothing more.
+        has_left: Cell<bool>,
+        /// Nothing more is answered or sent. What the server still reads is not looked at.
+        has_ended: Cell<bool>,
+    }
+
+    impl Client {
+        /// The client whose socket has this descriptor. None if it is something else's.
+        fn at(fd: RawFd) -> Option<Rc<Client>> {
+            CLIENTS.try_with(|clients| clients.borrow().get(fd as usize).cloned().flatten()).ok().flatten()
         }
-    }
-}
 
-/// What is unread of all connections.
-static UNREAD: AtomicU64 = AtomicU64::new(0);
-
-/// Whether there is no room for another large answer.
-fn is_memory_full() -> bool {
-    UNREAD.load(SeqCst) > MAX_UNREAD_EVER
-}
-
-impl Client {
-    const fn new() -> Client {
-        Client {
-            is_open: AtomicBool::new(false),
-            calls: AtomicU32::new(0),
-            answering: AtomicBool::new(false),
-            output: Mutex::new(None),
-            unread: AtomicU64::new(0),
-            head: AtomicU64::new(0),
-            has_read: AtomicBool::new(false),
-            read_body: AtomicBool::new(false),
-            has_left: AtomicBool::new(false),
-            has_ended: AtomicBool::new(false),
+        fn has_output(&self) -> bool {
+            !self.output.borrow().is_empty()
         }
-    }
 
-    /// The client whose socket has this descriptor. None if it is something else's.
-    fn at(fd: RawFd) -> Option<&'static Client> {
-        CLIENTS.get(fd as usize).filter(|client| client.is_open.load(Relaxed))
-    }
-
-    /// Begins anew: the descriptor is that of another connection now.
-    fn open(&self) {
-        self.calls.store(0, SeqCst);
-        self.head.store(0, SeqCst);
-        self.unread.store(0, SeqCst);
-        for flag in [&self.answering, &self.has_read, &self.read_body, &self.has_left, &self.has_ended] {
-            flag.store(false, SeqCst);
+        fn note_activity(&self) {
+            self.active.set(Some(Instant::now()));
         }
-        self.is_open.store(true, SeqCst);
-    }
 
-    /// The descriptor is nobody's now.
-    fn close(&self) {
-        self.is_open.store(false, SeqCst);
-        self.forget(self.take_output(), 0);
-    }
-
-    /// Adds to the output.
-    fn write(&self, write: impl FnOnce(&mut Vec<u8>)) {
-        let mut output = lock(&self.output);
-        let bytes = &mut output.get_or_insert_default().bytes;
-        let before = bytes.len();
-        write(bytes);
-        let count = (bytes.len() - before) as u64;
-        self.unread.fetch_add(count, SeqCst);
-        UNREAD.fetch_add(count, SeqCst);
-    }
-
-    /// So many bytes of answers are sent, or never will be.
-    fn has_less(&self, count: u64) {
-        self.unread.fetch_sub(count, SeqCst);
-        UNREAD.fetch_sub(count, SeqCst);
-    }
-
-    fn unread(&self) -> u64 {
-        self.unread.load(SeqCst)
-    }
-
-    fn has_output(&self) -> bool {
-        lock(&self.output).as_ref().is_some_and(|output| !output.bytes.is_empty())
-    }
-
-    /// Whether it is time to send what there is: it is much, or the kernel had no room for all of it when it was last sent.
-    fn has_batch(&self) -> bool {
-        lock(&self.output).as_ref().is_some_and(|output| output.taken > 0 || output.bytes.len() > BATCH)
-    }
-
-    /// Takes the output away, and returns what of it is not sent, which still counts as unread.
-    fn take_output(&self) -> Vec<u8> {
-        let Output { mut bytes, taken } = *lock(&self.output).take().unwrap_or_default();
-        bytes.drain(..taken);
-        // Its client may take long to read it.
-        bytes.shrink_to_fit();
-        bytes
-    }
-
-    /// Drops bytes that were taken out of the output, of which so many were sent since. (Memory counts as free when it is: it is
-    /// given back then.)
-    fn forget(&self, bytes: Vec<u8>, sent: usize) {
-        self.has_less((bytes.len() - sent) as u64);
-        let capacity = bytes.capacity();
-        drop(bytes);
-        FREED.fetch_add(capacity as u64, SeqCst);
-    }
-
-    /// Gives the output to the kernel, as much as that takes now. True if it took all.
-    fn send_output(&self, fd: RawFd, flags: libc::c_int) -> io::Result<bool> {
-        let mut output = lock(&self.output);
-        let Some(Output { bytes, taken }) = output.as_deref_mut() else { return Ok(true) };
-        while *taken < bytes.len() {
-            let rest = &bytes[*taken..];
-            // SAFETY: sendto reads the bytes, which outlive the call.
-            let count = unsafe { libc::sendto(fd, rest.as_ptr().cast(), rest.len(), flags, std::ptr::null(), 0) };
-            if count < 0 {
-                let error = io::Error::last_os_error();
-                return if error.kind() == io::ErrorKind::WouldBlock { Ok(false) } else { Err(error) };
-            }
-            *taken += count as usize;
-            self.has_less(count as u64);
-        }
-        if bytes.capacity() > 2 * BATCH {
-            FREED.fetch_add(bytes.capacity() as u64, SeqCst);
-            *bytes = Vec::new();
-        }
-        bytes.clear();
-        *taken = 0;
-        Ok(true)
-    }
-}
-
-/// The answer to a PUT or POST whose body is too large to be read.
-fn refusal_of_oversized(request: Request) -> Answer {
-    let (Resource::Key(key), vocabulary) = request.route() else { return answer_about(request) };
-    match Action::of(&key, &request, vocabulary) {
-        Action::Refuse(outcome) => outcome.answer(vocabulary, &request.verb),
-        _ => Outcome::BadRequest.answer(vocabulary, &request.verb),
-    }
-}
-
-struct Server;
-
-impl HttpServiceFactory for Server {
-    type Service = Connection;
-
-    /// Called once for each connection. `id` is the descriptor of its socket, open until after the service is dropped.
-    fn new_service(&self, id: usize) -> Connection {
-        let (socket, client) = (borrow_socket(id as RawFd), &CLIENTS[id % CLIENTS.len()]);
-        client.open();
-        // Without this, an answer that leaves in two writes waits 40 ms for the client's delayed acknowledgement.
-        let _ = socket.set_nodelay(true);
-        let mut connections = lock(&CONNECTIONS);
-        // The accept loop would spin without end if descriptors ran out: the last ones are never used.
-        let crowded = connections.len() as u64 >= *MAX_CONNECTIONS;
-        if crowded {
-            let _ = socket.shutdown(Shutdown::Both);
-        }
-        let now = Instant::now();
-        connections.insert(id as RawFd, Watched { client, seen: 0, since: now, acknowledged: 0, stuck: None });
-        drop(connections);
-        client.has_ended.store(crowded, SeqCst);
-        Connection { socket, client, served: 0, lingers: false, relayed: false }
-    }
-}
-
-impl HttpService for Connection {
-    fn call(&mut self, parsed: Parsed, _: &mut Response) -> io::Result<()> {
-        if !self.client.has_ended.load(SeqCst) {
-            self.client.calls.fetch_add(1, SeqCst);
-            self.serve(parsed);
-            self.client.head.store(0, SeqCst);
-            self.client.calls.fetch_add(1, SeqCst);
-        }
-        Ok(())
-    }
-}
-
-impl Connection {
-    fn serve(&mut self, parsed: Parsed) {
-        let (mut request, framing) = match read_head(&parsed) {
-            Ok(head) => head,
-            Err(refusal) => return self.refuse(refusal.answer(Vocabulary::Form, "GET"), parsed.method() == "HEAD"),
-        };
-        self.relayed = !request.via.is_empty();
-        if let Some(id) = request.stream_id() {
-            return self.serve_stream(id, parsed);
-        } else if request.oversized {
-            return self.refuse(refusal_of_oversized(request), false);
-        }
-        if framing.expects_continue {
-            self.send_continue();
-        }
-        if framing.length > 0 {
-            let body = request.wants_body(framing.length).then_some(&mut request.body);
-            if !self.read_body(parsed.body(), framing.length, body) {
-                // What it sent before is answered.
-                self.flush();
-                return self.end();
-            }
-        }
-        if request.verb == "GET" && !self.wait_for_room() {
-            return self.end();
-        }
-        let verb = VERBS.into_iter().find(|verb| *verb == request.verb).unwrap_or_default();
-        let answer = self.answer(request);
-        if answer.body.len() > BATCH && is_memory_full() {
-            // There was room when another instance was asked for this (`wait_for_room`).
-            drop(answer);
-            self.flush();
-            return self.end();
-        }
-        count_answer(verb, answer.status);
-        if framing.closing {
-            self.close_with(answer, framing.is_head);
-        } else {
-            self.respond(answer, framing.is_head);
-        }
-    }
-
-    /// Has a whole request answered, however long that takes.
-    fn answer(&mut self, request: Request) -> Answer {
-        self.client.answering.store(true, SeqCst);
-        self.served += request.body.len() as u64;
-        let answer = answer_or_defer(request).unwrap_or_else(|work| {
-            // That may take long, and what was asked before is answered.
-            self.flush();
-            work()
-        });
-        self.client.answering.store(false, SeqCst);
-        answer
-    }
-
-    /// Answers a request on a connection that stays open: at once, or with what follows.
-    fn respond(&mut self, answer: Answer, without_body: bool) {
-        self.served += answer.size() as u64;
-        self.client.write(|out| answer.write(out, "", without_body));
-        drop(answer);
-        if self.client.has_batch() {
-            self.flush();
-        }
-        take_turn(&self.socket, &mut self.served, TURN);
-    }
-
-    /// Becomes one half of a stream, as long as that lives.
-    fn serve_stream(&mut self, id: &str, parsed: Parsed) {
-        let knows_secret = match peers::knows_secret(&parsed, id) {
-            Ok(knows) => knows,
-            Err(refusal) => return self.refuse(refusal.answer(Vocabulary::Form, "POST"), false),
-        };
-        if self.client.calls.load(SeqCst) > 1 {
-            // It writes on the socket, and would overtake the answers to what came before it.
-            return self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "POST"), false);
-        }
-        match parsed.method() {
-            "GET" => drop(peers::write_answers(id, &self.socket, knows_secret)),
-            _ => peers::read_questions(id, parsed.body(), &self.socket, knows_secret),
-        }
-        self.end();
-    }
-
-    /// Reads a whole body, to keep it or not. False is a client that left before it was complete: its request never happened.
-    fn read_body(&self, mut reader: BodyReader, length: usize, mut body: Option<&mut Vec<u8>>) -> bool {
-        let (mut taken, mut served) = (0, 0);
-        while !self.client.has_ended.load(SeqCst) {
-            let arrived = match reader.fill_buf() {
-                Ok([]) => break,
-                Ok(arrived) => arrived,
-                // (`after_read`)
-                Err(error) if error.raw_os_error() == Some(SEND_FIRST) => {
-                    self.flush();
-                    continue;
+        /// Gives the output to the kernel, as much as that takes now. True if it took all.
+        fn send_output(&self, fd: RawFd, flags: libc::c_int) -> io::Result<bool> {
+            let mut output = self.output.borrow_mut();
+            while !output.is_empty() {
+                // SAFETY: sendto reads the bytes, which outlive the call.
+                let count =
+                    unsafe { libc::sendto(fd, output.as_ptr().cast(), output.len(), flags, std::ptr::null(), 0) };
+                if count < 0 {
+                    let error = io::Error::last_os_error();
+                    return if error.kind() == io::ErrorKind::WouldBlock { Ok(false) } else { Err(error) };
                 }
-                Err(_) => break,
+                output.drain(..count as usize);
+            }
+            // (Idle connections keep little.)
+            output.shrink_to(4 << 10);
+            Ok(true)
+        }
+
+        /// What the server is told of a read that brought so many bytes.
+        fn after_read(&self, fd: RawFd, count: isize) -> isize {
+            let had_read = self.has_read.replace(count > 0);
+            if self.in_call.get() {
+                self.read_body.set(true);
+            } else if count > 0 {
+                self.head.set(self.head.get() + count as usize);
+                return if self.head.get() > MAX_READ { fail_with(libc::ECONNABORTED) } else { count };
+            } else if count == 0 && had_read {
+                // The server waits for a signal then, and the kernel has given this one already.
+                signal_again(&borrow_socket(fd));
+                return fail_with(libc::EAGAIN);
+            }
+            let is_broken = count < 0 && io::Error::last_os_error().kind() != io::ErrorKind::WouldBlock;
+            self.has_ended.set(self.has_ended.get() || is_broken);
+            self.has_left.set(self.has_left.get() || count == 0);
+            count
+        }
+    }
+
+    // -- The service
+
+    pub struct Server;
+
+    /// One client connection: the server's service.
+    pub struct Connection {
+        fd: RawFd,
+        /// How many bytes were answered since other connections had their turn.
+        served: usize,
+        /// The client may still be sending when the connection is closed.
+        lingers: bool,
+        /// The last request came by way of another instance.
+        relayed: bool,
+    }
+
+    impl HttpServiceFactory for Server {
+        type Service = Connection;
+
+        /// Called once for each connection. `id` is the descriptor of its socket, open until after the service is dropped.
+        fn new_service(&self, id: usize) -> Connection {
+            let socket = borrow_socket(id as RawFd);
+            // Without this, an answer that leaves in two writes waits 40 ms for the client's delayed acknowledgement.
+            let _ = socket.set_nodelay(true);
+            // The kernel asks for more when it has sent most of what it has, and not when a third of its buffer is free, which may take
+            // a slow reader a minute.
+            set_option(&socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, BATCH as libc::c_int);
+            // The accept loop would spin without end if descriptors ran out: the last ones are never used.
+            let is_crowded = CONNECTIONS.fetch_add(1, Relaxed) >= *MAX_CONNECTIONS;
+            if is_crowded {
+                let _ = socket.shutdown(Shutdown::Both);
+            }
+            let client = Client { has_ended: Cell::new(is_crowded), ..Client::default() };
+            client.note_activity();
+            CLIENTS.with_borrow_mut(|clients| {
+                clients.resize(clients.len().max(id + 1), None);
+                clients[id] = Some(Rc::new(client));
+            });
+            Connection { fd: id as RawFd, served: 0, lingers: false, relayed: false }
+        }
+    }
+
+    impl HttpService for Connection {
+        fn call(&mut self, parsed: Parsed, _: &mut Response) -> io::Result<()> {
+            let client = self.client();
+            if !client.has_ended.get() {
+                client.in_call.set(true);
+                client.note_activity();
+                self.serve(parsed);
+                client.note_activity();
+                client.head.set(0);
+                client.in_call.set(false);
+                client.had_call.set(true);
+            }
+            Ok(())
+        }
+    }
+
+    impl Connection {
+        fn client(&self) -> Rc<Client> {
+            // (It is there as long as this is.)
+            Client::at(self.fd).unwrap_or_default()
+        }
+
+        fn socket(&self) -> Socket {
+            borrow_socket(self.fd)
+        }
+
+        fn serve(&mut self, parsed: Parsed) {
+            let (mut request, framing) = match read_head(&parsed) {
+                Ok(head) => head,
+                Err(refusal) => return self.refuse(refusal.answer(Vocabulary::Form, "GET"), parsed.method() == "HEAD"),
             };
-            let count = arrived.len();
-            if let Some(body) = &mut body {
-                body.extend(arrived);
+            self.relayed = !request.via.is_empty();
+            if let Some(id) = request.stream_id() {
+                return self.serve_stream(id, parsed);
+            } else if request.oversized {
+                return self.refuse(refusal_of_oversized(request), false);
             }
-            reader.consume(count);
-            taken += count;
-            served += count as u64;
-            take_turn(&self.socket, &mut served, BODY_TURN);
-        }
-        if self.client.read_body.swap(false, Relaxed) {
-            signal_again(&self.socket);
-        }
-        taken == length
-    }
-
-    /// Waits while too much is unread by all clients together, before more is made: those that read nothing are soon closed.
-    /// False if this connection is one of them.
-    fn wait_for_room(&self) -> bool {
-        let is_crowded = || UNREAD.load(SeqCst) > MAX_UNREAD;
-        let has_ended = || self.client.has_ended.load(SeqCst);
-        if is_crowded() {
-            // Nothing is sent on this connection meanwhile.
-            self.flush();
-        }
-        // Longer than it takes to close those that read nothing.
-        let until = Instant::now() + 2 * STUCK;
-        while is_crowded() && !has_ended() && Instant::now() < until {
-            pause(Duration::from_millis(5));
-        }
-        !has_ended()
-    }
-
-    /// Tells a client that asked first that it may send its body (RFC 9110 section 10.1.1).
-    fn send_continue(&self) {
-        self.client.write(|out| out.extend(b"HTTP/1.1 100 Continue\r\n\r\n"));
-        self.flush();
-    }
-
-    /// Sends the output, however long the client takes to read it: the watch ends what takes too long.
-    /// A connection that breaks ends.
-    fn flush(&self) {
-        match self.client.send_output(self.socket.as_raw_fd(), libc::MSG_NOSIGNAL) {
-            Ok(true) => {}
-            Ok(false) => self.wait_and_send(self.client.take_output()),
-            Err(_) => self.end(),
-        }
-    }
-
-    /// Sends bytes that were taken out of the output, and makes the coroutine wait for the client to read.
-    fn wait_and_send(&self, bytes: Vec<u8>) {
-        let mut sent = 0;
-        // The kernel asks for more only when a third of its buffer is free, which may take a slow reader minutes.
-        if let Ok(mut stream) = waiting_stream(&self.socket, None) {
-            while let Ok(count @ 1..) = stream.write(&bytes[sent..]) {
-                self.client.has_less(count as u64);
-                sent += count;
+            let room = (framing.length > LARGE_BODY).then(|| self.wait_for_room(framing.length));
+            if framing.expects_continue {
+                // (RFC 9110 section 10.1.1)
+                self.client().output.borrow_mut().extend(b"HTTP/1.1 100 Continue\r\n\r\n");
+                self.flush();
             }
+            if framing.length > 0 {
+                let body = request.wants_body(framing.length).then_some(&mut request.body);
+                if !self.read_body(parsed.body(), framing.length, body) {
+                    // What it sent before is answered.
+                    self.flush();
+                    return self.end();
+                }
+            }
+            let verb = VERBS.into_iter().find(|verb| *verb == request.verb).unwrap_or_default();
+            let answer = self.answer(request);
+            drop(room);
+            count_answer(verb, answer.status);
+            if framing.closing {
+                return self.close_with(answer, framing.is_head);
+            }
+            self.write(answer, "", framing.is_head);
+            take_turn(&self.socket(), &mut self.served, TURN);
         }
-        if sent < bytes.len() {
+
+        /// Has a whole request answered, however long that takes.
+        fn answer(&mut self, request: Request) -> Answer {
+            self.served += request.body.len();
+            answer_or_defer(request).unwrap_or_else(|work| {
+                // That may take long, and what was asked before is answered.
+                self.flush();
+                self.client().active.set(None);
+                work()
+            })
+        }
+
+        /// Becomes one half of a stream, as long as that lives.
+        fn serve_stream(&mut self, id: &str, parsed: Parsed) {
+            let knows_secret = match knows_secret(&parsed, id) {
+                Ok(knows) => knows,
+                Err(refusal) => return self.refuse(refusal.answer(Vocabulary::Form, "POST"), false),
+            };
+            if self.client().had_call.get() {
+                // It writes on the socket, and would overtake the answers to what came before it.
+                return self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "POST"), false);
+            }
+            self.client().active.set(None);
+            match parsed.method() {
+                "GET" => drop(write_answers(id, &self.socket(), knows_secret)),
+                _ => read_questions(id, parsed.body(), &self.socket(), knows_secret),
+            }
             self.end();
         }
-        self.client.forget(bytes, sent);
-    }
 
-    /// Answers a request whose end is not known or not worth reading up to it.
-    fn refuse(&mut self, answer: Answer, without_body: bool) {
-        count_answer("other", answer.status);
-        self.close_with(answer, without_body);
-    }
-
-    /// Sends a last answer and closes the connection.
-    fn close_with(&mut self, answer: Answer, without_body: bool) {
-        // A follower that does not know this instance yet asks one thing a connection: this reaches it (W3C, Linked Data
-        // Platform, section 7.1).
-        let accepts = if self.relayed { format!("Accept-Post: {STREAM}\r\n") } else { String::new() };
-        self.client.write(|out| answer.write(out, &format!("{CLOSE}{accepts}"), without_body));
-        // The last packet is held back until the stream ends, so that a client that has the whole answer has its end as well. So this
-        // side, and not a relaying one, is the first to close and has its port in TIME_WAIT (RFC 9293 section 3.6.1): 28,000
-        // relays in a minute would use up the other side's ports.
-        let _ = self.client.send_output(self.socket.as_raw_fd(), libc::MSG_MORE | libc::MSG_NOSIGNAL);
-        self.flush();
-        self.lingers = true;
-        self.end();
-    }
-
-    /// Lets nothing more out: the server's next write fails, and then it closes the connection.
-    fn end(&self) {
-        self.client.has_ended.store(true, SeqCst);
-        let _ = self.socket.shutdown(Shutdown::Write);
-    }
-}
-
-/// The server is done with the connection: the client left, or sent something that is not HTTP or has too many headers. To
-/// that, the server says nothing; this does, after the answers that are still to be sent.
-impl Drop for Connection {
-    fn drop(&mut self) {
-        // As in a call, nothing that comes is a head any more.
-        let had_call = self.client.calls.fetch_or(1, SeqCst) > 0;
-        let head = self.client.head.load(SeqCst);
-        let state = info(&self.socket).map_or(0, |info| info.tcpi_state);
-        let has_left = self.client.has_left.load(SeqCst);
-        if self.client.has_ended.load(SeqCst) || thread::panicking() || ![ESTABLISHED, CLOSE_WAIT].contains(&state) {
-            // Nothing can be sent any more.
-        } else if head > MAX_READ || has_left && head > 0 && !had_call {
-            // A head that does not end, or ended with the stream. (After a request, a line's end may follow that is nothing.)
-            self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "GET"), false);
-        } else if !has_left {
-            self.refuse(Outcome::Unparsed.answer(Vocabulary::Form, "GET"), false);
-        } else {
-            // The client sends nothing more, but may still be reading.
+        /// Waits until another large body may be read. What it returns is to be dropped when the body is done with.
+        fn wait_for_room(&self, length: usize) -> Room {
             self.flush();
+            while BODIES.load(Relaxed) + length > MAX_BODIES && !self.client().has_ended.get() {
+                pause(Duration::from_millis(5));
+            }
+            BODIES.fetch_add(length, Relaxed);
+            Room(length)
         }
-        // Closing a socket with unread input resets the connection, and the reset may reach the client before it has read its
-        // answer: what it still sends is read and forgotten.
-        if self.lingers
-            && let Ok(mut stream) = waiting_stream(&self.socket, Some(Duration::from_secs(1)))
-        {
+
+        /// Reads a whole body, to keep it or not. False is a client that left before it was complete: its request never happened.
+        fn read_body(&self, mut reader: BodyReader, length: usize, mut body: Option<&mut Vec<u8>>) -> bool {
+            let (client, mut taken, mut served) = (self.client(), 0, 0);
+            while !client.has_ended.get() {
+                let arrived = match reader.fill_buf() {
+                    Ok([]) => break,
+                    Ok(arrived) => arrived,
+                    Err(error) if error.raw_os_error() == Some(SEND_FIRST) => {
+                        self.flush();
+                        continue;
+                    }
+                    Err(_) => break,
+                };
+                let count = arrived.len();
+                if let Some(body) = &mut body {
+                    body.extend(arrived);
+                }
+                reader.consume(count);
+                client.note_activity();
+                taken += count;
+                served += count;
+                take_turn(&self.socket(), &mut served, BODY_TURN);
+            }
+            if client.read_body.replace(false) {
+                signal_again(&self.socket());
+            }
+            taken == length
+        }
+
+        /// Writes an answer to the output, and what is large of it to the socket. `connection` is what its head says of the connection.
+        fn write(&mut self, answer: Answer, connection: &str, is_head: bool) {
+            self.served += answer.length();
+            let client = self.client();
+            answer.write_head(&mut client.output.borrow_mut(), connection);
+            for piece in answer.pieces().into_iter().filter(|_| !is_head) {
+                if piece.len() > BATCH {
+                    self.flush();
+                    self.write_waiting(piece);
+                } else {
+                    client.output.borrow_mut().extend(piece);
+                }
+            }
+            if client.output.borrow().len() > BATCH {
+                self.flush();
+            }
+        }
+
+        /// Sends the output, however long the client takes to read it. A connection that breaks ends.
+        fn flush(&self) {
+            let client = self.client();
+            match client.send_output(self.fd, libc::MSG_NOSIGNAL) {
+                Ok(true) => {}
+                Ok(false) => {
+                    let output = client.output.take();
+                    self.write_waiting(&output);
+                }
+                Err(_) => self.end(),
+            }
+        }
+
+        /// Writes bytes on the socket, and makes the coroutine wait for the client to read. One that takes none for long is given up.
+        fn write_waiting(&self, bytes: &[u8]) {
+            self.client().active.set(None);
+            let stream = waiting_stream(&self.socket(), Some(WRITE_LIMIT));
+            if self.client().has_ended.get() || stream.and_then(|mut stream| stream.write_all(bytes)).is_err() {
+                self.end();
+            }
+        }
+
+        /// Answers a request whose end is not known or not worth reading up to it.
+        fn refuse(&mut self, answer: Answer, is_head: bool) {
+            count_answer("other", answer.status);
+            self.close_with(answer, is_head);
+        }
+
+        /// Sends a last answer and closes the connection.
+        fn close_with(&mut self, answer: Answer, is_head: bool) {
+            // A follower that does not know this instance yet asks one thing a connection: this reaches it (W3C, Linked Data
+            // Platform, section 7.1).
+            let accepts = if self.relayed { format!("Accept-Post: {STREAM}\r\n") } else { String::new() };
+            self.write(answer, &format!("{CLOSE}{accepts}"), is_head);
+            // The last packet is held back until the stream ends, so that a client that has the whole answer has its end as well. So this
+            // side, and not a relaying one, is the first to close and has its port in TIME_WAIT (RFC 9293 section 3.6.1): 28,000
+            // relays in a minute would use up the other side's ports.
+            let _ = self.client().send_output(self.fd, libc::MSG_MORE | libc::MSG_NOSIGNAL);
+            self.flush();
+            self.lingers = true;
+            self.end();
+        }
+
+        /// Lets nothing more out: the server's next write fails, and then it closes the connection.
+        fn end(&self) {
+            self.client().has_ended.set(true);
+            let _ = self.socket().shutdown(Shutdown::Write);
+        }
+
+        /// Reads and forgets what a client still sends: to close a socket with unread input resets the connection, and the reset may
+        /// reach the client before it has read its answer.
+        fn linger(&self) {
+            let Ok(mut stream) = waiting_stream(&self.socket(), Some(Duration::from_secs(1))) else { return };
             let (deadline, mut buffer, mut served) = (Instant::now() + Duration::from_secs(5), vec![0; BATCH], 0);
             while Instant::now() < deadline
                 && let Ok(count @ 1..) = stream.read(&mut buffer)
             {
-                served += count as u64;
-                take_turn(&self.socket, &mut served, BODY_TURN);
+                served += count;
+                take_turn(&self.socket(), &mut served, BODY_TURN);
             }
         }
-        lock(&CONNECTIONS).remove(&self.socket.as_raw_fd());
-        self.client.close();
-        // The buffers and the stack.
-        FREED.fetch_add(80 << 10, SeqCst);
     }
-}
 
-/// What the watch remembers of a connection.
-struct Watched {
-    client: &'static Client,
-    /// The count of calls when last seen, and since when it is the same.
-    seen: u32,
-    since: Instant,
-    /// How many bytes of answers the client had confirmed at the last look.
-    acknowledged: u64,
-    /// Since when the client was seen to have answers to read and to read nothing.
-    stuck: Option<Instant>,
-}
-
-static CONNECTIONS: LazyLock<Mutex<HashMap<RawFd, Watched>>> = LazyLock::new(Default::default);
-/// A third of the files that the system lets this process open, less some for everything else: a stream that is read slowly takes
-/// three (`answer_stream`, `waiting_stream`). And less than half the mappings that Linux lets a process have: a coroutine's stack
-/// takes two, and without one the server ends.
-static MAX_CONNECTIONS: LazyLock<u64> = LazyLock::new(|| {
-    let files = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024);
-    (files.saturating_sub(OTHER_FILES) / 3).min(28_000)
-});
-/// The files that are left for all but connections.
-const OTHER_FILES: u64 = 200;
-/// With room for fewer connections the program does not start.
-const MIN_CONNECTIONS: u64 = 100;
-
-/// Ends connections on which nothing happens for too long, and those that take too much room. To be repeated by a thread of its own.
-fn watch_connections() {
-    let mut connections = lock(&CONNECTIONS);
-    connections.iter_mut().for_each(|(fd, watched)| watched.look(borrow_socket(*fd)));
-    close_greediest(&connections);
-}
-
-/// What connections and records that are gone had of memory, in bytes, by estimate: the allocator keeps it.
-static FREED: AtomicU64 = AtomicU64::new(0);
-
-/// Gives memory back to the system when there is some and no more is being freed, or when there is very much. (To give it back holds
-/// up whoever allocates.) To be done once a second.
-fn give_back_memory() {
-    let total = FREED.load(SeqCst);
-    static BEFORE: AtomicU64 = AtomicU64::new(0);
-    let growth = total.saturating_sub(BEFORE.swap(total, SeqCst));
-    if (total > 16 << 20 && growth < 1 << 20) || total > 256 << 20 {
-        FREED.fetch_sub(total, SeqCst);
-        BEFORE.store(0, SeqCst);
-        // SAFETY: malloc_trim has no preconditions.
-        unsafe { libc::malloc_trim(0) };
-    }
-}
-
-/// Closes the connections with the most unread answers, while there are too many and their clients read nothing.
-fn close_greediest(connections: &HashMap<RawFd, Watched>) {
-    if UNREAD.load(SeqCst) < MAX_UNREAD {
-        return;
-    }
-    let remaining = connections.iter().filter(|(_, watched)| !watched.client.has_ended.load(SeqCst));
-    let mut total: u64 = remaining.clone().map(|(_, watched)| watched.client.unread()).sum();
-    let stuck = remaining.filter(|(_, watched)| watched.stuck.is_some_and(|since| since.elapsed() > STUCK));
-    let mut stuck: BinaryHeap<(u64, RawFd)> = stuck.map(|(fd, watched)| (watched.client.unread(), *fd)).collect();
-    // Some room is made at once, for whoever waits for it.
-    while total > MAX_UNREAD / 2
-        && let Some((unread @ 1.., fd)) = stuck.pop()
-    {
-        total = total.saturating_sub(unread);
-        connections[&fd].client.has_ended.store(true, SeqCst);
-        let _ = borrow_socket(fd).shutdown(Shutdown::Both);
-    }
-}
-
-impl Watched {
-    /// Looks at a connection, and closes it if nothing happens on it for too long.
-    fn look(&mut self, socket: Socket) {
-        let (calls, unread, now) = (self.client.calls.load(SeqCst), self.client.unread(), Instant::now());
-        let gets_on = self.seen != calls || self.client.answering.load(SeqCst);
-        if gets_on {
-            (self.seen, self.since) = (calls, now);
-        }
-        if gets_on || unread == 0 {
-            self.stuck = None;
-        }
-        // What the kernel knows is worth a system call for a few only.
-        let overdue = now - self.since > IDLE_LIMIT;
-        if gets_on || unread == 0 && !overdue {
-            return;
-        }
-        let Some(info) = info(&socket) else { return };
-        if info.tcpi_bytes_acked != self.acknowledged {
-            (self.acknowledged, self.stuck) = (info.tcpi_bytes_acked, None);
-        } else if unread > 0 {
-            self.stuck.get_or_insert(now);
-        }
-        let (limit, in_call) = (IDLE_LIMIT.as_millis() as u32, calls % 2 == 1);
-        let sending = info.tcpi_notsent_bytes + info.tcpi_unacked > 0 && info.tcpi_last_ack_recv < limit;
-        // (Who opened a stream may ask nothing for long, but confirms the signs of life.)
-        let receiving = in_call && info.tcpi_last_data_recv.min(info.tcpi_last_ack_recv) < limit;
-        // If a request began or ended meanwhile, what was learned says nothing.
-        if overdue && !sending && !receiving && self.client.calls.load(SeqCst) == calls {
-            let _ = socket.shutdown(Shutdown::Both);
+    /// The server is done with the connection: the client left, or sent something that is not HTTP or has too many headers. To
+    /// that, the server says nothing; this does, after the answers that are still to be sent.
+    impl Drop for Connection {
+        fn drop(&mut self) {
+            let client = self.client();
+            // As in a call, nothing that comes is a head any more.
+            client.in_call.set(true);
+            let (head, has_left) = (client.head.get(), client.has_left.get());
+            if client.has_ended.get() || thread::panicking() {
+                // Nothing can be sent any more.
+            } else if head > MAX_READ || has_left && head > 0 && !client.had_call.get() {
+                // A head that does not end, or ended with the stream. (After a request, a line's end may follow that is nothing.)
+                self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "GET"), false);
+            } else if !has_left {
+                self.refuse(Outcome::Unparsed.answer(Vocabulary::Form, "GET"), false);
+            } else {
+                // The client sends nothing more, but may still be reading.
+                self.flush();
+            }
+            if self.lingers {
+                self.linger();
+            }
+            CLIENTS.with_borrow_mut(|clients| clients[self.fd as usize] = None);
+            CONNECTIONS.fetch_sub(1, Relaxed);
         }
     }
-}
 
-// ---- The socket, behind the server's back ---------------------------------------------------------------------------
+    /// Room for a large body.
+    struct Room(usize);
 
-/// What the server reads of a client before a request's head is whole, in bytes, at most. It reads ahead by as much as it has, and
-/// the limit of a head is exact only where the whole head is there.
-const MAX_READ: u64 = 3 * MAX_HEAD as u64;
+    impl Drop for Room {
+        fn drop(&mut self) {
+            BODIES.fetch_sub(self.0, Relaxed);
+        }
+    }
 
-/// Takes the place of the C library's function of this name, with which the server, as the whole standard library, reads from sockets.
-/// Without it, a request that comes together with the end of the stream is lost, since the server throws away what it has read then:
-/// here the end comes one read later. And an endless head, of which the server collects hundreds of megabytes a second, ends here.
-/// (A coroutine that has waited for input then reads with `read`, which is not seen here.)
-// SAFETY: it has the type of the function of that name, and does what recv(2) says that may happen.
-#[unsafe(no_mangle)]
-unsafe extern "C" fn recv(fd: RawFd, buffer: *mut libc::c_void, size: usize, flags: libc::c_int) -> isize {
-    // SAFETY: this is what recv is (recv(2)), and the caller answers for the rest.
-    let count = unsafe { libc::recvfrom(fd, buffer, size, flags, std::ptr::null_mut(), std::ptr::null_mut()) };
-    match Client::at(fd) {
+    /// The answer to a PUT or POST whose body is too large to be read.
+    fn refusal_of_oversized(request: Request) -> Answer {
+        let (Resource::Key(key), vocabulary) = request.route() else { return answer_about(request) };
+        match Action::of(&key, &request, vocabulary) {
+            Action::Refuse(outcome) => outcome.answer(vocabulary, &request.verb),
+            _ => Outcome::BadRequest.answer(vocabulary, &request.verb),
+        }
+    }
+
+    /// Closes connections on which nothing has happened for long. To be repeated every second by a coroutine, which the worker runs.
+    pub fn watch() {
+        let now = Instant::now();
+        let is_idle = |client: &Client| client.active.get().is_some_and(|active| now - active > IDLE_LIMIT);
+        let mut idle = Vec::new();
+        CLIENTS.with_borrow(|clients| {
+            let clients = clients.iter().enumerate();
+            idle.extend(clients.filter(|(_, it)| it.as_deref().is_some_and(is_idle)).map(|(fd, _)| fd as RawFd));
+        });
+        idle.into_iter().for_each(|fd| drop(borrow_socket(fd).shutdown(Shutdown::Both)));
+    }
+
+    // -- The socket, behind the server's back
+
+    /// Takes the place of the C library's function of this name, with which the server, as the whole standard library, reads from
+    /// sockets. Without it, a request that comes together with the end of the stream is lost, since the server throws away what it has
+    /// read then: here the end comes one read later. And an endless head, of which the server collects hundreds of megabytes a
+    /// second, ends here. (A coroutine that has waited for input then reads with `read`, which is not seen here.)
+    // SAFETY: it has the type of the function of that name, and does what recv(2) says that may happen.
+    #[unsafe(no_mangle)]
+    unsafe extern "C" fn recv(fd: RawFd, buffer: *mut libc::c_void, size: usize, flags: libc::c_int) -> isize {
         // (With flags, it is no read, but a look.)
-        Some(client) if flags == 0 => client.after_read(fd, count),
-        _ => count,
-    }
-}
-
-/// Takes the place of the C library's function of this name, with which the server sends. What it sends is empty answers: these never
-/// leave, and count as sent when the connection's output is.
-// SAFETY: as `recv`.
-#[unsafe(no_mangle)]
-unsafe extern "C" fn send(fd: RawFd, buffer: *const libc::c_void, size: usize, flags: libc::c_int) -> isize {
-    let Some(client) = Client::at(fd) else {
-        // SAFETY: as in `recv`.
-        return unsafe { libc::sendto(fd, buffer, size, flags, std::ptr::null(), 0) };
-    };
-    if client.has_ended.load(SeqCst) {
-        return fail_with(libc::EPIPE);
-    }
-    match client.send_output(fd, flags) {
-        Ok(true) => size as isize,
-        Ok(false) => fail_with(libc::EAGAIN),
-        Err(error) => fail_with(error.raw_os_error().unwrap_or(libc::EPIPE)),
-    }
-}
-
-/// What a function of the C library returns when it fails.
-fn fail_with(error: libc::c_int) -> isize {
-    // SAFETY: errno is the thread's own.
-    unsafe { *libc::__errno_location() = error };
-    -1
-}
-
-impl Client {
-    /// What the server is told of a read that brought so many bytes.
-    fn after_read(&self, fd: RawFd, count: isize) -> isize {
-        let in_call = self.calls.load(Relaxed) % 2 == 1;
-        let had_read = self.has_read.load(Relaxed);
-        if had_read != (count > 0) {
-            self.has_read.store(count > 0, Relaxed);
-        }
-        if in_call {
-            self.read_body.store(true, Relaxed);
-        }
-        let would_block = count < 0 && io::Error::last_os_error().kind() == io::ErrorKind::WouldBlock;
-        if in_call && would_block && self.has_output() {
+        let client = Client::at(fd).filter(|_| flags == 0);
+        if client.as_ref().is_some_and(|client| client.in_call.get() && client.has_output()) {
             return fail_with(SEND_FIRST);
-        } else if count > 0 && !in_call {
-            let head = self.head.fetch_add(count as u64, Relaxed) + count as u64;
-            return if head > MAX_READ { fail_with(libc::ECONNABORTED) } else { count };
-        } else if count == 0 && had_read && !in_call {
-            // The server waits for a signal then, and the kernel has given this one already.
-            signal_again(&borrow_socket(fd));
-            return fail_with(libc::EAGAIN);
-        } else if count == 0 {
-            self.has_left.store(true, SeqCst);
         }
-        count
+        // SAFETY: this is what recv is (recv(2)), and the caller answers for the rest.
+        let count = unsafe { libc::recvfrom(fd, buffer, size, flags, std::ptr::null_mut(), std::ptr::null_mut()) };
+        client.map_or(count, |client| client.after_read(fd, count))
     }
-}
 
-/// The error of a read that would wait for a body while there are answers to be sent: their client may wait for them. (Whoever waits
-/// to read sends nothing.)
-const SEND_FIRST: libc::c_int = libc::EBUSY;
-
-/// A socket that somebody else owns and closes. It may be held only while its owner certainly keeps it open: by the service of a
-/// connection, by `recv` in a call of the server, and by the watch as long as the list of connections has it.
-type Socket = ManuallyDrop<TcpStream>;
-
-fn borrow_socket(fd: RawFd) -> Socket {
-    // SAFETY: whoever may hold a Socket holds it while the descriptor is open; ManuallyDrop never closes it.
-    ManuallyDrop::new(unsafe { TcpStream::from_raw_fd(fd) })
-}
-
-/// A socket as a stream that makes the coroutine wait, and not its worker: for `limit` at most, if there is one. While a panic ends
-/// the coroutine there is none: it cannot wait any more.
-fn waiting_stream(socket: &TcpStream, limit: Option<Duration>) -> io::Result<may::net::TcpStream> {
-    if thread::panicking() {
-        return Err(io::ErrorKind::Unsupported.into());
+    /// Takes the place of the C library's function of this name, with which the server sends. What it sends is empty answers: these
+    /// never leave, and count as sent when the connection's output is.
+    // SAFETY: as `recv`.
+    #[unsafe(no_mangle)]
+    unsafe extern "C" fn send(fd: RawFd, buffer: *const libc::c_void, size: usize, flags: libc::c_int) -> isize {
+        match Client::at(fd) {
+            // SAFETY: as in `recv`.
+            None => unsafe { libc::sendto(fd, buffer, size, flags, std::ptr::null(), 0) },
+            Some(client) if client.has_ended.get() => fail_with(libc::EPIPE),
+            Some(client) => match client.send_output(fd, flags) {
+                Ok(true) => size as isize,
+                Ok(false) => fail_with(libc::EAGAIN),
+                Err(error) => fail_with(error.raw_os_error().unwrap_or(libc::EPIPE)),
+            },
+        }
     }
-    // SAFETY: the descriptor is a fresh one, and the stream becomes its only owner.
-    let stream = unsafe { may::net::TcpStream::from_raw_fd(socket.try_clone()?.into_raw_fd()) };
-    stream.set_read_timeout(limit)?;
-    stream.set_write_timeout(limit)?;
-    Ok(stream)
-}
 
-/// Has the kernel signal input once more, if there is any or the client has sent its end (setting SO_RCVLOWAT does). The server
-/// waits for a signal that comes once an arrival; reading a body uses it up, and a request that came with the body's end would
-/// be left lying.
-fn signal_again(socket: &Socket) {
-    let (one, size) = (&1 as *const libc::c_int, size_of::<libc::c_int>() as libc::socklen_t);
-    // SAFETY: setsockopt reads an int, which outlives the call.
-    unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVLOWAT, one.cast(), size) };
-}
+    /// The error of a read for a body while there are answers to be sent: their client may wait for them. (Whoever waits to read sends
+    /// nothing.)
+    const SEND_FIRST: libc::c_int = libc::EBUSY;
 
-/// The states of a connection in which something can be sent (RFC 9293 section 3.3.2, by Linux's numbers).
-const ESTABLISHED: u8 = 1;
-const CLOSE_WAIT: u8 = 8;
+    /// What a function of the C library returns when it fails.
+    fn fail_with(error: libc::c_int) -> isize {
+        // SAFETY: errno is the thread's own.
+        unsafe { *libc::__errno_location() = error };
+        -1
+    }
 
-/// What the kernel knows of the connection (all of it since Linux 4.19).
-fn info(socket: &TcpStream) -> Option<libc::tcp_info> {
-    let mut size = size_of::<libc::tcp_info>() as libc::socklen_t;
-    // SAFETY: a struct of integers may be zero, and getsockopt writes no more than `size` bytes.
-    unsafe {
-        let mut info: libc::tcp_info = std::mem::zeroed();
-        let into = (&mut info as *mut libc::tcp_info).cast();
-        let result = libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, into, &mut size);
-        (result == 0).then_some(info)
+    /// A socket that somebody else owns and closes. It may be held only while its owner certainly keeps it open: by the service of a
+    /// connection, by `recv` in a call of the server, and by the watch, which nothing interrupts.
+    type Socket = ManuallyDrop<TcpStream>;
+
+    fn borrow_socket(fd: RawFd) -> Socket {
+        // SAFETY: whoever may hold a Socket holds it while the descriptor is open; ManuallyDrop never closes it.
+        ManuallyDrop::new(unsafe { TcpStream::from_raw_fd(fd) })
+    }
+
+    /// A socket as a stream that makes the coroutine wait, and not its worker: for `limit` at most, if there is one. While a panic ends
+    /// the coroutine there is none: it cannot wait any more.
+    pub fn waiting_stream(socket: &TcpStream, limit: Option<Duration>) -> io::Result<may::net::TcpStream> {
+        if thread::panicking() {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        // SAFETY: the descriptor is a fresh one, and the stream becomes its only owner.
+        let stream = unsafe { may::net::TcpStream::from_raw_fd(socket.try_clone()?.into_raw_fd()) };
+        stream.set_read_timeout(limit)?;
+        stream.set_write_timeout(limit)?;
+        Ok(stream)
+    }
+
+    /// Lets others have their turn, if more than `most` bytes were dealt with since they last had. To yield would not do: the worker
+    /// polls only when no coroutine is ready, and of two clients that send without end one always is. But the poll signals a socket
+    /// that it was just told of, so whoever waits for that comes after all others.
+    pub fn take_turn(socket: &TcpStream, served: &mut usize, most: usize) {
+        if *served > most {
+            *served = 0;
+            if let Ok(stream) = waiting_stream(socket, None) {
+                stream.wait_io();
+            }
+        }
+    }
+
+    /// Has the kernel signal input once more, if there is any or the client has sent its end (setting SO_RCVLOWAT does). The server
+    /// waits for a signal that comes once an arrival; reading a body uses it up, and a request that came with the body's end would
+    /// be left lying.
+    fn signal_again(socket: &TcpStream) {
+        set_option(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, 1);
+    }
+
+    fn set_option(socket: &TcpStream, level: libc::c_int, name: libc::c_int, value: libc::c_int) {
+        let (value, size) = (&value as *const libc::c_int, size_of::<libc::c_int>() as libc::socklen_t);
+        // SAFETY: setsockopt reads an int, which outlives the call.
+        unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, value.cast(), size) };
     }
 }
 
@@ -5660,6 +5504,12 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
     };
     check_files();
     start_worker();
+    may::go!(|| {
+        loop {
+            let _ = catch_unwind(connections::watch);
+            pause(Duration::from_secs(1));
+        }
+    });
     // may shares a port with whoever else does (SO_REUSEPORT), and two stores would share the clients: ask without first.
     let server = TcpListener::bind(listen).map(drop).and_then(|()| Server.start(listen)).unwrap_or_else(|error| {
         let (ip, port) = (listen.ip(), listen.port());
@@ -5670,8 +5520,6 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
     let _ = keep_stderr();
     // Its thread is started here, and not under the node's lock when there is something for it.
     LazyLock::force(&LEFTOVERS);
-    repeat(STUCK / 4, watch_connections);
-    repeat(Duration::from_secs(1), give_back_memory);
     repeat(Duration::ZERO, wake_sleepers);
     repeat(Duration::from_millis(100), peers::watch_peers);
     repeat(peers::BEAT, peers::beat);
@@ -5693,6 +5541,9 @@ fn start_worker() {
     // An idle worker looks up once a second, and not a hundred times: whoever has something for it wakes it.
     may::config().set_timeout_ns(1_000_000_000);
 }
+
+/// With room for fewer connections the program does not start.
+const MIN_CONNECTIONS: u64 = 100;
 
 /// Ends the program where the system lets it open too few files for a server.
 fn check_files() {
@@ -5782,6 +5633,7 @@ mod simulation {
     use std::collections::HashSet;
     use std::pin::Pin;
     use std::rc::Rc;
+    use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
     use std::task::Context;
 
     use std::collections::BTreeSet;
@@ -7222,7 +7074,10 @@ mod simulation {
 mod tests {
     use std::os::fd::OwnedFd;
 
-    use std::io::BufReader;
+    use std::collections::HashMap;
+    use std::io::{BufRead, BufReader, Read};
+    use std::net::{Shutdown, TcpStream};
+    use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 
     use super::*;
     use crate::records::{Records, Span};
@@ -7392,7 +7247,6 @@ mod tests {
         let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).unwrap();
         start_worker();
         Server.start(free).unwrap();
-        repeat(STUCK / 4, watch_connections);
         repeat(Duration::ZERO, wake_sleepers);
         free
     });
@@ -7527,20 +7381,16 @@ mod tests {
         }
     }
 
-    /// More answers than may be unread at once, for clients that ask for several and then rest a moment: none waits for another for
-    /// ever, and none is taken for one that never reads.
+    /// However many clients ask for several large values and read them later: each gets all of them, whole.
     #[test]
     fn a_crowd_that_reads_late_gets_whole_answers() {
         let (mut first, value) = (client(), "v".repeat(MAX_VALUE));
         first.write_all((put_head("crowd", MAX_VALUE + 4) + "val=" + &value).as_bytes()).unwrap();
         assert!(first.read(&mut [0; 512]).unwrap() > 0);
         let mut crowd: Vec<TcpStream> = (0..100).map(|_| client()).collect();
-        // They have been there for longer than it takes to be closed for reading nothing.
-        thread::sleep(STUCK + STUCK / 5);
         for client in &mut crowd {
             client.write_all(get("crowd").repeat(4).as_bytes()).unwrap();
         }
-        thread::sleep(STUCK / 2);
         let read = |mut client: TcpStream| {
             let (mut whole, mut last, mut buffer) = (0, 0, vec![0; 1 << 16]);
             while whole < 4
@@ -7554,7 +7404,7 @@ mod tests {
         let readers: Vec<_> = crowd.into_iter().map(|client| thread::spawn(move || read(client))).collect();
         for reader in readers {
             let (whole, last) = reader.join().unwrap();
-            assert!(whole >= 1 && last == b'\n', "{whole} whole answers, the last byte is {last}");
+            assert!(whole == 4 && last == b'\n', "{whole} whole answers, the last byte is {last}");
         }
     }
 
