@@ -4136,7 +4136,7 @@ mod peers {
     use std::io::{self, BufReader, Read, Write};
     use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
     use std::panic::{AssertUnwindSafe, catch_unwind};
-    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
+    use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
     use std::sync::{Arc, LazyLock, Mutex, MutexGuard, mpsc};
     use std::thread::{self, Thread, ThreadId};
     use std::time::{Duration, Instant};
@@ -4253,11 +4253,10 @@ mod peers {
 
     /// How many streams are taken.
     const MAX_STREAMS: usize = 1000;
-    /// How many requests of all streams may take their time side by side, since each has a stack; and how many until no more of clients
-    /// do, since their answers may be large. What is more holds its stream up.
-    const MAX_WORK: u32 = 2000;
-    const MAX_RELAYED: u32 = 100;
-    static WORK: AtomicU32 = AtomicU32::new(0);
+    /// How many requests of a stream may take their time side by side: each has a stack; and those of clients, which are relayed, have
+    /// answers that may be large. Until there are fewer, no more is read.
+    const MAX_WORK: usize = 500;
+    const MAX_RELAYED: usize = 8;
     /// How many bytes of answers may wait on a stream until no more questions are dealt with.
     const MAX_UNSENT: usize = 1 << 20;
     /// How long the other side may take to read some of them.
@@ -4280,7 +4279,10 @@ mod peers {
         answers: Option<Vec<u8>>,
         /// The connection on which the questions come.
         questions: Option<TcpStream>,
-        heard: Instant,
+        /// Since when the next one is waited for. None while one is dealt with.
+        waiting: Option<Instant>,
+        /// How many requests take their time.
+        working: usize,
     }
 
     impl Asked {
@@ -4302,19 +4304,25 @@ mod peers {
             }
         }
 
-        /// Waits until few answers are unsent. None: the stream has ended.
-        fn wait_for_room(&self) -> Option<()> {
-            while lock(&self.state).answers.as_ref()?.len() > MAX_UNSENT {
+        /// Waits until another request may be dealt with. None: the stream has ended.
+        fn wait_for_room(&self, request: &Request) -> Option<()> {
+            let most = if request.origin == Origin::Client { MAX_RELAYED } else { MAX_WORK };
+            loop {
+                let state = lock(&self.state);
+                if state.answers.as_ref()?.len() < MAX_UNSENT && state.working < most {
+                    return Some(());
+                }
+                drop(state);
                 pause(Duration::from_millis(1));
             }
-            Some(())
         }
 
-        /// Notes that something has come. None: the stream has ended, or was silent for so long that its other side has given up.
-        fn hear(&self) -> Option<()> {
+        /// Notes that the next message is waited for, or that it has come. None: the stream has ended, or was silent for so long that its
+        /// other side has given up.
+        fn wait_for_message(&self, waits: bool) -> Option<()> {
             let mut state = lock(&self.state);
-            let before = std::mem::replace(&mut state.heard, Instant::now());
-            (state.answers.is_some() && before.elapsed() < SILENCE).then_some(())
+            let since = std::mem::replace(&mut state.waiting, waits.then(Instant::now));
+            (state.answers.is_some() && since.is_none_or(|since| since.elapsed() < SILENCE)).then_some(())
         }
 
         fn end(&self) {
@@ -4333,7 +4341,6 @@ mod peers {
             if request.origin != Origin::Client && !self.knows_secret {
                 return self.push(number, Outcome::NotOfStore.answer(Vocabulary::Form, "POST"));
             }
-            let most = if request.origin == Origin::Client { MAX_RELAYED } else { MAX_WORK };
             // A panic must not leave whoever asked without an answer.
             let in_vain = |_| Outcome::MainDown.answer(Vocabulary::Form, "GET");
             let work = match catch_unwind(|| answer_or_defer(request)) {
@@ -4342,16 +4349,12 @@ mod peers {
                 Err(panic) => return self.push(number, in_vain(panic)),
             };
             let stream = self.clone();
-            let work = move || {
+            lock(&self.state).working += 1;
+            may::go!(move || {
                 let answer = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(in_vain);
-                WORK.fetch_sub(1, SeqCst);
+                lock(&stream.state).working -= 1;
                 stream.push(number, answer);
-            };
-            if WORK.fetch_add(1, SeqCst) < most {
-                may::go!(work);
-            } else {
-                work();
-            }
+            });
         }
     }
 
@@ -4375,7 +4378,7 @@ mod peers {
     /// Serves the GET of a stream on its connection: writes what is answered, until the stream ends.
     pub fn write_answers(id: &str, socket: &TcpStream, knows_secret: bool) -> io::Result<()> {
         let mut connection = waiting_stream(socket, Some(WRITE_LIMIT))?;
-        let state = Asking { answers: Some(Vec::new()), questions: None, heard: Instant::now() };
+        let state = Asking { answers: Some(Vec::new()), questions: None, waiting: Some(Instant::now()), working: 0 };
         let asked = Arc::new(Asked { knows_secret, state: Mutex::new(state), writer: Blocker::new(false) });
         let mut streams = lock(&ASKED);
         if streams.len() >= MAX_STREAMS || streams.contains_key(id) {
@@ -4408,11 +4411,12 @@ mod peers {
         lock(&asked.state).questions = socket.try_clone().ok();
         let mut served = 0;
         let mut read = || {
+            asked.wait_for_message(true)?;
             let message: Option<(u64, Request)> = read_message(&mut body).ok()?;
-            asked.hear()?;
+            asked.wait_for_message(false)?;
             if let Some((number, request)) = message {
                 served += request.size();
-                asked.wait_for_room()?;
+                asked.wait_for_room(&request)?;
                 asked.answer(number, request);
                 take_turn(socket, &mut served, BATCH);
             }
@@ -4428,7 +4432,7 @@ mod peers {
         let streams: Vec<Arc<Asked>> = lock(&ASKED).values().cloned().collect();
         for stream in streams {
             let mut state = lock(&stream.state);
-            let is_silent = state.heard.elapsed() > SILENCE;
+            let is_silent = state.waiting.is_some_and(|since| since.elapsed() > SILENCE);
             if let Some(answers) = state.answers.as_mut().filter(|answers| answers.is_empty()) {
                 answers.extend([0; HEAD]);
             }
