@@ -3332,6 +3332,7 @@ mod replication {
                 if world.with(|own| own.is_silent(&node)) {
                     continue;
                 }
+                let is_all = pull.left.first == pull.range;
                 loop {
                     let message = Message::Give { range: pull.range, from: pull.left.first, any };
                     let Some(Reply::Given(copies, last)) = ask_by(world, &node, version, message).await else { break };
@@ -3340,6 +3341,10 @@ mod replication {
                     }
                     progress = true;
                     if last >= pull.left.last {
+                        if is_all {
+                            // It has nothing else.
+                            world.with(|own| own.note_heard(version, &pull, &node));
+                        }
                         return true;
                     }
                     pull.left.first = last + 1;
@@ -5594,16 +5599,6 @@ fn keep_stderr() -> io::Result<()> {
     unsafe { libc::dup2(nowhere.as_raw_fd(), libc::STDERR_FILENO) };
     std::panic::set_hook(Box::new(|panic| say(&panic.to_string())));
     Ok(())
-}
-
-/// Takes the place of the C library's function, which tells the bounds of a thread's stack, and reads the main thread's from a text
-/// with `sscanf`: 110 kB of the static binary are for that, and they go into faster code instead. The standard library asks for them
-/// to say that a thread has overflowed its stack, on the stderr that it does not have here (`keep_stderr`), and does without.
-#[cfg(target_feature = "crt-static")]
-// SAFETY: it has the type of the function of that name, and writes nothing.
-#[unsafe(no_mangle)]
-extern "C" fn pthread_getattr_np(_: libc::pthread_t, _: *mut libc::pthread_attr_t) -> libc::c_int {
-    libc::ENOSYS
 }
 
 fn fail(status: i32, line: &str) -> ! {
