@@ -173,57 +173,64 @@ impl Settings {
             Some(value) if port_of(&value).is_none() => {
                 Err(format!("{name}={value}: expected host:port, such as 10.10.0.2:8080 or main:8080"))
             }
-            value => Ok(value),
+            value => Ok(value.map(|value| value.to_ascii_lowercase())),
         };
         let own = address("ADDRESS")?;
-        let port = match (get("PORT"), &own) {
-            (Some(port), _) => port_of(&format!("localhost:{port}"))
-                .ok_or(format!("PORT={port}: expected a number from 1 to 65535"))?,
-            (None, Some(own)) => port_of(own).unwrap_or_default(),
-            (None, None) => 8080,
-        };
-        let ip = get("IP").unwrap_or("0.0.0.0".into());
-        let ip: IpAddr = ip.parse().map_err(|_| format!("IP={ip}: expected an IPv4 or IPv6 address"))?;
         let main = address("FORWARDING_ADDRESS")?.map_or_else(|| address("MAINIP"), |main| Ok(Some(main)))?;
-        let text = get("VIEW").unwrap_or_default();
-        let view = match (&own, &main) {
-            _ if text.is_empty() => Ok(own.iter().cloned().collect()),
-            (None, _) => Err("ADDRESS to be set as well, this node's own host:port".into()),
-            (_, Some(main)) => Err(format!("no FORWARDING_ADDRESS or MAINIP beside it, but one is {main}")),
-            _ => parse_view(text.split(',')).map_err(|why| format!("host:port,host:port,..., but {why}")),
+        let of_node = |setting: String| match (&own, &main) {
+            (None, _) => Err(format!("{setting}: expected ADDRESS to be set as well, this node's own host:port")),
+            (_, Some(main)) => {
+                Err(format!("{setting}: expected no FORWARDING_ADDRESS or MAINIP beside it, but one is {main}"))
+            }
+            _ => Ok(()),
         };
-        let view = view.map_err(|expected| format!("VIEW={text}: expected {expected}"))?;
-        let needs_address = |setting: String| match &own {
-            Some(_) => Ok(()),
-            None => Err(format!("{setting}: expected ADDRESS to be set as well, this node's own host:port")),
-        };
-        let mut factor = 1;
+        let (mut view, mut factor): (Vec<String>, _) = (own.iter().cloned().collect(), 1);
+        if let Some(text) = get("VIEW") {
+            of_node(format!("VIEW={text}"))?;
+            let parsed = parse_view(text.split(','));
+            view = parsed.map_err(|why| format!("VIEW={text}: expected host:port,host:port,..., but {why}"))?;
+        }
         if let Some(text) = get("REPL_FACTOR") {
-            needs_address(format!("REPL_FACTOR={text}"))?;
+            of_node(format!("REPL_FACTOR={text}"))?;
             let parsed = parse_factor(&text, view.len());
             factor = parsed.map_err(|expected| format!("REPL_FACTOR={text}: expected {expected}"))?;
         }
         let secret = get("SECRET");
         if let Some(text) = &secret {
-            needs_address("SECRET=...".into())?;
+            of_node("SECRET=...".into())?;
             if !(1..=200).contains(&text.len()) || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
                 return Err("SECRET=...: expected 1 to 200 visible ASCII characters (its value is not shown)".into());
             }
         }
+        let listen = listen_address(get("IP"), get("PORT"), own.as_deref())?;
         let role = main.map(Role::Follower).or(own.map(Role::Node)).unwrap_or(Role::Main);
-        Ok(Settings { listen: SocketAddr::new(ip, port), role, view, factor, secret })
+        Ok(Settings { listen, role, view, factor, secret })
     }
 }
 
-/// Checks the addresses of a view. The error says what is wrong with which.
+fn listen_address(ip: Option<String>, port: Option<String>, own: Option<&str>) -> Result<SocketAddr, String> {
+    let port = match (port, own) {
+        (Some(port), _) => port_of(&format!("localhost:{port}"))
+            .ok_or_else(|| format!("PORT={port}: expected a number from 1 to 65535"))?,
+        (None, Some(own)) => port_of(own).unwrap_or_default(),
+        (None, None) => 8080,
+    };
+    let ip = ip.unwrap_or("0.0.0.0".into());
+    let ip: IpAddr = ip.parse().map_err(|_| format!("IP={ip}: expected an IPv4 or IPv6 address"))?;
+    Ok(SocketAddr::new(ip, port))
+}
+
+/// Checks the addresses of a view. The error says what is wrong with which. (Names are the same in either case, RFC 4343.)
 fn parse_view<'a>(addresses: impl Iterator<Item = &'a str>) -> Result<Vec<String>, String> {
-    let view: Vec<String> = addresses.take(1001).map(str::to_owned).collect();
-    for (index, address) in view.iter().enumerate() {
-        if port_of(address).is_none() {
-            return Err(format!("{address:?} is not host:port"));
-        } else if view[..index].contains(address) {
-            return Err(format!("{address} is given twice"));
+    let mut view = Vec::new();
+    for text in addresses.take(1001).map(str::trim) {
+        let address = text.to_ascii_lowercase();
+        if port_of(&address).is_none() {
+            return Err(format!("'{text}' is not host:port"));
+        } else if view.contains(&address) {
+            return Err(format!("{text} is given twice"));
         }
+        view.push(address);
     }
     if (1..=1000).contains(&view.len()) { Ok(view) } else { Err("it must name 1 to 1000 nodes".into()) }
 }
@@ -378,8 +385,7 @@ enum Resource<'a> {
 impl Request {
     /// Finds what the request is about, and in which words its answer is due: the whole routing.
     fn route(&self) -> (Resource<'_>, Vocabulary) {
-        let media_type = self.content_type.split(';').next().unwrap_or_default().trim();
-        let is_json = media_type.eq_ignore_ascii_case("application/json");
+        let is_json = self.media_type().eq_ignore_ascii_case("application/json");
         let typed = if is_json { Vocabulary::Json } else { Vocabulary::Form };
         let path = self.target.as_bytes().split(|byte| *byte == b'?').next().unwrap_or_default();
         // A key is one path segment; a slash inside a key arrives as %2F.
@@ -398,6 +404,10 @@ impl Request {
             [Some(b""), Some(b"kv-store"), Some(segment), None, _] => (key(segment), typed),
             _ => (Resource::Unknown, typed),
         }
+    }
+
+    fn media_type(&self) -> &str {
+        self.content_type.split(';').next().unwrap_or_default().trim()
     }
 
     /// The id of the stream of which this is a part, if it is.
@@ -449,7 +459,10 @@ fn record_of(key: &[u8], request: &Request, vocabulary: Vocabulary) -> Result<Re
 /// The first field `val` of the body, or else of the query, decoded.
 fn form_value(request: &Request) -> Result<String, Outcome> {
     let query = request.target.split_once('?').map_or("", |(_, query)| query).as_bytes();
-    let value = form_field(&request.body).or_else(|| form_field(query)).ok_or(Outcome::ValueMissing)?;
+    let is_form =
+        ["", "application/x-www-form-urlencoded"].iter().any(|it| request.media_type().eq_ignore_ascii_case(it));
+    let body = if is_form { &request.body[..] } else { &[] };
+    let value = form_field(body).or_else(|| form_field(query)).ok_or(Outcome::ValueMissing)?;
     String::from_utf8(value).map_err(|_| Outcome::ValueNotText)
 }
 
@@ -473,13 +486,28 @@ fn json_value(body: &[u8]) -> Result<String, Outcome> {
     let not_text = |refusal| if is_value_broken(body) { Outcome::ValueNotText } else { refusal };
     match member(body, "value").map_err(not_text)? {
         "null" => Err(Outcome::ValueMissing),
-        json if json.starts_with('"') => {
-            // JSON can spell half of a surrogate pair (RFC 8259 section 8.2), which is no text.
-            json_of(&serde_json::from_str::<String>(json).map_err(|_| Outcome::ValueNotText)?)
-        }
+        json if !is_text(json) => Err(Outcome::ValueNotText),
+        json if json.starts_with('"') => json_of(&serde_json::from_str::<String>(json).unwrap_or_default()),
         json if json.len() > MAX_VALUE => Err(Outcome::ValueTooLarge),
         json => Ok(json.to_owned()),
     }
+}
+
+/// Whether all strings in a JSON text are text: JSON can spell half of a surrogate pair (RFC 8259 section 8.2).
+fn is_text(json: &str) -> bool {
+    let mut rest = if json.contains("\\u") { json } else { "" };
+    while let Some(begin) = rest.find('"') {
+        let (string, mut end) = (&rest[begin..], 1);
+        while !matches!(string.as_bytes().get(end), None | Some(b'"')) {
+            end += if string.as_bytes()[end] == b'\\' { 2 } else { 1 };
+        }
+        let (string, after) = string.split_at_checked(end + 1).unwrap_or((string, ""));
+        if string.contains("\\u") && serde_json::from_str::<String>(string).is_err() {
+            return false;
+        }
+        rest = after;
+    }
+    true
 }
 
 /// Whether a body was refused since its value is a string with bytes that are no UTF-8: replaced, they are no fault any more.
@@ -513,8 +541,9 @@ fn find_member<'a>(body: &'a [u8], name: &str) -> Result<Option<&'a str>, Outcom
     Ok(value.map(RawValue::get))
 }
 
-/// The causal context in the body of a request in the JSON vocabulary. None if there is none; an error if it is not ours. (A body
-/// that is no JSON object is none of this function's business: a GET may have any.)
+/// The causal context in the body of a request in the JSON vocabulary: stamps in hexadecimal, since JSON's numbers are not exact
+/// everywhere, each under the bits of its node; and the version of a table. None if there is none; an error if it is not ours. (A
+/// body that is no JSON object is none of this function's business: a GET may have any.)
 fn causal_context(request: &Request, vocabulary: Vocabulary) -> Result<Option<Context>, Outcome> {
     if matches!(vocabulary, Vocabulary::Form) || request.oversized || request.body.is_empty() {
         return Ok(None);
@@ -525,37 +554,21 @@ fn causal_context(request: &Request, vocabulary: Vocabulary) -> Result<Option<Co
         return Ok(None);
     }
     let Ok(Some(text)) = find_member(&request.body, "causal-context") else { return Ok(None) };
-    let mut parser = serde_json::Deserializer::from_str(text);
-    parser.deserialize_map(Stamps).map(Some).map_err(|_| Outcome::ContextInvalid)
-}
-
-/// Reads the members of a causal context: stamps in hexadecimal, since JSON's numbers are not exact everywhere, each under the bits of
-/// its node; and the version of a table.
-struct Stamps;
-
-impl<'a> Visitor<'a> for Stamps {
-    type Value = Context;
-
-    fn expecting(&self, out: &mut Formatter) -> fmt::Result {
-        out.write_str("a causal context")
-    }
-
-    fn visit_map<M: MapAccess<'a>>(self, mut members: M) -> Result<Context, M::Error> {
-        let mut context = Context::default();
-        while let Some((name, text)) = members.next_entry::<String, String>()? {
-            let numbers: Vec<u64> = text.split('.').filter_map(hexadecimal).collect();
-            match (name.as_str(), &numbers[..]) {
-                ("table", [epoch, number, coordinator]) => {
-                    context.table = Some(Version { epoch: *epoch, number: *number, coordinator: *coordinator });
-                }
-                (name, [stamp]) if name == format!("{:03x}", node_of(*stamp)) => {
-                    context.seen.insert(node_of(*stamp), *stamp);
-                }
-                _ => return Err(serde::de::Error::custom("no stamp")),
+    let members: BTreeMap<String, String> = serde_json::from_str(text).map_err(|_| Outcome::ContextInvalid)?;
+    let mut context = Context::default();
+    for (name, text) in members {
+        let numbers: Vec<u64> = text.split('.').filter_map(hexadecimal).collect();
+        match (name.as_str(), &numbers[..]) {
+            ("table", [epoch, number, coordinator]) => {
+                context.table = Some(Version { epoch: *epoch, number: *number, coordinator: *coordinator });
             }
+            (name, [stamp]) if name == format!("{:03x}", node_of(*stamp)) => {
+                context.seen.insert(node_of(*stamp), *stamp);
+            }
+            _ => return Err(Outcome::ContextInvalid),
         }
-        Ok(context)
     }
+    Ok(Some(context))
 }
 
 /// A number as contexts spell it: 16 digits.
@@ -1195,9 +1208,7 @@ fn answer_or_defer(request: Request) -> Result<Answer, Work> {
             }))
         }
         (_, Resource::Key(_)) if request.body.len() > LARGE_BODY => {
-            let verb = request.verb.clone();
-            let in_vain = move |_| Outcome::MainDown.answer(vocabulary, &verb);
-            Err(Box::new(move || in_background(|| answer_key(request)).unwrap_or_else(in_vain)))
+            Err(Box::new(move || in_background(|| answer_key(request))))
         }
         (_, Resource::Key(_)) => answer_key(request),
         _ => Err(Box::new(move || answer_about(request))),
@@ -4034,12 +4045,15 @@ static BACKGROUND: LazyLock<mpsc::Sender<Task>> = LazyLock::new(|| {
 });
 
 /// Has a thread do something while the calling coroutine waits. Work that waits for others comes back, for the coroutine to do: the
-/// threads only compute. An error is a panic.
-fn in_background(work: impl FnOnce() -> Result<Answer, Work> + Send + 'static) -> Result<Answer, Lost> {
+/// threads only compute. A panic there is one here.
+fn in_background(work: impl FnOnce() -> Result<Answer, Work> + Send + 'static) -> Answer {
     let (question, waiting) = Question::new(Duration::ZERO);
     // However this ends, `waiting` is dropped then.
     let _ = BACKGROUND.send((Box::new(work), waiting));
-    Ok(question.answer()?.unwrap_or_else(|work| work()))
+    match question.answer() {
+        Ok(done) => done.unwrap_or_else(|work| work()),
+        Err(_) => panic!("what was to be done in the background panicked"),
+    }
 }
 
 /// The world that this program runs in, as opposed to the one of the simulation.
@@ -4110,12 +4124,7 @@ fn answer_message(body: &[u8]) -> Result<Answer, Work> {
         Ok(envelope) if own() == Some(&envelope.to) && port_of(&envelope.from).is_some() => {
             let is_short = envelope.message.is_short();
             let work = move || Answer::message(&Live.with(|node| node.receive(envelope)));
-            let in_vain = |_| Outcome::MainDown.answer(Vocabulary::Form, "POST");
-            if is_short {
-                Ok(work())
-            } else {
-                Err(Box::new(move || in_background(move || Ok(work())).unwrap_or_else(in_vain)))
-            }
+            if is_short { Ok(work()) } else { Err(Box::new(move || in_background(move || Ok(work())))) }
         }
         _ => Ok(Outcome::BadRequest.answer(Vocabulary::Form, "POST")),
     }
@@ -4915,6 +4924,10 @@ mod peers {
                 builder = builder.try_header("Content-Type", &self.content_type)?;
             }
             let (status, headers, reader) = builder.bytes(&self.body).send()?.split();
+            if status.is_informational() || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
+                // It is no answer to such a request.
+                return Err(io::Error::from(io::ErrorKind::InvalidData).into());
+            }
             let value = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
             let mut body = Vec::new();
             let length = reader.take(MAX_ANSWER).read_to_end(&mut body)?;
@@ -7429,7 +7442,7 @@ mod tests {
         let wrong = ["PORT=abc", "PORT=0", "PORT=65536", "PORT=+1", "IP=localhost", "FORWARDING_ADDRESS=nohost"];
         let wrong_too =
             ["MAINIP=a:b", "ADDRESS=[::1:80", "VIEW=a:1", "ADDRESS=a:1 VIEW=a:1,a:1", "ADDRESS=a:1 VIEW=a:1,b"];
-        for setting in wrong.into_iter().chain(wrong_too).chain(["ADDRESS=a:1 FORWARDING_ADDRESS=b:1 VIEW=a:1"]) {
+        for setting in wrong.into_iter().chain(wrong_too).chain(["ADDRESS=a:1 FORWARDING_ADDRESS=b:1 SECRET=x"]) {
             assert!(read(setting).is_err(), "{setting}");
         }
         for (setting, listen) in [
@@ -7437,7 +7450,7 @@ mod tests {
             ("PORT= IP=", "0.0.0.0:8080"),
             ("PORT=9 IP=::1", "[::1]:9"),
             ("ADDRESS=n:99", "0.0.0.0:99"),
-            ("ADDRESS=n:99 PORT=5 VIEW=a:1,n:99", "0.0.0.0:5"),
+            ("ADDRESS=n:99 PORT=5 VIEW=a:1,N:99 REPL_FACTOR=2", "0.0.0.0:5"),
             ("FORWARDING_ADDRESS=[::1]:80", "0.0.0.0:8080"),
         ] {
             assert_eq!(read(setting).map(|settings| settings.listen.to_string()), Ok(listen.to_string()), "{setting}");

@@ -217,6 +217,8 @@ test_form_vocabulary() { # INSTANCE
   expect "$p the other vocabulary reads it" '200 {"doesExist":true,"message":"Retrieved successfully","value":"baz"}' "$i" GET /kv-store/keys/foo
   expect "$p PUT without a value" "$(form_error 403 'No value provided')" "$i" PUT /kv-store/foo
   expect "$p PUT with another field" "$(form_error 403 'No value provided')" "$i" PUT /kv-store/foo -d value=1
+  expect "$p PUT with a body that is no form" "$(form_error 403 'No value provided')" "$i" PUT /kv-store/foo -H 'Content-Type: text/html' -d val=bar
+  expect "$p PUT with a form in parts" "$(form_error 403 'No value provided')" "$i" PUT /kv-store/foo -F val=bar
   expect "$p PUT with a key that is not valid" "$(form_error 403 'Key not valid')" "$i" PUT /kv-store/f-oo -d val=bar
   expect "$p the key is checked before the value" "$(form_error 403 'Key not valid')" "$i" PUT /kv-store/f-oo
   expect "$p PUT with a value that is not UTF-8" "$(form_error 403 'Value is not valid UTF-8')" "$i" PUT /kv-store/foo -d val=%ff
@@ -279,7 +281,7 @@ test_json_values() { # INSTANCE
     expect "JSON, $1: ... in the other vocabulary too" "200 {\"result\":\"Success\",\"value\":$back}" "$1" GET /kv-store/v
     expect "JSON, $1: ... and goes" '200 {"doesExist":true,"message":"Deleted successfully"}' "$1" DELETE /kv-store/keys/v
   done
-  for value in '"\ud800"' '"a\udc00b"'; do
+  for value in '"\ud800"' '"a\udc00b"' '["\ud83d\ude00","\ud800"]' '{"\udc00":1}'; do
     expect "JSON, $1: half a surrogate pair: $value" "$(json_error 400 'Value is not valid UTF-8' PUT)" "$1" PUT /kv-store/keys/v "${json[@]}" -d "{\"value\":$value}"
   done
   # (Bytes that are no UTF-8 are sent from a file: that is the same on every system.)
@@ -1261,8 +1263,9 @@ test_settings() {
   refused "an address that is none" 2 ADDRESS=:8080
   refused "a view without an address" 2 VIEW=a:1,b:1
   refused "a view beside a main instance" 2 VIEW=a:1 ADDRESS=a:1 FORWARDING_ADDRESS=b:1
+  refused "a factor beside a main instance" 2 REPL_FACTOR=1 ADDRESS=a:1 FORWARDING_ADDRESS=b:1
   refused "a view with an address that is none" 2 VIEW=a:1,b ADDRESS=a:1
-  refused "a view that names a node twice" 2 VIEW=a:1,a:1 ADDRESS=a:1
+  refused "a view that names a node twice" 2 VIEW=a:1,A:1 ADDRESS=a:1
   refused "an address that this machine does not have" 1 IP=192.0.2.1
   check "settings: a secret without an address, not shown" "status 2, 1 line" "$("run_$mode" SECRET=sesame | grep -v sesame | awk '/SECRET=/ { n++ } END { print $0 ", " n " line" }')"
   check "settings: a secret with a space" "status 2, 1 line" "$("run_$mode" ADDRESS=a:1 "SECRET=open sesame" | grep -v sesame | awk '/SECRET=/ { n++ } END { print $0 ", " n " line" }')"
