@@ -5525,6 +5525,9 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
         Role::Node(address) => format!("node {address} of {}", view.join(",")),
     };
     check_files();
+    // What is large goes back to the system when it is freed, however much of it there was: the allocator would keep it (mallopt(3)).
+    // SAFETY: mallopt has no preconditions.
+    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10) };
     start_worker();
     may::go!(|| {
         loop {
