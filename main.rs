@@ -2252,6 +2252,9 @@ mod node {
         /// The highest stamp given or seen.
         clock: u64,
         pulls: Vec<Pull>,
+        /// The spans that it had not got when it adopted its table. As long as that is not settled, it may be asked for what it owns no
+        /// more.
+        lacks: Vec<Span>,
         is_pulling: bool,
         /// How often it has dropped all that it had.
         drops: u64,
@@ -2402,7 +2405,9 @@ mod node {
 
         /// Whether this node is whole for a key or a range: it owns it or has kept it, and has no pull over it.
         fn is_whole_for(&self, span: Span) -> bool {
-            !self.pulls.iter().any(|pull| pull.span().overlaps(&span))
+            let owns = self.table.as_ref().is_some_and(|table| Some(table.shard_at(span.first)) == self.shard);
+            let has_kept = !self.lacks.iter().any(|lack| lack.overlaps(&span));
+            (owns || has_kept) && !self.pulls.iter().any(|pull| pull.span().overlaps(&span))
         }
 
         /// R2: gives records of a range in the order of hashes. What all owners have taken is dropped here: each request acknowledges the
@@ -2526,11 +2531,12 @@ mod node {
                 self.drops += 1;
                 self.drop_records(ALL);
                 self.unstable.clear();
+                self.lacks = vec![ALL];
             }
-            let open: Vec<Span> = self.pulls.iter().map(Pull::span).collect();
+            self.lacks.extend(self.pulls.iter().map(Pull::span));
             self.shard = table.shard_of(&self.own);
             self.table = Some(table.clone());
-            self.pulls = self.pulls_by(&table, keeps, &open);
+            self.pulls = self.pulls_by(&table);
             // What the other replicas have is to be found out.
             self.lagging = self.others().into_iter().map(|node| (node, 0)).collect();
             self.peers.values_mut().for_each(|peer| peer.failures += 1);
@@ -2551,13 +2557,13 @@ mod node {
             true
         }
 
-        /// What this node has to pull by a table; `open` are the spans that it had pulls over by the one before.
-        fn pulls_by(&self, table: &Table, keeps: bool, open: &[Span]) -> Vec<Pull> {
+        /// What this node has to pull by a table.
+        fn pulls_by(&self, table: &Table) -> Vec<Pull> {
             let mut pulls = Vec::new();
             for (span, range) in
                 table.spans().filter(|(_, range)| self.shard.is_some() && Some(range.shard) == self.shard)
             {
-                let has_it = keeps && !open.iter().any(|it| it.overlaps(&span));
+                let has_it = !self.lacks.iter().any(|lack| lack.overlaps(&span));
                 let pull = |group: Vec<String>, has_it, is_source| Pull {
                     range: span.first,
                     left: span,
@@ -2569,7 +2575,7 @@ mod node {
                 for group in &range.sources {
                     pulls.push(pull(group.clone(), has_it && group.contains(&self.own), true));
                 }
-                if !keeps {
+                if !has_it {
                     pulls.push(pull(self.others(), false, false));
                 }
             }
@@ -2838,6 +2844,7 @@ mod node {
                 return;
             }
             self.pulls.retain(|pull| !pull.is_source);
+            self.lacks.clear();
             let (Some(table), own) = (self.table.clone(), self.shard) else { return };
             table.spans().filter(|(_, range)| Some(range.shard) != own).for_each(|(span, _)| self.drop_records(span));
         }
