@@ -4174,7 +4174,7 @@ mod peers {
     use subtle::ConstantTimeEq;
     use url::{Position as Part, Url};
 
-    use crate::connections::{take_turn, waiting_stream};
+    use crate::connections::{set_option, take_turn, waiting_stream};
     use crate::replication::Lost;
     use crate::{Answer, CLOSE, Origin, Outcome, Parsed, RELAYED, RELAYED_IN_VAIN, Request, SETTINGS, Vocabulary};
     use crate::{answer_or_defer, lock, own, pause, random, say};
@@ -4433,6 +4433,9 @@ mod peers {
         let mut served = 0;
         let mut read = || {
             asked.wait_for_message(true)?;
+            // What is read is acknowledged at once: the other side sends no second small packet before that (RFC 896), and nothing goes
+            // back on this connection that could carry it along. (The kernel forgets this setting.)
+            set_option(socket, libc::IPPROTO_TCP, libc::TCP_QUICKACK, 1);
             let message: Option<(u64, Request)> = read_message(&mut body).ok()?;
             asked.wait_for_message(false)?;
             if let Some((number, request)) = message {
@@ -5498,7 +5501,7 @@ mod connections {
         set_option(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, 1);
     }
 
-    fn set_option(socket: &TcpStream, level: libc::c_int, name: libc::c_int, value: libc::c_int) {
+    pub fn set_option(socket: &TcpStream, level: libc::c_int, name: libc::c_int, value: libc::c_int) {
         let (value, size) = (&value as *const libc::c_int, size_of::<libc::c_int>() as libc::socklen_t);
         // SAFETY: setsockopt reads an int, which outlives the call.
         unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, value.cast(), size) };

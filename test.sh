@@ -2899,7 +2899,7 @@ sanitize() {
   [ -z "$(ended_of main follower n1 n2 n3)" ] || kill -- "-$load"
   check "sanitize: all instances live after $SANITIZE_SECONDS s" "" "$(ended_of main follower n1 n2 n3 | sed "s/$/ ended after $((($(now) - began) / 1000)) s/")"
   wait "$load"
-  check "sanitize: the load ran to its end" "0, 17 clients" "$?, $(wc -l <"$work/load") clients"
+  check "sanitize: the load ran to its end" "0, 20 clients" "$?, $(wc -l <"$work/load") clients"
   while read -r kind count; do check_that "sanitize: clients were at work: $kind" "$count > 0"; done <"$work/load"
   for instance in main follower n1 n2 n3; do check "sanitize: $instance answers" 200 "$(status_of "$instance" GET /kv-store)"; done
   check "sanitize: nothing was found" "" "$(grep -h -A 12 'ERROR: AddressSanitizer' "$work"/asan.*)"
