@@ -2055,8 +2055,8 @@ mod node {
     #[derive(Clone, Debug, Serialize, Deserialize)]
     pub enum Message {
         Meet(Status),
-        /// Take part in a change that makes this version, of this store; nothing comes of it any more.
-        Lock(Version, u64),
+        /// Take part in a change that makes this version; nothing comes of it any more.
+        Lock(Version),
         Release(Version),
         /// Under that lock: where would cuts leave so many of the highest keys above them?
         Survey(Version, Vec<usize>),
@@ -2924,7 +2924,7 @@ mod node {
                     }
                     Reply::Met(self.status(), newer)
                 }
-                Message::Lock(version, store) => self.lock(&from, version, store),
+                Message::Lock(version) => self.lock(&from, version),
                 Message::Release(version) => {
                     self.release(version);
                     Reply::Done
@@ -3137,14 +3137,14 @@ mod node {
         }
 
         /// Grants a lock: above every table and lock that it knows, while no other coordinator's is fresh.
-        fn lock(&mut self, from: &str, version: Version, store: u64) -> Reply {
+        fn lock(&mut self, from: &str, version: Version) -> Reply {
             let highest = self.promise.version.max(self.version().unwrap_or_default());
             if self.is_locked() && self.promise.version.coordinator != version.coordinator {
                 return Reply::Busy;
             } else if version <= highest && version != self.promise.version {
                 return Reply::Outdated(highest);
             }
-            let joining = Some(from.to_owned()).filter(|_| self.is_alone() && store != self.store());
+            let joining = Some(from.to_owned()).filter(|from| self.is_alone() && *from != self.own);
             self.promise = Promise { version, granted: Some(self.now), joining };
             Reply::Locked(self.status())
         }
@@ -3762,9 +3762,7 @@ mod membership {
             let mut granted = Granted::new();
             let (lowest, rest) = nodes.split_at(1);
             for group in [lowest, rest] {
-                for (name, reply) in
-                    group.iter().zip(ask(self.world, group, Message::Lock(self.version, self.base.store)).await)
-                {
+                for (name, reply) in group.iter().zip(ask(self.world, group, Message::Lock(self.version)).await) {
                     match reply {
                         Some(Reply::Locked(status)) => drop(granted.insert(name.clone(), status)),
                         Some(Reply::Outdated(newest)) => {
@@ -4592,10 +4590,13 @@ mod peers {
 
         /// Begins to ask: what others are asked meanwhile goes on beside it.
         pub fn begin(self: Arc<Peer>, mut request: Request, patience: Duration) -> Result<Question, Lost> {
-            if request.via.split(',').any(|hop| hop.trim() == *VIA) {
-                return Err(Lost { was_sent: false });
+            // (What nodes say to one another is not passed on.)
+            if request.origin != Origin::Message {
+                if request.via.split(',').any(|hop| hop.trim() == *VIA) {
+                    return Err(Lost { was_sent: false });
+                }
+                request.via = if request.via.is_empty() { VIA.clone() } else { format!("{}, {}", request.via, *VIA) };
             }
-            request.via = if request.via.is_empty() { VIA.clone() } else { format!("{}, {}", request.via, *VIA) };
             let (question, waiting) = Question::new(patience);
             let mut traffic = lock(&self.traffic);
             traffic.last_number += 1;
@@ -6775,9 +6776,9 @@ mod simulation {
             if self.state.borrow().factor > 1 {
                 return self.check_replicas(&members);
             }
-            // A node that has left learns of it when the last lock is old.
+            // A lock that comes late keeps a node from answering, or from learning that it has left.
             let lease = self.state.borrow().lease;
-            self.for_a_while(lease, |_| {});
+            self.for_a_while(Duration::from_secs(9) + lease, |_| {});
             let before: Vec<usize> = self.state.borrow().history.iter().map(Vec::len).collect();
             for machine in members {
                 (0..KEYS).for_each(|key| self.ask(self.there(machine), key, Did::Get));
