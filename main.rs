@@ -2131,8 +2131,9 @@ mod node {
     /// How long a lock keeps off other coordinators, and how long its own may use it.
     pub const LEASE: Duration = Duration::from_secs(10);
     pub const USE_OF_LEASE: Duration = Duration::from_secs(8);
-    /// A node that met nobody for this long was asleep, and meets others before it answers.
-    const ASLEEP: Duration = Duration::from_millis(2500);
+    /// A node that met nobody for this long was asleep, and meets others before it answers. (They let it go no sooner: its stream ends
+    /// 1.25 s after a beat at the earliest, and then it does not answer a meeting for 0.7 s.)
+    const ASLEEP: Duration = Duration::from_millis(1500);
     const WAKING: Duration = Duration::from_secs(1);
     /// For how many rounds all nodes of a first view must have been up before it counts: a second.
     const FIRST: u32 = 5;
@@ -2598,7 +2599,7 @@ mod node {
             self.clock = ((above >> NODE_BITS) + 1) << NODE_BITS | bits_of(&self.own) as u64;
             record.set_stamp(self.clock);
             self.in_flight.insert(self.clock);
-            let mut kept = self.unstable_part(context);
+            let mut kept = context.clone();
             kept.table = self.version().filter(|_| !self.settled).max(kept.table);
             let old = self.store_record(hash, record.clone(), kept);
             (Write { hash, record, drops: self.drops }, old)
@@ -2762,7 +2763,7 @@ mod node {
         // -- R7 causal contexts
 
         fn context_of(&self, record: &Record) -> Context {
-            self.unstable.get(&record.stamp()).map_or(Context::default(), |(_, context)| self.unstable_part(context))
+            self.unstable.get(&record.stamp()).map_or(Context::default(), |(_, context)| context.clone())
         }
 
         /// What of a context is not stable. Of nodes that the table does not name, one member says as much as many.
