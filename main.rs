@@ -4438,7 +4438,8 @@ mod peers {
         let Some(asked) = asked.filter(|asked| asked.knows_secret == knows_secret) else {
             return drop(socket.shutdown(Shutdown::Both));
         };
-        lock(&asked.state).questions = socket.try_clone().ok();
+        let Ok(questions) = socket.try_clone() else { return drop(socket.shutdown(Shutdown::Both)) };
+        lock(&asked.state).questions = Some(questions);
         let mut served = 0;
         let mut read = || {
             asked.wait_for_message(true)?;
@@ -4694,7 +4695,9 @@ mod peers {
             }
             let (reader, mut answers) = (self.clone(), BufReader::with_capacity(BATCH, answers));
             thread::Builder::new().spawn(move || {
-                while let Ok(batch) = read_batch(&mut answers) {
+                while let Ok(batch) = read_batch(&mut answers)
+                    && lock(&reader.traffic).is_written_by(stream)
+                {
                     reader.deliver(batch);
                 }
                 reader.end_stream(stream);
@@ -5194,14 +5197,15 @@ mod connections {
             } else if request.oversized {
                 return self.refuse(refusal_of_oversized(request), false);
             }
-            let room = (framing.length > LARGE_BODY).then(|| self.wait_for_room(framing.length));
+            let is_kept = request.wants_body(framing.length);
+            let room = (is_kept && framing.length > LARGE_BODY).then(|| self.wait_for_room(framing.length));
             if framing.expects_continue {
                 // (RFC 9110 section 10.1.1)
                 self.client().output.borrow_mut().extend(b"HTTP/1.1 100 Continue\r\n\r\n");
                 self.flush();
             }
             if framing.length > 0 {
-                let body = request.wants_body(framing.length).then_some(&mut request.body);
+                let body = is_kept.then_some(&mut request.body);
                 if !self.read_body(parsed.body(), framing.length, body) {
                     // What it sent before is answered.
                     self.flush();
@@ -5226,7 +5230,9 @@ mod connections {
                 // That may take long, and what was asked before is answered.
                 self.flush();
                 self.client().active.set(None);
-                work()
+                let answer = work();
+                self.client().note_activity();
+                answer
             })
         }
 
@@ -5325,6 +5331,7 @@ mod connections {
             if self.client().has_ended.get() || stream.and_then(|mut stream| stream.write_all(bytes)).is_err() {
                 self.end();
             }
+            self.client().note_activity();
         }
 
         /// Answers a request whose end is not known or not worth reading up to it.
@@ -5567,6 +5574,7 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
     let _ = keep_stderr();
     // Its thread is started here, and not under the node's lock when there is something for it.
     LazyLock::force(&LEFTOVERS);
+    LazyLock::force(&BACKGROUND);
     repeat(Duration::ZERO, wake_sleepers);
     repeat(Duration::from_millis(100), peers::watch_peers);
     repeat(peers::BEAT, peers::beat);

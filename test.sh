@@ -387,6 +387,7 @@ test_http() { # INSTANCE
   expect_raw "$p a chunked body after a request" "$found $length" "$i" "$get\r\n${put}Transfer-Encoding: chunked\r\n\r\n5\r\nval=2\r\n0\r\n\r\n"
   expect_raw "$p chunked and a length" "$length" "$i" "${put}Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nval=2\r\n0\r\n\r\n"
   expect_raw "$p pipelined requests, the last one closes" "$found $set $found $found" "$i" "$get\r\n${put}Content-Length: 5\r\n\r\nval=1$get\r\n$end"
+  check "$p a body of 70 MB on GET" 404 "$(head -c 70000000 /dev/zero | status_of "$i" GET /kv-store/none --data-binary @-)"
   expect_raw "$p bodies on GET and DELETE" "$found $gone $found" "$i" "${get}Content-Length: 5\r\n\r\nval=2DELETE /kv-store/none HTTP/1.1\r\nContent-Length: 5\r\n\r\nval=2$end"
   expect_raw "$p HTTP/1.0" "$found" "$i" 'GET /kv-store/h HTTP/1.0\r\n\r\n'
   expect_raw "$p HTTP/1.0 that wants to stay is closed all the same" "$found" "$i" 'GET /kv-store/h HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n'
