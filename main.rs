@@ -63,7 +63,7 @@ use url::Url;
 
 use connections::{BATCH, CONNECTIONS, MAX_CONNECTIONS, OTHER_FILES, Server};
 use membership::{answer_view_change, count_keys, describe_shards, keep_in_touch, run};
-use node::{Context, Envelope, Later, Message, Node, Place, Reply, Write as NodeWrite, node_of};
+use node::{Context, Envelope, Later, Message, Node, Place, Reply, node_of};
 use peers::{ANSWER_LIMIT, PATIENCE, Peer, Question, STREAM, Waiting, knows_secret};
 use records::{Garbage, Record, hash_of};
 use replication::{Lost, World};
@@ -1285,9 +1285,9 @@ struct KeyRequest {
 enum Tried {
     Done(Outcome, Option<Context>),
     /// A record was written, which the other replicas are to have before this is answered.
-    Written(NodeWrite, Outcome),
-    /// Another node is to be asked.
-    Elsewhere(String),
+    Written(Record, Outcome),
+    /// These nodes have the key; the first one is to be asked first.
+    Elsewhere(Vec<String>),
     /// A node of each of these groups has to give the key first: to answer at all, or to answer what the context asks for.
     Needs(Vec<Vec<String>>),
     NeedsForContext(Vec<Vec<String>>),
@@ -1307,8 +1307,8 @@ impl KeyRequest {
         match node.place(self.hash) {
             Place::Here => {}
             // What another node passed on is not passed on again.
-            Place::Node(_) | Place::Unknown if is_passed_on => return Tried::Done(Outcome::Elsewhere, None),
-            Place::Node(owner) => return Tried::Elsewhere(owner),
+            Place::There(_) | Place::Unknown if is_passed_on => return Tried::Done(Outcome::Elsewhere, None),
+            Place::There(nodes) => return Tried::Elsewhere(nodes),
             Place::Unknown => return Tried::Unknown,
         }
         if let Some(context) = &mut self.context {
@@ -1351,13 +1351,13 @@ impl KeyRequest {
                 return Tried::Done(found.map_or(Outcome::Missing, Outcome::Found), after);
             }
         };
-        let (write, _) = node.write(self.hash, record, &known);
-        match node.lacking(&write, &BTreeMap::new()) {
+        let record = node.write(self.hash, record, &known);
+        match node.lacking(&record, &BTreeMap::new()) {
             Ok(lacking) if lacking.is_empty() => {
-                let after = self.context.as_ref().map(|context| node.context_after(context, Some(&write.record)));
+                let after = self.context.as_ref().map(|context| node.context_after(context, Some(&record)));
                 Tried::Done(outcome, after)
             }
-            _ => Tried::Written(write, outcome),
+            _ => Tried::Written(record, outcome),
         }
     }
 
@@ -1376,8 +1376,8 @@ impl KeyRequest {
         loop {
             let retry = match tried {
                 Tried::Done(outcome, context) => return self.render(outcome, &context),
-                Tried::Written(write, outcome) => return self.acknowledge(world, write, outcome, deadline).await,
-                Tried::Elsewhere(owner) => match self.pass_on(world, owner, deadline).await {
+                Tried::Written(record, outcome) => return self.acknowledge(world, record, outcome, deadline).await,
+                Tried::Elsewhere(nodes) => match self.pass_on(world, nodes, deadline).await {
                     // Its table is not ours: one of us learns which is newer.
                     (owner, Some(answer)) if answer.status == 421 => {
                         membership::meet(world, &owner).await;
@@ -1440,32 +1440,31 @@ impl KeyRequest {
     }
 
     /// Answers for a record that was written here, as soon as the other replicas have it.
-    async fn acknowledge(&self, world: &impl World, write: NodeWrite, outcome: Outcome, deadline: Duration) -> Answer {
-        if let Err(missing) = replication::replicate(world, &write, deadline).await {
+    async fn acknowledge(&self, world: &impl World, record: Record, outcome: Outcome, deadline: Duration) -> Answer {
+        if let Err(missing) = replication::replicate(world, &record, deadline).await {
             return self.render_down(&missing);
         }
-        let after =
-            self.context.as_ref().map(|context| world.with(|node| node.context_after(context, Some(&write.record))));
+        let after = self.context.as_ref().map(|context| world.with(|node| node.context_after(context, Some(&record))));
         self.render(outcome, &after)
     }
 
-    /// Takes a client's request to a node that has its key: to `owner` first, and to other replicas as long as it cannot have
-    /// taken effect. Returns who answered, or who did not.
-    async fn pass_on(&self, world: &impl World, mut owner: String, deadline: Duration) -> (String, Option<Answer>) {
-        let (is_read, mut asked) = (self.request.verb == "GET", Vec::new());
+    /// Takes a client's request to the nodes that have its key, one after the other as long as it cannot have taken effect. Returns who
+    /// answered, or who did not.
+    async fn pass_on(&self, world: &impl World, mut nodes: Vec<String>, deadline: Duration) -> (String, Option<Answer>) {
+        let is_read = self.request.verb == "GET";
+        nodes.reverse();
+        let mut owner = nodes.pop().unwrap_or_default();
         loop {
-            asked.push(owner.clone());
-            let (store, life, now, another) = world
-                .with(|node| (node.store(), node.incarnation_of(&owner), node.now, node.another(self.hash, &asked)));
-            let limit = if another.is_some() && is_read { NEXT_REPLICA } else { PATIENCE };
+            let (store, now) = world.with(|node| (node.store(), node.now));
+            let limit = if is_read && !nodes.is_empty() { NEXT_REPLICA } else { PATIENCE };
             let passed_on = Request { origin: Origin::Node(store), ..self.request.clone() };
             let lost = match world.relay(&owner, passed_on, deadline.saturating_sub(now).min(limit)).await {
                 Ok(answer) => return (owner, Some(answer)),
                 Err(lost) => lost,
             };
-            world.with(|node| node.note_silence(&owner, life));
-            match another.filter(|_| is_read || !lost.was_sent) {
-                Some(another) => owner = another,
+            world.with(|node| node.note_silent(&owner, true));
+            match nodes.pop().filter(|_| is_read || !lost.was_sent) {
+                Some(next) => owner = next,
                 None => return (owner, None),
             }
         }
@@ -2028,8 +2027,6 @@ mod node {
         pub incoming: Vec<String>,
         pub is_ready: bool,
         pub clock: u64,
-        /// The highest lock that it granted, and whether another coordinator's is in its way.
-        pub promised: Version,
         /// What it knows of all nodes' stability, in the order of the view.
         pub stable_at: Vec<u64>,
         /// Its `VIEW` and `REPL_FACTOR` as long as it is blank and has heard of no table, and for how many rounds it has been up.
@@ -2131,9 +2128,10 @@ mod node {
     /// How long a lock keeps off other coordinators, and how long its own may use it.
     pub const LEASE: Duration = Duration::from_secs(10);
     pub const USE_OF_LEASE: Duration = Duration::from_secs(8);
-    /// A node that met nobody for this long was asleep, and meets others before it answers. (They let it go no sooner: its stream ends
-    /// 1.25 s after a beat at the earliest, and then it does not answer a meeting for 0.7 s.)
+    /// A node that did nothing for this long was asleep: a running one meets others several times a second. (They let it go no sooner:
+    /// its stream ends 1.25 s after a beat at the earliest, and then it does not answer a meeting for 0.7 s.)
     const ASLEEP: Duration = Duration::from_millis(1500);
+    /// For how long it tries to meet somebody before it answers.
     const WAKING: Duration = Duration::from_secs(1);
     /// For how many rounds all nodes of a first view must have been up before it counts: a second.
     const FIRST: u32 = 5;
@@ -2144,7 +2142,8 @@ mod node {
     #[derive(Debug, PartialEq)]
     pub enum Place {
         Here,
-        Node(String),
+        /// At these nodes, the best one to ask first.
+        There(Vec<String>),
         /// This node goes by no table yet, or cannot tell whether its table is still good.
         Unknown,
     }
@@ -2200,15 +2199,12 @@ mod node {
         is_reconciling: bool,
         /// How often it was noted that it may lack something.
         failures: u64,
-        /// When it was last its turn to be met.
-        turn: u32,
     }
 
     /// What a node does beside whoever makes it do so.
     #[derive(Clone, Debug)]
     pub enum Activity {
         Meet(String),
-        Start(Vec<String>),
         Pull,
     }
 
@@ -2218,14 +2214,6 @@ mod node {
         pub lines: Vec<String>,
         pub garbage: Vec<Garbage>,
         pub activities: Vec<Activity>,
-    }
-
-    /// A write at this node until it is acknowledged.
-    pub struct Write {
-        pub hash: u64,
-        pub record: Record,
-        /// What the node had was dropped since if its count is another one.
-        drops: u64,
     }
 
     #[derive(Default)]
@@ -2242,9 +2230,8 @@ mod node {
         settled: bool,
         /// The nodes that have said that they go by this table and have no pulls.
         done: BTreeSet<String>,
-        /// The newest table that a blank node heard of in this round of asking, and whether it did in the last one.
+        /// The newest table that a blank node has heard of.
         heard_of: Option<Arc<Table>>,
-        has_heard: bool,
         promise: Promise,
         pub lease: Duration,
         coordinating: bool,
@@ -2258,30 +2245,27 @@ mod node {
         /// more.
         lacks: Vec<Span>,
         is_pulling: bool,
-        /// How often it has dropped all that it had.
-        drops: u64,
         /// By range, how far each taker has got, of what this node gives: all before this hash.
         given: BTreeMap<u64, BTreeMap<String, u128>>,
         /// The other replicas that may lack something: the lowest stamp of what they may lack.
         pub lagging: BTreeMap<String, u64>,
+        /// The stamps of its own writes that are not acknowledged yet.
         in_flight: BTreeSet<u64>,
         stable_at: Vec<u64>,
         /// Every replica of every shard has every write up to it.
         watermark: u64,
         peers: BTreeMap<String, Peer>,
-        /// Nodes that met this blank one.
-        knocked: BTreeSet<String>,
-        /// When the last meeting that has ended began, and since when this node has been waking up.
+        /// When the last meeting that has ended began, and when this node last woke from a sleep.
         met: Duration,
-        waking: Option<Duration>,
+        woke: Duration,
+        /// How many rounds of meetings it has begun.
         rounds: u32,
-        is_asking: bool,
     }
 
     impl Node {
         pub fn new(own: String, view: Vec<String>, factor: usize, incarnation: u64, now: Duration) -> Node {
             let (first_view, first_factor) = (view, factor);
-            Node { own, first_view, first_factor, incarnation, now, met: now, lease: LEASE, ..Node::default() }
+            Node { own, first_view, first_factor, incarnation, now, lease: LEASE, ..Node::default() }
         }
 
         fn say(&mut self, line: String) {
@@ -2350,7 +2334,7 @@ mod node {
             let shard = table.shard_at(hash);
             match Some(shard) == self.shard {
                 true => Place::Here,
-                false => Place::Node(self.pick(table.nodes_of(shard))),
+                false => Place::There(self.ranked(table.replicas(shard))),
             }
         }
 
@@ -2360,43 +2344,35 @@ mod node {
             open.map(|pull| pull.group.clone()).collect()
         }
 
-        /// One of some nodes: not a silent one, nor one that has to get keys first, if there is another.
-        fn pick<'a>(&self, nodes: impl Iterator<Item = &'a String>) -> String {
-            let rank = |node: &&String| match self.peers.get(*node) {
+        /// Some nodes in the order in which to ask them: last the silent ones (which may just be back), and before these who has to get
+        /// keys first.
+        fn ranked(&self, mut nodes: Vec<String>) -> Vec<String> {
+            nodes.sort_by_key(|node| match self.peers.get(node) {
                 Some(peer) if peer.silent => 3,
                 Some(peer) if !peer.status.is_ready => 2,
                 // The same one each time, but not for every node.
                 _ => (hash_of(node.as_bytes()) ^ self.incarnation) % 2,
-            };
-            nodes.min_by_key(rank).cloned().unwrap_or_default()
+            });
+            nodes
         }
 
-        /// Another replica that may have a key.
-        pub fn another(&self, hash: u64, asked: &[String]) -> Option<String> {
-            let table = self.table.as_ref()?;
-            let left = table.nodes_of(table.shard_at(hash)).filter(|it| !asked.contains(it) && **it != self.own);
-            // (Also a silent one: it may just be back.)
-            Some(self.pick(left)).filter(|node| !node.is_empty())
-        }
-
-        /// Whether this node goes by a table, and was not asleep: it might have missed a newer one.
+        /// Whether this node goes by a table, and that is known to be in force.
         pub fn may_answer(&self) -> bool {
-            self.table.is_some() && !self.is_asleep() && self.promise.joining.is_none()
+            self.table.is_some() && !self.is_waking() && self.promise.joining.is_none()
         }
 
-        fn is_asleep(&self) -> bool {
-            let is_late = self.now > self.met + ASLEEP && self.table.as_ref().is_some_and(|it| it.view.len() > 1);
-            is_late && self.waking.is_none_or(|since| self.now < since + WAKING)
+        /// R11: a node that has just woken up does not answer before it has met somebody: it may have been let go.
+        fn is_waking(&self) -> bool {
+            let has_others = self.table.as_ref().is_some_and(|table| table.view.len() > 1);
+            has_others && self.met < self.woke && self.now < self.woke + WAKING
         }
 
-        /// To be called whenever the time is known anew: notes that this node has slept.
+        /// To be called whenever the time is known anew.
         pub fn look_at_clock(&mut self, now: Duration) {
-            self.now = self.now.max(now);
-            if self.now <= self.met + ASLEEP {
-                self.waking = None;
-            } else {
-                self.waking.get_or_insert(self.now);
+            if now > self.now + ASLEEP {
+                self.woke = now;
             }
+            self.now = self.now.max(now);
         }
 
         pub fn note_meeting(&mut self, began: Duration) {
@@ -2423,7 +2399,7 @@ mod node {
                 return Reply::Refused;
             }
             // What is written from now on is to reach it, even if it was silent until now.
-            self.note_answer(to);
+            self.note_silent(to, false);
             let (begin, end) = (u128::from(range), u128::from(span.last) + 1);
             if Some(owned.shard) != self.shard {
                 let owners = table.replicas(owned.shard);
@@ -2534,8 +2510,8 @@ mod node {
             let named = table.lists(&self.own) || table.sources().contains(&self.own);
             let keeps = named && self.version() == Some(table.base);
             if !keeps {
-                // (What is still in flight is answered with 503: `lacking`.)
-                self.drops += 1;
+                // (These writes are answered with 503: `lacking`.)
+                self.in_flight.clear();
                 self.drop_records(ALL);
                 self.unstable.clear();
                 self.lacks = vec![ALL];
@@ -2546,7 +2522,6 @@ mod node {
             self.pulls = self.pulls_by(&table);
             // What the other replicas have is to be found out.
             self.lagging = self.others().into_iter().map(|node| (node, 0)).collect();
-            self.peers.values_mut().for_each(|peer| peer.failures += 1);
             self.stable_at = vec![0; table.view.len()];
             (self.watermark, self.settled, self.heard_of) = (0, false, None);
             self.promise.joining = None;
@@ -2593,32 +2568,30 @@ mod node {
         // -- R4 write
 
         /// R4: stores a record of a client under a new stamp, above all that this node knows and that the client has seen. It is in
-        /// flight until `lacking` says that nobody lacks it. Returns the record that it replaced.
-        pub fn write(&mut self, hash: u64, mut record: Record, context: &Context) -> (Write, Option<Record>) {
+        /// flight until `lacking` says that nobody lacks it.
+        pub fn write(&mut self, hash: u64, mut record: Record, context: &Context) -> Record {
             let above = self.clock_now().max(context.highest());
             self.clock = ((above >> NODE_BITS) + 1) << NODE_BITS | bits_of(&self.own) as u64;
             record.set_stamp(self.clock);
             self.in_flight.insert(self.clock);
             let mut kept = context.clone();
             kept.table = self.version().filter(|_| !self.settled).max(kept.table);
-            let old = self.store_record(hash, record.clone(), kept);
-            (Write { hash, record, drops: self.drops }, old)
+            self.store_record(hash, record.clone(), kept);
+            record
         }
 
         fn clock_now(&self) -> u64 {
             self.clock.max(stamp_at(self.now))
         }
 
-        fn store_record(&mut self, hash: u64, record: Record, context: Context) -> Option<Record> {
+        fn store_record(&mut self, hash: u64, record: Record, context: Context) {
             let (stamp, is_tombstone) = (record.stamp(), record.is_tombstone());
-            let old = self.records.insert(hash, record);
-            if let Some(old) = &old {
+            if let Some(old) = self.records.insert(hash, record) {
                 self.unstable.remove(&old.stamp());
             }
             if is_tombstone || !context.is_empty() {
                 self.unstable.insert(stamp, (hash, context));
             }
-            old
         }
 
         /// Takes a record of another node, if it beats what is here; says whether it did. What is stable is here, or was deleted: it is
@@ -2638,30 +2611,28 @@ mod node {
 
         /// The replicas that still lack a write, as far as they can be reached; `stored` are those that have it, and in which incarnation.
         /// Those that cannot be reached are lagging from then on. An error: this node has dropped what it wrote.
-        pub fn lacking(&mut self, write: &Write, stored: &BTreeMap<String, u64>) -> Result<Vec<String>, ()> {
-            let Some(table) = self.table.clone().filter(|_| write.drops == self.drops) else {
-                self.in_flight.remove(&write.record.stamp());
-                return Err(());
-            };
+        pub fn lacking(&mut self, record: &Record, stored: &BTreeMap<String, u64>) -> Result<Vec<String>, ()> {
+            let stamp = record.stamp();
+            let Some(table) = self.table.clone().filter(|_| self.in_flight.contains(&stamp)) else { return Err(()) };
             let (mut lacking, mut unreached) = (Vec::new(), Vec::new());
-            for node in table.nodes_of(table.shard_at(write.hash)).filter(|node| **node != self.own) {
+            for node in table.nodes_of(table.shard_at(record.hash())).filter(|node| **node != self.own) {
                 match self.peers.get(node) {
                     Some(peer) if peer.silent => unreached.push(node),
                     Some(peer) if stored.get(node) == Some(&peer.status.incarnation) => {}
                     _ => lacking.push(node.clone()),
                 }
             }
-            unreached.into_iter().for_each(|node| self.note_lagging(node, write.record.stamp()));
+            unreached.into_iter().for_each(|node| self.note_lagging(node, stamp));
             if lacking.is_empty() {
-                self.in_flight.remove(&write.record.stamp());
+                self.in_flight.remove(&stamp);
             }
             Ok(lacking)
         }
 
         /// Gives up on replicas that did not take a write in time.
-        pub fn give_up(&mut self, write: &Write, lacking: &[String]) {
-            lacking.iter().for_each(|node| self.note_lagging(node, write.record.stamp()));
-            self.in_flight.remove(&write.record.stamp());
+        pub fn give_up(&mut self, record: &Record, lacking: &[String]) {
+            lacking.iter().for_each(|node| self.note_lagging(node, record.stamp()));
+            self.in_flight.remove(&record.stamp());
         }
 
         /// A replica may lack what was written from this stamp on.
@@ -2844,8 +2815,8 @@ mod node {
 
         // -- R8 settled
 
-        /// R8: all nodes go by this table and have no pulls: sources mean nothing any more, and what this node does not own, it drops, so
-        /// that none of it comes back by a later table.
+        /// R8: all nodes of the view go by this table and have no pulls, which they end when they have heard every source. So sources mean
+        /// nothing any more, and what this node does not own, it drops, so that none of it comes back by a later table.
         pub fn settle(&mut self) {
             if std::mem::replace(&mut self.settled, true) {
                 return;
@@ -2857,9 +2828,8 @@ mod node {
         }
 
         fn look_whether_settled(&mut self) {
-            let Some(table) = self.table.clone().filter(|_| !self.settled && self.pulls.is_empty()) else { return };
-            let mut nodes = table.view.iter().chain(table.sources());
-            if nodes.all(|node| *node == self.own || self.done.contains(node)) {
+            let Some(table) = self.table.as_ref().filter(|_| !self.settled && self.pulls.is_empty()) else { return };
+            if table.view.iter().all(|node| *node == self.own || self.done.contains(node)) {
                 self.settle();
             }
         }
@@ -2870,7 +2840,7 @@ mod node {
             self.refresh_stable();
             let sums = self.sums();
             // One that has heard of a table takes up no first one.
-            let (table, is_blank) = (self.table.as_ref(), self.table.is_none() && !self.has_heard);
+            let (table, is_blank) = (self.table.as_ref(), self.table.is_none() && self.heard_of.is_none());
             Status {
                 incarnation: self.incarnation,
                 version: self.version(),
@@ -2883,7 +2853,6 @@ mod node {
                 incoming: self.incoming().into_iter().collect(),
                 is_ready: self.is_ready(),
                 clock: self.clock_now(),
-                promised: self.promise.version,
                 stable_at: self.stable_at.clone(),
                 first_view: if is_blank { self.first_view.clone() } else { Vec::new() },
                 factor: self.first_factor,
@@ -2918,10 +2887,7 @@ mod node {
                     let is_ahead = status.version > self.version();
                     self.hear(&from, &status);
                     if is_ahead {
-                        self.later.activities.push(Activity::Meet(from.clone()));
-                    }
-                    if self.table.is_none() {
-                        self.knocked.insert(from);
+                        self.later.activities.push(Activity::Meet(from));
                     }
                     Reply::Met(self.status(), newer)
                 }
@@ -2954,10 +2920,6 @@ mod node {
             }
             self.clock = self.clock.max(status.clock);
             let is_same = status.version.is_some() && status.version == self.version();
-            let has_nothing = status.version.is_none() || status.store != self.store();
-            if has_nothing && self.table.as_ref().is_some_and(|table| !table.lists(from)) {
-                self.done.insert(from.to_owned());
-            }
             if is_same {
                 for (known, told) in self.stable_at.iter_mut().zip(&status.stable_at) {
                     *known = (*known).max(*told);
@@ -2989,19 +2951,8 @@ mod node {
             self.refresh_stable();
         }
 
-        /// A node has answered.
-        pub fn note_answer(&mut self, node: &str) {
-            self.note_silent(node, false);
-        }
-
-        /// A node did not answer; `life` is its incarnation when it was asked.
-        pub fn note_silence(&mut self, node: &str, life: u64) {
-            if self.incarnation_of(node) == life {
-                self.note_silent(node, true);
-            }
-        }
-
-        fn note_silent(&mut self, node: &str, silent: bool) {
+        /// A node has answered, or has not in time.
+        pub fn note_silent(&mut self, node: &str, silent: bool) {
             let peer = self.peers.entry(node.to_owned()).or_default();
             let is_news = std::mem::replace(&mut peer.silent, silent) != silent;
             // (Of nodes that left nothing is told.)
@@ -3019,9 +2970,10 @@ mod node {
             self.members().into_iter().filter(|node| self.is_silent(node)).collect()
         }
 
-        /// Whether this is a store of one, without records: it may join another store.
+        /// Whether this is a store of one, without keys: it may join another store.
         fn is_alone(&self) -> bool {
-            self.table.as_ref().is_some_and(|table| table.view == [self.own.as_str()]) && self.records.is_empty()
+            let is_one = self.table.as_ref().is_some_and(|table| table.view == [self.own.as_str()]);
+            is_one && self.records.total().count == 0
         }
 
         /// Looks at a table that came in a reply.
@@ -3029,13 +2981,10 @@ mod node {
             if !table.is_valid() {
                 return;
             }
-            let has_granted = self.promise.version == table.version && table.lists(&self.own);
-            let Some(mine) = self.table.clone() else {
+            let Some(mine) = &self.table else {
                 let named = table.lists(&self.own) || table.sources().contains(&self.own);
                 let is_ours = named || self.first_view.iter().any(|node| node == from);
-                if has_granted {
-                    self.adopt(table);
-                } else if is_ours && self.heard_of.as_ref().is_none_or(|it| it.version < table.version) {
+                if is_ours && self.heard_of.as_ref().is_none_or(|it| it.version < table.version) {
                     self.heard_of = Some(table);
                 }
                 return;
@@ -3043,69 +2992,55 @@ mod node {
             let has_left = !mine.lists(&self.own);
             // Who has left a store follows its nodes.
             let may_join = (self.is_alone() || has_left) && table.lists(&self.own) || has_left && mine.lists(from);
-            if mine.store == table.store || has_granted || may_join {
+            if mine.store == table.store || may_join {
                 self.adopt(table);
             }
         }
 
         /// Begins a round, several times a second: meets a neighbour, a replica of the shard, every now and then another node, and, as
-        /// often, one that is silent or blank: so an idle store costs in proportion to its nodes. A blank node asks all that may know.
-        pub fn begin_round(&mut self) {
+        /// often, one that is silent or blank: so an idle store costs in proportion to its nodes. Returns the nodes that a blank one is to
+        /// ask instead: all that may know.
+        pub fn begin_round(&mut self) -> Option<Vec<String>> {
             self.rounds = self.rounds.saturating_add(1);
-            let Some(table) = self.table.clone() else { return self.begin_to_ask() };
+            let Some(table) = &self.table else { return Some(self.nodes_to_ask()) };
             let members = self.members();
             let own = table.view.iter().position(|it| *it == self.own).unwrap_or(0);
-            let mut chosen: BTreeSet<&String> = members.get(own % members.len().max(1)).into_iter().collect();
+            let in_turn = |nodes: &[String], round: u32| nodes.get(round as usize % nodes.len().max(1)).cloned();
             let is_missed = |peer: &Peer| peer.silent || peer.status.version.is_none();
-            let missed = members.iter().filter(|it| self.peers.get(*it).is_none_or(is_missed)).cloned().collect();
-            let is_open = !self.settled || self.rounds.is_multiple_of(4);
-            for group in [&self.others(), &missed, if is_open { &members } else { &missed }] {
-                // Who was not met for longest.
-                let turn = |node: &&String| self.peers.get(*node).map_or(0, |peer| peer.turn);
-                if let Some(node) = group.iter().min_by_key(turn).and_then(|it| members.iter().find(|name| *name == it))
-                {
-                    self.peers.entry(node.clone()).or_default().turn = self.rounds;
-                    chosen.insert(node);
-                }
+            let missed: Vec<String> =
+                members.iter().filter(|it| self.peers.get(*it).is_none_or(is_missed)).cloned().collect();
+            let mut chosen = BTreeSet::from_iter(in_turn(&members, own as u32));
+            chosen.extend(in_turn(&self.others(), self.rounds));
+            chosen.extend(in_turn(&missed, self.rounds));
+            if !self.settled {
+                chosen.extend(in_turn(&members, self.rounds));
+            } else if self.rounds.is_multiple_of(4) {
+                chosen.extend(in_turn(&members, self.rounds / 4));
             }
-            chosen.extend(&self.promise.joining);
-            self.later.activities.extend(chosen.into_iter().cloned().map(Activity::Meet));
+            chosen.extend(self.promise.joining.clone());
+            self.later.activities.extend(chosen.into_iter().map(Activity::Meet));
+            None
         }
 
         // -- R10 start
 
-        /// Has a blank node ask all others that may know, unless it does.
-        fn begin_to_ask(&mut self) {
-            if std::mem::replace(&mut self.is_asking, true) {
-                return;
-            }
-            if let Some(table) = self.heard_of.take() {
-                // It is to be heard of again: it may have been lost with all that went by it.
-                self.knocked.extend(table.view.iter().chain(table.sources()).cloned());
-            }
-            let all: BTreeSet<&String> = self.first_view.iter().chain(&self.knocked).collect();
-            let others = all.into_iter().filter(|node| **node != self.own).cloned().collect();
-            self.later.activities.push(Activity::Start(others));
+        fn nodes_to_ask(&self) -> Vec<String> {
+            let heard_of = self.heard_of.iter().flat_map(|table| table.view.iter().chain(table.sources()));
+            let all: BTreeSet<&String> = self.first_view.iter().chain(heard_of).collect();
+            all.into_iter().filter(|node| **node != self.own).cloned().collect()
         }
 
         /// R10: has a blank node go by a table, after a round of asking: the newest that it heard of, if more than half of its other
         /// members answered, so that a newer one would have been heard of; or the first one, if all whom its VIEW names are blank too.
         pub fn let_in(&mut self, asked: &[String], answers: &BTreeMap<String, Status>) {
-            self.is_asking = false;
-            self.has_heard = self.heard_of.is_some();
-            if self.table.is_some() {
-                return;
-            }
             let has_all = asked.iter().all(|node| answers.contains_key(node));
-            let promised =
-                answers.values().map(|status| status.promised).max().unwrap_or_default().max(self.promise.version);
             let table = match self.heard_of.clone() {
                 Some(table) => {
                     let others = table.view.iter().filter(|node| **node != self.own);
                     let (count, answered) =
                         (others.clone().count(), others.filter(|it| answers.contains_key(*it)).count());
                     let is_enough = if count == 0 { has_all } else { 2 * answered > count };
-                    Some(table).filter(|it| is_enough && (promised <= it.version || has_all))
+                    Some(table).filter(|_| is_enough)
                 }
                 None => self.first_table(answers).filter(|_| has_all),
             };
@@ -3208,7 +3143,7 @@ mod replication {
     use serde_bytes::ByteBuf;
 
     use crate::membership::meet;
-    use crate::node::{Envelope, MAX_BATCH, MAX_SPANS, Message, Node, Pull, Reply, Write};
+    use crate::node::{Envelope, MAX_BATCH, MAX_SPANS, Message, Node, Pull, Reply};
     use crate::records::{Record, Span};
     use crate::table::Version;
     use crate::{Answer, Request};
@@ -3241,19 +3176,14 @@ mod replication {
         for group in messages.chunks(SIDE_BY_SIDE) {
             let compose = |node: &mut Node| group.iter().map(|(to, it)| node.compose(to, it.clone())).collect();
             let envelopes: Vec<Envelope> = world.with(compose);
-            let lives: Vec<u64> = envelopes.iter().map(|envelope| envelope.life).collect();
             let answers = world.deliver(envelopes).await;
             world.with(|node| {
-                for (((name, _), answer), life) in group.iter().zip(&answers).zip(lives) {
-                    let Some(reply) = answer else {
-                        node.note_silence(name, life);
-                        continue;
-                    };
-                    node.note_answer(name);
-                    if let Reply::Met(status, _) | Reply::Locked(status) = reply {
+                for ((name, _), answer) in group.iter().zip(&answers) {
+                    node.note_silent(name, answer.is_none());
+                    if let Some(Reply::Met(status, _) | Reply::Locked(status)) = answer {
                         node.hear(name, status);
                     }
-                    if let Reply::Met(_, Some(table)) = reply {
+                    if let Some(Reply::Met(_, Some(table))) = answer {
                         node.consider(name, Arc::new(table.clone()));
                     }
                 }
@@ -3291,7 +3221,7 @@ mod replication {
     /// R4: has the other replicas store what was written here: all that can be reached, and whoever is to have it by a table that comes
     /// meanwhile. Only then may it be acknowledged: so it is on every replica that may answer next. The error is a node that did not
     /// take it in time: the write is not undone, but its client is not told that it was done.
-    pub async fn replicate(world: &impl World, write: &Write, deadline: Duration) -> Result<(), String> {
+    pub async fn replicate(world: &impl World, record: &Record, deadline: Duration) -> Result<(), String> {
         let (mut stored, mut by, mut blank) = (BTreeMap::new(), None, Vec::new());
         loop {
             let (version, lacking, late) = world.with(|node| {
@@ -3300,17 +3230,17 @@ mod replication {
                     stored.clear();
                     blank.clear();
                 }
-                (node.version(), node.lacking(write, &stored), node.now > deadline)
+                (node.version(), node.lacking(record, &stored), node.now > deadline)
             });
             let Ok(lacking) = lacking else { return Err(world.with(|node| node.own().to_owned())) };
             let Some(first) = lacking.first() else { return Ok(()) };
             // Who was blank when all others had it will pull it from one of these.
             if late || lacking == blank {
-                world.with(|node| node.give_up(write, &lacking));
+                world.with(|node| node.give_up(record, &lacking));
                 return if late { Err(first.clone()) } else { Ok(()) };
             }
             blank.clear();
-            let copies = vec![world.with(|node| node.copy_of(&write.record))];
+            let copies = vec![world.with(|node| node.copy_of(record))];
             let lives: Vec<u64> = world.with(|node| lacking.iter().map(|it| node.incarnation_of(it)).collect());
             let replies = ask(world, &lacking, Message::Push(copies)).await;
             let mut refused = false;
@@ -3507,21 +3437,22 @@ mod membership {
     pub async fn run(world: impl World, activity: Activity) {
         match activity {
             Activity::Meet(node) => meet_and_reconcile(&world, &node).await,
-            Activity::Start(nodes) => start(&world, nodes).await,
             Activity::Pull => pull_all(&world).await,
         }
     }
 
     // -- R11 meetings, R10 start
 
-    /// R11: meets some other nodes; a blank node asks everybody that may know what to go by. To be done several times a second: nobody
-    /// waits here for one that is silent.
+    /// R11: meets some other nodes, beside whoever calls this; a blank node asks everybody that may know what to go by. To be done several
+    /// times a second.
     pub async fn keep_in_touch(world: &impl World) {
         while world.with(|node| node.drop_stable()) {
             // Whoever waits for the lock gets it: a thread that takes it again at once would keep it.
             world.sleep(Duration::from_millis(1)).await;
         }
-        world.with(|node| node.begin_round());
+        if let Some(nodes) = world.with(|node| node.begin_round()) {
+            start(world, nodes).await;
+        }
     }
 
     pub async fn meet(world: &impl World, other: &str) -> Option<Status> {
