@@ -1226,8 +1226,7 @@ fn answer_key(request: Request) -> Result<Answer, Work> {
         Err(refusal) => return Ok(refusal.answer(vocabulary, &request.verb)),
     };
     let (hash, action, key) = (hash_of(&key), Action::of(&key, &request, vocabulary), key.into_owned());
-    let mut request =
-        KeyRequest { hash, key, request, vocabulary, action, context, got: (None, Vec::new()), is_late: false };
+    let mut request = KeyRequest { hash, key, request, vocabulary, action, context, got: Vec::new(), is_late: false };
     match Live.with(|node| (request.perform(node), node.now)) {
         (Tried::Done(outcome, context), _) => Ok(request.render(outcome, &context)),
         (tried, began) => Err(Box::new(move || block_on(request.answer(&Live, tried, began)))),
@@ -1275,8 +1274,8 @@ struct KeyRequest {
     vocabulary: Vocabulary,
     action: Action,
     context: Option<Context>,
-    /// The groups that have given the key, by this table.
-    got: (Option<Version>, Vec<Vec<String>>),
+    /// The groups of nodes that have given the key, each by the table of this version.
+    got: Vec<(Option<Version>, Vec<String>)>,
     /// Its context is not waited for any longer.
     is_late: bool,
 }
@@ -1288,11 +1287,10 @@ enum Tried {
     Written(Record, Outcome),
     /// These nodes have the key; the first one is to be asked first.
     Elsewhere(Vec<String>),
-    /// A node of each of these groups has to give the key first: to answer at all, or to answer what the context asks for.
+    /// A node of each of these groups has to give the key first.
     Needs(Vec<Vec<String>>),
-    NeedsForContext(Vec<Vec<String>>),
-    /// The context knows of a newer table.
-    Outdated,
+    /// The same, so that the answer is not older than the context; None: the context knows of a newer table.
+    NeedsForContext(Option<Vec<Vec<String>>>),
     /// This node does not know yet who has the key.
     Unknown,
 }
@@ -1318,20 +1316,18 @@ impl KeyRequest {
             // However many members it came with: those that matter are few.
             *context = node.unstable_part(context);
         }
-        if self.got.0 != node.version() {
-            self.got = (node.version(), Vec::new());
-        }
-        let left =
-            |needs: Vec<Vec<String>>| Vec::from_iter(needs.into_iter().filter(|need| !self.got.1.contains(need)));
-        let needs = left(node.pull_needs(self.hash));
+        let mut needs = node.pull_needs(self.hash);
+        needs.retain(|group| !self.got.contains(&(node.version(), group.clone())));
         if !needs.is_empty() {
             return Tried::Needs(needs);
         }
         if let Some(context) = self.context.as_ref().filter(|_| self.action.reads() && !self.is_late) {
-            match node.context_needs(self.hash, &self.key, context).map(left) {
-                Err(()) => return Tried::Outdated,
-                Ok(needs) if !needs.is_empty() => return Tried::NeedsForContext(needs),
-                Ok(_) => {}
+            let Some(mut needs) = node.context_needs(self.hash, &self.key, context) else {
+                return Tried::NeedsForContext(None);
+            };
+            needs.retain(|group| !self.got.contains(&(node.version(), group.clone())));
+            if !needs.is_empty() {
+                return Tried::NeedsForContext(Some(needs));
             }
         }
         self.perform_here(node)
@@ -1390,20 +1386,19 @@ impl KeyRequest {
                     Some(group) if world.with(|node| node.now) > deadline => return self.render_down(&group[0]),
                     missing => Duration::from_millis(if missing.is_some() { 5 } else { 0 }),
                 },
-                Tried::NeedsForContext(groups) => match self.get(world, &groups).await {
-                    Some(_) => match self.wait_for_context(world, began) {
-                        Err(refusal) => return refusal,
-                        Ok(pause) => pause,
-                    },
-                    None => Duration::ZERO,
-                },
-                Tried::Outdated => match catch_up(world, self.context.as_mut()).await {
-                    true => Duration::ZERO,
-                    false => match self.wait_for_context(world, began) {
-                        Err(refusal) => return refusal,
-                        Ok(pause) => pause,
-                    },
-                },
+                Tried::NeedsForContext(groups) => {
+                    let is_met = match groups {
+                        Some(groups) => self.get(world, &groups).await.is_none(),
+                        None => catch_up(world, self.context.as_mut()).await,
+                    };
+                    let is_late = world.with(|node| node.now) > began + CATCH_UP;
+                    if !is_met && is_late && matches!(self.action, Action::Get) {
+                        return self.render(Outcome::Unsatisfied, &self.context);
+                    }
+                    // A DELETE goes on without.
+                    self.is_late = !is_met && is_late;
+                    Duration::from_millis(if is_met || is_late { 0 } else { 50 })
+                }
                 Tried::Unknown if world.with(|node| node.now) > deadline => {
                     return self.render_down(&world.with(|node| node.missing()));
                 }
@@ -1416,25 +1411,13 @@ impl KeyRequest {
         }
     }
 
-    /// Whether to try again to get what the context asks for: with the time that the last answer takes, within a second. Then a read is
-    /// refused, and a DELETE goes on without.
-    fn wait_for_context(&mut self, world: &impl World, began: Duration) -> Result<Duration, Answer> {
-        if world.with(|node| node.now) < began + CATCH_UP {
-            return Ok(Duration::from_millis(50));
-        } else if matches!(self.action, Action::Get) {
-            return Err(self.render(Outcome::Unsatisfied, &self.context));
-        }
-        self.is_late = true;
-        Ok(Duration::ZERO)
-    }
-
     /// Gets the key from a node of each group. Some: a group of which none gave it.
     async fn get(&mut self, world: &impl World, groups: &[Vec<String>]) -> Option<Vec<String>> {
         for group in groups {
-            if !replication::get_key(world, &self.key, group).await {
-                return Some(group.clone());
+            match replication::get_key(world, &self.key, group).await {
+                Some(version) => self.got.push((Some(version), group.clone())),
+                None => return Some(group.clone()),
             }
-            self.got.1.push(group.clone());
         }
         None
     }
@@ -1450,7 +1433,12 @@ impl KeyRequest {
 
     /// Takes a client's request to the nodes that have its key, one after the other as long as it cannot have taken effect. Returns who
     /// answered, or who did not.
-    async fn pass_on(&self, world: &impl World, mut nodes: Vec<String>, deadline: Duration) -> (String, Option<Answer>) {
+    async fn pass_on(
+        &self,
+        world: &impl World,
+        mut nodes: Vec<String>,
+        deadline: Duration,
+    ) -> (String, Option<Answer>) {
         let is_read = self.request.verb == "GET";
         nodes.reverse();
         let mut owner = nodes.pop().unwrap_or_default();
@@ -2771,14 +2759,10 @@ mod node {
 
         /// R7: the nodes that must give a key before this one may answer a read by a context. A write that the context speaks of was
         /// made at a node; unless it is stable, or older than what is here of the key, that node has to be asked whether it was to this
-        /// key. An error: the context knows of a newer table.
-        pub fn context_needs(&self, hash: u64, key: &[u8], context: &Context) -> Result<Vec<Vec<String>>, ()> {
-            if context.table > self.version() {
-                return Err(());
-            }
-            let (Some(table), here) = (&self.table, self.records.get(hash, key).map_or(0, Record::stamp)) else {
-                return Err(());
-            };
+        /// key. None: the context knows of a newer table.
+        pub fn context_needs(&self, hash: u64, key: &[u8], context: &Context) -> Option<Vec<Vec<String>>> {
+            let table = self.table.as_ref().filter(|table| context.table <= Some(table.version))?;
+            let here = self.records.get(hash, key).map_or(0, Record::stamp);
             let others = self.others();
             let sources = &table.range_at(hash).sources;
             let mut needs: Vec<Vec<String>> = Vec::new();
@@ -2797,7 +2781,7 @@ mod node {
             }
             needs.sort_unstable();
             needs.dedup();
-            Ok(needs)
+            Some(needs)
         }
 
         /// A client's context after it wrote or read a record here.
@@ -3032,8 +3016,9 @@ mod node {
 
         /// R10: has a blank node go by a table, after a round of asking: the newest that it heard of, if more than half of its other
         /// members answered, so that a newer one would have been heard of; or the first one, if all whom its VIEW names are blank too.
-        pub fn let_in(&mut self, asked: &[String], answers: &BTreeMap<String, Status>) {
-            let has_all = asked.iter().all(|node| answers.contains_key(node));
+        pub fn let_in(&mut self, answers: &BTreeMap<String, Status>) {
+            // (Also those that it has only just heard of.)
+            let has_all = self.nodes_to_ask().iter().all(|node| answers.contains_key(node));
             let table = match self.heard_of.clone() {
                 Some(table) => {
                     let others = table.view.iter().filter(|node| **node != self.own);
@@ -3328,24 +3313,23 @@ mod replication {
         progress
     }
 
-    /// Gets one key from a node of each group, and merges it. False if one of them has no whole node that answers.
-    pub async fn get_key(world: &impl World, key: &[u8], group: &[String]) -> bool {
-        let Some(version) = world.with(|node| node.version()) else { return false };
+    /// Gets one key from a whole node of a group, and merges it. Returns the version by which it did; None if no such node answers.
+    pub async fn get_key(world: &impl World, key: &[u8], group: &[String]) -> Option<Version> {
+        let version = world.with(|node| node.version())?;
         let mut nodes = group.to_vec();
         world.with(|own| nodes.sort_by_key(|node| own.is_silent(node)));
         for node in nodes {
             let message = Message::GiveKey(ByteBuf::from(key));
             if let Some(Reply::Key(copy)) = ask_by(world, &node, version, message).await {
                 return world.with(|own| {
-                    let is_same = own.version() == Some(version);
-                    if let Some(copy) = copy.filter(|_| is_same) {
+                    if let Some(copy) = copy {
                         own.take(&copy, true);
                     }
-                    is_same
+                    Some(version)
                 });
             }
         }
-        false
+        None
     }
 
     // -- R5 reconcile
@@ -3430,7 +3414,7 @@ mod membership {
 
     use crate::node::{Activity, Message, Reply, Status};
     use crate::records::Span;
-    use crate::replication::{World, ask, ask_each, ask_one, pull_all, reconcile_if_due};
+    use crate::replication::{World, ask, ask_each, pull_all, reconcile_if_due};
     use crate::table::{Change, Cut, Move, Table, Version};
     use crate::{Answer, CHANGE_LIMIT, Origin, Outcome, PATIENCE, Request, Vocabulary, WantedView};
 
@@ -3455,12 +3439,17 @@ mod membership {
         }
     }
 
+    /// Meets a node: each learns by what the other one goes. None if it does not answer.
     pub async fn meet(world: &impl World, other: &str) -> Option<Status> {
-        let began = world.with(|node| node.now);
-        let message = Message::Meet(world.with(|node| node.status()));
-        let reply = ask_one(world, other, message).await;
+        meet_all(world, &[other.to_owned()]).await.pop()?
+    }
+
+    async fn meet_all(world: &impl World, nodes: &[String]) -> Vec<Option<Status>> {
+        let (began, status) = world.with(|node| (node.now, node.status()));
+        let replies = ask(world, nodes, Message::Meet(status)).await;
         world.with(|node| node.note_meeting(began));
-        if let Some(Reply::Met(status, _)) = reply { Some(status) } else { None }
+        let status = |reply| if let Some(Reply::Met(status, _)) = reply { Some(status) } else { None };
+        replies.into_iter().map(status).collect()
     }
 
     async fn meet_and_reconcile(world: &impl World, other: &str) {
@@ -3469,17 +3458,11 @@ mod membership {
         }
     }
 
-    async fn meet_all(world: &impl World, nodes: &[String]) -> Vec<Option<Status>> {
-        let message = Message::Meet(world.with(|node| node.status()));
-        let status = |reply| if let Some(Reply::Met(status, _)) = reply { Some(status) } else { None };
-        ask(world, nodes, message).await.into_iter().map(status).collect()
-    }
-
     /// R10: a round of a blank node's asking.
     async fn start(world: &impl World, nodes: Vec<String>) {
         let replies = meet_all(world, &nodes).await;
         let answers = nodes.iter().cloned().zip(replies).filter_map(|(node, reply)| Some((node, reply?))).collect();
-        world.with(|node| node.let_in(&nodes, &answers));
+        world.with(|node| node.let_in(&answers));
     }
 
     /// Waits until this node may go by its table. The error names a node that it waits for.
@@ -3542,28 +3525,25 @@ mod membership {
 
     // -- R9 view change
 
-    /// Answers a PUT of a view: changes it, or passes the request on to a node that can.
+    /// Answers a PUT of a view: changes it, or passes the request on to a node that can. One that does not answer may have changed the view
+    /// before it fell silent: to ask for the same once more does no harm.
     pub async fn answer_view_change(world: &impl World, request: &Request, wanted: &WantedView) -> Answer {
         let render = |outcome: Outcome| outcome.answer(Vocabulary::Json, &request.verb);
         if let Err(outcome) = await_table(world).await {
             return render(outcome);
         }
-        let Some(node) = better_coordinator(world, &wanted.view).await else {
-            return render(
-                change_view(world, wanted).await.map_or_else(|refusal| refusal, |changed| changed.outcome()),
-            );
-        };
-        let before = world.with(|node| node.version());
-        let passed_on = Request { origin: Origin::Node(world.with(|node| node.store())), ..request.clone() };
-        if let Ok(answer) = world.relay(&node, passed_on, CHANGE_LIMIT).await {
-            return answer;
+        let mut silent = String::new();
+        for _ in 0..2 {
+            let Some(node) = better_coordinator(world, &wanted.view).await else {
+                return render(change_view(world, wanted).await);
+            };
+            let passed_on = Request { origin: Origin::Node(world.with(|node| node.store())), ..request.clone() };
+            match world.relay(&node, passed_on, CHANGE_LIMIT).await {
+                Ok(answer) => return answer,
+                Err(_) => silent = node,
+            }
         }
-        // It may have made the change, and others know of it.
-        match look_for_change(world, before, wanted).await {
-            Some(changed) => render(changed.outcome()),
-            None if meet(world, &node).await.is_some() => render(Outcome::ChangeUnderWay),
-            None => render(Outcome::NodeDown(node)),
-        }
+        render(Outcome::NodeDown(silent))
     }
 
     /// Who should coordinate instead of this node, if anybody: a member of its table, if this one is none. And if this node is alone and
@@ -3587,27 +3567,6 @@ mod membership {
         answering.next().map(|(node, _)| node)
     }
 
-    /// How a view change ended: how many keys it moves, the shards with their replicas and shares, and who is not reached.
-    pub struct Changed {
-        moved: usize,
-        shards: Vec<(Vec<String>, usize)>,
-        unreached: Vec<String>,
-    }
-
-    impl Changed {
-        fn outcome(&self) -> Outcome {
-            let mut shards = Vec::new();
-            for (index, (nodes, count)) in self.shards.iter().enumerate() {
-                let (id, replicas) = (index + 1, nodes.join(r#"",""#));
-                let address = if nodes.len() == 1 { format!(r#""address":"{replicas}","#) } else { String::new() };
-                shards.push(format!(r#"{{"shard-id":"{id}",{address}"replicas":["{replicas}"],"key-count":{count}}}"#));
-            }
-            let (shards, nodes) = (shards.join(","), self.unreached.join(r#"",""#));
-            let unreached = if nodes.is_empty() { nodes } else { format!(r#","unreached":["{nodes}"]"#) };
-            Outcome::ViewChanged(format!(r#""moved":{},"shards":[{shards}]{unreached}"#, self.moved))
-        }
-    }
-
     /// Why an attempt to change the view came to nothing.
     enum Failure {
         Refused(Outcome),
@@ -3620,19 +3579,23 @@ mod membership {
     /// How long a node must not have answered after the change until it is not waited for any more.
     const UNREACHED: Duration = Duration::from_secs(3);
 
-    /// R9: changes the view, as the coordinator. The error is an outcome as well, and then the old view stays in force.
-    async fn change_view(world: &impl World, wanted: &WantedView) -> Result<Changed, Outcome> {
+    /// R9: changes the view, as the coordinator. If that is refused, the old view stays in force.
+    async fn change_view(world: &impl World, wanted: &WantedView) -> Outcome {
         let deadline = world.with(|node| node.now) + TRIES;
         let mut least = Version::default();
         loop {
             let begun = world.with(|node| node.begin_change(&wanted.view, wanted.force, least));
-            let Some((base, version)) = begun else { return Err(Outcome::ChangeUnderWay) };
+            let Some((base, version)) = begun else { return Outcome::ChangeUnderWay };
             let attempt = Attempt { world, base, version, wanted };
             let nodes = attempt.nodes();
             let result = attempt.run(&nodes).await;
             world.with(|node| node.end_change());
             let failure = match result {
-                Ok((table, counts)) => return Ok(spread(world, &table, counts, &nodes).await),
+                Ok((table, counts)) => {
+                    meet_all(world, &nodes).await;
+                    let unreached = await_settled(world, &table).await;
+                    return describe_change(&table, &counts, &unreached);
+                }
                 Err(failure) => failure,
             };
             ask(world, &nodes, Message::Release(version)).await;
@@ -3641,8 +3604,49 @@ mod membership {
                     least = least.max(newest).max(version);
                     world.sleep(Duration::from_millis(50)).await;
                 }
-                Failure::Refused(outcome) | Failure::Again(_, outcome) => return Err(outcome),
+                Failure::Refused(outcome) | Failure::Again(_, outcome) => return outcome,
             }
+        }
+    }
+
+    /// How a view change ended: how many keys it moves, the shards with their shares, and who is not reached.
+    fn describe_change(table: &Table, counts: &[usize], unreached: &[String]) -> Outcome {
+        let mut shards = Vec::new();
+        for (shard, count) in counts.iter().enumerate() {
+            let (id, nodes) = (shard + 1, table.replicas(shard));
+            let replicas = nodes.join(r#"",""#);
+            let address = if nodes.len() == 1 { format!(r#""address":"{replicas}","#) } else { String::new() };
+            shards.push(format!(r#"{{"shard-id":"{id}",{address}"replicas":["{replicas}"],"key-count":{count}}}"#));
+        }
+        let (shards, nodes) = (shards.join(","), unreached.join(r#"",""#));
+        let unreached = if nodes.is_empty() { nodes } else { format!(r#","unreached":["{nodes}"]"#) };
+        Outcome::ViewChanged(format!(r#""moved":{},"shards":[{shards}]{unreached}"#, table.moved))
+    }
+
+    /// Waits until a table is settled (R8). Returns the nodes that fall silent before that.
+    async fn await_settled(world: &impl World, table: &Table) -> Vec<String> {
+        let nodes: BTreeSet<&String> = table.view.iter().chain(table.sources()).collect();
+        let nodes: Vec<String> = nodes.into_iter().cloned().collect();
+        let (mut heard, mut pause) = (vec![world.with(|node| node.now); nodes.len()], 2);
+        loop {
+            let replies = meet_all(world, &nodes).await;
+            let (now, version, settled) = world.with(|node| (node.now, node.version(), node.is_settled()));
+            if settled || version != Some(table.version) {
+                // All hear of it at once.
+                meet_all(world, &nodes).await;
+                return Vec::new();
+            }
+            for (heard, reply) in heard.iter_mut().zip(replies) {
+                *heard = if reply.is_some() { now } else { *heard };
+            }
+            let is_silent = |(_, heard): &(&String, &Duration)| **heard + UNREACHED < now;
+            let silent: Vec<String> =
+                nodes.iter().zip(&heard).filter(is_silent).map(|(node, _)| node.clone()).collect();
+            if !silent.is_empty() {
+                return silent;
+            }
+            world.sleep(Duration::from_millis(pause)).await;
+            pause = (pause * 2).min(50);
         }
     }
 
@@ -3675,9 +3679,9 @@ mod membership {
             self.check_silent(&granted, &silent)?;
             let settled = self.check_granted(&granted, &silent)?;
             let change = Change::new(&self.base, &self.wanted.view, self.wanted.factor.unwrap_or(self.base.factor));
-            let speakers: Vec<Option<&String>> =
-                (0..self.base.shards.len()).map(|it| self.speaker(&granted, it)).collect();
-            let held: Vec<usize> = speakers.iter().map(|it| it.map_or(0, |it| granted[it].keys)).collect();
+            let speakers = self.speakers(&granted);
+            let mut held = vec![0; self.base.shards.len()];
+            speakers.iter().for_each(|(shard, node)| held[*shard] = granted[node].keys);
             let (moves, counts) = change.plan(&held);
             let cuts = self.survey(&change, &moves, &speakers).await?;
             let mut table = self.base.next(self.version, &change, &cuts, &silent, settled);
@@ -3779,12 +3783,16 @@ mod membership {
             }
         }
 
-        /// The replica of a shard that tells what the shard has, and where its cuts are: a whole one, if there is one.
-        fn speaker(&self, granted: &Granted, shard: usize) -> Option<&String> {
-            let answering = self.base.shards[shard].iter().map(|index| &self.base.view[*index]);
-            answering
-                .filter(|node| granted.contains_key(*node))
-                .min_by_key(|node| !is_whole_by(&self.base, &granted[*node]))
+        /// For each shard of which a replica has granted the lock, the one that tells what the shard has and where its cuts are: a whole
+        /// one, if there is one.
+        fn speakers(&self, granted: &Granted) -> Vec<(usize, String)> {
+            let mut speakers = Vec::new();
+            for shard in 0..self.base.shards.len() {
+                let answering = self.base.nodes_of(shard).filter(|node| granted.contains_key(*node));
+                let best = answering.min_by_key(|node| !is_whole_by(&self.base, &granted[*node]));
+                speakers.extend(best.map(|node| (shard, node.clone())));
+            }
+            speakers
         }
 
         /// Learns where the shards are to be cut, each from its speaker.
@@ -3792,33 +3800,29 @@ mod membership {
             &self,
             change: &Change,
             moves: &[Move],
-            speakers: &[Option<&String>],
+            speakers: &[(usize, String)],
         ) -> Result<Vec<Cut>, Failure> {
-            let of = |shard: usize| moves.iter().filter(move |(giver, ..)| *giver == shard);
+            let moves_of = |shard: usize| moves.iter().filter(move |(giver, ..)| *giver == shard);
             let mut messages = Vec::new();
-            for (shard, speaker) in speakers.iter().enumerate() {
-                let Some(speaker) = speaker else { continue };
-                let mut sum = 0;
-                let counts = of(shard).map(|(.., count)| {
-                    sum += count;
-                    sum
+            for (shard, node) in speakers {
+                let mut above = 0;
+                let counts = moves_of(*shard).map(|(.., count)| {
+                    above += count;
+                    above
                 });
-                messages.push((shard, speaker.to_string(), counts.collect()));
+                messages.push((node.clone(), Message::Survey(self.version, counts.collect())));
             }
-            let asked = messages.iter().map(|(_, node, counts): &(_, _, Vec<usize>)| {
-                (node.clone(), Message::Survey(self.version, counts.clone()))
-            });
-            let replies = ask_each(self.world, asked.collect()).await;
-            let (mut cuts, mut keys) = (Vec::new(), vec![Some(Vec::new()); speakers.len()]);
-            for ((shard, node, _), reply) in messages.into_iter().zip(replies) {
+            let replies = ask_each(self.world, messages).await;
+            let (mut cuts, mut keys) = (Vec::new(), vec![Some(Vec::new()); self.base.shards.len()]);
+            for ((shard, node), reply) in speakers.iter().zip(replies) {
                 let (places, hashes) = match reply {
                     Some(Reply::Surveyed(places, hashes)) => (places, hashes),
                     Some(_) => return Err(self.again(Outcome::ChangeUnderWay)),
-                    None => return Err(self.again(Outcome::NodeDown(node))),
+                    None => return Err(self.again(Outcome::NodeDown(node.clone()))),
                 };
-                keys[shard] = hashes;
+                keys[*shard] = hashes;
                 let mut last = u64::MAX;
-                for ((giver, receiver, _), first) in of(shard).zip(places) {
+                for ((giver, receiver, _), first) in moves_of(*shard).zip(places) {
                     if first <= last {
                         cuts.push(Cut { giver: *giver, span: Span { first, last }, receiver: *receiver });
                         last = first.saturating_sub(1);
@@ -3826,78 +3830,6 @@ mod membership {
                 }
             }
             Ok(change.deal_out_stretches(&self.base, cuts, &keys))
-        }
-    }
-
-    /// Tells all nodes of a table that is in force now, and waits until it is settled.
-    async fn spread(world: &impl World, table: &Table, counts: Vec<usize>, nodes: &[String]) -> Changed {
-        meet_all(world, nodes).await;
-        let unreached = await_settled(world, table).await;
-        let shards = (0..table.shards.len()).map(|shard| table.replicas(shard)).zip(counts).collect();
-        Changed { moved: table.moved, shards, unreached }
-    }
-
-    /// Finds out what became of a change whose coordinator does not answer any more. None if nobody goes by such a table.
-    async fn look_for_change(world: &impl World, before: Option<Version>, wanted: &WantedView) -> Option<Changed> {
-        let members = world.with(|node| node.table()).map_or(Vec::new(), |table| table.view.clone());
-        let nodes: BTreeSet<String> = wanted.view.iter().chain(&members).cloned().collect();
-        meet_all(world, &Vec::from_iter(nodes)).await;
-        let is_wanted = |table: &Arc<Table>| {
-            let same_factor = wanted.factor.is_none_or(|factor| factor == table.factor);
-            Some(table.version) > before && table.view == wanted.view && same_factor
-        };
-        let table = world.with(|node| node.table()).filter(is_wanted)?;
-        let unreached = await_settled(world, &table).await;
-        let mut shards = Vec::new();
-        for replicas in (0..table.shards.len()).map(|shard| table.replicas(shard)) {
-            let count = count_of_shard(world, &table, &replicas).await.unwrap_or(0);
-            shards.push((replicas, count));
-        }
-        Some(Changed { moved: table.moved, shards, unreached })
-    }
-
-    /// What is known of a node while the keys that a table moves arrive.
-    struct Awaited {
-        name: String,
-        is_done: bool,
-        /// When it last answered, and for whom it waited then.
-        heard: Duration,
-        needs: Vec<String>,
-    }
-
-    /// Waits until a table is settled (R8). Returns the nodes that are not reached: that have not answered for a while, and without
-    /// which nothing gets on.
-    async fn await_settled(world: &impl World, table: &Table) -> Vec<String> {
-        let now = || world.with(|node| node.now);
-        let names: BTreeSet<&String> = table.view.iter().chain(table.sources()).collect();
-        let names: Vec<String> = names.into_iter().cloned().collect();
-        let await_one = |name: &String| Awaited { name: name.clone(), is_done: false, heard: now(), needs: Vec::new() };
-        let (mut nodes, mut pause): (Vec<Awaited>, u64) = (names.iter().map(await_one).collect(), 2);
-        loop {
-            for (node, reply) in nodes.iter_mut().zip(meet_all(world, &names).await) {
-                let Some(status) = reply else { continue };
-                if status.store == table.store && status.version > Some(table.version) {
-                    return Vec::new();
-                }
-                node.is_done |= status.version == Some(table.version) && status.incoming.is_empty();
-                (node.heard, node.needs) = (now(), status.incoming);
-            }
-            let waiting: Vec<&Awaited> = nodes.iter().filter(|node| !node.is_done).collect();
-            if waiting.is_empty() || world.with(|node| node.version() == Some(table.version) && node.is_settled()) {
-                // All hear of it at once.
-                meet_all(world, &names).await;
-                return Vec::new();
-            }
-            let is_silent = |name: &String| nodes.iter().any(|it| it.name == *name && it.heard + UNREACHED < now());
-            let is_stuck =
-                |it: &&Awaited| is_silent(&it.name) || !it.needs.is_empty() && it.needs.iter().all(is_silent);
-            if waiting.iter().all(is_stuck) {
-                let named = waiting.iter().flat_map(|it| it.needs.iter().chain([&it.name]));
-                let named: BTreeSet<&String> = named.filter(|name| is_silent(name)).collect();
-                return named.into_iter().cloned().collect();
-            }
-            world.sleep(Duration::from_millis(pause)).await;
-            pause = (pause * 2).min(50);
         }
     }
 }
@@ -6867,7 +6799,7 @@ mod simulation {
         let action = Action::of(key, request, vocabulary);
         let deletions = u32::from(request.verb == "DELETE");
         there.state.borrow_mut().machines[there.machine].deleting[key_of(key)] += deletions;
-        let (hash, key_text, got) = (hash_of(key), key.to_vec(), (None, Vec::new()));
+        let (hash, key_text, got) = (hash_of(key), key.to_vec(), Vec::new());
         let request_clone = request.clone();
         let mut it = KeyRequest {
             hash,
