@@ -2139,26 +2139,21 @@ mod node {
     /// A span that this node owns and has not got yet (R2).
     #[derive(Clone, Debug)]
     pub struct Pull {
-        /// Where the range begins; and what of it has still to come.
-        pub range: u64,
-        pub left: Span,
+        pub span: Span,
+        /// All before this hash has arrived from a whole node of the group.
+        pub cursor: u128,
         /// The nodes of which a whole one has all of it; without this one.
         pub group: Vec<String>,
         /// Those that have been reconciled with.
         heard: BTreeSet<String>,
-        /// A whole node has given all.
-        pub is_answerable: bool,
         /// The table names the group as a source. (Otherwise it is the other replicas of the shard, since this node has kept nothing.)
         is_source: bool,
     }
 
     impl Pull {
-        fn covers(&self, hash: u64) -> bool {
-            self.span().contains(hash)
-        }
-
-        pub fn span(&self) -> Span {
-            Span { first: self.range, last: self.left.last }
+        /// Whether this node may answer for the whole span, as far as this pull goes.
+        pub fn is_answerable(&self) -> bool {
+            self.cursor > self.span.last.into()
         }
 
         /// The nodes that it waits for.
@@ -2233,8 +2228,8 @@ mod node {
         /// more.
         lacks: Vec<Span>,
         is_pulling: bool,
-        /// By range, how far each taker has got, of what this node gives: all before this hash.
-        given: BTreeMap<u64, BTreeMap<String, u128>>,
+        /// By range and taker, up to which hash the taker has what this node gives.
+        given: BTreeMap<(u64, String), u128>,
         /// The other replicas that may lack something: the lowest stamp of what they may lack.
         pub lagging: BTreeMap<String, u64>,
         /// The stamps of its own writes that are not acknowledged yet.
@@ -2305,6 +2300,10 @@ mod node {
             table.nodes_of(shard).filter(|node| **node != self.own).cloned().collect()
         }
 
+        fn is_replica(&self, node: &str) -> bool {
+            self.others().iter().any(|it| it == node)
+        }
+
         /// The other nodes of its table; and its sources, as long as they mean something.
         fn members(&self) -> Vec<String> {
             let Some(table) = &self.table else { return Vec::new() };
@@ -2328,7 +2327,7 @@ mod node {
 
         /// The groups of which a node must give a key before this one may answer for it.
         pub fn pull_needs(&self, hash: u64) -> Vec<Vec<String>> {
-            let open = self.pulls.iter().filter(|pull| !pull.is_answerable && pull.left.contains(hash));
+            let open = self.pulls.iter().filter(|pull| pull.span.contains(hash) && pull.cursor <= hash.into());
             open.map(|pull| pull.group.clone()).collect()
         }
 
@@ -2373,7 +2372,7 @@ mod node {
         fn is_whole_for(&self, span: Span) -> bool {
             let owns = self.table.as_ref().is_some_and(|table| Some(table.shard_at(span.first)) == self.shard);
             let has_kept = !self.settled && !self.lacks.iter().any(|lack| lack.overlaps(&span));
-            (owns || has_kept) && !self.pulls.iter().any(|pull| pull.span().overlaps(&span))
+            (owns || has_kept) && !self.pulls.iter().any(|pull| pull.span.overlaps(&span))
         }
 
         /// R2: gives records of a range in the order of hashes. What all owners have taken is dropped here: each request acknowledges the
@@ -2388,18 +2387,13 @@ mod node {
             }
             // What is written from now on is to reach it, even if it was silent until now.
             self.note_silent(to, false);
-            let (begin, end) = (u128::from(range), u128::from(span.last) + 1);
+            let end = u128::from(span.last) + 1;
             if Some(owned.shard) != self.shard {
-                let owners = table.replicas(owned.shard);
-                let takers = self.given.entry(range).or_default();
-                let all_have = |takers: &BTreeMap<String, u128>| {
-                    owners.iter().map(|it| takers.get(it).copied().unwrap_or(begin)).min().unwrap_or(begin)
-                };
-                let before = all_have(takers);
-                takers.insert(to.to_owned(), from.clamp(begin, end));
-                let after = all_have(takers);
-                if before < after {
-                    self.drop_records(Span { first: before as u64, last: (after - 1) as u64 });
+                self.given.insert((range, to.to_owned()), from.min(end));
+                let owners = table.nodes_of(owned.shard).map(|owner| self.given.get(&(range, owner.clone())).copied());
+                let taken = owners.map(Option::unwrap_or_default).min().unwrap_or_default();
+                if taken > range.into() {
+                    self.drop_records(Span { first: range, last: (taken - 1) as u64 });
                 }
             }
             if from >= end {
@@ -2443,16 +2437,14 @@ mod node {
 
         /// Takes what a node of a group gave. False if this is not pulled any more.
         pub fn arrived(&mut self, version: Version, pull: &Pull, copies: &[Copied], last: u64) -> bool {
-            let is_it = |it: &Pull| (it.range, &it.group, it.left.first) == (pull.range, &pull.group, pull.left.first);
+            let is_it = |it: &Pull| (it.span, &it.group, it.cursor) == (pull.span, &pull.group, pull.cursor);
             let Some(index) = self.pulls.iter().position(is_it).filter(|_| self.version() == Some(version)) else {
                 return false;
             };
             for copy in copies {
                 self.take(copy, true);
             }
-            let it = &mut self.pulls[index];
-            it.is_answerable = last >= it.left.last;
-            it.left.first = last.saturating_add(1).min(it.left.last);
+            self.pulls[index].cursor = u128::from(last) + 1;
             self.drop_done_pulls();
             true
         }
@@ -2460,7 +2452,7 @@ mod node {
         /// Notes that this node has what another one of a group had, for this version and incarnation.
         pub fn note_heard(&mut self, version: Version, pull: &Pull, node: &str) {
             if self.version() == Some(version) {
-                let same = self.pulls.iter_mut().filter(|it| (it.range, &it.group) == (pull.range, &pull.group));
+                let same = self.pulls.iter_mut().filter(|it| (it.span, &it.group) == (pull.span, &pull.group));
                 for it in same {
                     it.heard.insert(node.to_owned());
                 }
@@ -2474,7 +2466,7 @@ mod node {
             // One that has started again, blank or as a store of its own, has nothing for this store any more.
             let has_nothing = |peer: &Peer| peer.status.version.is_none() || peer.status.store != store;
             let matters = |node: &String| peers.get(node).is_none_or(|peer| peer.silent || !has_nothing(peer));
-            self.pulls.retain(|pull| !pull.is_answerable || pull.awaited().any(matters));
+            self.pulls.retain(|pull| !pull.is_answerable() || pull.awaited().any(matters));
             if before > 0 && self.pulls.is_empty() {
                 self.say(format!("has everything of table {}", self.version().unwrap_or_default()));
             }
@@ -2504,7 +2496,7 @@ mod node {
                 self.unstable.clear();
                 self.lacks = vec![ALL];
             }
-            self.lacks.extend(self.pulls.iter().map(Pull::span));
+            self.lacks.extend(self.pulls.iter().map(|pull| pull.span));
             self.shard = table.shard_of(&self.own);
             self.table = Some(table.clone());
             self.pulls = self.pulls_by(&table);
@@ -2535,11 +2527,10 @@ mod node {
             {
                 let has_it = !self.lacks.iter().any(|lack| lack.overlaps(&span));
                 let pull = |group: Vec<String>, has_it, is_source| Pull {
-                    range: span.first,
-                    left: span,
+                    span,
+                    cursor: if has_it { u128::from(span.last) + 1 } else { span.first.into() },
                     group: group.into_iter().filter(|node| *node != self.own).collect(),
                     heard: BTreeSet::new(),
-                    is_answerable: has_it,
                     is_source,
                 };
                 for group in &range.sources {
@@ -2587,7 +2578,8 @@ mod node {
         pub fn take(&mut self, (record, context): &Copied, by_pull: bool) -> bool {
             let (hash, stamp) = (record.hash(), record.stamp());
             self.clock = self.clock.max(stamp);
-            let is_old = stamp <= self.watermark && !(by_pull && self.pulls.iter().any(|pull| pull.covers(hash)));
+            let is_old =
+                stamp <= self.watermark && !(by_pull && self.pulls.iter().any(|pull| pull.span.contains(hash)));
             let is_beaten = self.records.get(hash, record.key()).is_some_and(|here| !record.beats(here));
             if is_old || is_beaten {
                 return false;
@@ -2625,7 +2617,7 @@ mod node {
 
         /// A replica may lack what was written from this stamp on.
         fn note_lagging(&mut self, node: &str, stamp: u64) {
-            if self.others().iter().any(|it| it == node) {
+            if self.is_replica(node) {
                 let lowest = self.lagging.entry(node.to_owned()).or_insert(stamp);
                 *lowest = stamp.min(*lowest);
                 self.peers.entry(node.to_owned()).or_default().failures += 1;
@@ -2637,7 +2629,7 @@ mod node {
         /// Whether to reconcile with a replica now: it may lack something, or its digest has differed for a while. The number is to be
         /// given back (`reconciled`).
         pub fn begin_to_reconcile(&mut self, node: &str) -> Option<u64> {
-            let is_due = self.others().iter().any(|it| it == node) && self.is_ready();
+            let is_due = self.is_replica(node) && self.is_ready();
             let (version, lags, now) = (self.version(), self.lagging.contains_key(node), self.now);
             let peer = self.peers.get_mut(node).filter(|_| is_due)?;
             let differs = peer.differs.is_some_and(|since| since + DIFFERING < now);
@@ -2777,7 +2769,7 @@ mod node {
                 needs.extend(asked.map(|node| vec![node.clone()]));
             }
             if !needs.is_empty() {
-                needs.extend(self.pulls.iter().filter(|pull| pull.covers(hash)).map(|pull| pull.group.clone()));
+                needs.extend(self.pulls.iter().filter(|pull| pull.span.contains(hash)).map(|pull| pull.group.clone()));
             }
             needs.sort_unstable();
             needs.dedup();
@@ -2846,7 +2838,7 @@ mod node {
 
         /// Whether this node can answer for all that it owns without asking others first.
         pub fn is_ready(&self) -> bool {
-            self.table.is_some() && self.pulls.iter().all(|pull| pull.is_answerable)
+            self.table.is_some() && self.pulls.iter().all(Pull::is_answerable)
         }
 
         pub fn compose(&mut self, to: &str, message: Message) -> Envelope {
@@ -2920,7 +2912,7 @@ mod node {
                 // Nothing came of it.
                 self.promise.joining = None;
             }
-            let is_replica = self.others().iter().any(|it| it == from);
+            let is_replica = self.is_replica(from);
             let differs =
                 is_replica && is_same && status.is_ready && self.is_ready() && status.digest != self.sums().digest;
             let now = self.now;
@@ -3021,10 +3013,9 @@ mod node {
             let has_all = self.nodes_to_ask().iter().all(|node| answers.contains_key(node));
             let table = match self.heard_of.clone() {
                 Some(table) => {
-                    let others = table.view.iter().filter(|node| **node != self.own);
-                    let (count, answered) =
-                        (others.clone().count(), others.filter(|it| answers.contains_key(*it)).count());
-                    let is_enough = if count == 0 { has_all } else { 2 * answered > count };
+                    let others: Vec<&String> = table.view.iter().filter(|node| **node != self.own).collect();
+                    let answered = others.iter().filter(|node| answers.contains_key(**node)).count();
+                    let is_enough = if others.is_empty() { has_all } else { 2 * answered > others.len() };
                     Some(table).filter(|_| is_enough)
                 }
                 None => self.first_table(answers).filter(|_| has_all),
@@ -3256,7 +3247,7 @@ mod replication {
             let Some(version) = version.filter(|_| !pulls.is_empty()) else { return };
             let mut progress = false;
             for pull in pulls {
-                progress |= match pull.is_answerable {
+                progress |= match pull.is_answerable() {
                     true => hear_others(world, version, &pull).await,
                     false => pull_from_group(world, version, pull).await,
                 };
@@ -3275,11 +3266,11 @@ mod replication {
                 if world.with(|own| own.is_silent(&node)) {
                     continue;
                 }
-                let (mut from, is_all) = (pull.left.first.into(), pull.left.first == pull.range);
+                let is_all = pull.cursor == pull.span.first.into();
                 loop {
-                    let message = Message::Give { range: pull.range, from, any };
+                    let message = Message::Give { range: pull.span.first, from: pull.cursor, any };
                     let Some(Reply::Given(copies, last)) = ask_by(world, &node, version, message).await else { break };
-                    if from > pull.left.last.into() {
+                    if pull.is_answerable() {
                         // It knows that all has been taken, and who gave all has nothing else.
                         if is_all {
                             world.with(|own| own.note_heard(version, &pull, &node));
@@ -3290,8 +3281,7 @@ mod replication {
                         return progress;
                     }
                     progress = true;
-                    from = u128::from(last) + 1;
-                    pull.left.first = last.saturating_add(1).min(pull.left.last);
+                    pull.cursor = u128::from(last) + 1;
                 }
             }
             if progress {
@@ -3305,7 +3295,7 @@ mod replication {
     async fn hear_others(world: &impl World, version: Version, pull: &Pull) -> bool {
         let mut progress = false;
         for node in pull.awaited().filter(|node| !world.with(|own| own.is_silent(node))) {
-            if reconcile(world, node, version, &[pull.span()], true).await.is_some() {
+            if reconcile(world, node, version, &[pull.span], true).await.is_some() {
                 world.with(|own| own.note_heard(version, pull, node));
                 progress = true;
             }
