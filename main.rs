@@ -64,8 +64,8 @@ use url::Url;
 use connections::{BATCH, CONNECTIONS, MAX_CONNECTIONS, OTHER_FILES, Server};
 use membership::{answer_view_change, count_keys, describe_shards, keep_in_touch, run};
 use node::{Context, Envelope, Later, Message, Node, Place, Reply, node_of};
-use peers::{ANSWER_LIMIT, PATIENCE, Peer, Question, STREAM, Waiting, knows_secret};
-use records::{Garbage, Record, hash_of};
+use peers::{ANSWER_LIMIT, PATIENCE, Peer, Question, STREAM, knows_secret};
+use records::{Record, hash_of};
 use replication::{Lost, World};
 use table::{Table, Version};
 
@@ -996,15 +996,12 @@ mod records {
         }
     }
 
+    /// Some records.
     #[derive(Default)]
-    struct Bucket {
+    pub struct Bucket {
         table: HashTable<Record>,
         sums: Sums,
     }
-
-    /// Records that are to be dropped by whoever has released the lock, since that may take a while.
-    #[derive(Default)]
-    pub struct Garbage(Vec<Bucket>);
 
     /// How many of a hash's upper bits choose the bucket. (The simulation starts a hundred thousand nodes, each with its buckets.)
     const BUCKET_BITS: u32 = if cfg!(test) { 8 } else { 14 };
@@ -1090,19 +1087,20 @@ mod records {
             }
         }
 
-        /// Removes the records of a span: whole buckets at once, and of those that it cuts one by one.
-        pub fn remove(&mut self, span: Span) -> Garbage {
-            let mut garbage = Garbage::default();
+        /// Removes the records of a span: whole buckets at once, and of those that it cuts one by one. They are to be dropped by whoever
+        /// has released the lock, since that may take a while.
+        pub fn remove(&mut self, span: Span) -> Vec<Bucket> {
+            let mut removed = Vec::new();
             for part in span.by_bucket() {
                 let bucket = &mut self.buckets[bucket_of(part.first)];
                 if !bucket.table.is_empty() {
                     let is_whole = part == span_of(bucket_of(part.first));
                     let gone = if is_whole { std::mem::take(bucket) } else { bucket.split_off(part) };
                     self.sums.subtract(gone.sums);
-                    garbage.0.push(gone);
+                    removed.push(gone);
                 }
             }
-            garbage
+            removed
         }
 
         /// Looks at the records of a part of one bucket.
@@ -1950,7 +1948,7 @@ mod node {
     use serde_bytes::ByteBuf;
 
     use crate::is_plain;
-    use crate::records::{ALL, Garbage, Record, Records, Span, Sums, hash_of};
+    use crate::records::{ALL, Bucket, Record, Records, Span, Sums, hash_of};
     use crate::table::{MAX_FEW, Table, Version};
 
     /// What a client has seen, as far as some replica may lack it (R7): by node, the highest stamp that was given there. And the table
@@ -2195,7 +2193,7 @@ mod node {
     #[derive(Default)]
     pub struct Later {
         pub lines: Vec<String>,
-        pub garbage: Vec<Garbage>,
+        pub garbage: Vec<Bucket>,
         pub activities: Vec<Activity>,
     }
 
@@ -2406,7 +2404,7 @@ mod node {
         }
 
         fn drop_records(&mut self, span: Span) {
-            self.later.garbage.push(self.records.remove(span));
+            self.later.garbage.extend(self.records.remove(span));
         }
 
         fn give_key(&self, key: &[u8]) -> Reply {
@@ -3858,28 +3856,17 @@ fn lock_node() -> MutexGuard<'static, Node> {
     node
 }
 
-/// To the thread that deals with lines for stderr and garbage, one after the other, so that lines stay in order. To drop many records
-/// takes a while.
-static LEFTOVERS: LazyLock<mpsc::Sender<(Vec<String>, Vec<Garbage>)>> = LazyLock::new(|| {
-    let (sender, receiver) = mpsc::channel::<(Vec<String>, Vec<Garbage>)>();
-    thread::spawn(move || {
-        for (lines, garbage) in receiver {
-            lines.iter().for_each(|line| say(line));
-            drop(garbage);
-        }
-    });
-    sender
-});
-
 /// Unlocks the node, and does what it left for later.
 #[inline(never)]
 fn let_go(mut node: MutexGuard<Node>) {
     let Later { lines, garbage, activities } = std::mem::take(&mut node.later);
-    if !lines.is_empty() || !garbage.is_empty() {
-        // Still locked, so that they are in the channel in the order in which they came about.
-        let _ = LEFTOVERS.send((lines, garbage));
-    }
+    // Still locked, so that they stay in the order in which they came about.
+    lines.iter().for_each(|line| say(line));
     drop(node);
+    if !garbage.is_empty() {
+        // To drop many records takes a while. (Without a thread, they are dropped here.)
+        let _ = thread::Builder::new().spawn(move || drop(garbage));
+    }
     for activity in activities {
         let spawn = || {
             thread::Builder::new().spawn({
@@ -3894,20 +3881,15 @@ fn let_go(mut node: MutexGuard<Node>) {
     }
 }
 
-/// What is done in the background, and who waits for it.
-type Task = (Box<dyn FnOnce() -> Result<Answer, Work> + Send>, Waiting<Result<Answer, Work>>);
-
 /// To the threads that do what would hold up all coroutines. They are few: many would compete with the worker.
-static BACKGROUND: LazyLock<mpsc::Sender<Task>> = LazyLock::new(|| {
-    let (sender, receiver) = mpsc::channel::<Task>();
+static BACKGROUND: LazyLock<mpsc::Sender<Box<dyn FnOnce() + Send>>> = LazyLock::new(|| {
+    let (sender, receiver) = mpsc::channel::<Box<dyn FnOnce() + Send>>();
     let receiver = Arc::new(Mutex::new(receiver));
     for _ in 0..2 {
         let receiver = receiver.clone();
         repeat(Duration::ZERO, move || {
-            let next = lock(&receiver).recv();
-            if let Ok((work, waiting)) = next {
-                waiting.deliver(work());
-            }
+            let work = lock(&receiver).recv();
+            work.into_iter().for_each(|work| work());
         });
     }
     sender
@@ -3918,7 +3900,7 @@ static BACKGROUND: LazyLock<mpsc::Sender<Task>> = LazyLock::new(|| {
 fn in_background(work: impl FnOnce() -> Result<Answer, Work> + Send + 'static) -> Answer {
     let (question, waiting) = Question::new(Duration::ZERO);
     // However this ends, `waiting` is dropped then.
-    let _ = BACKGROUND.send((Box::new(work), waiting));
+    let _ = BACKGROUND.send(Box::new(move || waiting.deliver(work())));
     match question.answer() {
         Ok(done) => done.unwrap_or_else(|work| work()),
         Err(_) => panic!("what was to be done in the background panicked"),
@@ -5425,8 +5407,6 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
     say(&format!("{description}, version {VERSION}, listening on {listen}"));
     // Without /dev/null, stderr stays what it is.
     let _ = keep_stderr();
-    // Its thread is started here, and not under the node's lock when there is something for it.
-    LazyLock::force(&LEFTOVERS);
     LazyLock::force(&BACKGROUND);
     repeat(Duration::ZERO, wake_sleepers);
     repeat(Duration::from_millis(100), peers::watch_peers);
