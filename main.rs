@@ -1654,8 +1654,8 @@ mod table {
         pub view: Vec<String>,
         /// How many nodes a shard has at least, as long as there are as many.
         pub factor: usize,
-        /// The nodes of each shard, its replicas, by their indices in the view.
-        pub shards: Vec<Vec<usize>>,
+        /// The nodes of each shard, its replicas, in the order of the view.
+        pub shards: Vec<Vec<String>>,
         pub ranges: Vec<Range>,
         /// How many keys change their shard with this table.
         pub moved: usize,
@@ -1668,11 +1668,9 @@ mod table {
         /// The table of a store that had no view change: as much of the order for each shard, and the nodes dealt out in the
         /// order of the view.
         pub fn first(view: Vec<String>, factor: usize) -> Table {
-            let (mut shards, mut next) = (Vec::new(), 0);
-            for size in shard_sizes(view.len(), factor) {
-                shards.push((next..next + size).collect());
-                next += size;
-            }
+            let mut nodes = view.iter().cloned();
+            let sizes = shard_sizes(view.len(), factor).into_iter();
+            let shards: Vec<Vec<String>> = sizes.map(|size| nodes.by_ref().take(size).collect()).collect();
             let share = |index| (index as u128 * (1 << 64) / shards.len() as u128) as u64;
             let ranges =
                 (0..shards.len()).map(|shard| Range { from: share(shard), shard, sources: Vec::new() }).collect();
@@ -1684,12 +1682,12 @@ mod table {
 
         /// Checks a table from outside.
         pub fn is_valid(&self) -> bool {
-            let indices_exist = |shard: &Vec<usize>| !shard.is_empty() && shard.iter().all(|it| *it < self.view.len());
+            let is_of_view = |shard: &Vec<String>| !shard.is_empty() && shard.iter().all(|node| self.lists(node));
             let mut sources = self.ranges.iter().flat_map(|range| range.sources.iter().flatten());
             parse_view(self.view.iter().map(String::as_str)).is_ok()
                 && (1..=1000).contains(&self.factor)
                 && (1..=self.view.len()).contains(&self.shards.len())
-                && self.shards.iter().all(indices_exist)
+                && self.shards.iter().all(is_of_view)
                 && self.ranges.first().is_some_and(|range| range.from == 0)
                 && self.ranges.len() <= MAX_RANGES
                 && self.ranges.is_sorted_by(|one, next| one.from < next.from)
@@ -1707,19 +1705,13 @@ mod table {
             self.range_at(hash).shard
         }
 
-        /// The nodes of a shard.
-        pub fn nodes_of(&self, shard: usize) -> impl Iterator<Item = &String> + Clone {
-            self.shards[shard].iter().map(|index| &self.view[*index])
-        }
-
-        /// The same, to be kept.
-        pub fn replicas(&self, shard: usize) -> Vec<String> {
-            self.nodes_of(shard).cloned().collect()
+        /// The nodes that own a hash.
+        pub fn owners(&self, hash: u64) -> &[String] {
+            &self.shards[self.shard_at(hash)]
         }
 
         pub fn shard_of(&self, node: &str) -> Option<usize> {
-            let index = self.view.iter().position(|it| it == node)?;
-            self.shards.iter().position(|shard| shard.contains(&index))
+            self.shards.iter().position(|shard| shard.iter().any(|it| it == node))
         }
 
         pub fn lists(&self, node: &str) -> bool {
@@ -1763,10 +1755,9 @@ mod table {
                 // What a shard that ends gives to nobody has no keys, or is given up: it is dealt out.
                 let shard =
                     cut.map(|cut| cut.receiver).or(change.kept[before.shard]).unwrap_or(number % change.shards.len());
-                let owners: BTreeSet<&String> = change.shards[shard].iter().map(|index| &change.view[*index]).collect();
-                let former = self.replicas(before.shard);
+                let owners: BTreeSet<&String> = change.shards[shard].iter().collect();
                 let mut sources: Vec<Vec<String>> = Vec::new();
-                for group in before.sources.iter().filter(|_| !settled).chain([&former]) {
+                for group in before.sources.iter().filter(|_| !settled).chain([&self.shards[before.shard]]) {
                     let group: BTreeSet<&String> = group.iter().filter(|node| !left_out.contains(node)).collect();
                     // Where these are the owners, they have what they had, and reconcile with one another.
                     if !group.is_empty() && group != owners {
@@ -1805,7 +1796,7 @@ mod table {
     pub struct Change {
         pub view: Vec<String>,
         pub factor: usize,
-        pub shards: Vec<Vec<usize>>,
+        pub shards: Vec<Vec<String>>,
         /// By the old shards: which of the new ones each goes on as, or that it ends.
         pub kept: Vec<Option<usize>>,
     }
@@ -1816,27 +1807,25 @@ mod table {
         /// their first nodes in the view.
         pub fn new(old: &Table, view: &[String], factor: usize) -> Change {
             let sizes = shard_sizes(view.len(), factor);
-            let staying = |shard: &Vec<usize>| -> Vec<usize> {
-                let stays = |(_, node): &(usize, &String)| shard.iter().any(|index| old.view[*index] == **node);
-                view.iter().enumerate().filter(stays).map(|(index, _)| index).collect()
-            };
-            let left: Vec<Vec<usize>> = old.shards.iter().map(staying).collect();
+            let place = |node: &String| view.iter().position(|it| it == node).unwrap_or(0);
+            let staying = |shard: &Vec<String>| view.iter().filter(|node| shard.contains(node)).cloned().collect();
+            let left: Vec<Vec<String>> = old.shards.iter().map(staying).collect();
             // The largest first, since they get the largest sizes, and the last ones end. Of equals the earlier goes on.
             let largest_first = in_order(left.iter().map(|nodes| u64::MAX - nodes.len() as u64)).into_iter();
-            let mut groups: Vec<(Option<usize>, Vec<usize>)> =
+            let mut groups: Vec<(Option<usize>, Vec<String>)> =
                 largest_first.map(|shard| (Some(shard), left[shard].clone())).collect();
             groups.retain(|(_, nodes)| !nodes.is_empty());
             groups.resize(sizes.len(), (None, Vec::new()));
             for ((_, nodes), size) in groups.iter_mut().zip(&sizes) {
                 nodes.truncate(*size);
             }
-            let taken: Vec<usize> = groups.iter().flat_map(|(_, nodes)| nodes.clone()).collect();
-            let mut free = (0..view.len()).filter(|index| !taken.contains(index));
+            let taken: BTreeSet<String> = groups.iter().flat_map(|(_, nodes)| nodes.clone()).collect();
+            let mut free = view.iter().filter(|node| !taken.contains(*node)).cloned();
             for ((_, nodes), size) in groups.iter_mut().zip(&sizes) {
                 nodes.extend(free.by_ref().take(size - nodes.len()));
-                nodes.sort_unstable();
+                nodes.sort_by_key(place);
             }
-            let by_first = in_order(groups.iter().map(|(_, nodes)| nodes[0] as u64));
+            let by_first = in_order(groups.iter().map(|(_, nodes)| place(&nodes[0]) as u64));
             let goes_on_as = |shard: usize| by_first.iter().position(|group| groups[*group].0 == Some(shard));
             let kept = (0..old.shards.len()).map(goes_on_as).collect();
             let shards = by_first.iter().map(|group| groups[*group].1.clone()).collect();
@@ -1947,7 +1936,6 @@ mod node {
     use serde::{Deserialize, Serialize};
     use serde_bytes::ByteBuf;
 
-    use crate::is_plain;
     use crate::records::{ALL, Bucket, Record, Records, Span, Sums, hash_of};
     use crate::table::{MAX_FEW, Table, Version};
 
@@ -2073,13 +2061,6 @@ mod node {
         /// Whether to answer it takes no longer than to answer a client.
         pub fn is_short(&self) -> bool {
             matches!(self, Message::Push(_) | Message::GiveKey(_) | Message::Meet(_))
-        }
-    }
-
-    impl Status {
-        /// Whether all names in it can be names, so that they may stand in an answer.
-        pub fn is_plain(&self) -> bool {
-            self.incoming.iter().chain(&self.first_view).all(|name| is_plain(name))
         }
     }
 
@@ -2295,7 +2276,7 @@ mod node {
         /// The other replicas of this node's shard.
         pub fn others(&self) -> Vec<String> {
             let (Some(table), Some(shard)) = (&self.table, self.shard) else { return Vec::new() };
-            table.nodes_of(shard).filter(|node| **node != self.own).cloned().collect()
+            table.shards[shard].iter().filter(|node| **node != self.own).cloned().collect()
         }
 
         fn is_replica(&self, node: &str) -> bool {
@@ -2316,10 +2297,9 @@ mod node {
         /// new owner has first got it from one that goes by the new table.
         pub fn place(&self, hash: u64) -> Place {
             let Some(table) = self.table.as_ref().filter(|_| self.may_answer()) else { return Place::Unknown };
-            let shard = table.shard_at(hash);
-            match Some(shard) == self.shard {
+            match Some(table.shard_at(hash)) == self.shard {
                 true => Place::Here,
-                false => Place::There(self.ranked(table.replicas(shard))),
+                false => Place::There(self.ranked(table.owners(hash).to_vec())),
             }
         }
 
@@ -2388,8 +2368,8 @@ mod node {
             let end = u128::from(span.last) + 1;
             if Some(owned.shard) != self.shard {
                 self.given.insert((range, to.to_owned()), from.min(end));
-                let owners = table.nodes_of(owned.shard).map(|owner| self.given.get(&(range, owner.clone())).copied());
-                let taken = owners.map(Option::unwrap_or_default).min().unwrap_or_default();
+                let taken_by = |owner: &String| self.given.get(&(range, owner.clone())).copied().unwrap_or(0);
+                let taken = table.owners(range).iter().map(taken_by).min().unwrap_or(0);
                 if taken > range.into() {
                     self.drop_records(Span { first: range, last: (taken - 1) as u64 });
                 }
@@ -2593,7 +2573,7 @@ mod node {
             let stamp = record.stamp();
             let Some(table) = self.table.clone().filter(|_| self.in_flight.contains(&stamp)) else { return Err(()) };
             let (mut lacking, mut unreached) = (Vec::new(), Vec::new());
-            for node in table.nodes_of(table.shard_at(record.hash())).filter(|node| **node != self.own) {
+            for node in table.owners(record.hash()).iter().filter(|node| **node != self.own) {
                 match self.peers.get(node) {
                     Some(peer) if peer.silent => unreached.push(node),
                     Some(peer) if stored.get(node) == Some(&peer.status.incarnation) => {}
@@ -2889,7 +2869,7 @@ mod node {
 
         /// Takes in what another node tells of itself, in a message or in a reply.
         pub fn hear(&mut self, from: &str, status: &Status) {
-            if from == self.own || !status.is_plain() {
+            if from == self.own {
                 return;
             }
             self.clock = self.clock.max(status.clock);
@@ -3484,8 +3464,8 @@ mod membership {
         if index >= table.shards.len() {
             return Err(Outcome::NoShard);
         }
-        let replicas = table.replicas(index);
-        let Some(count) = count_of_shard(world, &table, &replicas).await else {
+        let replicas = &table.shards[index];
+        let Some(count) = count_of_shard(world, &table, replicas).await else {
             return Err(Outcome::NodeDown(replicas[0].clone()));
         };
         let (id, replicas) = (index + 1, replicas.join(r#"",""#));
@@ -3601,7 +3581,7 @@ mod membership {
     fn describe_change(table: &Table, counts: &[usize], unreached: &[String]) -> Outcome {
         let mut shards = Vec::new();
         for (shard, count) in counts.iter().enumerate() {
-            let (id, nodes) = (shard + 1, table.replicas(shard));
+            let (id, nodes) = (shard + 1, &table.shards[shard]);
             let replicas = nodes.join(r#"",""#);
             let address = if nodes.len() == 1 { format!(r#""address":"{replicas}","#) } else { String::new() };
             shards.push(format!(r#"{{"shard-id":"{id}",{address}"replicas":["{replicas}"],"key-count":{count}}}"#));
@@ -3720,7 +3700,8 @@ mod membership {
             let goes_by_it = |node: &&String| granted.get(*node).is_some_and(|it| it.version == Some(base.version));
             let is_majority = 2 * base.view.iter().filter(goes_by_it).count() > base.view.len();
             let is_whole = |node: &String| granted.get(node).is_some_and(|status| is_whole_by(base, status));
-            let has_other = |node: &String| base.shard_of(node).is_some_and(|shard| base.nodes_of(shard).any(is_whole));
+            let has_other =
+                |node: &String| base.shard_of(node).is_some_and(|shard| base.shards[shard].iter().any(is_whole));
             let is_starting = |node: &String| granted.contains_key(node) && !is_whole(node);
             match is_majority && silent.iter().all(has_other) {
                 true if self.version.epoch > base.version.epoch => Ok(()),
@@ -3776,7 +3757,7 @@ mod membership {
         fn speakers(&self, granted: &Granted) -> Vec<(usize, String)> {
             let mut speakers = Vec::new();
             for shard in 0..self.base.shards.len() {
-                let answering = self.base.nodes_of(shard).filter(|node| granted.contains_key(*node));
+                let answering = self.base.shards[shard].iter().filter(|node| granted.contains_key(*node));
                 let best = answering.min_by_key(|node| !is_whole_by(&self.base, &granted[*node]));
                 speakers.extend(best.map(|node| (shard, node.clone())));
             }
@@ -6656,8 +6637,7 @@ mod simulation {
                 let newest = state.newest().unwrap_or_default();
                 (0..KEYS).all(|key| {
                     let stamp = |node: &String| stamp_of(state.machines[machine_of(node)].node.as_ref()?, key);
-                    let stamps: BTreeSet<Option<u64>> =
-                        newest.replicas(newest.shard_at(HASHES[key])).iter().map(stamp).collect();
+                    let stamps: BTreeSet<Option<u64>> = newest.owners(HASHES[key]).iter().map(stamp).collect();
                     stamps.len() == 1
                 })
             };
@@ -6718,7 +6698,7 @@ mod simulation {
             let newest = state.newest().unwrap_or_default();
             for key in 0..KEYS {
                 let (name, bound) = (NAMES[key], state.replicas.bound[key]);
-                let owner = newest.replicas(newest.shard_at(HASHES[key])).remove(0);
+                let owner = newest.owners(HASHES[key])[0].clone();
                 let node = state.machines[machine_of(&owner)].node.as_ref().expect("all live");
                 let found = stamp_of(node, key);
                 let deleted = state.replicas.seen[key].range(bound..).any(|(_, value)| value.is_none());
@@ -6935,7 +6915,7 @@ mod simulation {
     fn a_late_message_to_a_node_that_was_killed_since_does_nothing() {
         let simulation = store_of_four();
         // k0's owners, and k0 on its way from one to the other.
-        let owners = simulation.there(0).with(|node| node.table().map(|it| it.replicas(it.shard_at(HASHES[0]))));
+        let owners = simulation.there(0).with(|node| node.table().map(|it| it.owners(HASHES[0]).to_vec()));
         let [one, other] = owners.expect("a table")[..].to_vec().try_into().expect("two replicas");
         let (one, other): (usize, usize) = (machine_of(&one), machine_of(&other));
         let late = simulation.there(one).with(|node| {
