@@ -2178,6 +2178,9 @@ mod node {
         pub activities: Vec<Activity>,
     }
 
+    /// The nodes that have stored a write: in which incarnation, and by which table.
+    pub type Stored = BTreeMap<String, (u64, Option<Version>)>;
+
     #[derive(Default)]
     pub struct Node {
         own: String,
@@ -2567,16 +2570,17 @@ mod node {
             true
         }
 
-        /// The replicas that still lack a write, as far as they can be reached; `stored` are those that have it, and in which incarnation.
-        /// Those that cannot be reached are lagging from then on. An error: this node has dropped what it wrote.
-        pub fn lacking(&mut self, record: &Record, stored: &BTreeMap<String, u64>) -> Result<Vec<String>, ()> {
+        /// The replicas that still lack a write, as far as they can be reached; `stored` are those that have it, in which incarnation, and
+        /// by which table (they may have dropped it with the next one). Those that cannot be reached are lagging from then on. An error:
+        /// this node has dropped what it wrote.
+        pub fn lacking(&mut self, record: &Record, stored: &Stored) -> Result<Vec<String>, ()> {
             let stamp = record.stamp();
             let Some(table) = self.table.clone().filter(|_| self.in_flight.contains(&stamp)) else { return Err(()) };
             let (mut lacking, mut unreached) = (Vec::new(), Vec::new());
             for node in table.owners(record.hash()).iter().filter(|node| **node != self.own) {
                 match self.peers.get(node) {
                     Some(peer) if peer.silent => unreached.push(node),
-                    Some(peer) if stored.get(node) == Some(&peer.status.incarnation) => {}
+                    Some(peer) if stored.get(node) == Some(&(peer.status.incarnation, self.version())) => {}
                     _ => lacking.push(node.clone()),
                 }
             }
@@ -3176,16 +3180,10 @@ mod replication {
     /// meanwhile. Only then may it be acknowledged: so it is on every replica that may answer next. The error is a node that did not
     /// take it in time: the write is not undone, but its client is not told that it was done.
     pub async fn replicate(world: &impl World, record: &Record, deadline: Duration) -> Result<(), String> {
-        let (mut stored, mut by, mut blank) = (BTreeMap::new(), None, Vec::new());
+        let (mut stored, mut blank) = (BTreeMap::new(), Vec::new());
         loop {
-            let (version, lacking, late) = world.with(|node| {
-                if by.replace(node.version()).is_some_and(|before| before != node.version()) {
-                    // Other nodes may be to have it, and who had it may have dropped it.
-                    stored.clear();
-                    blank.clear();
-                }
-                (node.version(), node.lacking(record, &stored), node.now > deadline)
-            });
+            let (version, lacking, late) =
+                world.with(|node| (node.version(), node.lacking(record, &stored), node.now > deadline));
             let Ok(lacking) = lacking else { return Err(world.with(|node| node.own().to_owned())) };
             let Some(first) = lacking.first() else { return Ok(()) };
             // Who was blank when all others had it will pull it from one of these.
@@ -3197,19 +3195,15 @@ mod replication {
             let copies = vec![world.with(|node| node.copy_of(record))];
             let lives: Vec<u64> = world.with(|node| lacking.iter().map(|it| node.incarnation_of(it)).collect());
             let replies = ask(world, &lacking, Message::Push(copies)).await;
-            let mut refused = false;
+            let refused = replies.iter().any(|reply| matches!(reply, Some(Reply::Refused)));
             for ((node, reply), life) in lacking.iter().zip(replies).zip(lives) {
-                match reply {
-                    Some(Reply::Done) => drop(stored.insert(node.clone(), life)),
-                    Some(_) => {
-                        refused = true;
-                        let status = meet(world, node).await;
-                        blank.extend(status.filter(|it| it.version.is_none()).map(|_| node.clone()));
-                    }
-                    None => {}
+                if let Some(Reply::Done) = reply {
+                    stored.insert(node.clone(), (life, version));
+                } else if reply.is_some() && meet(world, node).await.is_some_and(|status| status.version.is_none()) {
+                    blank.push(node.clone());
                 }
             }
-            if refused && blank != lacking && world.with(|node| node.version()) == version {
+            if refused {
                 world.sleep(Duration::from_millis(2)).await;
             }
         }
