@@ -20,7 +20,7 @@
 //! - *Connections* and *the socket*: where bytes come from and go to, and what the server cannot do. *The start*: `main`.
 //!
 //! Who answers for a key is decided in `Node::place`. A key changes hands in `Node::adopt` (who gives it stops answering),
-//! `replication::pull_all` (who gets it asks for it) and `Node::arrived` (who gets it begins to answer). With REPL_FACTOR a shard lives on
+//! `replication::pull_all` (who gets it asks for it) and `Node::note_heard` (who gets it begins to answer). With REPL_FACTOR a shard lives on
 //! several nodes, and each of these answers: `replication::replicate` takes a write to the others before it is acknowledged.
 //!
 //! The library `may` runs each connection as a coroutine. All coroutines share one worker thread (`start_worker` says why), so none may
@@ -856,10 +856,6 @@ mod records {
             self.first <= other.last && other.first <= self.last
         }
 
-        pub fn is_in_one_bucket(&self) -> bool {
-            bucket_of(self.first) == bucket_of(self.last)
-        }
-
         /// How many hashes it has, less one.
         pub fn width(&self) -> u64 {
             self.last - self.first
@@ -870,9 +866,13 @@ mod records {
             self.by_bits(BUCKET_BITS)
         }
 
-        /// Cuts it into parts of a few hundred buckets, of which some may have all digests compared at once.
+        /// Cuts it into rows of a hundred buckets or so.
         pub fn by_row(self) -> impl DoubleEndedIterator<Item = Span> {
             self.by_bits(BUCKET_BITS / 2)
+        }
+
+        pub fn is_in_row_of(&self, other: &Span) -> bool {
+            (self.first ^ other.first) >> (u64::BITS - BUCKET_BITS / 2) == 0
         }
 
         /// Cuts it where the upper bits of the hashes change.
@@ -1921,7 +1921,7 @@ mod node {
     //!
     //! The rules that keep a store whole, and where they stand:
     //!
-    //! - R1 answering (`place`, `pull_needs`), R2 pull (`give`, `arrived`), R3 adopt (`adopt`), R4 write (`write`, `take`), R5 reconcile
+    //! - R1 answering (`place`, `pull_needs`), R2 pull (`note_heard`, `note_taken`), R3 adopt (`adopt`), R4 write (`write`, `take`), R5 reconcile
     //!   (in `replication`; when it is due: `is_to_reconcile`), R6 stability (`refresh_stable`), R7 causal contexts (`context_needs`,
     //!   `context_after`), R8 settled (`hear`, `settle`).
     //! - R9 view change, R10 start (`let_in`) and R11 meetings stand in `membership`, R12 planning in `table`.
@@ -2031,17 +2031,13 @@ mod node {
         Release(Version),
         /// Under that lock: where would cuts leave so many of the highest keys above them?
         Survey(Version, Vec<usize>),
-        /// Give the records of the range that begins at `range`, from a hash on; all before it has arrived. `any`: also if you are not whole.
-        Give {
-            range: u64,
-            from: u128,
-            any: bool,
-        },
+        /// All that you have of the range that begins here is here: are you whole for it?
+        Taken(u64),
         /// Give the record of one key, if you are whole for it.
         GiveKey(ByteBuf),
         /// The digests of some spans.
         Digests(Vec<Span>),
-        /// Compare this part of a bucket with the records that the sender has of it, by hash and stamp.
+        /// Compare a span with the records that the sender has of it, by hash and stamp.
         Compare(Span, Vec<(u64, u64)>),
         /// Store these records.
         Push(Vec<Copied>),
@@ -2074,8 +2070,7 @@ mod node {
         Outdated(Version),
         /// The cuts, and the hashes of all keys if these are few.
         Surveyed(Vec<u64>, Option<Vec<u64>>),
-        /// All records up to this hash.
-        Given(Vec<Copied>, u64),
+        Whole(bool),
         Key(Option<Copied>),
         Digests(Vec<u64>),
         /// What is newer here; what is newer there; both up to this hash.
@@ -2119,22 +2114,17 @@ mod node {
     #[derive(Clone, Debug)]
     pub struct Pull {
         pub span: Span,
-        /// All before this hash has arrived from a whole node of the group.
-        pub cursor: u128,
         /// The nodes of which a whole one has all of it; without this one.
         pub group: Vec<String>,
-        /// Those that have been reconciled with.
+        /// Those of which this node has got all that they have of it.
         heard: BTreeSet<String>,
+        /// A whole one is among these.
+        is_answerable: bool,
         /// The table names the group as a source. (Otherwise it is the other replicas of the shard, since this node has kept nothing.)
         is_source: bool,
     }
 
     impl Pull {
-        /// Whether this node may answer for the whole span, as far as this pull goes.
-        pub fn is_answerable(&self) -> bool {
-            self.cursor > self.span.last.into()
-        }
-
         /// The nodes that it waits for.
         pub fn awaited(&self) -> impl Iterator<Item = &String> {
             self.group.iter().filter(|node| !self.heard.contains(*node))
@@ -2210,8 +2200,8 @@ mod node {
         /// more.
         lacks: Vec<Span>,
         is_pulling: bool,
-        /// By range and taker, up to which hash the taker has what this node gives.
-        given: BTreeMap<(u64, String), u128>,
+        /// By where a range begins, who has all that this node had of it.
+        taken: BTreeSet<(u64, String)>,
         /// The other replicas that may lack something: the lowest stamp of what they may lack.
         pub lagging: BTreeMap<String, u64>,
         /// The stamps of its own writes that are not acknowledged yet.
@@ -2308,7 +2298,7 @@ mod node {
 
         /// The groups of which a node must give a key before this one may answer for it.
         pub fn pull_needs(&self, hash: u64) -> Vec<Vec<String>> {
-            let open = self.pulls.iter().filter(|pull| pull.span.contains(hash) && pull.cursor <= hash.into());
+            let open = self.pulls.iter().filter(|pull| pull.span.contains(hash) && !pull.is_answerable);
             open.map(|pull| pull.group.clone()).collect()
         }
 
@@ -2356,34 +2346,22 @@ mod node {
             (owns || has_kept) && !self.pulls.iter().any(|pull| pull.span.overlaps(&span))
         }
 
-        /// R2: gives records of a range in the order of hashes. What all owners have taken is dropped here: each request acknowledges the
-        /// one before it.
-        fn give(&mut self, to: &str, range: u64, from: u128, any: bool) -> Reply {
+        /// R2: another node has all that this one has of a range. What all owners have is dropped here: one that is killed then comes back
+        /// without it, and not with what it was before. Says whether this node was whole for it.
+        fn note_taken(&mut self, by: String, range: u64) -> Reply {
             let Some(table) = self.table.clone() else { return Reply::Refused };
             let Some((span, owned)) = table.spans().find(|(span, _)| span.first == range) else {
                 return Reply::Refused;
             };
-            if !any && !self.is_whole_for(span) {
-                return Reply::Refused;
-            }
-            // What is written from now on is to reach it, even if it was silent until now.
-            self.note_silent(to, false);
-            let end = u128::from(span.last) + 1;
+            let is_whole = self.is_whole_for(span);
             if Some(owned.shard) != self.shard {
-                self.given.insert((range, to.to_owned()), from.min(end));
-                let taken_by = |owner: &String| self.given.get(&(range, owner.clone())).copied().unwrap_or(0);
-                let taken = table.owners(range).iter().map(taken_by).min().unwrap_or(0);
-                if taken > range.into() {
-                    self.drop_records(Span { first: range, last: (taken - 1) as u64 });
+                self.taken.insert((range, by));
+                let has_it = |owner: &String| self.taken.contains(&(range, owner.clone()));
+                if table.owners(range).iter().all(has_it) {
+                    self.drop_records(span);
                 }
             }
-            if from >= end {
-                // There is nothing left to ask for: this only acknowledges.
-                return Reply::Given(Vec::new(), span.last);
-            }
-            let (records, last) =
-                self.records.first_of(Span { first: span.first.max(from as u64), last: span.last }, MAX_BATCH);
-            Reply::Given(records.iter().map(|record| self.copy_of(record)).collect(), last)
+            Reply::Whole(is_whole)
         }
 
         fn drop_records(&mut self, span: Span) {
@@ -2416,26 +2394,13 @@ mod node {
             self.pulls.clone()
         }
 
-        /// Takes what a node of a group gave. False if this is not pulled any more.
-        pub fn arrived(&mut self, version: Version, pull: &Pull, copies: &[Copied], last: u64) -> bool {
-            let is_it = |it: &Pull| (it.span, &it.group, it.cursor) == (pull.span, &pull.group, pull.cursor);
-            let Some(index) = self.pulls.iter().position(is_it).filter(|_| self.version() == Some(version)) else {
-                return false;
-            };
-            for copy in copies {
-                self.take(copy, true);
-            }
-            self.pulls[index].cursor = u128::from(last) + 1;
-            self.drop_done_pulls();
-            true
-        }
-
-        /// Notes that this node has what another one of a group had, for this version and incarnation.
-        pub fn note_heard(&mut self, version: Version, pull: &Pull, node: &str) {
+        /// Notes that this node has all that another one of a group has, by a table.
+        pub fn note_heard(&mut self, version: Version, pull: &Pull, node: &str, is_whole: bool) {
             if self.version() == Some(version) {
                 let same = self.pulls.iter_mut().filter(|it| (it.span, &it.group) == (pull.span, &pull.group));
                 for it in same {
                     it.heard.insert(node.to_owned());
+                    it.is_answerable |= is_whole;
                 }
                 self.drop_done_pulls();
             }
@@ -2443,11 +2408,7 @@ mod node {
 
         fn drop_done_pulls(&mut self) {
             let before = self.pulls.len();
-            let (peers, store) = (&self.peers, self.store());
-            // One that has started again, blank or as a store of its own, has nothing for this store any more.
-            let has_nothing = |peer: &Peer| peer.status.version.is_none() || peer.status.store != store;
-            let matters = |node: &String| peers.get(node).is_none_or(|peer| peer.silent || !has_nothing(peer));
-            self.pulls.retain(|pull| !pull.is_answerable() || pull.awaited().any(matters));
+            self.pulls.retain(|pull| pull.awaited().next().is_some());
             if before > 0 && self.pulls.is_empty() {
                 self.say(format!("has everything of table {}", self.version().unwrap_or_default()));
             }
@@ -2490,7 +2451,7 @@ mod node {
                 // What the lock was for has come about.
                 self.promise.granted = None;
             }
-            self.given.clear();
+            self.taken.clear();
             self.done.clear();
             let incoming = self.incoming();
             let from = if incoming.is_empty() { "nobody".into() } else { Vec::from_iter(incoming).join(", ") };
@@ -2509,9 +2470,9 @@ mod node {
                 let has_it = !self.lacks.iter().any(|lack| lack.overlaps(&span));
                 let pull = |group: Vec<String>, has_it, is_source| Pull {
                     span,
-                    cursor: if has_it { u128::from(span.last) + 1 } else { span.first.into() },
                     group: group.into_iter().filter(|node| *node != self.own).collect(),
                     heard: BTreeSet::new(),
+                    is_answerable: has_it,
                     is_source,
                 };
                 for group in &range.sources {
@@ -2646,10 +2607,10 @@ mod node {
             true
         }
 
-        /// Compares a part of a bucket with what another node has of it, by hash and stamp: gives what is newer here, and says what is
-        /// newer there, as far as a message has room. (Of two keys with one hash, the older one is compared when it is written next.)
-        fn compare(&self, part: Span, theirs: Vec<(u64, u64)>) -> Reply {
-            let (records, last) = self.records.first_of(part, MAX_BATCH);
+        /// Compares a span with what another node has of it, by hash and stamp: gives what is newer here, and says what is newer there, as
+        /// far as a message has room. (Of two keys with one hash, the older one is compared when it is written next.)
+        fn compare(&self, span: Span, theirs: Vec<(u64, u64)>) -> Reply {
+            let (records, last) = self.records.first_of(span, MAX_BATCH);
             let mut theirs: BTreeMap<u64, u64> = theirs.into_iter().filter(|(hash, _)| *hash <= last).collect();
             let mut newer = Vec::new();
             for record in records {
@@ -2820,7 +2781,7 @@ mod node {
 
         /// Whether this node can answer for all that it owns without asking others first.
         pub fn is_ready(&self) -> bool {
-            self.table.is_some() && self.pulls.iter().all(Pull::is_answerable)
+            self.table.is_some() && self.pulls.iter().all(|pull| pull.is_answerable)
         }
 
         pub fn compose(&mut self, to: &str, message: Message) -> Envelope {
@@ -2855,12 +2816,14 @@ mod node {
                     Reply::Done
                 }
                 Message::Survey(version, counts) if self.promise.version == version => self.survey(&counts),
-                Message::Give { range, from: first, any } if is_same => self.give(&from, range, first, any),
+                Message::Taken(range) if is_same => self.note_taken(from, range),
                 Message::GiveKey(key) if is_same => self.give_key(&key),
                 Message::Digests(spans) if is_same && spans.len() <= MAX_SPANS => {
+                    // What is written from now on is to reach who asks, even if it was silent until now.
+                    self.note_silent(&from, false);
                     Reply::Digests(spans.iter().map(|span| self.records.sums_of(*span).digest).collect())
                 }
-                Message::Compare(part, theirs) if is_same && part.is_in_one_bucket() => self.compare(part, theirs),
+                Message::Compare(span, theirs) if is_same => self.compare(span, theirs),
                 Message::Push(copies) if is_same => {
                     for copy in &copies {
                         self.take(copy, false);
@@ -2982,9 +2945,14 @@ mod node {
 
         // -- R10 start
 
+        /// The nodes of its VIEW, of the table that it heard of, and those that go by that.
         fn nodes_to_ask(&self) -> Vec<String> {
-            let heard_of = self.heard_of.iter().flat_map(|table| table.view.iter().chain(table.sources()));
-            let all: BTreeSet<&String> = self.first_view.iter().chain(heard_of).collect();
+            let mut all: BTreeSet<&String> = self.first_view.iter().collect();
+            if let Some(table) = &self.heard_of {
+                let goes_by_it = |(_, peer): &(&String, &Peer)| peer.status.version == Some(table.version);
+                all.extend(table.view.iter().chain(table.sources()));
+                all.extend(self.peers.iter().filter(goes_by_it).map(|(node, _)| node));
+            }
             all.into_iter().filter(|node| **node != self.own).cloned().collect()
         }
 
@@ -2993,6 +2961,9 @@ mod node {
         pub fn let_in(&mut self, answers: &BTreeMap<String, Status>) {
             // (Also those that it has only just heard of.)
             let has_all = self.nodes_to_ask().iter().all(|node| answers.contains_key(node));
+            // It may have been lost with all that went by it.
+            let is_alive = |table: &Arc<Table>| answers.values().any(|status| status.version == Some(table.version));
+            self.heard_of = self.heard_of.take().filter(is_alive);
             let table = match self.heard_of.clone() {
                 Some(table) => {
                     let others: Vec<&String> = table.view.iter().filter(|node| **node != self.own).collect();
@@ -3094,7 +3065,7 @@ mod replication {
     //! These are async functions for one reason only: the simulation runs many of them at once, and decides what each message
     //! meets. In the program every wait blocks the coroutine or thread that it is in, and `block_on` polls once.
 
-    use std::collections::BTreeMap;
+    use std::collections::{BTreeMap, BTreeSet};
     use std::sync::Arc;
     use std::time::Duration;
 
@@ -3134,15 +3105,20 @@ mod replication {
         for group in messages.chunks(SIDE_BY_SIDE) {
             let compose = |node: &mut Node| group.iter().map(|(to, it)| node.compose(to, it.clone())).collect();
             let envelopes: Vec<Envelope> = world.with(compose);
-            let answers = world.deliver(envelopes).await;
+            let lives: Vec<u64> = envelopes.iter().map(|envelope| envelope.life).collect();
+            let mut answers = world.deliver(envelopes).await;
             world.with(|node| {
-                for ((name, _), answer) in group.iter().zip(&answers) {
+                for (((name, _), answer), life) in group.iter().zip(&mut answers).zip(lives) {
                     node.note_silent(name, answer.is_none());
                     if let Some(Reply::Met(status, _) | Reply::Locked(status)) = answer {
                         node.hear(name, status);
                     }
                     if let Some(Reply::Met(_, Some(table))) = answer {
                         node.consider(name, Arc::new(table.clone()));
+                    }
+                    if !matches!(answer, Some(Reply::Met(..) | Reply::Locked(_))) && node.incarnation_of(name) != life {
+                        // It has started again since: what it had is gone.
+                        *answer = None;
                     }
                 }
             });
@@ -3211,18 +3187,18 @@ mod replication {
 
     // -- R2 pull
 
-    /// R2: gets all that this node owns and has not got: from one whole node of each group, and then what the others of the group have
-    /// besides.
+    /// R2: gets all that this node owns and has not got: what each node of a group has, which is to reconcile in one direction. It may
+    /// answer for the span once it has heard a whole one, and goes on until it has heard them all, since another may have had a write
+    /// that a whole one lacks. (So a pull that is interrupted goes on where digests differ, and there is one way to move records.)
     pub async fn pull_all(world: &impl World) {
         loop {
             let (version, pulls) = world.with(|node| (node.version(), node.pulls_left()));
             let Some(version) = version.filter(|_| !pulls.is_empty()) else { return };
             let mut progress = false;
             for pull in pulls {
-                progress |= match pull.is_answerable() {
-                    true => hear_others(world, version, &pull).await,
-                    false => pull_from_group(world, version, pull).await,
-                };
+                for node in pull.awaited().filter(|node| !world.with(|own| own.is_silent(node))) {
+                    progress |= pull_from(world, version, &pull, node).await;
+                }
             }
             if !progress {
                 world.sleep(Duration::from_millis(100)).await;
@@ -3230,49 +3206,24 @@ mod replication {
         }
     }
 
-    /// Gets all of a range from a node of a group. One that is not whole is asked only when no living one is. True if something came.
-    async fn pull_from_group(world: &impl World, version: Version, mut pull: Pull) -> bool {
-        let mut progress = false;
-        for any in [false, true] {
-            for node in pull.group.clone() {
-                if world.with(|own| own.is_silent(&node)) {
-                    continue;
-                }
-                let is_all = pull.cursor == pull.span.first.into();
-                loop {
-                    let message = Message::Give { range: pull.span.first, from: pull.cursor, any };
-                    let Some(Reply::Given(copies, last)) = ask_by(world, &node, version, message).await else { break };
-                    if pull.is_answerable() {
-                        // It knows that all has been taken, and who gave all has nothing else.
-                        if is_all {
-                            world.with(|own| own.note_heard(version, &pull, &node));
-                        }
-                        return true;
-                    }
-                    if !world.with(|own| own.arrived(version, &pull, &copies, last)) {
-                        return progress;
-                    }
-                    progress = true;
-                    pull.cursor = u128::from(last) + 1;
-                }
+    /// Gets what a node has of a span. True if that was all.
+    async fn pull_from(world: &impl World, version: Version, pull: &Pull, node: &str) -> bool {
+        let is_whole = if reconcile(world, node, version, &[pull.span], true).await.is_some() {
+            match ask_by(world, node, version, Message::Taken(pull.span.first)).await {
+                Some(Reply::Whole(is_whole)) => is_whole,
+                _ => return false,
             }
-            if progress {
-                break;
+        } else {
+            // One that has started again, blank or as a store of its own, has nothing for this store any more.
+            let store = world.with(|own| own.store());
+            let status = meet(world, node).await;
+            if status.is_none_or(|status| status.version.is_some() && status.store == store) {
+                return false;
             }
-        }
-        progress
-    }
-
-    /// Gets what other nodes of a group have besides.
-    async fn hear_others(world: &impl World, version: Version, pull: &Pull) -> bool {
-        let mut progress = false;
-        for node in pull.awaited().filter(|node| !world.with(|own| own.is_silent(node))) {
-            if reconcile(world, node, version, &[pull.span], true).await.is_some() {
-                world.with(|own| own.note_heard(version, pull, node));
-                progress = true;
-            }
-        }
-        progress
+            false
+        };
+        world.with(|own| own.note_heard(version, pull, node, is_whole));
+        true
     }
 
     /// Gets one key from a whole node of a group, and merges it. Returns the version by which it did; None if no such node answers.
@@ -3309,15 +3260,28 @@ mod replication {
     /// stays wherever they meet. None if it could not be finished.
     async fn reconcile(world: &impl World, other: &str, version: Version, spans: &[Span], is_pull: bool) -> Option<()> {
         let rows: Vec<Span> = spans.iter().flat_map(|span| span.by_row()).collect();
-        for row in differing(world, other, version, &rows).await? {
-            let buckets: Vec<Span> = row.by_bucket().collect();
-            let mut parts = differing(world, other, version, &buckets).await?;
-            while !parts.is_empty() {
-                let group = parts.split_off(parts.len().saturating_sub(SIDE_BY_SIDE));
-                parts.extend(exchange(world, other, version, group, is_pull).await?);
-            }
+        let rows = differing(world, other, version, &rows).await?;
+        let buckets: Vec<Span> = rows.iter().flat_map(|row| row.by_bucket()).collect();
+        let mut parts = joined(differing(world, other, version, &buckets).await?);
+        while !parts.is_empty() {
+            let group = parts.split_off(parts.len().saturating_sub(SIDE_BY_SIDE));
+            parts.extend(exchange(world, other, version, group, is_pull).await?);
         }
         Some(())
+    }
+
+    /// Neighbouring buckets of a row as one span: where they are small, a message has room for several.
+    fn joined(buckets: Vec<Span>) -> Vec<Span> {
+        let mut joined: Vec<Span> = Vec::new();
+        for bucket in buckets {
+            match joined.last_mut() {
+                Some(span) if span.last.checked_add(1) == Some(bucket.first) && span.is_in_row_of(&bucket) => {
+                    span.last = bucket.last;
+                }
+                _ => joined.push(bucket),
+            }
+        }
+        joined
     }
 
     /// Those of some spans whose digests differ at another node.
@@ -3334,7 +3298,7 @@ mod replication {
         Some(found)
     }
 
-    /// Evens out some parts of buckets, side by side and as far as messages have room; returns what is left of them.
+    /// Evens out some spans, side by side and as far as messages have room; returns what is left of them.
     async fn exchange(
         world: &impl World,
         other: &str,
@@ -3353,6 +3317,7 @@ mod replication {
         for ((part, (records, _)), reply) in parts.iter().zip(ours).zip(replies) {
             let Reply::Compared(theirs, wanted, last) = reply? else { return None };
             world.with(|node| node.take_reconciled(version, other, &theirs, is_pull)).then_some(())?;
+            let wanted = BTreeSet::from_iter(wanted);
             let is_wanted = |record: &Record| wanted.contains(&(record.hash(), record.stamp()));
             let newer: Vec<Record> = records.into_iter().filter(|record| !is_pull && is_wanted(record)).collect();
             if !newer.is_empty() {
@@ -5906,7 +5871,7 @@ mod simulation {
             let call = {
                 let mut state = self.state.borrow_mut();
                 let to = machine_of(node);
-                let call = state.call(self.machine, patience.min(Duration::from_secs(60)));
+                let call = state.call(self.machine, patience.min(Duration::from_secs(3)));
                 if let Some(way) = state.way(self.machine, to) {
                     state.at(way, Event::Relay { to, request, call });
                 }
