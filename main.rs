@@ -2304,7 +2304,7 @@ mod node {
 
         /// Some nodes in the order in which to ask them: last the silent ones (which may just be back), and before these who has to get
         /// keys first.
-        fn ranked(&self, mut nodes: Vec<String>) -> Vec<String> {
+        pub fn ranked(&self, mut nodes: Vec<String>) -> Vec<String> {
             nodes.sort_by_key(|node| match self.peers.get(node) {
                 Some(peer) if peer.silent => 3,
                 Some(peer) if !peer.status.is_ready => 2,
@@ -3424,26 +3424,21 @@ mod membership {
             return Err(Outcome::NoShard);
         }
         let replicas = &table.shards[index];
-        let Some(count) = count_of_shard(world, &table, replicas).await else {
+        let Some(count) = count_of_shard(world, replicas).await else {
             return Err(Outcome::NodeDown(replicas[0].clone()));
         };
         let (id, replicas) = (index + 1, replicas.join(r#"",""#));
         Ok(Outcome::Shard(format!(r#""shard-id":"{id}","key-count":{count},"replicas":["{replicas}"]"#)))
     }
 
-    /// How many keys a shard has, by the first of its replicas that answers and is whole; or by one that is not, if all are.
-    async fn count_of_shard(world: &impl World, table: &Table, replicas: &[String]) -> Option<usize> {
-        let mut replicas = replicas.to_vec();
-        world.with(|node| replicas.sort_by_key(|it| node.is_silent(it)));
-        let mut count = None;
-        for node in replicas {
-            let Some(status) = meet(world, &node).await else { continue };
-            if is_whole_by(table, &status) {
+    /// How many keys a shard has, by the first of its replicas that answers.
+    async fn count_of_shard(world: &impl World, replicas: &[String]) -> Option<usize> {
+        for node in world.with(|node| node.ranked(replicas.to_vec())) {
+            if let Some(status) = meet(world, &node).await {
                 return Some(status.keys);
             }
-            count = count.or(Some(status.keys));
         }
-        count
+        None
     }
 
     fn is_whole_by(table: &Table, status: &Status) -> bool {
