@@ -61,7 +61,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use url::Url;
 
-use connections::{BATCH, CONNECTIONS, MAX_CONNECTIONS, OTHER_FILES, Server};
+use connections::{CONNECTIONS, MAX_CONNECTIONS, OTHER_FILES, Server};
 use membership::{answer_view_change, count_keys, describe_shards, keep_in_touch, run};
 use node::{Context, Envelope, Later, Message, Node, Place, Reply, Write as NodeWrite, node_of};
 use peers::{ANSWER_LIMIT, PATIENCE, Peer, Question, STREAM, Waiting, knows_secret};
@@ -301,20 +301,21 @@ struct Framing {
 /// whose body's length cannot be trusted: where the next request begins is not known, so the connection must be closed.
 fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
     let (verb, target, headers) = (parsed.method(), parsed.path(), parsed.headers());
-    let all = |name: &'static str| headers.iter().filter(move |header| header.name.eq_ignore_ascii_case(name));
-    let join = |list: String, next: String| if list.is_empty() { next } else { list + ", " + &next };
-    let joined = |name| all(name).map(|it| String::from_utf8_lossy(it.value).into_owned()).fold(String::new(), join);
+    let all = |name: &'static str| {
+        headers.iter().filter(move |header| header.name.eq_ignore_ascii_case(name)).map(|header| header.value)
+    };
+    let joined = |name| all(name).map(String::from_utf8_lossy).collect::<Vec<_>>().join(", ");
     if all("Transfer-Encoding").next().is_some() {
         return Err(Outcome::LengthRequired);
     }
     let size: usize = headers.iter().map(|header| header.name.len() + header.value.len()).sum();
     // Digits only (RFC 9110 section 8.6); Rust's own parser would take a sign as well.
-    let digits = |value| std::str::from_utf8(value).ok().filter(|text| !text.starts_with('+'));
-    let mut lengths = all("Content-Length").map(|header| digits(header.value)?.parse().ok());
+    let digits = |value| str::from_utf8(value).ok().filter(|text| !text.starts_with('+'));
+    let mut lengths = all("Content-Length").map(|value| digits(value)?.parse().ok());
     let length = lengths.next().unwrap_or(Some(0)).ok_or(Outcome::BadRequest)?;
     // One host, or none in HTTP/1.0 (RFC 9112 section 3.2).
     let mut hosts = all("Host");
-    let has_host = hosts.next().map_or(parsed.version() == 0, |host| is_host(host.value)) && hosts.next().is_none();
+    let has_host = hosts.next().map_or(parsed.version() == 0, is_host) && hosts.next().is_none();
     let fits = size + target.len() <= MAX_HEAD;
     if !has_host || !fits || lengths.any(|another| another != Some(length)) {
         return Err(Outcome::BadRequest);
@@ -326,42 +327,36 @@ fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
         closing: parsed.version() == 0 || connection.split(',').any(|option| option.trim() == "close"),
         expects_continue: parsed.version() == 1 && length > 0 && joined("Expect").eq_ignore_ascii_case("100-continue"),
     };
-    let target = origin_form(target).ok_or(Outcome::BadRequest)?;
-    let (verb, target) = (if framing.is_head { "GET" } else { verb }.into(), target.into_owned());
-    let (content_type, via) = (joined("Content-Type"), joined("Via"));
-    let request = Request { verb, target, content_type, via, ..Request::default() };
-    let oversized = length > MAX_BODY && request.is_upload();
-    Ok((Request { oversized, ..request }, framing))
+    let mut request = Request {
+        verb: if framing.is_head { "GET" } else { verb }.into(),
+        target: origin_form(target).ok_or(Outcome::BadRequest)?.into_owned(),
+        content_type: joined("Content-Type"),
+        via: joined("Via"),
+        ..Request::default()
+    };
+    request.oversized = length > MAX_BODY && request.is_upload();
+    Ok((request, framing))
 }
 
 /// The path and query of a target. In absolute form, scheme and host stand before them (RFC 9112 section 3.2.2); None is a host
-/// that is none. Whatever else does not begin with a slash (OPTIONS *, CONNECT host:port) is a path that does not exist.
+/// that is not valid. Whatever else does not begin with a slash (OPTIONS *, CONNECT host:port) is a path that does not exist.
 fn origin_form(target: &str) -> Option<Cow<'_, str>> {
-    let scheme = |text: &&str| text.eq_ignore_ascii_case("http://") || text.eq_ignore_ascii_case("https://");
-    let length = [7, 8].into_iter().find(|length| target.get(..*length).as_ref().is_some_and(scheme));
-    let Some(length) = length else { return Some(target.into()) };
-    let rest = &target[length..];
+    let is_http = |scheme: &str| scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https");
+    let Some((_, rest)) = target.split_once("://").filter(|(scheme, _)| is_http(scheme)) else {
+        return Some(target.into());
+    };
     let (host, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
-    if host.is_empty() || !is_host(host.as_bytes()) {
-        None
-    } else if path.starts_with('/') {
-        Some(path.into())
-    } else {
-        Some(format!("/{path}").into())
-    }
+    let slash = if path.starts_with('/') { "" } else { "/" };
+    (!host.is_empty() && is_host(host.as_bytes())).then(|| format!("{slash}{path}").into())
 }
 
-/// Whether this is `host` or `host:port` as a request may name it (RFC 3986 section 3.2.2), or nothing, which it may too.
+/// Whether this is a host as a request may name it, with or without a port (RFC 3986 section 3.2.2). It may be empty.
 fn is_host(text: &[u8]) -> bool {
-    let is_digit = |byte: &u8| byte.is_ascii_digit();
-    let split = text.iter().rposition(|byte| *byte == b':').filter(|at| text[at + 1..].iter().all(is_digit));
-    let name = &text[..split.unwrap_or(text.len())];
-    let literal = name.strip_prefix(b"[").and_then(|name| name.strip_suffix(b"]"));
-    let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%".contains(byte);
-    match literal {
-        Some(address) => address.iter().all(|byte| is_plain(byte) || *byte == b':'),
-        None => name.iter().all(is_plain),
-    }
+    // The colons of an IPv6 address stand before its closing bracket.
+    let colon = text.iter().rposition(|byte| b":]".contains(byte)).filter(|at| text[*at] == b':');
+    let (name, port) = text.split_at(colon.unwrap_or(text.len()));
+    let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%[:]".contains(byte);
+    name.iter().all(is_plain) && port.iter().skip(1).all(u8::is_ascii_digit)
 }
 
 #[derive(Clone, Copy)]
@@ -384,26 +379,29 @@ enum Resource<'a> {
 
 impl Request {
     /// Finds what the request is about, and in which words its answer is due: the whole routing.
-    fn route(&self) -> (Resource<'_>, Vocabulary) {
+    fn route<'a>(&'a self) -> (Resource<'a>, Vocabulary) {
         let is_json = self.media_type().eq_ignore_ascii_case("application/json");
         let typed = if is_json { Vocabulary::Json } else { Vocabulary::Form };
-        let path = self.target.as_bytes().split(|byte| *byte == b'?').next().unwrap_or_default();
-        // A key is one path segment; a slash inside a key arrives as %2F.
-        let key = |segment| Resource::Key(percent_decode(segment).into());
-        let mut segments = path.split(|byte| *byte == b'/');
-        match [(); 5].map(|()| segments.next()) {
-            [Some(b""), Some(b"metrics"), None, ..] => (Resource::Metrics, typed),
-            [Some(b""), Some(b"kv-store"), None | Some(b""), None, _] => (Resource::Instance, Vocabulary::Json),
-            [Some(b""), Some(b"kv-store"), Some(b"key-count"), None, _] => (Resource::KeyCount, Vocabulary::Json),
-            [Some(b""), Some(b"kv-store"), Some(b"view-change"), None, _] => (Resource::ViewChange, Vocabulary::Json),
-            [Some(b""), Some(b"kv-store"), Some(b"shards"), None, _] => (Resource::Shards(None), Vocabulary::Json),
-            [Some(b""), Some(b"kv-store"), Some(b"shards"), Some(id), None] => {
-                (Resource::Shards(Some(shard_index(id))), Vocabulary::Json)
+        let path = self.target.split('?').next().unwrap_or_default();
+        let resource = match path {
+            "/metrics" => return (Resource::Metrics, typed),
+            "/kv-store" | "/kv-store/" => Resource::Instance,
+            "/kv-store/key-count" => Resource::KeyCount,
+            "/kv-store/view-change" => Resource::ViewChange,
+            "/kv-store/shards" => Resource::Shards(None),
+            _ => {
+                let key = |segment: &'a str| Resource::Key(percent_decode(segment.as_bytes()).into());
+                let Some(rest) = path.strip_prefix("/kv-store/") else { return (Resource::Unknown, typed) };
+                // A key is one path segment; a slash inside a key arrives as %2F.
+                match rest.split_once('/') {
+                    None => return (key(rest), typed),
+                    Some(("keys", segment)) if !segment.contains('/') => key(segment),
+                    Some(("shards", id)) if !id.contains('/') => Resource::Shards(Some(shard_index(id))),
+                    _ => return (Resource::Unknown, typed),
+                }
             }
-            [Some(b""), Some(b"kv-store"), Some(b"keys"), Some(segment), None] => (key(segment), Vocabulary::Json),
-            [Some(b""), Some(b"kv-store"), Some(segment), None, _] => (key(segment), typed),
-            _ => (Resource::Unknown, typed),
-        }
+        };
+        (resource, Vocabulary::Json)
     }
 
     fn media_type(&self) -> &str {
@@ -427,10 +425,9 @@ impl Request {
 }
 
 /// The index of a shard by its id, which counts from 1; one that no shard has for what is no id.
-fn shard_index(id: &[u8]) -> usize {
-    let number =
-        str::from_utf8(id).ok().filter(|text| !text.starts_with(['0', '+'])).and_then(|text| text.parse().ok());
-    number.map_or(usize::MAX, |number: usize| number - 1)
+fn shard_index(id: &str) -> usize {
+    let number: Option<usize> = id.parse().ok().filter(|_| !id.starts_with(['0', '+']));
+    number.map_or(usize::MAX, |number| number - 1)
 }
 
 /// Whether a key may be stored. Any key may be asked for: one that cannot exist does not exist.
@@ -469,15 +466,12 @@ fn form_value(request: &Request) -> Result<String, Outcome> {
 /// Finds the field `val` of an application/x-www-form-urlencoded text. The `form_urlencoded` crate would replace bytes that
 /// are not UTF-8 instead of telling.
 fn form_field(text: &[u8]) -> Option<Vec<u8>> {
-    let spaced = |part: &[u8]| part.iter().map(|byte| if *byte == b'+' { b' ' } else { *byte }).collect::<Vec<u8>>();
-    let decode = |part| match spaced(part) {
-        plain if !plain.contains(&b'%') => plain,
-        encoded => percent_decode(&encoded).collect(),
-    };
-    text.split(|byte| *byte == b'&').find_map(|field| {
-        let (name, value) = field.split_at(field.iter().position(|byte| *byte == b'=').unwrap_or(field.len()));
-        (name == b"val" || decode(name) == b"val").then(|| decode(value.get(1..).unwrap_or_default()))
-    })
+    let spaced: Vec<u8> = text.iter().map(|byte| if *byte == b'+' { b' ' } else { *byte }).collect();
+    let mut fields = spaced.split(|byte| *byte == b'&').map(|field| {
+        let mut parts = field.splitn(2, |byte| *byte == b'=').map(|part| Cow::from(percent_decode(part)));
+        (parts.next().unwrap_or_default(), parts.next().unwrap_or_default())
+    });
+    fields.find(|(name, _)| **name == *b"val").map(|(_, value)| value.into_owned())
 }
 
 /// The member `value` of a JSON object, as the JSON text it came as, so that it goes back digit for digit; only a string is
@@ -486,28 +480,20 @@ fn json_value(body: &[u8]) -> Result<String, Outcome> {
     let not_text = |refusal| if is_value_broken(body) { Outcome::ValueNotText } else { refusal };
     match member(body, "value").map_err(not_text)? {
         "null" => Err(Outcome::ValueMissing),
+        json if json.starts_with('"') => {
+            json_of(&serde_json::from_str::<String>(json).map_err(|_| Outcome::ValueNotText)?)
+        }
         json if !is_text(json) => Err(Outcome::ValueNotText),
-        json if json.starts_with('"') => json_of(&serde_json::from_str::<String>(json).unwrap_or_default()),
         json if json.len() > MAX_VALUE => Err(Outcome::ValueTooLarge),
         json => Ok(json.to_owned()),
     }
 }
 
-/// Whether all strings in a JSON text are text: JSON can spell half of a surrogate pair (RFC 8259 section 8.2).
+/// Whether all strings in a JSON text are text: JSON can spell half of a surrogate pair (RFC 8259 section 8.2). Only escapes can be
+/// wrong, so the parser reads all of the text as one string, without what ends a string or may not be in one. (`\/` is an escape.)
 fn is_text(json: &str) -> bool {
-    let mut rest = if json.contains("\\u") { json } else { "" };
-    while let Some(begin) = rest.find('"') {
-        let (string, mut end) = (&rest[begin..], 1);
-        while !matches!(string.as_bytes().get(end), None | Some(b'"')) {
-            end += if string.as_bytes()[end] == b'\\' { 2 } else { 1 };
-        }
-        let (string, after) = string.split_at_checked(end + 1).unwrap_or((string, ""));
-        if string.contains("\\u") && serde_json::from_str::<String>(string).is_err() {
-            return false;
-        }
-        rest = after;
-    }
-    true
+    let as_string = || format!("\"{}\"", json.replace(['"', '\n', '\r', '\t'], "/"));
+    !json.contains("\\u") || serde_json::from_str::<String>(&as_string()).is_ok()
 }
 
 /// Whether a body was refused since its value is a string with bytes that are no UTF-8: replaced, they are no fault any more.
@@ -518,12 +504,11 @@ fn is_value_broken(body: &[u8]) -> bool {
 
 /// A text as a JSON string. The limit is that of the text: escapes make up to six bytes of one.
 fn json_of(text: &str) -> Result<String, Outcome> {
-    // Writing to a String cannot fail.
     if text.len() > MAX_VALUE {
-        Err(Outcome::ValueTooLarge)
-    } else {
-        Ok(serde_json::to_string(text).unwrap_or_default())
+        return Err(Outcome::ValueTooLarge);
     }
+    // Writing to a String cannot fail.
+    Ok(serde_json::to_string(text).unwrap_or_default())
 }
 
 /// The JSON text of a member of the JSON object that a body is: `null` if there is no such member, or no body. Of members with
@@ -536,44 +521,35 @@ fn find_member<'a>(body: &'a [u8], name: &str) -> Result<Option<&'a str>, Outcom
     // JSON is UTF-8 (RFC 8259 section 8.1), also where the parser passes over it.
     let body = str::from_utf8(if body.is_empty() { b"{}" } else { body }).map_err(|_| Outcome::BodyNotObject)?;
     let mut parser = serde_json::Deserializer::from_str(body);
-    let value = parser.deserialize_map(Member(name)).map_err(|_| Outcome::BodyNotObject)?;
-    parser.end().map_err(|_| Outcome::BodyNotObject)?;
-    Ok(value.map(RawValue::get))
+    let value = parser.deserialize_map(Member(name)).and_then(|value| parser.end().map(|()| value));
+    Ok(value.map_err(|_| Outcome::BodyNotObject)?.map(RawValue::get))
 }
 
 /// The causal context in the body of a request in the JSON vocabulary: stamps in hexadecimal, since JSON's numbers are not exact
 /// everywhere, each under the bits of its node; and the version of a table. None if there is none; an error if it is not ours. (A
 /// body that is no JSON object is none of this function's business: a GET may have any.)
 fn causal_context(request: &Request, vocabulary: Vocabulary) -> Result<Option<Context>, Outcome> {
-    if matches!(vocabulary, Vocabulary::Form) || request.oversized || request.body.is_empty() {
-        return Ok(None);
-    }
     // Hardly any request has one: it is not worth reading a large body twice.
-    let may_have_it = |text: &str| text.contains("causal-context") || text.contains("\\u");
-    if !str::from_utf8(&request.body).is_ok_and(may_have_it) {
+    let may_have_it = str::from_utf8(&request.body).is_ok_and(|body| body.contains("causal-context"));
+    if matches!(vocabulary, Vocabulary::Form) || !may_have_it {
         return Ok(None);
     }
     let Ok(Some(text)) = find_member(&request.body, "causal-context") else { return Ok(None) };
     let members: BTreeMap<String, String> = serde_json::from_str(text).map_err(|_| Outcome::ContextInvalid)?;
     let mut context = Context::default();
     for (name, text) in members {
-        let numbers: Vec<u64> = text.split('.').filter_map(hexadecimal).collect();
-        match (name.as_str(), &numbers[..]) {
-            ("table", [epoch, number, coordinator]) => {
-                context.table = Some(Version { epoch: *epoch, number: *number, coordinator: *coordinator });
+        let numbers = text.split('.').map(|number| u64::from_str_radix(number, 16));
+        match numbers.collect::<Result<Vec<u64>, _>>().unwrap_or_default()[..] {
+            [epoch, number, coordinator] if name == "table" => {
+                context.table = Some(Version { epoch, number, coordinator });
             }
-            (name, [stamp]) if name == format!("{:03x}", node_of(*stamp)) => {
-                context.seen.insert(node_of(*stamp), *stamp);
+            [stamp] if name == format!("{:03x}", node_of(stamp)) => {
+                context.seen.insert(node_of(stamp), stamp);
             }
             _ => return Err(Outcome::ContextInvalid),
         }
     }
     Ok(Some(context))
-}
-
-/// A number as contexts spell it: 16 digits.
-fn hexadecimal(text: &str) -> Option<u64> {
-    u64::from_str_radix(text, 16).ok().filter(|_| text.len() == 16 && !text.starts_with('+'))
 }
 
 /// Looks for the member of this name.
@@ -588,13 +564,8 @@ impl<'a> Visitor<'a> for Member<'_> {
 
     fn visit_map<M: MapAccess<'a>>(self, mut members: M) -> Result<Self::Value, M::Error> {
         let mut found = None;
-        while let Some(name) = members.next_key::<&RawValue>()? {
-            let name = name.get();
-            let is_wanted = match name.contains('\\') {
-                true => serde_json::from_str::<String>(name).is_ok_and(|name| name == self.0),
-                false => name[1..name.len() - 1] == *self.0,
-            };
-            if is_wanted {
+        while let Some(name) = members.next_key::<String>()? {
+            if name == self.0 {
                 found = Some(members.next_value()?);
             } else {
                 members.next_value::<IgnoredAny>()?;
@@ -630,7 +601,7 @@ enum Outcome {
 
 impl Outcome {
     /// The answers of the contract: status and body in the form vocabulary, and in the JSON vocabulary; of an error, only
-    /// what is wrong. `answer` fills in what stands in angle brackets. What only one vocabulary can say stands there twice.
+    /// what is wrong. `answer` completes it, and puts `text` in its place. What only one vocabulary can say stands there twice.
     #[rustfmt::skip]
     fn row(&self) -> [(u16, &'static str); 2] {
         use Outcome::*;
@@ -639,12 +610,11 @@ impl Outcome {
                           (201, r#"{"message":"Added successfully","replaced":false}"#)],
             Replaced  => [(200, r#"{"replaced":"True","msg":"Value of existing key replaced"}"#),
                           (200, r#"{"message":"Updated successfully","replaced":true}"#)],
-            Found(_)  => [(200, r#"{"result":"Success","value":<value>}"#),
-                          (200, r#"{"doesExist":true,"message":"Retrieved successfully","value":<value>}"#)],
+            Found(_)  => [(200, r#"{"result":"Success","value":<text>}"#),
+                          (200, r#"{"doesExist":true,"message":"Retrieved successfully","value":<text>}"#)],
             Deleted   => [(200, r#"{"result":"Success"}"#),
                           (200, r#"{"doesExist":true,"message":"Deleted successfully"}"#)],
-            Missing   => [(404, "Key does not exist"),
-                          (404, r#"{"doesExist":false,"error":"Key does not exist","message":"Error in <verb>"}"#)],
+            Missing   => [(404, "Key does not exist"); 2],
             KeyInvalid        => [(403, "Key not valid"),        (400, "Key is too long")],
             ValueMissing      => [(403, "No value provided"),    (400, "Value is missing")],
             ValueTooLarge     => [(403, "Object too large. Size limit is 1MB"), (413, "Value is too large")],
@@ -658,60 +628,54 @@ impl Outcome {
             BadRequest        => [(400, "Bad request"); 2],
             Unparsed          => [(400, "Bad request: not HTTP/1.1, or more than 16 headers"); 2],
             LengthRequired    => [(411, "Length required"); 2],
-            KeyCount(_)       => [(200, r#"{"message":"Key count retrieved successfully",<count>}"#); 2],
-            Shards(_)         => [(200, r#"{"message":"Shard membership retrieved successfully","shards":[<ids>]}"#); 2],
-            Shard(_)          => [(200, r#"{"message":"Shard information retrieved successfully",<shard>}"#); 2],
+            KeyCount(_)       => [(200, r#"{"message":"Key count retrieved successfully",<text>}"#); 2],
+            Shards(_)         => [(200, r#"{"message":"Shard membership retrieved successfully","shards":[<text>]}"#); 2],
+            Shard(_)          => [(200, r#"{"message":"Shard information retrieved successfully",<text>}"#); 2],
             NoShard           => [(404, "Shard does not exist"); 2],
-            Instance(_)       => [(200, r#"{"result":"Success",<instance>}"#); 2],
-            Metrics(_)        => [(200, "<metrics>"); 2],
+            Instance(_)       => [(200, r#"{"result":"Success",<text>}"#); 2],
+            Metrics(_)        => [(200, "<text>"); 2],
             AddressNotSet     => [(400, "ADDRESS is not set"); 2],
-            NodeDown(_)       => [(501, "Server unavailable"),   (503, "Node <node> is down")],
+            NodeDown(_)       => [(501, "Server unavailable"),   (503, "Node <text> is down")],
             ViewMissing       => [(400, "View is missing"); 2],
-            ViewInvalid(_)    => [(400, "View is not valid: <reason>"); 2],
+            ViewInvalid(_)    => [(400, "View is not valid: <text>"); 2],
             ChangeUnderWay    => [(409, "Another view change is in progress"); 2],
             // Between instances.
             NotOfStore        => [(403, "Not a node of this store"); 2],
-            HoldsKeys(_)      => [(409, "Node <node> holds keys of another store"); 2],
-            ViewChanged(_)    => [(200, r#"{"message":"View change successful",<shards>}"#); 2],
+            HoldsKeys(_)      => [(409, "Node <text> holds keys of another store"); 2],
+            ViewChanged(_)    => [(200, r#"{"message":"View change successful",<text>}"#); 2],
             // Only between nodes: the owner is another one by this node's table.
             Elsewhere         => [(421, "Not the owner"); 2],
+        }
+    }
+
+    /// What goes in the place of `<text>`, unless it is a value.
+    fn text(&self) -> &str {
+        use Outcome::*;
+        match self {
+            KeyCount(text) | Instance(text) | Shard(text) | Shards(text) | Metrics(text) => text,
+            NodeDown(text) | HoldsKeys(text) | ViewInvalid(text) | ViewChanged(text) => text,
+            _ => "",
         }
     }
 
     /// Says the outcome in a vocabulary.
     fn answer(&self, vocabulary: Vocabulary, verb: &str) -> Answer {
         let (status, text) = self.row()[vocabulary as usize];
+        let flag = if let Outcome::Missing = self { r#""doesExist":false,"# } else { "" };
         let template = match vocabulary {
             _ if text.starts_with(['{', '<']) => Cow::Borrowed(text),
             Vocabulary::Form => format!(r#"{{"result":"Error","msg":"{text}"}}"#).into(),
-            Vocabulary::Json => format!(r#"{{"error":"{text}","message":"Error in <verb>"}}"#).into(),
+            Vocabulary::Json => format!(r#"{{{flag}"error":"{text}","message":"Error in {verb}"}}"#).into(),
         };
-        let (mut body, mut value) = (Vec::with_capacity(template.len() + 64), None);
-        for part in template.split_inclusive('>') {
-            let (text, blank) = part.split_once('<').unwrap_or((part, ""));
-            body.extend(text.as_bytes());
-            match (self, blank) {
-                (_, "") => {}
-                (_, "verb>") => body.extend(verb.as_bytes()),
-                (Outcome::Found(record), _) if record.value().len() > BATCH => {
-                    value = Some((body.len(), record.clone()))
-                }
-                (Outcome::Found(record), _) => body.extend(record.value()),
-                (Outcome::KeyCount(text) | Outcome::Shard(text) | Outcome::Shards(text), _)
-                | (Outcome::Instance(text) | Outcome::NodeDown(text) | Outcome::HoldsKeys(text), _)
-                | (Outcome::ViewInvalid(text) | Outcome::ViewChanged(text) | Outcome::Metrics(text), _) => {
-                    body.extend(text.as_bytes());
-                }
-                _ => {}
-            }
-        }
-        body.push(b'\n');
-        let header = match self {
-            Outcome::VerbNotAllowed(header) => header,
-            Outcome::Metrics(_) => METRICS,
-            _ => JSON,
+        let (before, after) = template.split_once("<text>").unwrap_or((&template, ""));
+        let body = [before, self.text(), after, "\n"].concat().into_bytes();
+        let (header, value) = match self {
+            Outcome::Found(record) => (JSON, Some((before.len(), record.clone()))),
+            Outcome::VerbNotAllowed(header) => (*header, None),
+            Outcome::Metrics(_) => (METRICS, None),
+            _ => (JSON, None),
         };
-        Answer { status, header: Cow::Borrowed(header), body, value }
+        Answer { status, header: header.into(), body, value }
     }
 }
 
@@ -730,7 +694,7 @@ struct Answer {
     header: Cow<'static, str>,
     #[serde(with = "serde_bytes")]
     body: Vec<u8>,
-    /// A large value is not copied into the body: it belongs at this place of it.
+    /// The value that was asked for is not copied into the body: it belongs at this place of it.
     #[serde(skip)]
     value: Option<(usize, Record)>,
 }
@@ -5010,7 +4974,7 @@ mod connections {
     use crate::{answer_about, answer_or_defer, count_answer, knows_secret, pause, read_head};
 
     /// The answers of a connection that may wait to be sent in one go, in bytes. What is longer is not copied.
-    pub const BATCH: usize = 32 << 10;
+    const BATCH: usize = 32 << 10;
     /// How many bytes of answers a client that sends one request after the other gets before others have their turn.
     const TURN: usize = 64 << 10;
     /// How many bytes of a body are read before that.
@@ -6949,7 +6913,7 @@ mod simulation {
             is_late: false,
         };
         let (tried, began) = there.with(|node| (it.perform(node), node.now));
-        let answer = it.answer(there, tried, began).await;
+        let answer = it.answer(there, tried, began).await.joined();
         let state = &mut *there.state.borrow_mut();
         // Who relayed it acknowledged nothing.
         let is_own = !String::from_utf8_lossy(&answer.body).contains(r#""address""#);
