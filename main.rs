@@ -40,7 +40,7 @@ use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
@@ -4939,24 +4939,23 @@ mod connections {
     //! may_minihttp parses requests, and sends answers when it has dealt with all that it read. Much it cannot do: answer what it
     //! refused to parse, answer without a body (HEAD) or with headers that are not known when it is compiled, answer before the next
     //! request's body has come, close, and wait for a client that does not read. So a connection keeps its answers itself, as its
-    //! *output*. The server has an empty answer for each, and when it sends these, the output is sent in their place (`send`).
+    //! *output* (`write`). The server has an empty answer for each, and when it sends these, `send` sends the output in their place.
     //!
     //! Output leaves when the server sends, when there is much of it, and before anything that may wait: another instance, a body, a
-    //! large answer. What is large is not copied into the output but written straight from the record, while the coroutine waits for
-    //! the client: whoever does not read costs a pointer, and there is nothing to account for.
+    //! large value (`flush`). A large value is not copied into the output but written straight from the record, while the coroutine
+    //! waits for the client (`write_waiting`): a client that does not read costs a pointer, and there is nothing to account for.
     //!
     //! A connection is closed
     //! - after the answer to `Connection: close` and HTTP/1.0 (`close_with`);
     //! - after a refusal, since where the next request begins is not known, or not worth reading up to it (`refuse`);
-    //! - without an answer, when a body ends before its length, the stream that it carries ends, or its client has taken nothing of an
-    //!   answer for ten seconds (`end`);
-    //! - by the watch, when nothing has happened on it for 75 seconds (`watch`);
+    //! - without an answer, when a body ends before its length, or the stream that it carries ends (`end`);
+    //! - when its client has sent nothing, or taken nothing of an answer, for 75 seconds (`watch`, `write_waiting`);
     //! - at once, when there are too many (`new_service`).
     //!
     //! All of this runs on the worker thread (`start_worker`), so the state of connections needs no locks.
 
     use std::cell::{Cell, RefCell};
-    use std::io::{self, BufRead, Read, Write};
+    use std::io::{self, BufRead, IoSlice, Read, Write};
     use std::mem::ManuallyDrop;
     use std::net::{Shutdown, TcpStream};
     use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
@@ -4968,24 +4967,21 @@ mod connections {
 
     use may::io::WaitIo;
     use may_minihttp::{BodyReader, HttpService, HttpServiceFactory, Request as Parsed, Response};
+    use nix::errno::Errno;
 
     use crate::peers::{STREAM, read_questions, write_answers};
-    use crate::{Action, Answer, CLOSE, LARGE_BODY, MAX_HEAD, Outcome, Request, Resource, VERBS, Vocabulary};
+    use crate::{Action, Answer, CLOSE, LARGE_BODY, MAX_HEAD, Outcome, Request, Resource, Vocabulary};
     use crate::{answer_about, answer_or_defer, count_answer, knows_secret, pause, read_head};
 
-    /// The answers of a connection that may wait to be sent in one go, in bytes. What is longer is not copied.
+    /// The output of a connection is sent when it has more than so many bytes. A value that is longer is not copied to it.
     const BATCH: usize = 32 << 10;
-    /// How many bytes of answers a client that sends one request after the other gets before others have their turn.
-    const TURN: usize = 64 << 10;
-    /// How many bytes of a body are read before that.
-    const BODY_TURN: usize = 512 << 10;
+    /// How many bytes a client may send or be sent, without a pause, before other clients have their turn.
+    const TURN: usize = 128 << 10;
     /// How many bytes large bodies may have together: more are not read before there is room.
     const MAX_BODIES: usize = 64 << 20;
     /// What the server reads of a client before a request's head is whole, in bytes, at most. It reads ahead by as much as it has, and
     /// the limit of a head is exact only where the whole head is there.
     const MAX_READ: usize = 3 * MAX_HEAD;
-    /// A client that takes nothing of an answer for this long is given up.
-    const WRITE_LIMIT: Duration = Duration::from_secs(10);
     /// A connection on which nothing happens for this long is closed. Load balancers do so after 60 s: the client's side should be
     /// the first, or a request may meet a connection that is just being closed.
     const IDLE_LIMIT: Duration = Duration::from_secs(75);
@@ -5009,26 +5005,34 @@ mod connections {
         static CLIENTS: RefCell<Vec<Option<Rc<Client>>>> = const { RefCell::new(Vec::new()) };
     }
 
-    /// What a connection, the watch, and `recv` and `send` know of a client.
-    #[derive(Default)]
+    /// A connection, as the service, the watch, and `recv` and `send` see it.
     struct Client {
+        fd: RawFd,
+        phase: Cell<Phase>,
+        /// When something last happened.
+        active: Cell<Instant>,
+        /// How many bytes were read since a request was last dealt with: of the next one's head, or what the server read ahead.
+        head: Cell<usize>,
+        /// How many bytes were received and answered since other clients had their turn.
+        served: Cell<usize>,
         /// Answers that are still to be sent.
         output: RefCell<Vec<u8>>,
-        /// When something last happened. None while an answer is awaited, which may take as long as a view change.
-        active: Cell<Option<Instant>>,
-        /// How many bytes were read since a request was last dealt with. Where they are many, they are a head that does not end.
-        head: Cell<usize>,
-        /// A request is being dealt with; one was.
-        in_call: Cell<bool>,
-        had_call: Cell<bool>,
-        /// The last read brought bytes.
-        has_read: Cell<bool>,
-        /// A body was read from the socket, and did not come with its head.
-        read_body: Cell<bool>,
-        /// The server was told that the client sends nothing more.
-        has_left: Cell<bool>,
-        /// Nothing more is answered or sent. What the server still reads is not looked at.
-        has_ended: Cell<bool>,
+    }
+
+    #[derive(Clone, Copy, PartialEq)]
+    enum Phase {
+        /// The server reads the head of the next request.
+        Head,
+        /// So it does, and is told with its next read that the client sends nothing more.
+        LastHead,
+        /// The server was told so.
+        HalfClosed,
+        /// A request is dealt with.
+        Request,
+        /// A part of its body is read from the socket, after the head.
+        Body,
+        /// The server answers and sends nothing more: the connection is closed, or carries a stream.
+        Over,
     }
 
     impl Client {
@@ -5037,191 +5041,81 @@ mod connections {
             CLIENTS.try_with(|clients| clients.borrow().get(fd as usize).cloned().flatten()).ok().flatten()
         }
 
-        fn has_output(&self) -> bool {
-            !self.output.borrow().is_empty()
+        /// The socket, which the server owns, and closes after the service has taken the client out of `CLIENTS`.
+        fn socket(&self) -> ManuallyDrop<TcpStream> {
+            // SAFETY: whoever has a client got it from `CLIENTS` in a call of the server, which keeps the descriptor open until the call
+            // returns, or in the watch, which nothing interrupts; and ManuallyDrop never closes it.
+            ManuallyDrop::new(unsafe { TcpStream::from_raw_fd(self.fd) })
         }
 
-        fn note_activity(&self) {
-            self.active.set(Some(Instant::now()));
+        fn is_over(&self) -> bool {
+            self.phase.get() == Phase::Over
         }
 
-        /// Gives the output to the kernel, as much as that takes now. True if it took all.
-        fn send_output(&self, fd: RawFd, flags: libc::c_int) -> io::Result<bool> {
-            let mut output = self.output.borrow_mut();
-            while !output.is_empty() {
-                // SAFETY: sendto reads the bytes, which outlive the call.
-                let count =
-                    unsafe { libc::sendto(fd, output.as_ptr().cast(), output.len(), flags, std::ptr::null(), 0) };
-                if count < 0 {
-                    let error = io::Error::last_os_error();
-                    return if error.kind() == io::ErrorKind::WouldBlock { Ok(false) } else { Err(error) };
-                }
-                output.drain(..count as usize);
-            }
-            // (Idle connections keep little.)
-            output.shrink_to(4 << 10);
-            Ok(true)
+        /// Closes the connection: lets nothing more out, so that the server's next write fails, and then it closes the socket.
+        fn end(&self, how: Shutdown) {
+            self.phase.set(Phase::Over);
+            let _ = self.socket().shutdown(how);
         }
 
-        /// What the server is told of a read that brought so many bytes.
-        fn after_read(&self, fd: RawFd, count: isize) -> isize {
-            let had_read = self.has_read.replace(count > 0);
-            if self.in_call.get() {
-                self.read_body.set(true);
-            } else if count > 0 {
-                self.head.set(self.head.get() + count as usize);
-                return if self.head.get() > MAX_READ { fail_with(libc::ECONNABORTED) } else { count };
-            } else if count == 0 && had_read {
-                // The server waits for a signal then, and the kernel has given this one already.
-                signal_again(&borrow_socket(fd));
-                return fail_with(libc::EAGAIN);
-            }
-            let is_broken = count < 0 && io::Error::last_os_error().kind() != io::ErrorKind::WouldBlock;
-            self.has_ended.set(self.has_ended.get() || is_broken);
-            self.has_left.set(self.has_left.get() || count == 0);
-            count
-        }
-    }
-
-    // -- The service
-
-    pub struct Server;
-
-    /// One client connection: the server's service.
-    pub struct Connection {
-        fd: RawFd,
-        /// How many bytes were answered since other connections had their turn.
-        served: usize,
-        /// The client may still be sending when the connection is closed.
-        lingers: bool,
-        /// The last request came by way of another instance.
-        relayed: bool,
-    }
-
-    impl HttpServiceFactory for Server {
-        type Service = Connection;
-
-        /// Called once for each connection. `id` is the descriptor of its socket, open until after the service is dropped.
-        fn new_service(&self, id: usize) -> Connection {
-            let socket = borrow_socket(id as RawFd);
-            // Without this, an answer that leaves in two writes waits 40 ms for the client's delayed acknowledgement.
-            let _ = socket.set_nodelay(true);
-            // The kernel asks for more when it has sent most of what it has, and not when a third of its buffer is free, which may take
-            // a slow reader a minute.
-            set_option(&socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, BATCH as libc::c_int);
-            // The accept loop would spin without end if descriptors ran out: the last ones are never used.
-            let is_crowded = CONNECTIONS.fetch_add(1, Relaxed) >= *MAX_CONNECTIONS;
-            if is_crowded {
-                let _ = socket.shutdown(Shutdown::Both);
-            }
-            let client = Client { has_ended: Cell::new(is_crowded), ..Client::default() };
-            client.note_activity();
-            CLIENTS.with_borrow_mut(|clients| {
-                clients.resize(clients.len().max(id + 1), None);
-                clients[id] = Some(Rc::new(client));
-            });
-            Connection { fd: id as RawFd, served: 0, lingers: false, relayed: false }
-        }
-    }
-
-    impl HttpService for Connection {
-        fn call(&mut self, parsed: Parsed, _: &mut Response) -> io::Result<()> {
-            let client = self.client();
-            if !client.has_ended.get() {
-                client.in_call.set(true);
-                client.note_activity();
-                self.serve(parsed);
-                client.note_activity();
-                client.head.set(0);
-                client.in_call.set(false);
-                client.had_call.set(true);
-            }
-            Ok(())
-        }
-    }
-
-    impl Connection {
-        fn client(&self) -> Rc<Client> {
-            // (It is there as long as this is.)
-            Client::at(self.fd).unwrap_or_default()
-        }
-
-        fn socket(&self) -> Socket {
-            borrow_socket(self.fd)
-        }
-
-        fn serve(&mut self, parsed: Parsed) {
+        fn serve(&self, parsed: Parsed) {
             let (mut request, framing) = match read_head(&parsed) {
                 Ok(head) => head,
-                Err(refusal) => return self.refuse(refusal.answer(Vocabulary::Form, "GET"), parsed.method() == "HEAD"),
+                Err(refusal) => return self.refuse(refusal, parsed.method() == "HEAD"),
             };
-            self.relayed = !request.via.is_empty();
             if let Some(id) = request.stream_id() {
                 return self.serve_stream(id, parsed);
-            } else if request.oversized {
-                return self.refuse(refusal_of_oversized(request), false);
             }
-            let is_kept = request.wants_body(framing.length);
+            let (verb, is_kept) = (request.verb.clone(), request.wants_body(framing.length));
+            if request.oversized {
+                return self.close_with(refusal_of_oversized(request), &verb, false);
+            }
             let room = (is_kept && framing.length > LARGE_BODY).then(|| self.wait_for_room(framing.length));
             if framing.expects_continue {
                 // (RFC 9110 section 10.1.1)
-                self.client().output.borrow_mut().extend(b"HTTP/1.1 100 Continue\r\n\r\n");
-                self.flush();
+                self.output.borrow_mut().extend(b"HTTP/1.1 100 Continue\r\n\r\n");
             }
             if framing.length > 0 {
                 let body = is_kept.then_some(&mut request.body);
                 if !self.read_body(parsed.body(), framing.length, body) {
                     // What it sent before is answered.
                     self.flush();
-                    return self.end();
+                    return self.end(Shutdown::Write);
                 }
             }
-            let verb = VERBS.into_iter().find(|verb| *verb == request.verb).unwrap_or_default();
-            let answer = self.answer(request);
-            drop(room);
-            count_answer(verb, answer.status);
-            if framing.closing {
-                return self.close_with(answer, framing.is_head);
-            }
-            self.write(answer, "", framing.is_head);
-            take_turn(&self.socket(), &mut self.served, TURN);
-        }
-
-        /// Has a whole request answered, however long that takes.
-        fn answer(&mut self, request: Request) -> Answer {
-            self.served += request.body.len();
-            answer_or_defer(request).unwrap_or_else(|work| {
+            let answer = answer_or_defer(request).unwrap_or_else(|work| {
                 // That may take long, and what was asked before is answered.
                 self.flush();
-                self.client().active.set(None);
-                let answer = work();
-                self.client().note_activity();
-                answer
-            })
+                work()
+            });
+            drop(room);
+            if framing.closing {
+                return self.close_with(answer, &verb, framing.is_head);
+            }
+            let length = answer.length();
+            self.write(answer, &verb, "", framing.is_head);
+            self.take_turn(length);
         }
 
         /// Becomes one half of a stream, as long as that lives.
-        fn serve_stream(&mut self, id: &str, parsed: Parsed) {
+        fn serve_stream(&self, id: &str, parsed: Parsed) {
             let knows_secret = match knows_secret(&parsed, id) {
                 Ok(knows) => knows,
-                Err(refusal) => return self.refuse(refusal.answer(Vocabulary::Form, "POST"), false),
+                Err(refusal) => return self.refuse(refusal, false),
             };
-            if self.client().had_call.get() {
-                // It writes on the socket, and would overtake the answers to what came before it.
-                return self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "POST"), false);
-            }
-            self.client().active.set(None);
+            self.flush();
+            self.phase.set(Phase::Over);
             match parsed.method() {
                 "GET" => drop(write_answers(id, &self.socket(), knows_secret)),
                 _ => read_questions(id, parsed.body(), &self.socket(), knows_secret),
             }
-            self.end();
+            self.end(Shutdown::Write);
         }
 
         /// Waits until another large body may be read. What it returns is to be dropped when the body is done with.
         fn wait_for_room(&self, length: usize) -> Room {
             self.flush();
-            while BODIES.load(Relaxed) + length > MAX_BODIES && !self.client().has_ended.get() {
+            while BODIES.load(Relaxed) + length > MAX_BODIES {
                 pause(Duration::from_millis(5));
             }
             BODIES.fetch_add(length, Relaxed);
@@ -5230,139 +5124,155 @@ mod connections {
 
         /// Reads a whole body, to keep it or not. False is a client that left before it was complete: its request never happened.
         fn read_body(&self, mut reader: BodyReader, length: usize, mut body: Option<&mut Vec<u8>>) -> bool {
-            let (client, mut taken, mut served) = (self.client(), 0, 0);
-            while !client.has_ended.get() {
+            let mut taken = 0;
+            while taken < length && !self.is_over() {
+                self.active.set(Instant::now());
                 let arrived = match reader.fill_buf() {
-                    Ok([]) => break,
+                    Ok([]) => return false,
                     Ok(arrived) => arrived,
                     Err(error) if error.raw_os_error() == Some(SEND_FIRST) => {
                         self.flush();
                         continue;
                     }
-                    Err(_) => break,
+                    Err(_) => return false,
                 };
                 let count = arrived.len();
                 if let Some(body) = &mut body {
                     body.extend(arrived);
                 }
                 reader.consume(count);
-                client.note_activity();
                 taken += count;
-                served += count;
-                take_turn(&self.socket(), &mut served, BODY_TURN);
+                self.take_turn(count);
             }
-            if client.read_body.replace(false) {
+            if self.phase.get() == Phase::Body {
+                // The server waits for a signal that comes once an arrival, and reading the body has used it up: a request that came
+                // with the body's end would be left lying.
+                self.phase.set(Phase::Request);
                 signal_again(&self.socket());
             }
             taken == length
         }
 
-        /// Writes an answer to the output, and what is large of it to the socket. `connection` is what its head says of the connection.
-        fn write(&mut self, answer: Answer, connection: &str, is_head: bool) {
-            self.served += answer.length();
-            let client = self.client();
-            answer.write_head(&mut client.output.borrow_mut(), connection);
+        /// Writes an answer to the output, and a large value to the socket. `connection` is what its head says of the connection.
+        fn write(&self, answer: Answer, verb: &str, connection: &str, is_head: bool) {
+            count_answer(verb, answer.status);
+            answer.write_head(&mut self.output.borrow_mut(), connection);
             for piece in answer.pieces().into_iter().filter(|_| !is_head) {
                 if piece.len() > BATCH {
                     self.flush();
                     self.write_waiting(piece);
                 } else {
-                    client.output.borrow_mut().extend(piece);
+                    self.output.borrow_mut().extend(piece);
                 }
             }
-            if client.output.borrow().len() > BATCH {
+            if self.output.borrow().len() > BATCH {
                 self.flush();
             }
         }
 
-        /// Sends the output, however long the client takes to read it. A connection that breaks ends.
+        /// Sends the output, however long the client takes to read it.
         fn flush(&self) {
-            let client = self.client();
-            match client.send_output(self.fd, libc::MSG_NOSIGNAL) {
-                Ok(true) => {}
-                Ok(false) => {
-                    let output = client.output.take();
-                    self.write_waiting(&output);
-                }
-                Err(_) => self.end(),
+            let output = self.output.take();
+            if !output.is_empty() {
+                self.write_waiting(&output);
             }
         }
 
         /// Writes bytes on the socket, and makes the coroutine wait for the client to read. One that takes none for long is given up.
         fn write_waiting(&self, bytes: &[u8]) {
-            self.client().active.set(None);
-            let stream = waiting_stream(&self.socket(), Some(WRITE_LIMIT));
-            if self.client().has_ended.get() || stream.and_then(|mut stream| stream.write_all(bytes)).is_err() {
-                self.end();
+            let stream = waiting_stream(&self.socket(), Some(IDLE_LIMIT));
+            if self.is_over() || stream.and_then(|mut stream| stream.write_all(bytes)).is_err() {
+                self.end(Shutdown::Write);
             }
-            self.client().note_activity();
+        }
+
+        /// Gives the output to the kernel. An error if that does not take all of it now.
+        fn send_output(&self) -> io::Result<()> {
+            let mut output = self.output.borrow_mut();
+            while !output.is_empty() {
+                // (With `writev`: `write` calls `send`, which comes here.)
+                let count = self.socket().write_vectored(&[IoSlice::new(&output)])?;
+                output.drain(..count);
+            }
+            // (Idle connections keep little.)
+            output.shrink_to(4 << 10);
+            Ok(())
         }
 
         /// Answers a request whose end is not known or not worth reading up to it.
-        fn refuse(&mut self, answer: Answer, is_head: bool) {
-            count_answer("other", answer.status);
-            self.close_with(answer, is_head);
+        fn refuse(&self, refusal: Outcome, is_head: bool) {
+            self.close_with(refusal.answer(Vocabulary::Form, "GET"), "other", is_head);
         }
 
         /// Sends a last answer and closes the connection.
-        fn close_with(&mut self, answer: Answer, is_head: bool) {
-            // A follower that does not know this instance yet asks one thing a connection: this reaches it (W3C, Linked Data
-            // Platform, section 7.1).
-            let accepts = if self.relayed { format!("Accept-Post: {STREAM}\r\n") } else { String::new() };
-            self.write(answer, &format!("{CLOSE}{accepts}"), is_head);
+        fn close_with(&self, answer: Answer, verb: &str, is_head: bool) {
             // The last packet is held back until the stream ends, so that a client that has the whole answer has its end as well. So this
             // side, and not a relaying one, is the first to close and has its port in TIME_WAIT (RFC 9293 section 3.6.1): 28,000
             // relays in a minute would use up the other side's ports.
-            let _ = self.client().send_output(self.fd, libc::MSG_MORE | libc::MSG_NOSIGNAL);
+            set_option(&self.socket(), libc::IPPROTO_TCP, libc::TCP_CORK, 1);
+            // A follower that does not know this instance yet asks one thing a connection: this reaches it (W3C, Linked Data
+            // Platform, section 7.1).
+            self.write(answer, verb, &format!("{CLOSE}Accept-Post: {STREAM}\r\n"), is_head);
             self.flush();
-            self.lingers = true;
-            self.end();
+            self.end(Shutdown::Write);
+            self.linger();
         }
 
-        /// Lets nothing more out: the server's next write fails, and then it closes the connection.
-        fn end(&self) {
-            self.client().has_ended.set(true);
-            let _ = self.socket().shutdown(Shutdown::Write);
-        }
-
-        /// Reads and forgets what a client still sends: to close a socket with unread input resets the connection, and the reset may
-        /// reach the client before it has read its answer.
+        /// Reads and forgets what a client still sends, for a while: to close a socket with unread input resets the connection, and the
+        /// reset may reach the client before it has read its answer.
         fn linger(&self) {
             let Ok(mut stream) = waiting_stream(&self.socket(), Some(Duration::from_secs(1))) else { return };
-            let (deadline, mut buffer, mut served) = (Instant::now() + Duration::from_secs(5), vec![0; BATCH], 0);
+            let (deadline, mut buffer) = (Instant::now() + Duration::from_secs(5), vec![0; BATCH]);
             while Instant::now() < deadline
                 && let Ok(count @ 1..) = stream.read(&mut buffer)
             {
-                served += count;
-                take_turn(&self.socket(), &mut served, BODY_TURN);
+                self.take_turn(count);
             }
         }
-    }
 
-    /// The server is done with the connection: the client left, or sent something that is not HTTP or has too many headers. To
-    /// that, the server says nothing; this does, after the answers that are still to be sent.
-    impl Drop for Connection {
-        fn drop(&mut self) {
-            let client = self.client();
-            // As in a call, nothing that comes is a head any more.
-            client.in_call.set(true);
-            let (head, has_left) = (client.head.get(), client.has_left.get());
-            if client.has_ended.get() || thread::panicking() {
-                // Nothing can be sent any more.
-            } else if head > MAX_READ || has_left && head > 0 && !client.had_call.get() {
+        /// Counts bytes that were received or answered, and lets others have their turn when they are many.
+        fn take_turn(&self, count: usize) {
+            let mut served = self.served.get() + count;
+            take_turn(&self.socket(), &mut served, TURN);
+            self.served.set(served);
+        }
+
+        /// What the server cannot say when it is done with a connection: the client left, or sent something that is not HTTP or has too
+        /// many headers. (A coroutine that panics cannot wait, and so says nothing.)
+        fn finish(&self) {
+            let (phase, head) = (self.phase.get(), self.head.get());
+            if head > MAX_READ || phase == Phase::HalfClosed && head > "\r\n".len() {
                 // A head that does not end, or ended with the stream. (After a request, a line's end may follow that is nothing.)
-                self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "GET"), false);
-            } else if !has_left {
-                self.refuse(Outcome::Unparsed.answer(Vocabulary::Form, "GET"), false);
-            } else {
+                self.refuse(Outcome::BadRequest, false);
+            } else if phase == Phase::HalfClosed {
                 // The client sends nothing more, but may still be reading.
                 self.flush();
+            } else {
+                self.refuse(Outcome::Unparsed, false);
             }
-            if self.lingers {
-                self.linger();
+        }
+
+        /// Notes a read of the server, which brought so many bytes. Returns what the server is told.
+        fn after_read(&self, count: isize) -> isize {
+            match (self.phase.get(), count) {
+                (Phase::Request | Phase::Body, _) => self.phase.set(Phase::Body),
+                (Phase::Head, 0) => {
+                    // The kernel has to signal the end once more, or there is no next read.
+                    self.phase.set(Phase::LastHead);
+                    signal_again(&self.socket());
+                    return fail_with(libc::EAGAIN);
+                }
+                (Phase::LastHead, 0) => self.phase.set(Phase::HalfClosed),
+                (Phase::Head | Phase::LastHead, 1..) => {
+                    self.head.set(self.head.get() + count as usize);
+                    if self.head.get() > MAX_READ {
+                        return fail_with(libc::ECONNABORTED);
+                    }
+                }
+                (_, ..0) if Errno::last() != Errno::EAGAIN => self.phase.set(Phase::Over),
+                _ => {}
             }
-            CLIENTS.with_borrow_mut(|clients| clients[self.fd as usize] = None);
-            CONNECTIONS.fetch_sub(1, Relaxed);
+            count
         }
     }
 
@@ -5377,23 +5287,84 @@ mod connections {
 
     /// The answer to a PUT or POST whose body is too large to be read.
     fn refusal_of_oversized(request: Request) -> Answer {
-        let (Resource::Key(key), vocabulary) = request.route() else { return answer_about(request) };
-        match Action::of(&key, &request, vocabulary) {
-            Action::Refuse(outcome) => outcome.answer(vocabulary, &request.verb),
-            _ => Outcome::BadRequest.answer(vocabulary, &request.verb),
+        let (resource, vocabulary) = request.route();
+        if let Resource::Key(key) = resource
+            && let Action::Refuse(refusal) = Action::of(&key, &request, vocabulary)
+        {
+            return refusal.answer(vocabulary, &request.verb);
+        }
+        answer_about(request)
+    }
+
+    /// Closes connections on whose clients the server waits in vain. To be repeated every second by a coroutine, which the worker runs.
+    pub fn watch() {
+        let now = Instant::now();
+        CLIENTS.with_borrow(|clients| {
+            for client in clients.iter().flatten() {
+                let is_waited_for = matches!(client.phase.get(), Phase::Head | Phase::LastHead | Phase::Body);
+                if is_waited_for && now - client.active.get() > IDLE_LIMIT {
+                    client.end(Shutdown::Both);
+                }
+            }
+        });
+    }
+
+    // -- The service
+
+    pub struct Server;
+
+    /// The server's service for one connection, by the descriptor of its socket.
+    pub struct Connection(RawFd);
+
+    impl HttpServiceFactory for Server {
+        type Service = Connection;
+
+        /// Called once for each connection. `id` is the descriptor of its socket, open until after the service is dropped.
+        fn new_service(&self, id: usize) -> Connection {
+            let fd = id as RawFd;
+            let (phase, active, output) = (Cell::new(Phase::Head), Cell::new(Instant::now()), RefCell::default());
+            let client = Rc::new(Client { fd, phase, active, head: Cell::new(0), served: Cell::new(0), output });
+            let socket = client.socket();
+            // Without this, an answer that leaves in two writes waits 40 ms for the client's delayed acknowledgement.
+            let _ = socket.set_nodelay(true);
+            // The kernel asks for more when it has sent most of what it has, and not when a third of its buffer is free, which may take
+            // a slow reader a minute.
+            set_option(&socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, BATCH as libc::c_int);
+            // The accept loop would spin without end if descriptors ran out: the last ones are never used.
+            if CONNECTIONS.fetch_add(1, Relaxed) >= *MAX_CONNECTIONS {
+                client.end(Shutdown::Both);
+            }
+            CLIENTS.with_borrow_mut(|clients| {
+                clients.resize(clients.len().max(id + 1), None);
+                clients[id] = Some(client);
+            });
+            Connection(fd)
         }
     }
 
-    /// Closes connections on which nothing has happened for long. To be repeated every second by a coroutine, which the worker runs.
-    pub fn watch() {
-        let now = Instant::now();
-        let is_idle = |client: &Client| client.active.get().is_some_and(|active| now - active > IDLE_LIMIT);
-        let mut idle = Vec::new();
-        CLIENTS.with_borrow(|clients| {
-            let clients = clients.iter().enumerate();
-            idle.extend(clients.filter(|(_, it)| it.as_deref().is_some_and(is_idle)).map(|(fd, _)| fd as RawFd));
-        });
-        idle.into_iter().for_each(|fd| drop(borrow_socket(fd).shutdown(Shutdown::Both)));
+    impl HttpService for Connection {
+        fn call(&mut self, parsed: Parsed, _: &mut Response) -> io::Result<()> {
+            if let Some(client) = Client::at(self.0).filter(|client| !client.is_over()) {
+                client.phase.set(Phase::Request);
+                client.head.set(0);
+                client.serve(parsed);
+                client.active.set(Instant::now());
+                if !client.is_over() {
+                    client.phase.set(Phase::Head);
+                }
+            }
+            Ok(())
+        }
+    }
+
+    impl Drop for Connection {
+        fn drop(&mut self) {
+            if let Some(client) = Client::at(self.0).filter(|client| !client.is_over() && !thread::panicking()) {
+                client.finish();
+            }
+            CLIENTS.with_borrow_mut(|clients| clients[self.0 as usize] = None);
+            CONNECTIONS.fetch_sub(1, Relaxed);
+        }
     }
 
     // -- The socket, behind the server's back
@@ -5405,14 +5376,14 @@ mod connections {
     // SAFETY: it has the type of the function of that name, and does what recv(2) says that may happen.
     #[unsafe(no_mangle)]
     unsafe extern "C" fn recv(fd: RawFd, buffer: *mut libc::c_void, size: usize, flags: libc::c_int) -> isize {
-        // (With flags, it is no read, but a look.)
-        let client = Client::at(fd).filter(|_| flags == 0);
-        if client.as_ref().is_some_and(|client| client.in_call.get() && client.has_output()) {
+        let client = Client::at(fd);
+        let waits_for_body = |client: &Client| matches!(client.phase.get(), Phase::Request | Phase::Body);
+        if client.as_ref().is_some_and(|client| waits_for_body(client) && !client.output.borrow().is_empty()) {
             return fail_with(SEND_FIRST);
         }
         // SAFETY: this is what recv is (recv(2)), and the caller answers for the rest.
         let count = unsafe { libc::recvfrom(fd, buffer, size, flags, std::ptr::null_mut(), std::ptr::null_mut()) };
-        client.map_or(count, |client| client.after_read(fd, count))
+        client.map_or(count, |client| client.after_read(count))
     }
 
     /// Takes the place of the C library's function of this name, with which the server sends. What it sends is empty answers: these
@@ -5423,41 +5394,28 @@ mod connections {
         match Client::at(fd) {
             // SAFETY: as in `recv`.
             None => unsafe { libc::sendto(fd, buffer, size, flags, std::ptr::null(), 0) },
-            Some(client) if client.has_ended.get() => fail_with(libc::EPIPE),
-            Some(client) => match client.send_output(fd, flags) {
-                Ok(true) => size as isize,
-                Ok(false) => fail_with(libc::EAGAIN),
+            Some(client) if client.is_over() => fail_with(libc::EPIPE),
+            Some(client) => match client.send_output() {
+                Ok(()) => size as isize,
                 Err(error) => fail_with(error.raw_os_error().unwrap_or(libc::EPIPE)),
             },
         }
     }
 
-    /// The error of a read for a body while there are answers to be sent: their client may wait for them. (Whoever waits to read sends
-    /// nothing.)
+    /// The error of a read for a body while there are answers to be sent: their client may wait for them, and a coroutine that waits
+    /// for input sends nothing.
     const SEND_FIRST: libc::c_int = libc::EBUSY;
 
     /// What a function of the C library returns when it fails.
     fn fail_with(error: libc::c_int) -> isize {
-        // SAFETY: errno is the thread's own.
-        unsafe { *libc::__errno_location() = error };
+        Errno::set_raw(error);
         -1
     }
 
-    /// A socket that somebody else owns and closes. It may be held only while its owner certainly keeps it open: by the service of a
-    /// connection, by `recv` in a call of the server, and by the watch, which nothing interrupts.
-    type Socket = ManuallyDrop<TcpStream>;
-
-    fn borrow_socket(fd: RawFd) -> Socket {
-        // SAFETY: whoever may hold a Socket holds it while the descriptor is open; ManuallyDrop never closes it.
-        ManuallyDrop::new(unsafe { TcpStream::from_raw_fd(fd) })
-    }
-
-    /// A socket as a stream that makes the coroutine wait, and not its worker: for `limit` at most, if there is one. While a panic ends
-    /// the coroutine there is none: it cannot wait any more.
+    /// A socket as a stream that makes the coroutine wait, and not its worker: for `limit` at most, if there is one.
     pub fn waiting_stream(socket: &TcpStream, limit: Option<Duration>) -> io::Result<may::net::TcpStream> {
-        if thread::panicking() {
-            return Err(io::ErrorKind::Unsupported.into());
-        }
+        // (`may::io::CoIo` would be safe to make, but closes its descriptor before it takes it out of epoll, which then reports events
+        // of the socket to memory that was freed.)
         // SAFETY: the descriptor is a fresh one, and the stream becomes its only owner.
         let stream = unsafe { may::net::TcpStream::from_raw_fd(socket.try_clone()?.into_raw_fd()) };
         stream.set_read_timeout(limit)?;
@@ -5477,9 +5435,7 @@ mod connections {
         }
     }
 
-    /// Has the kernel signal input once more, if there is any or the client has sent its end (setting SO_RCVLOWAT does). The server
-    /// waits for a signal that comes once an arrival; reading a body uses it up, and a request that came with the body's end would
-    /// be left lying.
+    /// Has the kernel signal input once more, if there is any or the client has sent its end: setting SO_RCVLOWAT does.
     fn signal_again(socket: &TcpStream) {
         set_option(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, 1);
     }
@@ -5605,8 +5561,7 @@ fn keep_stderr() -> io::Result<()> {
     let anew = File::options().append(true).custom_flags(libc::O_NONBLOCK).open("/proc/self/fd/2");
     let stderr = anew.or_else(|_| io::stderr().as_fd().try_clone_to_owned().map(File::from))?;
     STDERR.get_or_init(|| stderr);
-    // SAFETY: both descriptors are open.
-    unsafe { libc::dup2(nowhere.as_raw_fd(), libc::STDERR_FILENO) };
+    nix::unistd::dup2_stderr(nowhere)?;
     std::panic::set_hook(Box::new(|panic| say(&panic.to_string())));
     Ok(())
 }
