@@ -304,7 +304,8 @@ fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
     let all = |name: &'static str| {
         headers.iter().filter(move |header| header.name.eq_ignore_ascii_case(name)).map(|header| header.value)
     };
-    let joined = |name| all(name).map(String::from_utf8_lossy).collect::<Vec<_>>().join(", ");
+    let texts = |name| all(name).map(|value| String::from_utf8_lossy(value).into_owned());
+    let joined = |name| texts(name).reduce(|list, next| list + ", " + &next).unwrap_or_default();
     if all("Transfer-Encoding").next().is_some() {
         return Err(Outcome::LengthRequired);
     }
@@ -342,9 +343,8 @@ fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
 /// that is not valid. Whatever else does not begin with a slash (OPTIONS *, CONNECT host:port) is a path that does not exist.
 fn origin_form(target: &str) -> Option<Cow<'_, str>> {
     let is_http = |scheme: &str| scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https");
-    let Some((_, rest)) = target.split_once("://").filter(|(scheme, _)| is_http(scheme)) else {
-        return Some(target.into());
-    };
+    let absolute = target.split_once(':').filter(|(scheme, _)| is_http(scheme));
+    let Some(rest) = absolute.and_then(|(_, rest)| rest.strip_prefix("//")) else { return Some(target.into()) };
     let (host, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
     let slash = if path.starts_with('/') { "" } else { "/" };
     (!host.is_empty() && is_host(host.as_bytes())).then(|| format!("{slash}{path}").into())
@@ -659,7 +659,7 @@ impl Outcome {
     }
 
     /// Says the outcome in a vocabulary.
-    fn answer(&self, vocabulary: Vocabulary, verb: &str) -> Answer {
+    fn answer(self, vocabulary: Vocabulary, verb: &str) -> Answer {
         let (status, text) = self.row()[vocabulary as usize];
         let flag = if let Outcome::Missing = self { r#""doesExist":false,"# } else { "" };
         let template = match vocabulary {
@@ -667,11 +667,14 @@ impl Outcome {
             Vocabulary::Form => format!(r#"{{"result":"Error","msg":"{text}"}}"#).into(),
             Vocabulary::Json => format!(r#"{{{flag}"error":"{text}","message":"Error in {verb}"}}"#).into(),
         };
-        let (before, after) = template.split_once("<text>").unwrap_or((&template, ""));
-        let body = [before, self.text(), after, "\n"].concat().into_bytes();
+        let (before, text, after) = match template.split_once("<text>") {
+            Some((before, after)) => (before, self.text(), after),
+            None => (&*template, "", ""),
+        };
+        let body = [before, text, after, "\n"].concat().into_bytes();
         let (header, value) = match self {
-            Outcome::Found(record) => (JSON, Some((before.len(), record.clone()))),
-            Outcome::VerbNotAllowed(header) => (*header, None),
+            Outcome::Found(record) => (JSON, Some((before.len(), record))),
+            Outcome::VerbNotAllowed(header) => (header, None),
             Outcome::Metrics(_) => (METRICS, None),
             _ => (JSON, None),
         };
@@ -771,7 +774,7 @@ thread_local! {
     static DATE: RefCell<(u64, String)> = const { RefCell::new((0, String::new())) };
 }
 
-/// Writes the time of day, which each thread works out once a second.
+/// Writes the time of day, which each thread spells once a second.
 fn write_date(out: &mut Vec<u8>) {
     let now = SystemTime::now();
     let second = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
@@ -4955,6 +4958,7 @@ mod connections {
     //! All of this runs on the worker thread (`start_worker`), so the state of connections needs no locks.
 
     use std::cell::{Cell, RefCell};
+    use std::collections::HashMap;
     use std::io::{self, BufRead, IoSlice, Read, Write};
     use std::mem::ManuallyDrop;
     use std::net::{Shutdown, TcpStream};
@@ -4970,7 +4974,7 @@ mod connections {
     use nix::errno::Errno;
 
     use crate::peers::{STREAM, read_questions, write_answers};
-    use crate::{Action, Answer, CLOSE, LARGE_BODY, MAX_HEAD, Outcome, Request, Resource, Vocabulary};
+    use crate::{Action, Answer, CLOSE, LARGE_BODY, MAX_HEAD, Outcome, Request, Resource, VERBS, Vocabulary};
     use crate::{answer_about, answer_or_defer, count_answer, knows_secret, pause, read_head};
 
     /// The output of a connection is sent when it has more than so many bytes. A value that is longer is not copied to it.
@@ -5002,7 +5006,7 @@ mod connections {
 
     thread_local! {
         /// The clients, by the descriptors of their sockets. The worker has them; in any other thread there are none.
-        static CLIENTS: RefCell<Vec<Option<Rc<Client>>>> = const { RefCell::new(Vec::new()) };
+        static CLIENTS: RefCell<HashMap<RawFd, Rc<Client>>> = RefCell::default();
     }
 
     /// A connection, as the service, the watch, and `recv` and `send` see it.
@@ -5015,6 +5019,8 @@ mod connections {
         head: Cell<usize>,
         /// How many bytes were received and answered since other clients had their turn.
         served: Cell<usize>,
+        /// How many of the bytes that large bodies may have are for the one that is dealt with.
+        room: Cell<usize>,
         /// Answers that are still to be sent.
         output: RefCell<Vec<u8>>,
     }
@@ -5038,7 +5044,7 @@ mod connections {
     impl Client {
         /// The client whose socket has this descriptor. None if it is something else's.
         fn at(fd: RawFd) -> Option<Rc<Client>> {
-            CLIENTS.try_with(|clients| clients.borrow().get(fd as usize).cloned().flatten()).ok().flatten()
+            CLIENTS.try_with(|clients| clients.borrow().get(&fd).cloned()).ok().flatten()
         }
 
         /// The socket, which the server owns, and closes after the service has taken the client out of `CLIENTS`.
@@ -5066,34 +5072,34 @@ mod connections {
             if let Some(id) = request.stream_id() {
                 return self.serve_stream(id, parsed);
             }
-            let (verb, is_kept) = (request.verb.clone(), request.wants_body(framing.length));
+            let verb = VERBS.into_iter().find(|verb| *verb == request.verb).unwrap_or("other");
             if request.oversized {
-                return self.close_with(refusal_of_oversized(request), &verb, false);
+                return self.close_with(refusal_of_oversized(request), verb, false);
             }
-            let room = (is_kept && framing.length > LARGE_BODY).then(|| self.wait_for_room(framing.length));
+            let is_kept = framing.length > 0 && request.wants_body(framing.length);
+            if is_kept && framing.length > LARGE_BODY {
+                self.wait_for_room(framing.length);
+            }
             if framing.expects_continue {
                 // (RFC 9110 section 10.1.1)
                 self.output.borrow_mut().extend(b"HTTP/1.1 100 Continue\r\n\r\n");
             }
-            if framing.length > 0 {
-                let body = is_kept.then_some(&mut request.body);
-                if !self.read_body(parsed.body(), framing.length, body) {
-                    // What it sent before is answered.
-                    self.flush();
-                    return self.end(Shutdown::Write);
-                }
+            let body = is_kept.then_some(&mut request.body);
+            if framing.length > 0 && !self.read_body(parsed.body(), framing.length, body) {
+                // What it sent before is answered.
+                self.flush();
+                return self.end(Shutdown::Write);
             }
             let answer = answer_or_defer(request).unwrap_or_else(|work| {
                 // That may take long, and what was asked before is answered.
                 self.flush();
                 work()
             });
-            drop(room);
             if framing.closing {
-                return self.close_with(answer, &verb, framing.is_head);
+                return self.close_with(answer, verb, framing.is_head);
             }
             let length = answer.length();
-            self.write(answer, &verb, "", framing.is_head);
+            self.write(answer, verb, "", framing.is_head);
             self.take_turn(length);
         }
 
@@ -5112,30 +5118,22 @@ mod connections {
             self.end(Shutdown::Write);
         }
 
-        /// Waits until another large body may be read. What it returns is to be dropped when the body is done with.
-        fn wait_for_room(&self, length: usize) -> Room {
+        /// Waits until another large body may be read.
+        fn wait_for_room(&self, length: usize) {
             self.flush();
             while BODIES.load(Relaxed) + length > MAX_BODIES {
                 pause(Duration::from_millis(5));
             }
             BODIES.fetch_add(length, Relaxed);
-            Room(length)
+            self.room.set(length);
         }
 
         /// Reads a whole body, to keep it or not. False is a client that left before it was complete: its request never happened.
         fn read_body(&self, mut reader: BodyReader, length: usize, mut body: Option<&mut Vec<u8>>) -> bool {
             let mut taken = 0;
-            while taken < length && !self.is_over() {
+            while taken < length {
                 self.active.set(Instant::now());
-                let arrived = match reader.fill_buf() {
-                    Ok([]) => return false,
-                    Ok(arrived) => arrived,
-                    Err(error) if error.raw_os_error() == Some(SEND_FIRST) => {
-                        self.flush();
-                        continue;
-                    }
-                    Err(_) => return false,
-                };
+                let Ok(arrived @ [_, ..]) = reader.fill_buf() else { return false };
                 let count = arrived.len();
                 if let Some(body) = &mut body {
                     body.extend(arrived);
@@ -5150,7 +5148,7 @@ mod connections {
                 self.phase.set(Phase::Request);
                 signal_again(&self.socket());
             }
-            taken == length
+            true
         }
 
         /// Writes an answer to the output, and a large value to the socket. `connection` is what its head says of the connection.
@@ -5172,10 +5170,16 @@ mod connections {
 
         /// Sends the output, however long the client takes to read it.
         fn flush(&self) {
-            let output = self.output.take();
-            if !output.is_empty() {
-                self.write_waiting(&output);
+            let mut output = self.output.take();
+            // (With `writev`: `write` calls `send`, which comes here.)
+            let count = self.socket().write_vectored(&[IoSlice::new(&output)]).unwrap_or(0);
+            if count < output.len() {
+                self.write_waiting(&output[count..]);
             }
+            output.clear();
+            // (Idle connections keep little.)
+            output.shrink_to(4 << 10);
+            self.output.replace(output);
         }
 
         /// Writes bytes on the socket, and makes the coroutine wait for the client to read. One that takes none for long is given up.
@@ -5184,19 +5188,6 @@ mod connections {
             if self.is_over() || stream.and_then(|mut stream| stream.write_all(bytes)).is_err() {
                 self.end(Shutdown::Write);
             }
-        }
-
-        /// Gives the output to the kernel. An error if that does not take all of it now.
-        fn send_output(&self) -> io::Result<()> {
-            let mut output = self.output.borrow_mut();
-            while !output.is_empty() {
-                // (With `writev`: `write` calls `send`, which comes here.)
-                let count = self.socket().write_vectored(&[IoSlice::new(&output)])?;
-                output.drain(..count);
-            }
-            // (Idle connections keep little.)
-            output.shrink_to(4 << 10);
-            Ok(())
         }
 
         /// Answers a request whose end is not known or not worth reading up to it.
@@ -5237,21 +5228,6 @@ mod connections {
             self.served.set(served);
         }
 
-        /// What the server cannot say when it is done with a connection: the client left, or sent something that is not HTTP or has too
-        /// many headers. (A coroutine that panics cannot wait, and so says nothing.)
-        fn finish(&self) {
-            let (phase, head) = (self.phase.get(), self.head.get());
-            if head > MAX_READ || phase == Phase::HalfClosed && head > "\r\n".len() {
-                // A head that does not end, or ended with the stream. (After a request, a line's end may follow that is nothing.)
-                self.refuse(Outcome::BadRequest, false);
-            } else if phase == Phase::HalfClosed {
-                // The client sends nothing more, but may still be reading.
-                self.flush();
-            } else {
-                self.refuse(Outcome::Unparsed, false);
-            }
-        }
-
         /// Notes a read of the server, which brought so many bytes. Returns what the server is told.
         fn after_read(&self, count: isize) -> isize {
             match (self.phase.get(), count) {
@@ -5276,15 +5252,6 @@ mod connections {
         }
     }
 
-    /// Room for a large body.
-    struct Room(usize);
-
-    impl Drop for Room {
-        fn drop(&mut self) {
-            BODIES.fetch_sub(self.0, Relaxed);
-        }
-    }
-
     /// The answer to a PUT or POST whose body is too large to be read.
     fn refusal_of_oversized(request: Request) -> Answer {
         let (resource, vocabulary) = request.route();
@@ -5300,7 +5267,7 @@ mod connections {
     pub fn watch() {
         let now = Instant::now();
         CLIENTS.with_borrow(|clients| {
-            for client in clients.iter().flatten() {
+            for client in clients.values() {
                 let is_waited_for = matches!(client.phase.get(), Phase::Head | Phase::LastHead | Phase::Body);
                 if is_waited_for && now - client.active.get() > IDLE_LIMIT {
                     client.end(Shutdown::Both);
@@ -5323,7 +5290,8 @@ mod connections {
         fn new_service(&self, id: usize) -> Connection {
             let fd = id as RawFd;
             let (phase, active, output) = (Cell::new(Phase::Head), Cell::new(Instant::now()), RefCell::default());
-            let client = Rc::new(Client { fd, phase, active, head: Cell::new(0), served: Cell::new(0), output });
+            let [head, served, room] = [const { Cell::new(0) }; 3];
+            let client = Rc::new(Client { fd, phase, active, head, served, room, output });
             let socket = client.socket();
             // Without this, an answer that leaves in two writes waits 40 ms for the client's delayed acknowledgement.
             let _ = socket.set_nodelay(true);
@@ -5334,10 +5302,7 @@ mod connections {
             if CONNECTIONS.fetch_add(1, Relaxed) >= *MAX_CONNECTIONS {
                 client.end(Shutdown::Both);
             }
-            CLIENTS.with_borrow_mut(|clients| {
-                clients.resize(clients.len().max(id + 1), None);
-                clients[id] = Some(client);
-            });
+            CLIENTS.with_borrow_mut(|clients| clients.insert(fd, client));
             Connection(fd)
         }
     }
@@ -5348,6 +5313,7 @@ mod connections {
                 client.phase.set(Phase::Request);
                 client.head.set(0);
                 client.serve(parsed);
+                BODIES.fetch_sub(client.room.take(), Relaxed);
                 client.active.set(Instant::now());
                 if !client.is_over() {
                     client.phase.set(Phase::Head);
@@ -5357,12 +5323,25 @@ mod connections {
         }
     }
 
+    /// The server is done with the connection: the client left, or sent something that is not HTTP or has too many headers. To
+    /// that, the server says nothing; this does, after the answers that are still to be sent.
     impl Drop for Connection {
         fn drop(&mut self) {
-            if let Some(client) = Client::at(self.0).filter(|client| !client.is_over() && !thread::panicking()) {
-                client.finish();
+            let Some(client) = Client::at(self.0) else { return };
+            let (phase, head) = (client.phase.get(), client.head.get());
+            if phase == Phase::Over || thread::panicking() {
+                // Nothing can be sent any more. (A coroutine that panics cannot wait.)
+            } else if head > MAX_READ || phase == Phase::HalfClosed && head > "\r\n".len() {
+                // A head that does not end, or ended with the stream. (After a request, a line's end may follow that is nothing.)
+                client.refuse(Outcome::BadRequest, false);
+            } else if phase == Phase::HalfClosed {
+                // The client sends nothing more, but may still be reading.
+                client.flush();
+            } else {
+                client.refuse(Outcome::Unparsed, false);
             }
-            CLIENTS.with_borrow_mut(|clients| clients[self.0 as usize] = None);
+            BODIES.fetch_sub(client.room.take(), Relaxed);
+            CLIENTS.with_borrow_mut(|clients| clients.remove(&self.0));
             CONNECTIONS.fetch_sub(1, Relaxed);
         }
     }
@@ -5377,9 +5356,11 @@ mod connections {
     #[unsafe(no_mangle)]
     unsafe extern "C" fn recv(fd: RawFd, buffer: *mut libc::c_void, size: usize, flags: libc::c_int) -> isize {
         let client = Client::at(fd);
-        let waits_for_body = |client: &Client| matches!(client.phase.get(), Phase::Request | Phase::Body);
-        if client.as_ref().is_some_and(|client| waits_for_body(client) && !client.output.borrow().is_empty()) {
-            return fail_with(SEND_FIRST);
+        if let Some(client) = &client
+            && matches!(client.phase.get(), Phase::Request | Phase::Body)
+        {
+            // Before it sends the rest of a body, the client may wait for answers to what came before.
+            client.flush();
         }
         // SAFETY: this is what recv is (recv(2)), and the caller answers for the rest.
         let count = unsafe { libc::recvfrom(fd, buffer, size, flags, std::ptr::null_mut(), std::ptr::null_mut()) };
@@ -5394,17 +5375,12 @@ mod connections {
         match Client::at(fd) {
             // SAFETY: as in `recv`.
             None => unsafe { libc::sendto(fd, buffer, size, flags, std::ptr::null(), 0) },
-            Some(client) if client.is_over() => fail_with(libc::EPIPE),
-            Some(client) => match client.send_output() {
-                Ok(()) => size as isize,
-                Err(error) => fail_with(error.raw_os_error().unwrap_or(libc::EPIPE)),
-            },
+            Some(client) => {
+                client.flush();
+                if client.is_over() { fail_with(libc::EPIPE) } else { size as isize }
+            }
         }
     }
-
-    /// The error of a read for a body while there are answers to be sent: their client may wait for them, and a coroutine that waits
-    /// for input sends nothing.
-    const SEND_FIRST: libc::c_int = libc::EBUSY;
 
     /// What a function of the C library returns when it fails.
     fn fail_with(error: libc::c_int) -> isize {
