@@ -525,9 +525,8 @@ fn find_member<'a>(body: &'a [u8], name: &str) -> Result<Option<&'a str>, Outcom
     Ok(value.map_err(|_| Outcome::BodyNotObject)?.map(RawValue::get))
 }
 
-/// The causal context in the body of a request in the JSON vocabulary: stamps in hexadecimal, since JSON's numbers are not exact
-/// everywhere, each under the bits of its node; and the version of a table. None if there is none; an error if it is not ours. (A
-/// body that is no JSON object is none of this function's business: a GET may have any.)
+/// The causal context in the body of a request in the JSON vocabulary (`with_context` spells it). None if there is none; an error if
+/// it is not ours. (A body that is no JSON object is none of this function's business: a GET may have any.)
 fn causal_context(request: &Request, vocabulary: Vocabulary) -> Result<Option<Context>, Outcome> {
     // Hardly any request has one: it is not worth reading a large body twice.
     let may_have_it = str::from_utf8(&request.body).is_ok_and(|body| body.contains("causal-context"));
@@ -535,21 +534,14 @@ fn causal_context(request: &Request, vocabulary: Vocabulary) -> Result<Option<Co
         return Ok(None);
     }
     let Ok(Some(text)) = find_member(&request.body, "causal-context") else { return Ok(None) };
-    let members: BTreeMap<String, String> = serde_json::from_str(text).map_err(|_| Outcome::ContextInvalid)?;
-    let mut context = Context::default();
-    for (name, text) in members {
-        let numbers = text.split('.').map(|number| u64::from_str_radix(number, 16));
-        match numbers.collect::<Result<Vec<u64>, _>>().unwrap_or_default()[..] {
-            [epoch, number, coordinator] if name == "table" => {
-                context.table = Some(Version { epoch, number, coordinator });
-            }
-            [stamp] if name == format!("{:03x}", node_of(stamp)) => {
-                context.seen.insert(node_of(stamp), stamp);
-            }
-            _ => return Err(Outcome::ContextInvalid),
-        }
-    }
-    Ok(Some(context))
+    let members: BTreeMap<&str, Vec<u8>> = serde_json::from_str(text).map_err(|_| Outcome::ContextInvalid)?;
+    let context: Context = match (members.len(), members.get("bytes")) {
+        (0, None) => Context::default(),
+        (1, Some(bytes)) => postcard::from_bytes(bytes).map_err(|_| Outcome::ContextInvalid)?,
+        _ => return Err(Outcome::ContextInvalid),
+    };
+    let is_ours = context.seen.iter().all(|(node, stamp)| *node == node_of(*stamp));
+    if is_ours { Ok(Some(context)) } else { Err(Outcome::ContextInvalid) }
 }
 
 /// Looks for the member of this name.
@@ -749,15 +741,14 @@ impl Answer {
         }
     }
 
-    /// Adds the causal context, if the request had one.
+    /// Adds the causal context, if the request had one: as a list of bytes, since JSON's numbers are not exact everywhere, and stamps are
+    /// large.
     fn with_context(self, context: &Option<Context>) -> Answer {
         let Some(context) = context else { return self };
-        let mut members: Vec<String> =
-            context.seen.iter().map(|(node, stamp)| format!(r#""{node:03x}":"{stamp:016x}""#)).collect();
-        if let Some(Version { epoch, number, coordinator }) = context.table {
-            members.push(format!(r#""table":"{epoch:016x}.{number:016x}.{coordinator:016x}""#));
+        if context.is_empty() {
+            return self.with_member(r#""causal-context":{}"#);
         }
-        self.with_member(&format!(r#""causal-context":{{{}}}"#, members.join(",")))
+        self.with_member(&format!(r#""causal-context":{{"bytes":{:?}}}"#, Answer::message(context).body))
     }
 
     fn with_member(mut self, member: &str) -> Answer {
@@ -4948,10 +4939,10 @@ mod connections {
     //! large value (`flush`). A large value is not copied into the output but written straight from the record, while the coroutine
     //! waits for the client (`write_waiting`): a client that does not read costs a pointer, and there is nothing to account for.
     //!
-    //! A connection is closed
+    //! A connection is closed (`close`)
     //! - after the answer to `Connection: close` and HTTP/1.0 (`close_with`);
     //! - after a refusal, since where the next request begins is not known, or not worth reading up to it (`refuse`);
-    //! - without an answer, when a body ends before its length, or the stream that it carries ends (`end`);
+    //! - without an answer, when a body ends before its length (`serve`), or the stream that it carries ends (`serve_stream`);
     //! - when its client has sent nothing, or taken nothing of an answer, for 75 seconds (`watch`, `write_waiting`);
     //! - at once, when there are too many (`new_service`).
     //!
@@ -5001,7 +4992,7 @@ mod connections {
     });
     /// The files that are left for all but connections.
     pub const OTHER_FILES: u64 = 200;
-    /// How many bytes large bodies have that are being read and dealt with.
+    /// How many bytes the large bodies have that are being read, or answered.
     static BODIES: AtomicUsize = AtomicUsize::new(0);
 
     thread_local! {
@@ -5019,7 +5010,7 @@ mod connections {
         head: Cell<usize>,
         /// How many bytes were received and answered since other clients had their turn.
         served: Cell<usize>,
-        /// How many of the bytes that large bodies may have are for the one that is dealt with.
+        /// How many bytes of `BODIES` belong to the request that is being answered.
         room: Cell<usize>,
         /// Answers that are still to be sent.
         output: RefCell<Vec<u8>>,
@@ -5029,16 +5020,16 @@ mod connections {
     enum Phase {
         /// The server reads the head of the next request.
         Head,
-        /// So it does, and is told with its next read that the client sends nothing more.
+        /// As `Head`, but the client sends nothing more: with its next read, the server is told.
         LastHead,
-        /// The server was told so.
+        /// The client sends nothing more, and the server was told.
         HalfClosed,
-        /// A request is dealt with.
+        /// A request is being answered.
         Request,
-        /// A part of its body is read from the socket, after the head.
+        /// As `Request`, and some of its body is read from the socket, since not all of it came with the head.
         Body,
-        /// The server answers and sends nothing more: the connection is closed, or carries a stream.
-        Over,
+        /// Nothing more is answered or sent: the connection is being closed, or carries a stream.
+        Closing,
     }
 
     impl Client {
@@ -5054,13 +5045,13 @@ mod connections {
             ManuallyDrop::new(unsafe { TcpStream::from_raw_fd(self.fd) })
         }
 
-        fn is_over(&self) -> bool {
-            self.phase.get() == Phase::Over
+        fn is_closing(&self) -> bool {
+            self.phase.get() == Phase::Closing
         }
 
-        /// Closes the connection: lets nothing more out, so that the server's next write fails, and then it closes the socket.
-        fn end(&self, how: Shutdown) {
-            self.phase.set(Phase::Over);
+        /// Closes the connection: nothing more is sent, and when the server finds that it cannot, it closes the socket.
+        fn close(&self, how: Shutdown) {
+            self.phase.set(Phase::Closing);
             let _ = self.socket().shutdown(how);
         }
 
@@ -5088,7 +5079,7 @@ mod connections {
             if framing.length > 0 && !self.read_body(parsed.body(), framing.length, body) {
                 // What it sent before is answered.
                 self.flush();
-                return self.end(Shutdown::Write);
+                return self.close(Shutdown::Write);
             }
             let answer = answer_or_defer(request).unwrap_or_else(|work| {
                 // That may take long, and what was asked before is answered.
@@ -5098,9 +5089,7 @@ mod connections {
             if framing.closing {
                 return self.close_with(answer, verb, framing.is_head);
             }
-            let length = answer.length();
             self.write(answer, verb, "", framing.is_head);
-            self.take_turn(length);
         }
 
         /// Becomes one half of a stream, as long as that lives.
@@ -5110,12 +5099,12 @@ mod connections {
                 Err(refusal) => return self.refuse(refusal, false),
             };
             self.flush();
-            self.phase.set(Phase::Over);
+            self.phase.set(Phase::Closing);
             match parsed.method() {
                 "GET" => drop(write_answers(id, &self.socket(), knows_secret)),
                 _ => read_questions(id, parsed.body(), &self.socket(), knows_secret),
             }
-            self.end(Shutdown::Write);
+            self.close(Shutdown::Write);
         }
 
         /// Waits until another large body may be read.
@@ -5166,6 +5155,7 @@ mod connections {
             if self.output.borrow().len() > BATCH {
                 self.flush();
             }
+            self.take_turn(answer.length());
         }
 
         /// Sends the output, however long the client takes to read it.
@@ -5185,8 +5175,8 @@ mod connections {
         /// Writes bytes on the socket, and makes the coroutine wait for the client to read. One that takes none for long is given up.
         fn write_waiting(&self, bytes: &[u8]) {
             let stream = waiting_stream(&self.socket(), Some(IDLE_LIMIT));
-            if self.is_over() || stream.and_then(|mut stream| stream.write_all(bytes)).is_err() {
-                self.end(Shutdown::Write);
+            if self.is_closing() || stream.and_then(|mut stream| stream.write_all(bytes)).is_err() {
+                self.close(Shutdown::Write);
             }
         }
 
@@ -5205,11 +5195,11 @@ mod connections {
             // Platform, section 7.1).
             self.write(answer, verb, &format!("{CLOSE}Accept-Post: {STREAM}\r\n"), is_head);
             self.flush();
-            self.end(Shutdown::Write);
+            self.close(Shutdown::Write);
             self.linger();
         }
 
-        /// Reads and forgets what a client still sends, for a while: to close a socket with unread input resets the connection, and the
+        /// Reads and drops what a client still sends, for up to 5 seconds: to close a socket with unread input resets the connection, and the
         /// reset may reach the client before it has read its answer.
         fn linger(&self) {
             let Ok(mut stream) = waiting_stream(&self.socket(), Some(Duration::from_secs(1))) else { return };
@@ -5228,7 +5218,7 @@ mod connections {
             self.served.set(served);
         }
 
-        /// Notes a read of the server, which brought so many bytes. Returns what the server is told.
+        /// Notes that `recv` has returned `count` to the server. Returns what it is to return instead.
         fn after_read(&self, count: isize) -> isize {
             match (self.phase.get(), count) {
                 (Phase::Request | Phase::Body, _) => self.phase.set(Phase::Body),
@@ -5245,7 +5235,7 @@ mod connections {
                         return fail_with(libc::ECONNABORTED);
                     }
                 }
-                (_, ..0) if Errno::last() != Errno::EAGAIN => self.phase.set(Phase::Over),
+                (_, ..0) if Errno::last() != Errno::EAGAIN => self.phase.set(Phase::Closing),
                 _ => {}
             }
             count
@@ -5270,7 +5260,7 @@ mod connections {
             for client in clients.values() {
                 let is_waited_for = matches!(client.phase.get(), Phase::Head | Phase::LastHead | Phase::Body);
                 if is_waited_for && now - client.active.get() > IDLE_LIMIT {
-                    client.end(Shutdown::Both);
+                    client.close(Shutdown::Both);
                 }
             }
         });
@@ -5300,7 +5290,7 @@ mod connections {
             set_option(&socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, BATCH as libc::c_int);
             // The accept loop would spin without end if descriptors ran out: the last ones are never used.
             if CONNECTIONS.fetch_add(1, Relaxed) >= *MAX_CONNECTIONS {
-                client.end(Shutdown::Both);
+                client.close(Shutdown::Both);
             }
             CLIENTS.with_borrow_mut(|clients| clients.insert(fd, client));
             Connection(fd)
@@ -5309,13 +5299,13 @@ mod connections {
 
     impl HttpService for Connection {
         fn call(&mut self, parsed: Parsed, _: &mut Response) -> io::Result<()> {
-            if let Some(client) = Client::at(self.0).filter(|client| !client.is_over()) {
+            if let Some(client) = Client::at(self.0).filter(|client| !client.is_closing()) {
                 client.phase.set(Phase::Request);
                 client.head.set(0);
                 client.serve(parsed);
                 BODIES.fetch_sub(client.room.take(), Relaxed);
                 client.active.set(Instant::now());
-                if !client.is_over() {
+                if !client.is_closing() {
                     client.phase.set(Phase::Head);
                 }
             }
@@ -5329,7 +5319,7 @@ mod connections {
         fn drop(&mut self) {
             let Some(client) = Client::at(self.0) else { return };
             let (phase, head) = (client.phase.get(), client.head.get());
-            if phase == Phase::Over || thread::panicking() {
+            if phase == Phase::Closing || thread::panicking() {
                 // Nothing can be sent any more. (A coroutine that panics cannot wait.)
             } else if head > MAX_READ || phase == Phase::HalfClosed && head > "\r\n".len() {
                 // A head that does not end, or ended with the stream. (After a request, a line's end may follow that is nothing.)
@@ -5346,7 +5336,7 @@ mod connections {
         }
     }
 
-    // -- The socket, behind the server's back
+    // -- The socket, behind the server's back. Both functions are called in the coroutine of the connection, so they may wait.
 
     /// Takes the place of the C library's function of this name, with which the server, as the whole standard library, reads from
     /// sockets. Without it, a request that comes together with the end of the stream is lost, since the server throws away what it has
@@ -5377,7 +5367,7 @@ mod connections {
             None => unsafe { libc::sendto(fd, buffer, size, flags, std::ptr::null(), 0) },
             Some(client) => {
                 client.flush();
-                if client.is_over() { fail_with(libc::EPIPE) } else { size as isize }
+                if client.is_closing() { fail_with(libc::EPIPE) } else { size as isize }
             }
         }
     }
