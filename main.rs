@@ -466,12 +466,12 @@ fn form_value(request: &Request) -> Result<String, Outcome> {
 /// Finds the field `val` of an application/x-www-form-urlencoded text. The `form_urlencoded` crate would replace bytes that
 /// are not UTF-8 instead of telling.
 fn form_field(text: &[u8]) -> Option<Vec<u8>> {
-    let spaced: Vec<u8> = text.iter().map(|byte| if *byte == b'+' { b' ' } else { *byte }).collect();
-    let mut fields = spaced.split(|byte| *byte == b'&').map(|field| {
-        let mut parts = field.splitn(2, |byte| *byte == b'=').map(|part| Cow::from(percent_decode(part)));
-        (parts.next().unwrap_or_default(), parts.next().unwrap_or_default())
-    });
-    fields.find(|(name, _)| **name == *b"val").map(|(_, value)| value.into_owned())
+    // (With its `=`, if it has one.)
+    let value_at = |field: &[u8]| field.iter().position(|byte| *byte == b'=').unwrap_or(field.len());
+    let mut fields = text.split(|byte| *byte == b'&').map(|field| field.split_at(value_at(field)));
+    let (_, value) = fields.find(|(name, _)| percent_decode(name).eq(*b"val"))?;
+    let spaced: Vec<u8> = value.iter().skip(1).map(|byte| if *byte == b'+' { b' ' } else { *byte }).collect();
+    Some(if spaced.contains(&b'%') { percent_decode(&spaced).collect() } else { spaced })
 }
 
 /// The member `value` of a JSON object, as the JSON text it came as, so that it goes back digit for digit; only a string is
@@ -593,7 +593,7 @@ enum Outcome {
 
 impl Outcome {
     /// The answers of the contract: status and body in the form vocabulary, and in the JSON vocabulary; of an error, only
-    /// what is wrong. `answer` completes it, and puts `text` in its place. What only one vocabulary can say stands there twice.
+    /// what is wrong. `answer` completes it, and fills in `text`. What only one vocabulary can say stands there twice.
     #[rustfmt::skip]
     fn row(&self) -> [(u16, &'static str); 2] {
         use Outcome::*;
@@ -4949,7 +4949,6 @@ mod connections {
     //! All of this runs on the worker thread (`start_worker`), so the state of connections needs no locks.
 
     use std::cell::{Cell, RefCell};
-    use std::collections::HashMap;
     use std::io::{self, BufRead, IoSlice, Read, Write};
     use std::mem::ManuallyDrop;
     use std::net::{Shutdown, TcpStream};
@@ -4997,7 +4996,7 @@ mod connections {
 
     thread_local! {
         /// The clients, by the descriptors of their sockets. The worker has them; in any other thread there are none.
-        static CLIENTS: RefCell<HashMap<RawFd, Rc<Client>>> = RefCell::default();
+        static CLIENTS: RefCell<Vec<Option<Rc<Client>>>> = const { RefCell::new(Vec::new()) };
     }
 
     /// A connection, as the service, the watch, and `recv` and `send` see it.
@@ -5035,7 +5034,7 @@ mod connections {
     impl Client {
         /// The client whose socket has this descriptor. None if it is something else's.
         fn at(fd: RawFd) -> Option<Rc<Client>> {
-            CLIENTS.try_with(|clients| clients.borrow().get(&fd).cloned()).ok().flatten()
+            CLIENTS.try_with(|clients| clients.borrow().get(fd as usize).cloned().flatten()).ok().flatten()
         }
 
         /// The socket, which the server owns, and closes after the service has taken the client out of `CLIENTS`.
@@ -5257,7 +5256,7 @@ mod connections {
     pub fn watch() {
         let now = Instant::now();
         CLIENTS.with_borrow(|clients| {
-            for client in clients.values() {
+            for client in clients.iter().flatten() {
                 let is_waited_for = matches!(client.phase.get(), Phase::Head | Phase::LastHead | Phase::Body);
                 if is_waited_for && now - client.active.get() > IDLE_LIMIT {
                     client.close(Shutdown::Both);
@@ -5292,7 +5291,10 @@ mod connections {
             if CONNECTIONS.fetch_add(1, Relaxed) >= *MAX_CONNECTIONS {
                 client.close(Shutdown::Both);
             }
-            CLIENTS.with_borrow_mut(|clients| clients.insert(fd, client));
+            CLIENTS.with_borrow_mut(|clients| {
+                clients.resize(clients.len().max(id + 1), None);
+                clients[id] = Some(client);
+            });
             Connection(fd)
         }
     }
@@ -5331,7 +5333,7 @@ mod connections {
                 client.refuse(Outcome::Unparsed, false);
             }
             BODIES.fetch_sub(client.room.take(), Relaxed);
-            CLIENTS.with_borrow_mut(|clients| clients.remove(&self.0));
+            CLIENTS.with_borrow_mut(|clients| clients[self.0 as usize] = None);
             CONNECTIONS.fetch_sub(1, Relaxed);
         }
     }
