@@ -33,7 +33,6 @@
 //! "The contract" in the comments is the section of this name in README.md, which says all that a client may see.
 
 use std::borrow::Cow;
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fmt::{self, Formatter};
 use std::fs::File;
@@ -714,9 +713,8 @@ impl Answer {
         for text in ["HTTP/1.1 ", status.as_str(), " ", reason, "\r\nServer: M\r\nDate: "] {
             out.extend(text.as_bytes());
         }
-        write_date(out);
         // Writing to a Vec cannot fail.
-        let _ = write!(out, "\r\nContent-Length: {}\r\n", self.length());
+        let _ = write!(out, "{}\r\nContent-Length: {}\r\n", HttpDate::from(SystemTime::now()), self.length());
         for text in [&self.header, "\r\n", connection, "\r\n"] {
             out.extend(text.as_bytes());
         }
@@ -758,23 +756,6 @@ impl Answer {
         }
         self
     }
-}
-
-thread_local! {
-    /// The second that was last asked for, and how HTTP spells it.
-    static DATE: RefCell<(u64, String)> = const { RefCell::new((0, String::new())) };
-}
-
-/// Writes the time of day, which each thread spells once a second.
-fn write_date(out: &mut Vec<u8>) {
-    let now = SystemTime::now();
-    let second = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-    DATE.with_borrow_mut(|(of, date)| {
-        if *of != second || date.is_empty() {
-            (*of, *date) = (second, HttpDate::from(now).to_string());
-        }
-        out.extend(date.as_bytes());
-    });
 }
 
 // ---- Records: keys and values, in buckets ---------------------------------------------------------------------------
