@@ -33,14 +33,13 @@
 //! "The contract" in the comments is the section of this name in README.md, which says all that a client may see.
 
 use std::borrow::Cow;
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fmt::{self, Formatter};
 use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
@@ -61,7 +60,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use url::Url;
 
-use connections::{BATCH, CONNECTIONS, MAX_CONNECTIONS, OTHER_FILES, Server};
+use connections::{CONNECTIONS, MAX_CONNECTIONS, OTHER_FILES, Server};
 use membership::{answer_view_change, count_keys, describe_shards, keep_in_touch, run};
 use node::{Context, Envelope, Later, Message, Node, Place, Reply, node_of};
 use peers::{ANSWER_LIMIT, PATIENCE, Peer, Question, STREAM, knows_secret};
@@ -301,20 +300,22 @@ struct Framing {
 /// whose body's length cannot be trusted: where the next request begins is not known, so the connection must be closed.
 fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
     let (verb, target, headers) = (parsed.method(), parsed.path(), parsed.headers());
-    let all = |name: &'static str| headers.iter().filter(move |header| header.name.eq_ignore_ascii_case(name));
-    let join = |list: String, next: String| if list.is_empty() { next } else { list + ", " + &next };
-    let joined = |name| all(name).map(|it| String::from_utf8_lossy(it.value).into_owned()).fold(String::new(), join);
+    let all = |name: &'static str| {
+        headers.iter().filter(move |header| header.name.eq_ignore_ascii_case(name)).map(|header| header.value)
+    };
+    let texts = |name| all(name).map(|value| String::from_utf8_lossy(value).into_owned());
+    let joined = |name| texts(name).reduce(|list, next| list + ", " + &next).unwrap_or_default();
     if all("Transfer-Encoding").next().is_some() {
         return Err(Outcome::LengthRequired);
     }
     let size: usize = headers.iter().map(|header| header.name.len() + header.value.len()).sum();
     // Digits only (RFC 9110 section 8.6); Rust's own parser would take a sign as well.
-    let digits = |value| std::str::from_utf8(value).ok().filter(|text| !text.starts_with('+'));
-    let mut lengths = all("Content-Length").map(|header| digits(header.value)?.parse().ok());
+    let digits = |value| str::from_utf8(value).ok().filter(|text| !text.starts_with('+'));
+    let mut lengths = all("Content-Length").map(|value| digits(value)?.parse().ok());
     let length = lengths.next().unwrap_or(Some(0)).ok_or(Outcome::BadRequest)?;
     // One host, or none in HTTP/1.0 (RFC 9112 section 3.2).
     let mut hosts = all("Host");
-    let has_host = hosts.next().map_or(parsed.version() == 0, |host| is_host(host.value)) && hosts.next().is_none();
+    let has_host = hosts.next().map_or(parsed.version() == 0, is_host) && hosts.next().is_none();
     let fits = size + target.len() <= MAX_HEAD;
     if !has_host || !fits || lengths.any(|another| another != Some(length)) {
         return Err(Outcome::BadRequest);
@@ -326,42 +327,35 @@ fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
         closing: parsed.version() == 0 || connection.split(',').any(|option| option.trim() == "close"),
         expects_continue: parsed.version() == 1 && length > 0 && joined("Expect").eq_ignore_ascii_case("100-continue"),
     };
-    let target = origin_form(target).ok_or(Outcome::BadRequest)?;
-    let (verb, target) = (if framing.is_head { "GET" } else { verb }.into(), target.into_owned());
-    let (content_type, via) = (joined("Content-Type"), joined("Via"));
-    let request = Request { verb, target, content_type, via, ..Request::default() };
-    let oversized = length > MAX_BODY && request.is_upload();
-    Ok((Request { oversized, ..request }, framing))
+    let mut request = Request {
+        verb: if framing.is_head { "GET" } else { verb }.into(),
+        target: origin_form(target).ok_or(Outcome::BadRequest)?.into_owned(),
+        content_type: joined("Content-Type"),
+        via: joined("Via"),
+        ..Request::default()
+    };
+    request.oversized = length > MAX_BODY && request.is_upload();
+    Ok((request, framing))
 }
 
 /// The path and query of a target. In absolute form, scheme and host stand before them (RFC 9112 section 3.2.2); None is a host
-/// that is none. Whatever else does not begin with a slash (OPTIONS *, CONNECT host:port) is a path that does not exist.
+/// that is not valid. Whatever else does not begin with a slash (OPTIONS *, CONNECT host:port) is a path that does not exist.
 fn origin_form(target: &str) -> Option<Cow<'_, str>> {
-    let scheme = |text: &&str| text.eq_ignore_ascii_case("http://") || text.eq_ignore_ascii_case("https://");
-    let length = [7, 8].into_iter().find(|length| target.get(..*length).as_ref().is_some_and(scheme));
-    let Some(length) = length else { return Some(target.into()) };
-    let rest = &target[length..];
+    let is_http = |scheme: &str| scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https");
+    let absolute = target.split_once(':').filter(|(scheme, _)| is_http(scheme));
+    let Some(rest) = absolute.and_then(|(_, rest)| rest.strip_prefix("//")) else { return Some(target.into()) };
     let (host, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
-    if host.is_empty() || !is_host(host.as_bytes()) {
-        None
-    } else if path.starts_with('/') {
-        Some(path.into())
-    } else {
-        Some(format!("/{path}").into())
-    }
+    let slash = if path.starts_with('/') { "" } else { "/" };
+    (!host.is_empty() && is_host(host.as_bytes())).then(|| format!("{slash}{path}").into())
 }
 
-/// Whether this is `host` or `host:port` as a request may name it (RFC 3986 section 3.2.2), or nothing, which it may too.
+/// Whether this is a host as a request may name it, with or without a port (RFC 3986 section 3.2.2). It may be empty.
 fn is_host(text: &[u8]) -> bool {
-    let is_digit = |byte: &u8| byte.is_ascii_digit();
-    let split = text.iter().rposition(|byte| *byte == b':').filter(|at| text[at + 1..].iter().all(is_digit));
-    let name = &text[..split.unwrap_or(text.len())];
-    let literal = name.strip_prefix(b"[").and_then(|name| name.strip_suffix(b"]"));
-    let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%".contains(byte);
-    match literal {
-        Some(address) => address.iter().all(|byte| is_plain(byte) || *byte == b':'),
-        None => name.iter().all(is_plain),
-    }
+    // The colons of an IPv6 address stand before its closing bracket.
+    let colon = text.iter().rposition(|byte| b":]".contains(byte)).filter(|at| text[*at] == b':');
+    let (name, port) = text.split_at(colon.unwrap_or(text.len()));
+    let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%[:]".contains(byte);
+    name.iter().all(is_plain) && port.iter().skip(1).all(u8::is_ascii_digit)
 }
 
 #[derive(Clone, Copy)]
@@ -384,26 +378,29 @@ enum Resource<'a> {
 
 impl Request {
     /// Finds what the request is about, and in which words its answer is due: the whole routing.
-    fn route(&self) -> (Resource<'_>, Vocabulary) {
+    fn route<'a>(&'a self) -> (Resource<'a>, Vocabulary) {
         let is_json = self.media_type().eq_ignore_ascii_case("application/json");
         let typed = if is_json { Vocabulary::Json } else { Vocabulary::Form };
-        let path = self.target.as_bytes().split(|byte| *byte == b'?').next().unwrap_or_default();
-        // A key is one path segment; a slash inside a key arrives as %2F.
-        let key = |segment| Resource::Key(percent_decode(segment).into());
-        let mut segments = path.split(|byte| *byte == b'/');
-        match [(); 5].map(|()| segments.next()) {
-            [Some(b""), Some(b"metrics"), None, ..] => (Resource::Metrics, typed),
-            [Some(b""), Some(b"kv-store"), None | Some(b""), None, _] => (Resource::Instance, Vocabulary::Json),
-            [Some(b""), Some(b"kv-store"), Some(b"key-count"), None, _] => (Resource::KeyCount, Vocabulary::Json),
-            [Some(b""), Some(b"kv-store"), Some(b"view-change"), None, _] => (Resource::ViewChange, Vocabulary::Json),
-            [Some(b""), Some(b"kv-store"), Some(b"shards"), None, _] => (Resource::Shards(None), Vocabulary::Json),
-            [Some(b""), Some(b"kv-store"), Some(b"shards"), Some(id), None] => {
-                (Resource::Shards(Some(shard_index(id))), Vocabulary::Json)
+        let path = self.target.split('?').next().unwrap_or_default();
+        let resource = match path {
+            "/metrics" => return (Resource::Metrics, typed),
+            "/kv-store" | "/kv-store/" => Resource::Instance,
+            "/kv-store/key-count" => Resource::KeyCount,
+            "/kv-store/view-change" => Resource::ViewChange,
+            "/kv-store/shards" => Resource::Shards(None),
+            _ => {
+                let key = |segment: &'a str| Resource::Key(percent_decode(segment.as_bytes()).into());
+                let Some(rest) = path.strip_prefix("/kv-store/") else { return (Resource::Unknown, typed) };
+                // A key is one path segment; a slash inside a key arrives as %2F.
+                match rest.split_once('/') {
+                    None => return (key(rest), typed),
+                    Some(("keys", segment)) if !segment.contains('/') => key(segment),
+                    Some(("shards", id)) if !id.contains('/') => Resource::Shards(Some(shard_index(id))),
+                    _ => return (Resource::Unknown, typed),
+                }
             }
-            [Some(b""), Some(b"kv-store"), Some(b"keys"), Some(segment), None] => (key(segment), Vocabulary::Json),
-            [Some(b""), Some(b"kv-store"), Some(segment), None, _] => (key(segment), typed),
-            _ => (Resource::Unknown, typed),
-        }
+        };
+        (resource, Vocabulary::Json)
     }
 
     fn media_type(&self) -> &str {
@@ -427,10 +424,9 @@ impl Request {
 }
 
 /// The index of a shard by its id, which counts from 1; one that no shard has for what is no id.
-fn shard_index(id: &[u8]) -> usize {
-    let number =
-        str::from_utf8(id).ok().filter(|text| !text.starts_with(['0', '+'])).and_then(|text| text.parse().ok());
-    number.map_or(usize::MAX, |number: usize| number - 1)
+fn shard_index(id: &str) -> usize {
+    let number: Option<usize> = id.parse().ok().filter(|_| !id.starts_with(['0', '+']));
+    number.map_or(usize::MAX, |number| number - 1)
 }
 
 /// Whether a key may be stored. Any key may be asked for: one that cannot exist does not exist.
@@ -469,15 +465,12 @@ fn form_value(request: &Request) -> Result<String, Outcome> {
 /// Finds the field `val` of an application/x-www-form-urlencoded text. The `form_urlencoded` crate would replace bytes that
 /// are not UTF-8 instead of telling.
 fn form_field(text: &[u8]) -> Option<Vec<u8>> {
-    let spaced = |part: &[u8]| part.iter().map(|byte| if *byte == b'+' { b' ' } else { *byte }).collect::<Vec<u8>>();
-    let decode = |part| match spaced(part) {
-        plain if !plain.contains(&b'%') => plain,
-        encoded => percent_decode(&encoded).collect(),
-    };
-    text.split(|byte| *byte == b'&').find_map(|field| {
-        let (name, value) = field.split_at(field.iter().position(|byte| *byte == b'=').unwrap_or(field.len()));
-        (name == b"val" || decode(name) == b"val").then(|| decode(value.get(1..).unwrap_or_default()))
-    })
+    // (With its `=`, if it has one.)
+    let value_at = |field: &[u8]| field.iter().position(|byte| *byte == b'=').unwrap_or(field.len());
+    let mut fields = text.split(|byte| *byte == b'&').map(|field| field.split_at(value_at(field)));
+    let (_, value) = fields.find(|(name, _)| percent_decode(name).eq(*b"val"))?;
+    let spaced: Vec<u8> = value.iter().skip(1).map(|byte| if *byte == b'+' { b' ' } else { *byte }).collect();
+    Some(if spaced.contains(&b'%') { percent_decode(&spaced).collect() } else { spaced })
 }
 
 /// The member `value` of a JSON object, as the JSON text it came as, so that it goes back digit for digit; only a string is
@@ -486,28 +479,20 @@ fn json_value(body: &[u8]) -> Result<String, Outcome> {
     let not_text = |refusal| if is_value_broken(body) { Outcome::ValueNotText } else { refusal };
     match member(body, "value").map_err(not_text)? {
         "null" => Err(Outcome::ValueMissing),
+        json if json.starts_with('"') => {
+            json_of(&serde_json::from_str::<String>(json).map_err(|_| Outcome::ValueNotText)?)
+        }
         json if !is_text(json) => Err(Outcome::ValueNotText),
-        json if json.starts_with('"') => json_of(&serde_json::from_str::<String>(json).unwrap_or_default()),
         json if json.len() > MAX_VALUE => Err(Outcome::ValueTooLarge),
         json => Ok(json.to_owned()),
     }
 }
 
-/// Whether all strings in a JSON text are text: JSON can spell half of a surrogate pair (RFC 8259 section 8.2).
+/// Whether all strings in a JSON text are text: JSON can spell half of a surrogate pair (RFC 8259 section 8.2). Only escapes can be
+/// wrong, so the parser reads all of the text as one string, without what ends a string or may not be in one. (`\/` is an escape.)
 fn is_text(json: &str) -> bool {
-    let mut rest = if json.contains("\\u") { json } else { "" };
-    while let Some(begin) = rest.find('"') {
-        let (string, mut end) = (&rest[begin..], 1);
-        while !matches!(string.as_bytes().get(end), None | Some(b'"')) {
-            end += if string.as_bytes()[end] == b'\\' { 2 } else { 1 };
-        }
-        let (string, after) = string.split_at_checked(end + 1).unwrap_or((string, ""));
-        if string.contains("\\u") && serde_json::from_str::<String>(string).is_err() {
-            return false;
-        }
-        rest = after;
-    }
-    true
+    let as_string = || format!("\"{}\"", json.replace(['"', '\n', '\r', '\t'], "/"));
+    !json.contains("\\u") || serde_json::from_str::<String>(&as_string()).is_ok()
 }
 
 /// Whether a body was refused since its value is a string with bytes that are no UTF-8: replaced, they are no fault any more.
@@ -518,12 +503,11 @@ fn is_value_broken(body: &[u8]) -> bool {
 
 /// A text as a JSON string. The limit is that of the text: escapes make up to six bytes of one.
 fn json_of(text: &str) -> Result<String, Outcome> {
-    // Writing to a String cannot fail.
     if text.len() > MAX_VALUE {
-        Err(Outcome::ValueTooLarge)
-    } else {
-        Ok(serde_json::to_string(text).unwrap_or_default())
+        return Err(Outcome::ValueTooLarge);
     }
+    // Writing to a String cannot fail.
+    Ok(serde_json::to_string(text).unwrap_or_default())
 }
 
 /// The JSON text of a member of the JSON object that a body is: `null` if there is no such member, or no body. Of members with
@@ -536,44 +520,27 @@ fn find_member<'a>(body: &'a [u8], name: &str) -> Result<Option<&'a str>, Outcom
     // JSON is UTF-8 (RFC 8259 section 8.1), also where the parser passes over it.
     let body = str::from_utf8(if body.is_empty() { b"{}" } else { body }).map_err(|_| Outcome::BodyNotObject)?;
     let mut parser = serde_json::Deserializer::from_str(body);
-    let value = parser.deserialize_map(Member(name)).map_err(|_| Outcome::BodyNotObject)?;
-    parser.end().map_err(|_| Outcome::BodyNotObject)?;
-    Ok(value.map(RawValue::get))
+    let value = parser.deserialize_map(Member(name)).and_then(|value| parser.end().map(|()| value));
+    Ok(value.map_err(|_| Outcome::BodyNotObject)?.map(RawValue::get))
 }
 
-/// The causal context in the body of a request in the JSON vocabulary: stamps in hexadecimal, since JSON's numbers are not exact
-/// everywhere, each under the bits of its node; and the version of a table. None if there is none; an error if it is not ours. (A
-/// body that is no JSON object is none of this function's business: a GET may have any.)
+/// The causal context in the body of a request in the JSON vocabulary (`with_context` spells it). None if there is none; an error if
+/// it is not ours. (A body that is no JSON object is none of this function's business: a GET may have any.)
 fn causal_context(request: &Request, vocabulary: Vocabulary) -> Result<Option<Context>, Outcome> {
-    if matches!(vocabulary, Vocabulary::Form) || request.oversized || request.body.is_empty() {
-        return Ok(None);
-    }
     // Hardly any request has one: it is not worth reading a large body twice.
-    let may_have_it = |text: &str| text.contains("causal-context") || text.contains("\\u");
-    if !str::from_utf8(&request.body).is_ok_and(may_have_it) {
+    let may_have_it = str::from_utf8(&request.body).is_ok_and(|body| body.contains("causal-context"));
+    if matches!(vocabulary, Vocabulary::Form) || !may_have_it {
         return Ok(None);
     }
     let Ok(Some(text)) = find_member(&request.body, "causal-context") else { return Ok(None) };
-    let members: BTreeMap<String, String> = serde_json::from_str(text).map_err(|_| Outcome::ContextInvalid)?;
-    let mut context = Context::default();
-    for (name, text) in members {
-        let numbers: Vec<u64> = text.split('.').filter_map(hexadecimal).collect();
-        match (name.as_str(), &numbers[..]) {
-            ("table", [epoch, number, coordinator]) => {
-                context.table = Some(Version { epoch: *epoch, number: *number, coordinator: *coordinator });
-            }
-            (name, [stamp]) if name == format!("{:03x}", node_of(*stamp)) => {
-                context.seen.insert(node_of(*stamp), *stamp);
-            }
-            _ => return Err(Outcome::ContextInvalid),
-        }
-    }
-    Ok(Some(context))
-}
-
-/// A number as contexts spell it: 16 digits.
-fn hexadecimal(text: &str) -> Option<u64> {
-    u64::from_str_radix(text, 16).ok().filter(|_| text.len() == 16 && !text.starts_with('+'))
+    let members: BTreeMap<&str, Vec<u8>> = serde_json::from_str(text).map_err(|_| Outcome::ContextInvalid)?;
+    let context: Context = match (members.len(), members.get("bytes")) {
+        (0, None) => Context::default(),
+        (1, Some(bytes)) => postcard::from_bytes(bytes).map_err(|_| Outcome::ContextInvalid)?,
+        _ => return Err(Outcome::ContextInvalid),
+    };
+    let is_ours = context.seen.iter().all(|(node, stamp)| *node == node_of(*stamp));
+    if is_ours { Ok(Some(context)) } else { Err(Outcome::ContextInvalid) }
 }
 
 /// Looks for the member of this name.
@@ -588,13 +555,8 @@ impl<'a> Visitor<'a> for Member<'_> {
 
     fn visit_map<M: MapAccess<'a>>(self, mut members: M) -> Result<Self::Value, M::Error> {
         let mut found = None;
-        while let Some(name) = members.next_key::<&RawValue>()? {
-            let name = name.get();
-            let is_wanted = match name.contains('\\') {
-                true => serde_json::from_str::<String>(name).is_ok_and(|name| name == self.0),
-                false => name[1..name.len() - 1] == *self.0,
-            };
-            if is_wanted {
+        while let Some(name) = members.next_key::<String>()? {
+            if name == self.0 {
                 found = Some(members.next_value()?);
             } else {
                 members.next_value::<IgnoredAny>()?;
@@ -630,7 +592,7 @@ enum Outcome {
 
 impl Outcome {
     /// The answers of the contract: status and body in the form vocabulary, and in the JSON vocabulary; of an error, only
-    /// what is wrong. `answer` fills in what stands in angle brackets. What only one vocabulary can say stands there twice.
+    /// what is wrong. `answer` completes it, and fills in `text`. What only one vocabulary can say stands there twice.
     #[rustfmt::skip]
     fn row(&self) -> [(u16, &'static str); 2] {
         use Outcome::*;
@@ -639,12 +601,11 @@ impl Outcome {
                           (201, r#"{"message":"Added successfully","replaced":false}"#)],
             Replaced  => [(200, r#"{"replaced":"True","msg":"Value of existing key replaced"}"#),
                           (200, r#"{"message":"Updated successfully","replaced":true}"#)],
-            Found(_)  => [(200, r#"{"result":"Success","value":<value>}"#),
-                          (200, r#"{"doesExist":true,"message":"Retrieved successfully","value":<value>}"#)],
+            Found(_)  => [(200, r#"{"result":"Success","value":<text>}"#),
+                          (200, r#"{"doesExist":true,"message":"Retrieved successfully","value":<text>}"#)],
             Deleted   => [(200, r#"{"result":"Success"}"#),
                           (200, r#"{"doesExist":true,"message":"Deleted successfully"}"#)],
-            Missing   => [(404, "Key does not exist"),
-                          (404, r#"{"doesExist":false,"error":"Key does not exist","message":"Error in <verb>"}"#)],
+            Missing   => [(404, "Key does not exist"); 2],
             KeyInvalid        => [(403, "Key not valid"),        (400, "Key is too long")],
             ValueMissing      => [(403, "No value provided"),    (400, "Value is missing")],
             ValueTooLarge     => [(403, "Object too large. Size limit is 1MB"), (413, "Value is too large")],
@@ -658,60 +619,57 @@ impl Outcome {
             BadRequest        => [(400, "Bad request"); 2],
             Unparsed          => [(400, "Bad request: not HTTP/1.1, or more than 16 headers"); 2],
             LengthRequired    => [(411, "Length required"); 2],
-            KeyCount(_)       => [(200, r#"{"message":"Key count retrieved successfully",<count>}"#); 2],
-            Shards(_)         => [(200, r#"{"message":"Shard membership retrieved successfully","shards":[<ids>]}"#); 2],
-            Shard(_)          => [(200, r#"{"message":"Shard information retrieved successfully",<shard>}"#); 2],
+            KeyCount(_)       => [(200, r#"{"message":"Key count retrieved successfully",<text>}"#); 2],
+            Shards(_)         => [(200, r#"{"message":"Shard membership retrieved successfully","shards":[<text>]}"#); 2],
+            Shard(_)          => [(200, r#"{"message":"Shard information retrieved successfully",<text>}"#); 2],
             NoShard           => [(404, "Shard does not exist"); 2],
-            Instance(_)       => [(200, r#"{"result":"Success",<instance>}"#); 2],
-            Metrics(_)        => [(200, "<metrics>"); 2],
+            Instance(_)       => [(200, r#"{"result":"Success",<text>}"#); 2],
+            Metrics(_)        => [(200, "<text>"); 2],
             AddressNotSet     => [(400, "ADDRESS is not set"); 2],
-            NodeDown(_)       => [(501, "Server unavailable"),   (503, "Node <node> is down")],
+            NodeDown(_)       => [(501, "Server unavailable"),   (503, "Node <text> is down")],
             ViewMissing       => [(400, "View is missing"); 2],
-            ViewInvalid(_)    => [(400, "View is not valid: <reason>"); 2],
+            ViewInvalid(_)    => [(400, "View is not valid: <text>"); 2],
             ChangeUnderWay    => [(409, "Another view change is in progress"); 2],
             // Between instances.
             NotOfStore        => [(403, "Not a node of this store"); 2],
-            HoldsKeys(_)      => [(409, "Node <node> holds keys of another store"); 2],
-            ViewChanged(_)    => [(200, r#"{"message":"View change successful",<shards>}"#); 2],
+            HoldsKeys(_)      => [(409, "Node <text> holds keys of another store"); 2],
+            ViewChanged(_)    => [(200, r#"{"message":"View change successful",<text>}"#); 2],
             // Only between nodes: the owner is another one by this node's table.
             Elsewhere         => [(421, "Not the owner"); 2],
         }
     }
 
+    /// What goes in the place of `<text>`, unless it is a value.
+    fn text(&self) -> &str {
+        use Outcome::*;
+        match self {
+            KeyCount(text) | Instance(text) | Shard(text) | Shards(text) | Metrics(text) => text,
+            NodeDown(text) | HoldsKeys(text) | ViewInvalid(text) | ViewChanged(text) => text,
+            _ => "",
+        }
+    }
+
     /// Says the outcome in a vocabulary.
-    fn answer(&self, vocabulary: Vocabulary, verb: &str) -> Answer {
+    fn answer(self, vocabulary: Vocabulary, verb: &str) -> Answer {
         let (status, text) = self.row()[vocabulary as usize];
+        let flag = if let Outcome::Missing = self { r#""doesExist":false,"# } else { "" };
         let template = match vocabulary {
             _ if text.starts_with(['{', '<']) => Cow::Borrowed(text),
             Vocabulary::Form => format!(r#"{{"result":"Error","msg":"{text}"}}"#).into(),
-            Vocabulary::Json => format!(r#"{{"error":"{text}","message":"Error in <verb>"}}"#).into(),
+            Vocabulary::Json => format!(r#"{{{flag}"error":"{text}","message":"Error in {verb}"}}"#).into(),
         };
-        let (mut body, mut value) = (Vec::with_capacity(template.len() + 64), None);
-        for part in template.split_inclusive('>') {
-            let (text, blank) = part.split_once('<').unwrap_or((part, ""));
-            body.extend(text.as_bytes());
-            match (self, blank) {
-                (_, "") => {}
-                (_, "verb>") => body.extend(verb.as_bytes()),
-                (Outcome::Found(record), _) if record.value().len() > BATCH => {
-                    value = Some((body.len(), record.clone()))
-                }
-                (Outcome::Found(record), _) => body.extend(record.value()),
-                (Outcome::KeyCount(text) | Outcome::Shard(text) | Outcome::Shards(text), _)
-                | (Outcome::Instance(text) | Outcome::NodeDown(text) | Outcome::HoldsKeys(text), _)
-                | (Outcome::ViewInvalid(text) | Outcome::ViewChanged(text) | Outcome::Metrics(text), _) => {
-                    body.extend(text.as_bytes());
-                }
-                _ => {}
-            }
-        }
-        body.push(b'\n');
-        let header = match self {
-            Outcome::VerbNotAllowed(header) => header,
-            Outcome::Metrics(_) => METRICS,
-            _ => JSON,
+        let (before, text, after) = match template.split_once("<text>") {
+            Some((before, after)) => (before, self.text(), after),
+            None => (&*template, "", ""),
         };
-        Answer { status, header: Cow::Borrowed(header), body, value }
+        let body = [before, text, after, "\n"].concat().into_bytes();
+        let (header, value) = match self {
+            Outcome::Found(record) => (JSON, Some((before.len(), record))),
+            Outcome::VerbNotAllowed(header) => (header, None),
+            Outcome::Metrics(_) => (METRICS, None),
+            _ => (JSON, None),
+        };
+        Answer { status, header: header.into(), body, value }
     }
 }
 
@@ -730,7 +688,7 @@ struct Answer {
     header: Cow<'static, str>,
     #[serde(with = "serde_bytes")]
     body: Vec<u8>,
-    /// A large value is not copied into the body: it belongs at this place of it.
+    /// The value that was asked for is not copied into the body: it belongs at this place of it.
     #[serde(skip)]
     value: Option<(usize, Record)>,
 }
@@ -755,9 +713,8 @@ impl Answer {
         for text in ["HTTP/1.1 ", status.as_str(), " ", reason, "\r\nServer: M\r\nDate: "] {
             out.extend(text.as_bytes());
         }
-        write_date(out);
         // Writing to a Vec cannot fail.
-        let _ = write!(out, "\r\nContent-Length: {}\r\n", self.length());
+        let _ = write!(out, "{}\r\nContent-Length: {}\r\n", HttpDate::from(SystemTime::now()), self.length());
         for text in [&self.header, "\r\n", connection, "\r\n"] {
             out.extend(text.as_bytes());
         }
@@ -782,15 +739,14 @@ impl Answer {
         }
     }
 
-    /// Adds the causal context, if the request had one.
+    /// Adds the causal context, if the request had one: as a list of bytes, since JSON's numbers are not exact everywhere, and stamps are
+    /// large.
     fn with_context(self, context: &Option<Context>) -> Answer {
         let Some(context) = context else { return self };
-        let mut members: Vec<String> =
-            context.seen.iter().map(|(node, stamp)| format!(r#""{node:03x}":"{stamp:016x}""#)).collect();
-        if let Some(Version { epoch, number, coordinator }) = context.table {
-            members.push(format!(r#""table":"{epoch:016x}.{number:016x}.{coordinator:016x}""#));
+        if context.is_empty() {
+            return self.with_member(r#""causal-context":{}"#);
         }
-        self.with_member(&format!(r#""causal-context":{{{}}}"#, members.join(",")))
+        self.with_member(&format!(r#""causal-context":{{"bytes":{:?}}}"#, Answer::message(context).body))
     }
 
     fn with_member(mut self, member: &str) -> Answer {
@@ -800,23 +756,6 @@ impl Answer {
         }
         self
     }
-}
-
-thread_local! {
-    /// The second that was last asked for, and how HTTP spells it.
-    static DATE: RefCell<(u64, String)> = const { RefCell::new((0, String::new())) };
-}
-
-/// Writes the time of day, which each thread works out once a second.
-fn write_date(out: &mut Vec<u8>) {
-    let now = SystemTime::now();
-    let second = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-    DATE.with_borrow_mut(|(of, date)| {
-        if *of != second || date.is_empty() {
-            (*of, *date) = (second, HttpDate::from(now).to_string());
-        }
-        out.extend(date.as_bytes());
-    });
 }
 
 // ---- Records: keys and values, in buckets ---------------------------------------------------------------------------
@@ -4745,24 +4684,23 @@ mod connections {
     //! may_minihttp parses requests, and sends answers when it has dealt with all that it read. Much it cannot do: answer what it
     //! refused to parse, answer without a body (HEAD) or with headers that are not known when it is compiled, answer before the next
     //! request's body has come, close, and wait for a client that does not read. So a connection keeps its answers itself, as its
-    //! *output*. The server has an empty answer for each, and when it sends these, the output is sent in their place (`send`).
+    //! *output* (`write`). The server has an empty answer for each, and when it sends these, `send` sends the output in their place.
     //!
     //! Output leaves when the server sends, when there is much of it, and before anything that may wait: another instance, a body, a
-    //! large answer. What is large is not copied into the output but written straight from the record, while the coroutine waits for
-    //! the client: whoever does not read costs a pointer, and there is nothing to account for.
+    //! large value (`flush`). A large value is not copied into the output but written straight from the record, while the coroutine
+    //! waits for the client (`write_waiting`): a client that does not read costs a pointer, and there is nothing to account for.
     //!
-    //! A connection is closed
+    //! A connection is closed (`close`)
     //! - after the answer to `Connection: close` and HTTP/1.0 (`close_with`);
     //! - after a refusal, since where the next request begins is not known, or not worth reading up to it (`refuse`);
-    //! - without an answer, when a body ends before its length, the stream that it carries ends, or its client has taken nothing of an
-    //!   answer for ten seconds (`end`);
-    //! - by the watch, when nothing has happened on it for 75 seconds (`watch`);
+    //! - without an answer, when a body ends before its length (`serve`), or the stream that it carries ends (`serve_stream`);
+    //! - when its client has sent nothing, or taken nothing of an answer, for 75 seconds (`watch`, `write_waiting`);
     //! - at once, when there are too many (`new_service`).
     //!
     //! All of this runs on the worker thread (`start_worker`), so the state of connections needs no locks.
 
     use std::cell::{Cell, RefCell};
-    use std::io::{self, BufRead, Read, Write};
+    use std::io::{self, BufRead, IoSlice, Read, Write};
     use std::mem::ManuallyDrop;
     use std::net::{Shutdown, TcpStream};
     use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
@@ -4774,24 +4712,21 @@ mod connections {
 
     use may::io::WaitIo;
     use may_minihttp::{BodyReader, HttpService, HttpServiceFactory, Request as Parsed, Response};
+    use nix::errno::Errno;
 
     use crate::peers::{STREAM, read_questions, write_answers};
     use crate::{Action, Answer, CLOSE, LARGE_BODY, MAX_HEAD, Outcome, Request, Resource, VERBS, Vocabulary};
     use crate::{answer_about, answer_or_defer, count_answer, knows_secret, pause, read_head};
 
-    /// The answers of a connection that may wait to be sent in one go, in bytes. What is longer is not copied.
-    pub const BATCH: usize = 32 << 10;
-    /// How many bytes of answers a client that sends one request after the other gets before others have their turn.
-    const TURN: usize = 64 << 10;
-    /// How many bytes of a body are read before that.
-    const BODY_TURN: usize = 512 << 10;
+    /// The output of a connection is sent when it has more than so many bytes. A value that is longer is not copied to it.
+    const BATCH: usize = 32 << 10;
+    /// How many bytes a client may send or be sent, without a pause, before other clients have their turn.
+    const TURN: usize = 128 << 10;
     /// How many bytes large bodies may have together: more are not read before there is room.
     const MAX_BODIES: usize = 64 << 20;
     /// What the server reads of a client before a request's head is whole, in bytes, at most. It reads ahead by as much as it has, and
     /// the limit of a head is exact only where the whole head is there.
     const MAX_READ: usize = 3 * MAX_HEAD;
-    /// A client that takes nothing of an answer for this long is given up.
-    const WRITE_LIMIT: Duration = Duration::from_secs(10);
     /// A connection on which nothing happens for this long is closed. Load balancers do so after 60 s: the client's side should be
     /// the first, or a request may meet a connection that is just being closed.
     const IDLE_LIMIT: Duration = Duration::from_secs(75);
@@ -4807,7 +4742,7 @@ mod connections {
     });
     /// The files that are left for all but connections.
     pub const OTHER_FILES: u64 = 200;
-    /// How many bytes large bodies have that are being read and dealt with.
+    /// How many bytes the large bodies have that are being read, or answered.
     static BODIES: AtomicUsize = AtomicUsize::new(0);
 
     thread_local! {
@@ -4815,26 +4750,36 @@ mod connections {
         static CLIENTS: RefCell<Vec<Option<Rc<Client>>>> = const { RefCell::new(Vec::new()) };
     }
 
-    /// What a connection, the watch, and `recv` and `send` know of a client.
-    #[derive(Default)]
+    /// A connection, as the service, the watch, and `recv` and `send` see it.
     struct Client {
+        fd: RawFd,
+        phase: Cell<Phase>,
+        /// When something last happened.
+        active: Cell<Instant>,
+        /// How many bytes were read since a request was last dealt with: of the next one's head, or what the server read ahead.
+        head: Cell<usize>,
+        /// How many bytes were received and answered since other clients had their turn.
+        served: Cell<usize>,
+        /// How many bytes of `BODIES` belong to the request that is being answered.
+        room: Cell<usize>,
         /// Answers that are still to be sent.
         output: RefCell<Vec<u8>>,
-        /// When something last happened. None while an answer is awaited, which may take as long as a view change.
-        active: Cell<Option<Instant>>,
-        /// How many bytes were read since a request was last dealt with. Where they are many, they are a head that does not end.
-        head: Cell<usize>,
-        /// A request is being dealt with; one was.
-        in_call: Cell<bool>,
-        had_call: Cell<bool>,
-        /// The last read brought bytes.
-        has_read: Cell<bool>,
-        /// A body was read from the socket, and did not come with its head.
-        read_body: Cell<bool>,
-        /// The server was told that the client sends nothing more.
-        has_left: Cell<bool>,
-        /// Nothing more is answered or sent. What the server still reads is not looked at.
-        has_ended: Cell<bool>,
+    }
+
+    #[derive(Clone, Copy, PartialEq)]
+    enum Phase {
+        /// The server reads the head of the next request.
+        Head,
+        /// As `Head`, but the client sends nothing more: with its next read, the server is told.
+        LastHead,
+        /// The client sends nothing more, and the server was told.
+        HalfClosed,
+        /// A request is being answered.
+        Request,
+        /// As `Request`, and some of its body is read from the socket, since not all of it came with the head.
+        Body,
+        /// Nothing more is answered or sent: the connection is being closed, or carries a stream.
+        Closing,
     }
 
     impl Client {
@@ -4843,305 +4788,281 @@ mod connections {
             CLIENTS.try_with(|clients| clients.borrow().get(fd as usize).cloned().flatten()).ok().flatten()
         }
 
-        fn has_output(&self) -> bool {
-            !self.output.borrow().is_empty()
+        /// The socket, which the server owns, and closes after the service has taken the client out of `CLIENTS`.
+        fn socket(&self) -> ManuallyDrop<TcpStream> {
+            // SAFETY: whoever has a client got it from `CLIENTS` in a call of the server, which keeps the descriptor open until the call
+            // returns, or in the watch, which nothing interrupts; and ManuallyDrop never closes it.
+            ManuallyDrop::new(unsafe { TcpStream::from_raw_fd(self.fd) })
         }
 
-        fn note_activity(&self) {
-            self.active.set(Some(Instant::now()));
+        fn is_closing(&self) -> bool {
+            self.phase.get() == Phase::Closing
         }
 
-        /// Gives the output to the kernel, as much as that takes now. True if it took all.
-        fn send_output(&self, fd: RawFd, flags: libc::c_int) -> io::Result<bool> {
-            let mut output = self.output.borrow_mut();
-            while !output.is_empty() {
-                // SAFETY: sendto reads the bytes, which outlive the call.
-                let count =
-                    unsafe { libc::sendto(fd, output.as_ptr().cast(), output.len(), flags, std::ptr::null(), 0) };
-                if count < 0 {
-                    let error = io::Error::last_os_error();
-                    return if error.kind() == io::ErrorKind::WouldBlock { Ok(false) } else { Err(error) };
-                }
-                output.drain(..count as usize);
+        /// Closes the connection: nothing more is sent, and when the server finds that it cannot, it closes the socket.
+        fn close(&self, how: Shutdown) {
+            self.phase.set(Phase::Closing);
+            let _ = self.socket().shutdown(how);
+        }
+
+        fn serve(&self, parsed: Parsed) {
+            let (mut request, framing) = match read_head(&parsed) {
+                Ok(head) => head,
+                Err(refusal) => return self.refuse(refusal, parsed.method() == "HEAD"),
+            };
+            if let Some(id) = request.stream_id() {
+                return self.serve_stream(id, parsed);
             }
+            let verb = VERBS.into_iter().find(|verb| *verb == request.verb).unwrap_or("other");
+            if request.oversized {
+                return self.close_with(refusal_of_oversized(request), verb, false);
+            }
+            let is_kept = framing.length > 0 && request.wants_body(framing.length);
+            if is_kept && framing.length > LARGE_BODY {
+                self.wait_for_room(framing.length);
+            }
+            if framing.expects_continue {
+                // (RFC 9110 section 10.1.1)
+                self.output.borrow_mut().extend(b"HTTP/1.1 100 Continue\r\n\r\n");
+            }
+            let body = is_kept.then_some(&mut request.body);
+            if framing.length > 0 && !self.read_body(parsed.body(), framing.length, body) {
+                // What it sent before is answered.
+                self.flush();
+                return self.close(Shutdown::Write);
+            }
+            let answer = answer_or_defer(request).unwrap_or_else(|work| {
+                // That may take long, and what was asked before is answered.
+                self.flush();
+                work()
+            });
+            if framing.closing {
+                return self.close_with(answer, verb, framing.is_head);
+            }
+            self.write(answer, verb, "", framing.is_head);
+        }
+
+        /// Becomes one half of a stream, as long as that lives.
+        fn serve_stream(&self, id: &str, parsed: Parsed) {
+            let knows_secret = match knows_secret(&parsed, id) {
+                Ok(knows) => knows,
+                Err(refusal) => return self.refuse(refusal, false),
+            };
+            self.flush();
+            self.phase.set(Phase::Closing);
+            match parsed.method() {
+                "GET" => drop(write_answers(id, &self.socket(), knows_secret)),
+                _ => read_questions(id, parsed.body(), &self.socket(), knows_secret),
+            }
+            self.close(Shutdown::Write);
+        }
+
+        /// Waits until another large body may be read.
+        fn wait_for_room(&self, length: usize) {
+            self.flush();
+            while BODIES.load(Relaxed) + length > MAX_BODIES {
+                pause(Duration::from_millis(5));
+            }
+            BODIES.fetch_add(length, Relaxed);
+            self.room.set(length);
+        }
+
+        /// Reads a whole body, to keep it or not. False is a client that left before it was complete: its request never happened.
+        fn read_body(&self, mut reader: BodyReader, length: usize, mut body: Option<&mut Vec<u8>>) -> bool {
+            let mut taken = 0;
+            while taken < length {
+                self.active.set(Instant::now());
+                let Ok(arrived @ [_, ..]) = reader.fill_buf() else { return false };
+                let count = arrived.len();
+                if let Some(body) = &mut body {
+                    body.extend(arrived);
+                }
+                reader.consume(count);
+                taken += count;
+                self.take_turn(count);
+            }
+            if self.phase.get() == Phase::Body {
+                // The server waits for a signal that comes once an arrival, and reading the body has used it up: a request that came
+                // with the body's end would be left lying.
+                self.phase.set(Phase::Request);
+                signal_again(&self.socket());
+            }
+            true
+        }
+
+        /// Writes an answer to the output, and a large value to the socket. `connection` is what its head says of the connection.
+        fn write(&self, answer: Answer, verb: &str, connection: &str, is_head: bool) {
+            count_answer(verb, answer.status);
+            answer.write_head(&mut self.output.borrow_mut(), connection);
+            for piece in answer.pieces().into_iter().filter(|_| !is_head) {
+                if piece.len() > BATCH {
+                    self.flush();
+                    self.write_waiting(piece);
+                } else {
+                    self.output.borrow_mut().extend(piece);
+                }
+            }
+            if self.output.borrow().len() > BATCH {
+                self.flush();
+            }
+            self.take_turn(answer.length());
+        }
+
+        /// Sends the output, however long the client takes to read it.
+        fn flush(&self) {
+            let mut output = self.output.take();
+            // (With `writev`: `write` calls `send`, which comes here.)
+            let count = self.socket().write_vectored(&[IoSlice::new(&output)]).unwrap_or(0);
+            if count < output.len() {
+                self.write_waiting(&output[count..]);
+            }
+            output.clear();
             // (Idle connections keep little.)
             output.shrink_to(4 << 10);
-            Ok(true)
+            self.output.replace(output);
         }
 
-        /// What the server is told of a read that brought so many bytes.
-        fn after_read(&self, fd: RawFd, count: isize) -> isize {
-            let had_read = self.has_read.replace(count > 0);
-            if self.in_call.get() {
-                self.read_body.set(true);
-            } else if count > 0 {
-                self.head.set(self.head.get() + count as usize);
-                return if self.head.get() > MAX_READ { fail_with(libc::ECONNABORTED) } else { count };
-            } else if count == 0 && had_read {
-                // The server waits for a signal then, and the kernel has given this one already.
-                signal_again(&borrow_socket(fd));
-                return fail_with(libc::EAGAIN);
+        /// Writes bytes on the socket, and makes the coroutine wait for the client to read. One that takes none for long is given up.
+        fn write_waiting(&self, bytes: &[u8]) {
+            let stream = waiting_stream(&self.socket(), Some(IDLE_LIMIT));
+            if self.is_closing() || stream.and_then(|mut stream| stream.write_all(bytes)).is_err() {
+                self.close(Shutdown::Write);
             }
-            let is_broken = count < 0 && io::Error::last_os_error().kind() != io::ErrorKind::WouldBlock;
-            self.has_ended.set(self.has_ended.get() || is_broken);
-            self.has_left.set(self.has_left.get() || count == 0);
+        }
+
+        /// Answers a request whose end is not known or not worth reading up to it.
+        fn refuse(&self, refusal: Outcome, is_head: bool) {
+            self.close_with(refusal.answer(Vocabulary::Form, "GET"), "other", is_head);
+        }
+
+        /// Sends a last answer and closes the connection.
+        fn close_with(&self, answer: Answer, verb: &str, is_head: bool) {
+            // The last packet is held back until the stream ends, so that a client that has the whole answer has its end as well. So this
+            // side, and not a relaying one, is the first to close and has its port in TIME_WAIT (RFC 9293 section 3.6.1): 28,000
+            // relays in a minute would use up the other side's ports.
+            set_option(&self.socket(), libc::IPPROTO_TCP, libc::TCP_CORK, 1);
+            // A follower that does not know this instance yet asks one thing a connection: this reaches it (W3C, Linked Data
+            // Platform, section 7.1).
+            self.write(answer, verb, &format!("{CLOSE}Accept-Post: {STREAM}\r\n"), is_head);
+            self.flush();
+            self.close(Shutdown::Write);
+            self.linger();
+        }
+
+        /// Reads and drops what a client still sends, for up to 5 seconds: to close a socket with unread input resets the connection, and the
+        /// reset may reach the client before it has read its answer.
+        fn linger(&self) {
+            let Ok(mut stream) = waiting_stream(&self.socket(), Some(Duration::from_secs(1))) else { return };
+            let (deadline, mut buffer) = (Instant::now() + Duration::from_secs(5), vec![0; BATCH]);
+            while Instant::now() < deadline
+                && let Ok(count @ 1..) = stream.read(&mut buffer)
+            {
+                self.take_turn(count);
+            }
+        }
+
+        /// Counts bytes that were received or answered, and lets others have their turn when they are many.
+        fn take_turn(&self, count: usize) {
+            let mut served = self.served.get() + count;
+            take_turn(&self.socket(), &mut served, TURN);
+            self.served.set(served);
+        }
+
+        /// Notes that `recv` has returned `count` to the server. Returns what it is to return instead.
+        fn after_read(&self, count: isize) -> isize {
+            match (self.phase.get(), count) {
+                (Phase::Request | Phase::Body, _) => self.phase.set(Phase::Body),
+                (Phase::Head, 0) => {
+                    // The kernel has to signal the end once more, or there is no next read.
+                    self.phase.set(Phase::LastHead);
+                    signal_again(&self.socket());
+                    return fail_with(libc::EAGAIN);
+                }
+                (Phase::LastHead, 0) => self.phase.set(Phase::HalfClosed),
+                (Phase::Head | Phase::LastHead, 1..) => {
+                    self.head.set(self.head.get() + count as usize);
+                    if self.head.get() > MAX_READ {
+                        return fail_with(libc::ECONNABORTED);
+                    }
+                }
+                (_, ..0) if Errno::last() != Errno::EAGAIN => self.phase.set(Phase::Closing),
+                _ => {}
+            }
             count
         }
+    }
+
+    /// The answer to a PUT or POST whose body is too large to be read.
+    fn refusal_of_oversized(request: Request) -> Answer {
+        let (resource, vocabulary) = request.route();
+        if let Resource::Key(key) = resource
+            && let Action::Refuse(refusal) = Action::of(&key, &request, vocabulary)
+        {
+            return refusal.answer(vocabulary, &request.verb);
+        }
+        answer_about(request)
+    }
+
+    /// Closes connections on whose clients the server waits in vain. To be repeated every second by a coroutine, which the worker runs.
+    pub fn watch() {
+        let now = Instant::now();
+        CLIENTS.with_borrow(|clients| {
+            for client in clients.iter().flatten() {
+                let is_waited_for = matches!(client.phase.get(), Phase::Head | Phase::LastHead | Phase::Body);
+                if is_waited_for && now - client.active.get() > IDLE_LIMIT {
+                    client.close(Shutdown::Both);
+                }
+            }
+        });
     }
 
     // -- The service
 
     pub struct Server;
 
-    /// One client connection: the server's service.
-    pub struct Connection {
-        fd: RawFd,
-        /// How many bytes were answered since other connections had their turn.
-        served: usize,
-        /// The client may still be sending when the connection is closed.
-        lingers: bool,
-        /// The last request came by way of another instance.
-        relayed: bool,
-    }
+    /// The server's service for one connection, by the descriptor of its socket.
+    pub struct Connection(RawFd);
 
     impl HttpServiceFactory for Server {
         type Service = Connection;
 
         /// Called once for each connection. `id` is the descriptor of its socket, open until after the service is dropped.
         fn new_service(&self, id: usize) -> Connection {
-            let socket = borrow_socket(id as RawFd);
+            let fd = id as RawFd;
+            let (phase, active, output) = (Cell::new(Phase::Head), Cell::new(Instant::now()), RefCell::default());
+            let [head, served, room] = [const { Cell::new(0) }; 3];
+            let client = Rc::new(Client { fd, phase, active, head, served, room, output });
+            let socket = client.socket();
             // Without this, an answer that leaves in two writes waits 40 ms for the client's delayed acknowledgement.
             let _ = socket.set_nodelay(true);
             // The kernel asks for more when it has sent most of what it has, and not when a third of its buffer is free, which may take
             // a slow reader a minute.
             set_option(&socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, BATCH as libc::c_int);
             // The accept loop would spin without end if descriptors ran out: the last ones are never used.
-            let is_crowded = CONNECTIONS.fetch_add(1, Relaxed) >= *MAX_CONNECTIONS;
-            if is_crowded {
-                let _ = socket.shutdown(Shutdown::Both);
+            if CONNECTIONS.fetch_add(1, Relaxed) >= *MAX_CONNECTIONS {
+                client.close(Shutdown::Both);
             }
-            let client = Client { has_ended: Cell::new(is_crowded), ..Client::default() };
-            client.note_activity();
             CLIENTS.with_borrow_mut(|clients| {
                 clients.resize(clients.len().max(id + 1), None);
-                clients[id] = Some(Rc::new(client));
+                clients[id] = Some(client);
             });
-            Connection { fd: id as RawFd, served: 0, lingers: false, relayed: false }
+            Connection(fd)
         }
     }
 
     impl HttpService for Connection {
         fn call(&mut self, parsed: Parsed, _: &mut Response) -> io::Result<()> {
-            let client = self.client();
-            if !client.has_ended.get() {
-                client.in_call.set(true);
-                client.note_activity();
-                self.serve(parsed);
-                client.note_activity();
+            if let Some(client) = Client::at(self.0).filter(|client| !client.is_closing()) {
+                client.phase.set(Phase::Request);
                 client.head.set(0);
-                client.in_call.set(false);
-                client.had_call.set(true);
+                client.serve(parsed);
+                BODIES.fetch_sub(client.room.take(), Relaxed);
+                client.active.set(Instant::now());
+                if !client.is_closing() {
+                    client.phase.set(Phase::Head);
+                }
             }
             Ok(())
-        }
-    }
-
-    impl Connection {
-        fn client(&self) -> Rc<Client> {
-            // (It is there as long as this is.)
-            Client::at(self.fd).unwrap_or_default()
-        }
-
-        fn socket(&self) -> Socket {
-            borrow_socket(self.fd)
-        }
-
-        fn serve(&mut self, parsed: Parsed) {
-            let (mut request, framing) = match read_head(&parsed) {
-                Ok(head) => head,
-                Err(refusal) => return self.refuse(refusal.answer(Vocabulary::Form, "GET"), parsed.method() == "HEAD"),
-            };
-            self.relayed = !request.via.is_empty();
-            if let Some(id) = request.stream_id() {
-                return self.serve_stream(id, parsed);
-            } else if request.oversized {
-                return self.refuse(refusal_of_oversized(request), false);
-            }
-            let is_kept = request.wants_body(framing.length);
-            let room = (is_kept && framing.length > LARGE_BODY).then(|| self.wait_for_room(framing.length));
-            if framing.expects_continue {
-                // (RFC 9110 section 10.1.1)
-                self.client().output.borrow_mut().extend(b"HTTP/1.1 100 Continue\r\n\r\n");
-                self.flush();
-            }
-            if framing.length > 0 {
-                let body = is_kept.then_some(&mut request.body);
-                if !self.read_body(parsed.body(), framing.length, body) {
-                    // What it sent before is answered.
-                    self.flush();
-                    return self.end();
-                }
-            }
-            let verb = VERBS.into_iter().find(|verb| *verb == request.verb).unwrap_or_default();
-            let answer = self.answer(request);
-            drop(room);
-            count_answer(verb, answer.status);
-            if framing.closing {
-                return self.close_with(answer, framing.is_head);
-            }
-            self.write(answer, "", framing.is_head);
-            take_turn(&self.socket(), &mut self.served, TURN);
-        }
-
-        /// Has a whole request answered, however long that takes.
-        fn answer(&mut self, request: Request) -> Answer {
-            self.served += request.body.len();
-            answer_or_defer(request).unwrap_or_else(|work| {
-                // That may take long, and what was asked before is answered.
-                self.flush();
-                self.client().active.set(None);
-                let answer = work();
-                self.client().note_activity();
-                answer
-            })
-        }
-
-        /// Becomes one half of a stream, as long as that lives.
-        fn serve_stream(&mut self, id: &str, parsed: Parsed) {
-            let knows_secret = match knows_secret(&parsed, id) {
-                Ok(knows) => knows,
-                Err(refusal) => return self.refuse(refusal.answer(Vocabulary::Form, "POST"), false),
-            };
-            if self.client().had_call.get() {
-                // It writes on the socket, and would overtake the answers to what came before it.
-                return self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "POST"), false);
-            }
-            self.client().active.set(None);
-            match parsed.method() {
-                "GET" => drop(write_answers(id, &self.socket(), knows_secret)),
-                _ => read_questions(id, parsed.body(), &self.socket(), knows_secret),
-            }
-            self.end();
-        }
-
-        /// Waits until another large body may be read. What it returns is to be dropped when the body is done with.
-        fn wait_for_room(&self, length: usize) -> Room {
-            self.flush();
-            while BODIES.load(Relaxed) + length > MAX_BODIES && !self.client().has_ended.get() {
-                pause(Duration::from_millis(5));
-            }
-            BODIES.fetch_add(length, Relaxed);
-            Room(length)
-        }
-
-        /// Reads a whole body, to keep it or not. False is a client that left before it was complete: its request never happened.
-        fn read_body(&self, mut reader: BodyReader, length: usize, mut body: Option<&mut Vec<u8>>) -> bool {
-            let (client, mut taken, mut served) = (self.client(), 0, 0);
-            while !client.has_ended.get() {
-                let arrived = match reader.fill_buf() {
-                    Ok([]) => break,
-                    Ok(arrived) => arrived,
-                    Err(error) if error.raw_os_error() == Some(SEND_FIRST) => {
-                        self.flush();
-                        continue;
-                    }
-                    Err(_) => break,
-                };
-                let count = arrived.len();
-                if let Some(body) = &mut body {
-                    body.extend(arrived);
-                }
-                reader.consume(count);
-                client.note_activity();
-                taken += count;
-                served += count;
-                take_turn(&self.socket(), &mut served, BODY_TURN);
-            }
-            if client.read_body.replace(false) {
-                signal_again(&self.socket());
-            }
-            taken == length
-        }
-
-        /// Writes an answer to the output, and what is large of it to the socket. `connection` is what its head says of the connection.
-        fn write(&mut self, answer: Answer, connection: &str, is_head: bool) {
-            self.served += answer.length();
-            let client = self.client();
-            answer.write_head(&mut client.output.borrow_mut(), connection);
-            for piece in answer.pieces().into_iter().filter(|_| !is_head) {
-                if piece.len() > BATCH {
-                    self.flush();
-                    self.write_waiting(piece);
-                } else {
-                    client.output.borrow_mut().extend(piece);
-                }
-            }
-            if client.output.borrow().len() > BATCH {
-                self.flush();
-            }
-        }
-
-        /// Sends the output, however long the client takes to read it. A connection that breaks ends.
-        fn flush(&self) {
-            let client = self.client();
-            match client.send_output(self.fd, libc::MSG_NOSIGNAL) {
-                Ok(true) => {}
-                Ok(false) => {
-                    let output = client.output.take();
-                    self.write_waiting(&output);
-                }
-                Err(_) => self.end(),
-            }
-        }
-
-        /// Writes bytes on the socket, and makes the coroutine wait for the client to read. One that takes none for long is given up.
-        fn write_waiting(&self, bytes: &[u8]) {
-            self.client().active.set(None);
-            let stream = waiting_stream(&self.socket(), Some(WRITE_LIMIT));
-            if self.client().has_ended.get() || stream.and_then(|mut stream| stream.write_all(bytes)).is_err() {
-                self.end();
-            }
-            self.client().note_activity();
-        }
-
-        /// Answers a request whose end is not known or not worth reading up to it.
-        fn refuse(&mut self, answer: Answer, is_head: bool) {
-            count_answer("other", answer.status);
-            self.close_with(answer, is_head);
-        }
-
-        /// Sends a last answer and closes the connection.
-        fn close_with(&mut self, answer: Answer, is_head: bool) {
-            // A follower that does not know this instance yet asks one thing a connection: this reaches it (W3C, Linked Data
-            // Platform, section 7.1).
-            let accepts = if self.relayed { format!("Accept-Post: {STREAM}\r\n") } else { String::new() };
-            self.write(answer, &format!("{CLOSE}{accepts}"), is_head);
-            // The last packet is held back until the stream ends, so that a client that has the whole answer has its end as well. So this
-            // side, and not a relaying one, is the first to close and has its port in TIME_WAIT (RFC 9293 section 3.6.1): 28,000
-            // relays in a minute would use up the other side's ports.
-            let _ = self.client().send_output(self.fd, libc::MSG_MORE | libc::MSG_NOSIGNAL);
-            self.flush();
-            self.lingers = true;
-            self.end();
-        }
-
-        /// Lets nothing more out: the server's next write fails, and then it closes the connection.
-        fn end(&self) {
-            self.client().has_ended.set(true);
-            let _ = self.socket().shutdown(Shutdown::Write);
-        }
-
-        /// Reads and forgets what a client still sends: to close a socket with unread input resets the connection, and the reset may
-        /// reach the client before it has read its answer.
-        fn linger(&self) {
-            let Ok(mut stream) = waiting_stream(&self.socket(), Some(Duration::from_secs(1))) else { return };
-            let (deadline, mut buffer, mut served) = (Instant::now() + Duration::from_secs(5), vec![0; BATCH], 0);
-            while Instant::now() < deadline
-                && let Ok(count @ 1..) = stream.read(&mut buffer)
-            {
-                served += count;
-                take_turn(&self.socket(), &mut served, BODY_TURN);
-            }
         }
     }
 
@@ -5149,60 +5070,26 @@ mod connections {
     /// that, the server says nothing; this does, after the answers that are still to be sent.
     impl Drop for Connection {
         fn drop(&mut self) {
-            let client = self.client();
-            // As in a call, nothing that comes is a head any more.
-            client.in_call.set(true);
-            let (head, has_left) = (client.head.get(), client.has_left.get());
-            if client.has_ended.get() || thread::panicking() {
-                // Nothing can be sent any more.
-            } else if head > MAX_READ || has_left && head > 0 && !client.had_call.get() {
+            let Some(client) = Client::at(self.0) else { return };
+            let (phase, head) = (client.phase.get(), client.head.get());
+            if phase == Phase::Closing || thread::panicking() {
+                // Nothing can be sent any more. (A coroutine that panics cannot wait.)
+            } else if head > MAX_READ || phase == Phase::HalfClosed && head > "\r\n".len() {
                 // A head that does not end, or ended with the stream. (After a request, a line's end may follow that is nothing.)
-                self.refuse(Outcome::BadRequest.answer(Vocabulary::Form, "GET"), false);
-            } else if !has_left {
-                self.refuse(Outcome::Unparsed.answer(Vocabulary::Form, "GET"), false);
-            } else {
+                client.refuse(Outcome::BadRequest, false);
+            } else if phase == Phase::HalfClosed {
                 // The client sends nothing more, but may still be reading.
-                self.flush();
+                client.flush();
+            } else {
+                client.refuse(Outcome::Unparsed, false);
             }
-            if self.lingers {
-                self.linger();
-            }
-            CLIENTS.with_borrow_mut(|clients| clients[self.fd as usize] = None);
+            BODIES.fetch_sub(client.room.take(), Relaxed);
+            CLIENTS.with_borrow_mut(|clients| clients[self.0 as usize] = None);
             CONNECTIONS.fetch_sub(1, Relaxed);
         }
     }
 
-    /// Room for a large body.
-    struct Room(usize);
-
-    impl Drop for Room {
-        fn drop(&mut self) {
-            BODIES.fetch_sub(self.0, Relaxed);
-        }
-    }
-
-    /// The answer to a PUT or POST whose body is too large to be read.
-    fn refusal_of_oversized(request: Request) -> Answer {
-        let (Resource::Key(key), vocabulary) = request.route() else { return answer_about(request) };
-        match Action::of(&key, &request, vocabulary) {
-            Action::Refuse(outcome) => outcome.answer(vocabulary, &request.verb),
-            _ => Outcome::BadRequest.answer(vocabulary, &request.verb),
-        }
-    }
-
-    /// Closes connections on which nothing has happened for long. To be repeated every second by a coroutine, which the worker runs.
-    pub fn watch() {
-        let now = Instant::now();
-        let is_idle = |client: &Client| client.active.get().is_some_and(|active| now - active > IDLE_LIMIT);
-        let mut idle = Vec::new();
-        CLIENTS.with_borrow(|clients| {
-            let clients = clients.iter().enumerate();
-            idle.extend(clients.filter(|(_, it)| it.as_deref().is_some_and(is_idle)).map(|(fd, _)| fd as RawFd));
-        });
-        idle.into_iter().for_each(|fd| drop(borrow_socket(fd).shutdown(Shutdown::Both)));
-    }
-
-    // -- The socket, behind the server's back
+    // -- The socket, behind the server's back. Both functions are called in the coroutine of the connection, so they may wait.
 
     /// Takes the place of the C library's function of this name, with which the server, as the whole standard library, reads from
     /// sockets. Without it, a request that comes together with the end of the stream is lost, since the server throws away what it has
@@ -5211,14 +5098,16 @@ mod connections {
     // SAFETY: it has the type of the function of that name, and does what recv(2) says that may happen.
     #[unsafe(no_mangle)]
     unsafe extern "C" fn recv(fd: RawFd, buffer: *mut libc::c_void, size: usize, flags: libc::c_int) -> isize {
-        // (With flags, it is no read, but a look.)
-        let client = Client::at(fd).filter(|_| flags == 0);
-        if client.as_ref().is_some_and(|client| client.in_call.get() && client.has_output()) {
-            return fail_with(SEND_FIRST);
+        let client = Client::at(fd);
+        if let Some(client) = &client
+            && matches!(client.phase.get(), Phase::Request | Phase::Body)
+        {
+            // Before it sends the rest of a body, the client may wait for answers to what came before.
+            client.flush();
         }
         // SAFETY: this is what recv is (recv(2)), and the caller answers for the rest.
         let count = unsafe { libc::recvfrom(fd, buffer, size, flags, std::ptr::null_mut(), std::ptr::null_mut()) };
-        client.map_or(count, |client| client.after_read(fd, count))
+        client.map_or(count, |client| client.after_read(count))
     }
 
     /// Takes the place of the C library's function of this name, with which the server sends. What it sends is empty answers: these
@@ -5229,41 +5118,23 @@ mod connections {
         match Client::at(fd) {
             // SAFETY: as in `recv`.
             None => unsafe { libc::sendto(fd, buffer, size, flags, std::ptr::null(), 0) },
-            Some(client) if client.has_ended.get() => fail_with(libc::EPIPE),
-            Some(client) => match client.send_output(fd, flags) {
-                Ok(true) => size as isize,
-                Ok(false) => fail_with(libc::EAGAIN),
-                Err(error) => fail_with(error.raw_os_error().unwrap_or(libc::EPIPE)),
-            },
+            Some(client) => {
+                client.flush();
+                if client.is_closing() { fail_with(libc::EPIPE) } else { size as isize }
+            }
         }
     }
-
-    /// The error of a read for a body while there are answers to be sent: their client may wait for them. (Whoever waits to read sends
-    /// nothing.)
-    const SEND_FIRST: libc::c_int = libc::EBUSY;
 
     /// What a function of the C library returns when it fails.
     fn fail_with(error: libc::c_int) -> isize {
-        // SAFETY: errno is the thread's own.
-        unsafe { *libc::__errno_location() = error };
+        Errno::set_raw(error);
         -1
     }
 
-    /// A socket that somebody else owns and closes. It may be held only while its owner certainly keeps it open: by the service of a
-    /// connection, by `recv` in a call of the server, and by the watch, which nothing interrupts.
-    type Socket = ManuallyDrop<TcpStream>;
-
-    fn borrow_socket(fd: RawFd) -> Socket {
-        // SAFETY: whoever may hold a Socket holds it while the descriptor is open; ManuallyDrop never closes it.
-        ManuallyDrop::new(unsafe { TcpStream::from_raw_fd(fd) })
-    }
-
-    /// A socket as a stream that makes the coroutine wait, and not its worker: for `limit` at most, if there is one. While a panic ends
-    /// the coroutine there is none: it cannot wait any more.
+    /// A socket as a stream that makes the coroutine wait, and not its worker: for `limit` at most, if there is one.
     pub fn waiting_stream(socket: &TcpStream, limit: Option<Duration>) -> io::Result<may::net::TcpStream> {
-        if thread::panicking() {
-            return Err(io::ErrorKind::Unsupported.into());
-        }
+        // (`may::io::CoIo` would be safe to make, but closes its descriptor before it takes it out of epoll, which then reports events
+        // of the socket to memory that was freed.)
         // SAFETY: the descriptor is a fresh one, and the stream becomes its only owner.
         let stream = unsafe { may::net::TcpStream::from_raw_fd(socket.try_clone()?.into_raw_fd()) };
         stream.set_read_timeout(limit)?;
@@ -5283,9 +5154,7 @@ mod connections {
         }
     }
 
-    /// Has the kernel signal input once more, if there is any or the client has sent its end (setting SO_RCVLOWAT does). The server
-    /// waits for a signal that comes once an arrival; reading a body uses it up, and a request that came with the body's end would
-    /// be left lying.
+    /// Has the kernel signal input once more, if there is any or the client has sent its end: setting SO_RCVLOWAT does.
     fn signal_again(socket: &TcpStream) {
         set_option(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, 1);
     }
@@ -5409,8 +5278,7 @@ fn keep_stderr() -> io::Result<()> {
     let anew = File::options().append(true).custom_flags(libc::O_NONBLOCK).open("/proc/self/fd/2");
     let stderr = anew.or_else(|_| io::stderr().as_fd().try_clone_to_owned().map(File::from))?;
     STDERR.get_or_init(|| stderr);
-    // SAFETY: both descriptors are open.
-    unsafe { libc::dup2(nowhere.as_raw_fd(), libc::STDERR_FILENO) };
+    nix::unistd::dup2_stderr(nowhere)?;
     std::panic::set_hook(Box::new(|panic| say(&panic.to_string())));
     Ok(())
 }
@@ -6716,7 +6584,7 @@ mod simulation {
             is_late: false,
         };
         let (tried, began) = there.with(|node| (it.perform(node), node.now));
-        let answer = it.answer(there, tried, began).await;
+        let answer = it.answer(there, tried, began).await.joined();
         let state = &mut *there.state.borrow_mut();
         // Who relayed it acknowledged nothing.
         let is_own = !String::from_utf8_lossy(&answer.body).contains(r#""address""#);
