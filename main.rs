@@ -986,11 +986,6 @@ mod records {
             self.sums
         }
 
-        pub fn is_empty(&self) -> bool {
-            // (Tombstones are in the digest.)
-            self.sums == Sums::default()
-        }
-
         pub fn get(&self, hash: u64, key: &[u8]) -> Option<&Record> {
             self.buckets[bucket_of(hash)].table.find(hash, |record| record.key() == key)
         }
@@ -3892,7 +3887,7 @@ mod peers {
     use subtle::ConstantTimeEq;
     use url::{Position as Part, Url};
 
-    use crate::connections::{set_option, take_turn, waiting_stream};
+    use crate::connections::{WRITE_LIMIT, set_option, take_turn, waiting_stream};
     use crate::replication::Lost;
     use crate::{Answer, CLOSE, Origin, Outcome, Parsed, RELAYED, RELAYED_IN_VAIN, Request, SETTINGS, Vocabulary};
     use crate::{answer_or_defer, lock, own, pause, random, say};
@@ -3998,8 +3993,6 @@ mod peers {
     const MAX_RELAYED: usize = 8;
     /// How many bytes of answers may wait on a stream until no more questions are dealt with.
     const MAX_UNSENT: usize = 1 << 20;
-    /// How long the other side may take to read some of them.
-    const WRITE_LIMIT: Duration = Duration::from_secs(10);
 
     /// The streams on which this instance is asked, by their ids.
     static ASKED: LazyLock<Mutex<HashMap<String, Arc<Asked>>>> = LazyLock::new(Default::default);
@@ -4694,7 +4687,7 @@ mod connections {
     //! - after the answer to `Connection: close` and HTTP/1.0 (`close_with`);
     //! - after a refusal, since where the next request begins is not known, or not worth reading up to it (`refuse`);
     //! - without an answer, when a body ends before its length (`serve`), or the stream that it carries ends (`serve_stream`);
-    //! - when its client has sent nothing, or taken nothing of an answer, for 75 seconds (`watch`, `write_waiting`);
+    //! - when its client has taken nothing of an answer for ten seconds (`write_waiting`), or sent nothing for 75 (`watch`);
     //! - at once, when there are too many (`new_service`).
     //!
     //! All of this runs on the worker thread (`start_worker`), so the state of connections needs no locks.
@@ -4727,6 +4720,8 @@ mod connections {
     /// What the server reads of a client before a request's head is whole, in bytes, at most. It reads ahead by as much as it has, and
     /// the limit of a head is exact only where the whole head is there.
     const MAX_READ: usize = 3 * MAX_HEAD;
+    /// A client that takes nothing of an answer for this long is given up. (The kernel asks for more when 16 KiB are gone, `BATCH`.)
+    pub const WRITE_LIMIT: Duration = Duration::from_secs(10);
     /// A connection on which nothing happens for this long is closed. Load balancers do so after 60 s: the client's side should be
     /// the first, or a request may meet a connection that is just being closed.
     const IDLE_LIMIT: Duration = Duration::from_secs(75);
@@ -4924,7 +4919,7 @@ mod connections {
 
         /// Writes bytes on the socket, and makes the coroutine wait for the client to read. One that takes none for long is given up.
         fn write_waiting(&self, bytes: &[u8]) {
-            let stream = waiting_stream(&self.socket(), Some(IDLE_LIMIT));
+            let stream = waiting_stream(&self.socket(), Some(WRITE_LIMIT));
             if self.is_closing() || stream.and_then(|mut stream| stream.write_all(bytes)).is_err() {
                 self.close(Shutdown::Write);
             }
@@ -7038,7 +7033,7 @@ mod tests {
             }
         }
         records.remove(crate::records::ALL);
-        assert!(records.is_empty() && records.total() == Default::default());
+        assert!(records.total() == Default::default());
     }
 
     /// A main instance in this process, where clients can be written that a shell cannot be: it starts them too slowly, and closes
