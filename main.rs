@@ -4182,7 +4182,7 @@ mod peers {
     //! A message gives the time in milliseconds since the stream was opened, and each side measures that by its own clock. The asked side
     //! counts from before it writes the head of its answer, the asking side from when it has read it, so the asked side takes a request
     //! for older than it is by the time that the head traveled, and never for younger. Heartbeats keep it so if the clocks drift apart
-    //! (`Stream::adjust`).
+    //! (`read_answers`).
     //!
     //! Nodes take streams, and so does a main instance of this program. Any other main instance answers the GET with something else, and
     //! gets the requests one by one, each from a thread that is blocked meanwhile.
@@ -4232,8 +4232,6 @@ mod peers {
     const LOOKUP_LIMIT: Duration = Duration::from_millis(700);
     /// How many threads may be waiting for answers of a peer that takes no streams.
     const MAX_THREADS: usize = 64;
-    /// More is no answer to any request of the contract.
-    const MAX_ANSWER: u64 = 16 << 20;
 
     /// Milliseconds by this side's clock.
     fn clock() -> i64 {
@@ -4265,8 +4263,6 @@ mod peers {
     pub const STREAM: &str = "application/x-kv-store-stream";
     /// Where they go, followed by the id.
     const TARGET: &str = "/kv-store?stream=";
-    /// The length of the POST's body. No stream carries as much.
-    const ENDLESS: u64 = 1 << 62;
     /// How many bytes a message may have: an answer, or a request with its head.
     const MAX_MESSAGE: u32 = 17 << 20;
     /// About how many bytes of messages are read, written or dealt with at a time.
@@ -4556,6 +4552,8 @@ mod peers {
         queue: VecDeque<(Request, Waiting)>,
         /// The thread that takes what is queued, while there is one.
         sender: Option<Thread>,
+        /// Several requests were under way when it last took some.
+        is_busy: bool,
     }
 
     /// A stream on which a peer is asked: what its two threads share.
@@ -4642,18 +4640,20 @@ mod peers {
             let (question, waiting) = Question::new(patience);
             let mut traffic = lock(&self.traffic);
             traffic.queue.push_back((request, waiting));
-            if let Some(sender) = &traffic.sender {
-                sender.unpark();
+            if let Some(sender) = traffic.sender.clone() {
+                match traffic.queue.len() == 1 {
+                    // A coroutine runs after those that are ready now: what they ask goes along.
+                    true if traffic.is_busy => drop(may::go!(move || sender.unpark())),
+                    true => sender.unpark(),
+                    // Whoever queued the first one has woken it.
+                    false => {}
+                }
                 return Ok(question);
             }
             let peer = self.clone();
+            // Where the system has no room for a thread, the next request tries again.
             let spawned = thread::Builder::new().spawn(move || peer.send_queue());
             traffic.sender = spawned.ok().map(|sender| sender.thread().clone());
-            let is_given_up = traffic.sender.is_none();
-            drop(traffic);
-            if is_given_up {
-                self.give_up_queue();
-            }
             Ok(question)
         }
 
@@ -4772,10 +4772,11 @@ mod peers {
                 size += request.size();
                 self.last_number += 1;
                 sent.insert(self.last_number, waiting);
-                let time = request.began.map_or(0, |began| began - *opened);
+                let time = request.began.map_or(0, |began| began.saturating_sub(*opened));
                 batch.push(Message { number: self.last_number, time, content: Some(request) });
             }
             let is_needed = !sent.is_empty();
+            traffic.is_busy = sent.len() > 1;
             drop((traffic, stream));
             if !batch.is_empty() {
                 self.last_asked = clock();
@@ -4790,7 +4791,8 @@ mod peers {
 
     impl Body for Requests<'_> {
         fn kind(&mut self) -> io::Result<BodyKind> {
-            Ok(BodyKind::KnownLength(ENDLESS))
+            // No stream carries as much.
+            Ok(BodyKind::KnownLength(1 << 62))
         }
 
         fn write<W: Write>(&mut self, mut writer: W) -> io::Result<()> {
@@ -4812,7 +4814,7 @@ mod peers {
             let Some(answer) = content else {
                 // By this side's clock, the asked side opened the stream at that time or before. The time found first is the best,
                 // but clocks drift apart: it may move up by 1 ms a heartbeat. (A heartbeat alone may be late, behind large answers.)
-                stream.opened = clock().saturating_sub(time).min(stream.opened + 1);
+                stream.opened = clock().saturating_sub(time).min(stream.opened.saturating_add(1));
                 continue;
             };
             let waiting = stream.sent.as_mut().ok_or(io::ErrorKind::ConnectionAborted)?.remove(&number);
@@ -4881,9 +4883,9 @@ mod peers {
             }
             let value = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
             let mut body = Vec::new();
-            let length = reader.take(MAX_ANSWER).read_to_end(&mut body)?;
+            let length = reader.take(u64::from(MAX_MESSAGE)).read_to_end(&mut body)?;
             let is_cut = value("Content-Length").is_some_and(|expected| expected.parse() != Ok(length));
-            if is_cut || length as u64 == MAX_ANSWER {
+            if is_cut || length as u64 == u64::from(MAX_MESSAGE) {
                 return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
             }
             let content_type = value("Content-Type").unwrap_or("application/octet-stream");
@@ -4930,7 +4932,7 @@ mod connections {
     use may::io::WaitIo;
     use may_minihttp::{BodyReader, HttpService, HttpServiceFactory, Request as Parsed, Response};
 
-    use crate::peers::{STREAM, read_requests, write_answers};
+    use crate::peers::{read_requests, write_answers};
     use crate::{Action, Answer, CLOSE, LARGE_BODY, MAX_HEAD, Outcome, Request, Resource, VERBS, Vocabulary};
     use crate::{answer_about, answer_or_defer, count_answer, knows_secret, pause, read_head};
 
@@ -5055,8 +5057,6 @@ mod connections {
         served: usize,
         /// The client may still be sending when the connection is closed.
         lingers: bool,
-        /// The last request came by way of another instance.
-        relayed: bool,
     }
 
     impl HttpServiceFactory for Server {
@@ -5081,7 +5081,7 @@ mod connections {
                 clients.resize(clients.len().max(id + 1), None);
                 clients[id] = Some(Rc::new(client));
             });
-            Connection { fd: id as RawFd, served: 0, lingers: false, relayed: false }
+            Connection { fd: id as RawFd, served: 0, lingers: false }
         }
     }
 
@@ -5116,7 +5116,6 @@ mod connections {
                 Ok(head) => head,
                 Err(refusal) => return self.refuse(refusal.answer(Vocabulary::Form, "GET"), parsed.method() == "HEAD"),
             };
-            self.relayed = !request.via.is_empty();
             if let Some(id) = request.stream_id() {
                 return self.serve_stream(id, parsed);
             } else if request.oversized {
@@ -5267,10 +5266,7 @@ mod connections {
 
         /// Sends a last answer and closes the connection.
         fn close_with(&mut self, answer: Answer, is_head: bool) {
-            // A follower that does not know this instance yet asks one thing a connection: this reaches it (W3C, Linked Data
-            // Platform, section 7.1).
-            let accepts = if self.relayed { format!("Accept-Post: {STREAM}\r\n") } else { String::new() };
-            self.write(answer, &format!("{CLOSE}{accepts}"), is_head);
+            self.write(answer, CLOSE, is_head);
             // The last packet is held back until the stream ends, so that a client that has the whole answer has its end as well. So this
             // side, and not a relaying one, is the first to close and has its port in TIME_WAIT (RFC 9293 section 3.6.1): 28,000
             // relays in a minute would use up the other side's ports.
