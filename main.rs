@@ -4169,23 +4169,24 @@ mod peers {
     //!
     //! - On the asking side, one thread writes and one reads. A caller queues its request and waits; what is queued during one write goes
     //!   out with the next. When the stream ends, every request that was sent on it fails at once, and the queue goes on a new stream.
-    //! - On the asked side, the two requests are connections like others: the coroutine of one reads requests and has them answered, that
-    //!   of the other writes answers.
+    //! - On the asked side, the two requests are connections like others: one coroutine reads requests and has them answered, the other
+    //!   writes answers.
     //!
     //! Each side sends something every `BEAT`, and ends the stream if it reads nothing for `SILENCE`.
     //!
-    //! *What happens to a relayed write when the main instance is unplugged?* The stream ends after at most 1.5 s, and the client gets the
-    //! error. The write may be in a buffer by then, and the kernel delivers it if the cable is back in time. So each message says when its
-    //! request began, across any number of followers, and whoever is asked refuses what is older than `RELAYED_LIMIT`. The error comes
-    //! after the beginning; so the write takes effect within 3 s of the error, or never. The same rule covers a process that is stopped.
+    //! *What happens to a relayed write when the main instance is unplugged?* The stream ends after 1.5 s, and the client gets the error.
+    //! The write may still be in a buffer of the kernel, which delivers it if the cable is back in time. Therefore each message says when
+    //! its request began, across any number of followers, and the asked side refuses a request that is older than `RELAYED_LIMIT`. A
+    //! client gets the error after its request began, so the write takes effect within 3 s of the error, or never. The same rule covers
+    //! a process that is stopped and goes on.
     //!
-    //! A message gives the time in milliseconds since the stream was opened, and each side measures that by its own clock. The asked side
-    //! counts from before it writes the head of its answer, the asking side from when it has read it, so the asked side takes a request
-    //! for older than it is by the time that the head traveled, and never for younger. Heartbeats keep it so if the clocks drift apart
-    //! (`read_answers`).
+    //! A message gives that time in milliseconds since the stream was opened, which each side measures by its own clock: the asked side
+    //! from just before it writes the head of its answer, the asking side from when it has read that head. So the asked side takes a
+    //! request to be older than it is, by the time that the head traveled, and never younger. Heartbeats keep it so when the clocks drift
+    //! apart (`read_answers`).
     //!
-    //! Nodes take streams, and so does a main instance of this program. Any other main instance answers the GET with something else, and
-    //! gets the requests one by one, each from a thread that is blocked meanwhile.
+    //! Nodes take streams, and so does a main instance of this program. Any other main instance answers the GET with something else. It
+    //! gets plain requests, each from a thread that is blocked meanwhile.
 
     use std::collections::{HashMap, VecDeque};
     use std::io::{self, BufRead, BufReader, Read, Write};
@@ -4226,7 +4227,7 @@ mod peers {
     const SILENCE: Duration = Duration::from_millis(1500);
     /// A stream is ended after this long without a request. Between neighbours, which meet more often, it stays.
     const REST: i64 = 400;
-    /// So long, a peer is known to take no streams.
+    /// For how long without a request it is remembered that a peer takes no streams.
     const PLAIN_REST: i64 = 60_000;
     /// How long it may take to look a name up.
     const LOOKUP_LIMIT: Duration = Duration::from_millis(700);
@@ -4273,7 +4274,7 @@ mod peers {
     struct Message<T> {
         /// A request and its answer have the same.
         number: u64,
-        /// When the request began, or when the heartbeat was sent: milliseconds since the stream was opened.
+        /// When the request began, or the answer or heartbeat was queued: milliseconds since the stream was opened.
         time: i64,
         /// None is a heartbeat.
         content: Option<T>,
@@ -4326,15 +4327,16 @@ mod peers {
 
     /// How many streams are taken. Half of them are for those who prove that they know the secret.
     const MAX_STREAMS: usize = 1000;
-    /// How many bytes requests may take while they are answered in coroutines of their own, each with its stack: those of one stream, and
-    /// those of clients on all streams. No more requests are read meanwhile. A peer that does not answer holds up some 500 requests of
-    /// a stream before it holds up those to others.
+    /// How many bytes *deferred* requests may take, which are answered in coroutines of their own (each with its stack, and perhaps a body
+    /// of 1 MiB): those of one stream, and those of clients on all streams. While there are more, no requests are read. So some 500
+    /// small requests of a stream can wait for an instance that does not answer before they hold up others.
     const MAX_DEFERRED: usize = 8 << 20;
     const MAX_DEFERRED_IN_ALL: usize = 64 << 20;
     const STACK: usize = 16 << 10;
-    /// While this many bytes of answers are to be written on a stream, no more requests are read.
+    /// While more bytes of answers are unsent, no more requests of the stream are read.
     const MAX_UNSENT: usize = 1 << 20;
-    /// Large answers to deferred requests may still come then. A stream with so many ends if all together have too many.
+    /// Answers to deferred requests can still come then, up to 500 large ones. A stream with so many bytes unsent ends while all streams
+    /// together have too many.
     const MAX_BACKLOG: usize = 8 << 20;
     const MAX_BACKLOG_IN_ALL: usize = 128 << 20;
 
@@ -4348,6 +4350,7 @@ mod peers {
     struct Asked {
         /// Who opened it proves to know the secret, or there is none.
         knows_secret: bool,
+        /// When it was opened, by this side's clock.
         opened: i64,
         state: Mutex<AskedState>,
         /// Wakes the coroutine that writes the answers.
@@ -4355,7 +4358,7 @@ mod peers {
     }
 
     struct AskedState {
-        /// What is to be written; None when the stream has ended.
+        /// Answers that are to be written. None: the stream has ended.
         unsent: Option<Vec<u8>>,
         /// The connection on which the requests come.
         requests: Option<TcpStream>,
@@ -4364,18 +4367,16 @@ mod peers {
     }
 
     impl Asked {
-        fn push(&self, message: Message<Answer>) {
+        /// Queues an answer, or a heartbeat.
+        fn push(&self, number: u64, answer: Option<Answer>) {
+            let message = Message { number, time: clock() - self.opened, content: answer.map(Answer::joined) };
             if let Some(unsent) = &mut lock(&self.state).unsent {
                 message.write(unsent);
             }
             self.writer.unpark();
         }
 
-        fn push_answer(&self, number: u64, answer: Answer) {
-            self.push(Message { number, time: 0, content: Some(answer.joined()) });
-        }
-
-        /// Waits for something to be written. None: the stream has ended.
+        /// Waits for answers that are to be written. None: the stream has ended.
         fn next_answers(&self) -> Option<Vec<u8>> {
             loop {
                 let answers = std::mem::take(lock(&self.state).unsent.as_mut()?);
@@ -4398,7 +4399,7 @@ mod peers {
 
         /// Reads requests and has them answered, until the stream ends.
         fn serve(self: &Arc<Asked>, body: &mut BodyReader, socket: &TcpStream) -> io::Result<()> {
-            // The limit is for each read: a large message on a slow link is no silence.
+            // The limit is for each read, and not for each message: a large one on a slow link takes longer.
             let connection = waiting_stream(socket, Some(SILENCE))?;
             lock(&self.state).requests = Some(socket.try_clone()?);
             // The server has read what came with the head of the POST.
@@ -4432,16 +4433,16 @@ mod peers {
             Ok(unsent > MAX_UNSENT || state.deferred > MAX_DEFERRED || are_too_many)
         }
 
-        /// Answers a request, now or later. Only from who knows the store's secret is it taken for what a node says.
+        /// Answers a request, now or later. What nodes say to one another is taken only from who knows the store's secret.
         fn answer(self: &Arc<Asked>, number: u64, request: Request) {
-            let is_node = request.origin == Origin::Client || self.knows_secret;
-            let refusal = if is_node { request.refusal_if_late() } else { Some(Outcome::NotOfStore) };
+            let is_allowed = request.origin == Origin::Client || self.knows_secret;
+            let refusal = if is_allowed { request.refusal_if_late() } else { Some(Outcome::NotOfStore) };
             if let Some(refusal) = refusal {
-                return self.push_answer(number, refusal.answer(request.route().1, &request.verb));
+                return self.push(number, Some(refusal.answer(request.route().1, &request.verb)));
             }
             let size = request.size() + STACK;
             let work = match answer_or_defer(request) {
-                Ok(answer) => return self.push_answer(number, answer),
+                Ok(answer) => return self.push(number, Some(answer)),
                 Err(work) => work,
             };
             lock(&self.state).deferred += size;
@@ -4449,8 +4450,8 @@ mod peers {
             let stream = self.clone();
             may::go!(move || {
                 match catch_unwind(AssertUnwindSafe(work)) {
-                    Ok(answer) => stream.push_answer(number, answer),
-                    // Whoever asked must not wait in vain.
+                    Ok(answer) => stream.push(number, Some(answer)),
+                    // As with any panic: the asking side must not wait in vain.
                     Err(_) => stream.end(),
                 }
                 lock(&stream.state).deferred -= size;
@@ -4523,7 +4524,7 @@ mod peers {
         let streams: Vec<Arc<Asked>> = lock(&ASKED).values().cloned().collect();
         let mut in_all = 0;
         for stream in streams {
-            stream.push(Message { number: 0, time: clock() - stream.opened, content: None });
+            stream.push(0, None);
             let backlog = lock(&stream.state).unsent.as_ref().map_or(0, Vec::len);
             in_all += backlog;
             if backlog > MAX_BACKLOG && in_all > MAX_BACKLOG_IN_ALL {
@@ -4698,7 +4699,7 @@ mod peers {
             let is_proven = is_proven(given, &id, "answer", &self.address);
             let takes_streams = headers.get("Content-Type").is_some_and(|it| it == STREAM);
             if status == StatusCode::FORBIDDEN || takes_streams && !is_proven {
-                // Once a minute.
+                // Said once a minute: nodes try again four times a second.
                 if clock() - STRANGER_MET.swap(clock(), SeqCst) > 60_000 {
                     say(&format!("node {} is of another store: its SECRET is another one", self.address));
                 }
@@ -4812,8 +4813,8 @@ mod peers {
             let Message { number, time, content } = Message::read(&mut answers)?;
             let mut stream = lock(stream);
             let Some(answer) = content else {
-                // By this side's clock, the asked side opened the stream at that time or before. The time found first is the best,
-                // but clocks drift apart: it may move up by 1 ms a heartbeat. (A heartbeat alone may be late, behind large answers.)
+                // The asked side opened the stream at this time or earlier: a heartbeat that waited behind large answers gives too late
+                // a time. So the earliest counts, which may rise by 1 ms a heartbeat, since the asked side's clock may be slower.
                 stream.opened = clock().saturating_sub(time).min(stream.opened.saturating_add(1));
                 continue;
             };

@@ -972,14 +972,17 @@ ask_on_stream() {
 
 is_over() { ! kill -0 "$1" 2>/dev/null || [ -n "$(status_on_stream)" ]; }
 
-# The status of the answer with the number 1: it begins with that, in bytes of seven bits. Messages with the number 0 are heartbeats.
+# The status of the answer with the number 1. Number, time and status are in bytes of seven bits; messages with the number 0 are
+# heartbeats.
 status_on_stream() {
   sed '1,/^\r$/d' "$work/answers" | od -An -v -tu1 -w1 | awk '
     { byte[n++] = $1 }
     END {
       at = 0
       while (at < n && byte[at + 4] != 1) at += 4 + byte[at] + 256 * byte[at + 1]
-      if (at + 8 < n) print byte[at + 7] % 128 + 128 * byte[at + 8]
+      time = at + 5
+      while (byte[time] >= 128) time++
+      if (time + 3 < n) print byte[time + 2] % 128 + 128 * byte[time + 3]
     }'
 }
 
