@@ -4198,7 +4198,6 @@ mod peers {
     use std::time::{Duration, Instant};
 
     use attohttpc::body::{Body, BodyKind};
-    use attohttpc::header::HeaderValue;
     use attohttpc::{Method, ProxySettings, RequestBuilder, StatusCode};
     use may::sync::Blocker;
     use may_minihttp::BodyReader;
@@ -4280,7 +4279,7 @@ mod peers {
         content: Option<T>,
     }
 
-    impl<T: Serialize> Message<T> {
+    impl<T: Serialize + DeserializeOwned> Message<T> {
         fn write(&self, out: &mut Vec<u8>) {
             let begin = out.len() + 4;
             out.extend([0; 4]);
@@ -4289,9 +4288,7 @@ mod peers {
             let length = (out.len() - begin) as u32;
             out[begin - 4..begin].copy_from_slice(&length.to_le_bytes());
         }
-    }
 
-    impl<T: DeserializeOwned> Message<T> {
         /// Reads a message, and waits for it. An error is the end of the stream, or what is no message.
         fn read(reader: &mut impl Read) -> io::Result<Message<T>> {
             let mut length = [0; 4];
@@ -4362,6 +4359,8 @@ mod peers {
         unsent: Option<Vec<u8>>,
         /// The connection on which the requests come.
         requests: Option<TcpStream>,
+        /// Something has come on it.
+        has_begun: bool,
         /// How many bytes the deferred requests take.
         deferred: usize,
     }
@@ -4405,6 +4404,7 @@ mod peers {
             // The server has read what came with the head of the POST.
             let begun = body.fill_buf()?.to_vec();
             body.consume(begun.len());
+            lock(&self.state).has_begun = true;
             let mut reader = BufReader::new(begun.chain(connection));
             let mut served = 0;
             loop {
@@ -4480,7 +4480,7 @@ mod peers {
     /// Serves the GET of a stream on its connection: writes answers, until the stream ends.
     pub fn write_answers(id: &str, socket: &TcpStream, knows_secret: bool) -> io::Result<()> {
         let mut connection = waiting_stream(socket, Some(WRITE_LIMIT))?;
-        let state = AskedState { unsent: Some(Vec::new()), requests: None, deferred: 0 };
+        let state = AskedState { unsent: Some(Vec::new()), requests: None, has_begun: false, deferred: 0 };
         let (state, writer, opened) = (Mutex::new(state), Blocker::new(false), clock());
         let asked = Arc::new(Asked { knows_secret, opened, state, writer });
         let mut streams = lock(&ASKED);
@@ -4519,15 +4519,19 @@ mod peers {
         let _ = socket.shutdown(Shutdown::Both);
     }
 
-    /// Sends a heartbeat on all streams, and ends those of which too many answers are to be written. To be repeated every `BEAT`.
+    /// Sends a heartbeat on all streams, and ends those on which no request has come yet, or too many answers are unsent. To be repeated
+    /// every `BEAT`.
     pub fn beat() {
         let streams: Vec<Arc<Asked>> = lock(&ASKED).values().cloned().collect();
         let mut in_all = 0;
         for stream in streams {
             stream.push(0, None);
-            let backlog = lock(&stream.state).unsent.as_ref().map_or(0, Vec::len);
+            let state = lock(&stream.state);
+            let backlog = state.unsent.as_ref().map_or(0, Vec::len);
+            let is_unused = !state.has_begun && clock() - stream.opened > SILENCE.as_millis() as i64;
+            drop(state);
             in_all += backlog;
-            if backlog > MAX_BACKLOG && in_all > MAX_BACKLOG_IN_ALL {
+            if is_unused || backlog > MAX_BACKLOG && in_all > MAX_BACKLOG_IN_ALL {
                 stream.end();
             }
         }
@@ -4607,6 +4611,12 @@ mod peers {
         }
     }
 
+    impl Traffic {
+        fn has_sender(&self, thread: &Thread) -> bool {
+            self.sender.as_ref().is_some_and(|sender| sender.id() == thread.id())
+        }
+    }
+
     impl Peer {
         pub fn at(address: &str) -> Arc<Peer> {
             let mut peers = lock(&PEERS);
@@ -4641,21 +4651,22 @@ mod peers {
             let (question, waiting) = Question::new(patience);
             let mut traffic = lock(&self.traffic);
             traffic.queue.push_back((request, waiting));
-            if let Some(sender) = traffic.sender.clone() {
-                match traffic.queue.len() == 1 {
-                    // A coroutine runs after those that are ready now: what they ask goes along.
-                    true if traffic.is_busy => drop(may::go!(move || sender.unpark())),
-                    true => sender.unpark(),
-                    // Whoever queued the first one has woken it.
-                    false => {}
-                }
-                return Ok(question);
+            match traffic.sender.clone() {
+                None => self.start_sender(&mut traffic),
+                // Whoever queued the first one has woken it.
+                Some(_) if traffic.queue.len() > 1 => {}
+                // A coroutine runs after those that are ready now: what they ask goes along.
+                Some(sender) if traffic.is_busy => drop(may::go!(move || sender.unpark())),
+                Some(sender) => sender.unpark(),
             }
+            Ok(question)
+        }
+
+        /// Starts a thread that takes what is queued. (Where the system has no room for one, the next request tries again.)
+        fn start_sender(self: &Arc<Peer>, traffic: &mut Traffic) {
             let peer = self.clone();
-            // Where the system has no room for a thread, the next request tries again.
             let spawned = thread::Builder::new().spawn(move || peer.send_queue());
             traffic.sender = spawned.ok().map(|sender| sender.thread().clone());
-            Ok(question)
         }
 
         /// Sends what is queued, on one stream after the other or as plain requests, until there is nothing for a while.
@@ -4669,9 +4680,22 @@ mod peers {
                     Ok(Err(_)) | Err(_) => self.give_up_queue(),
                 }
                 let mut traffic = lock(&self.traffic);
-                if traffic.queue.is_empty() {
+                if !traffic.has_sender(&thread::current()) {
+                    return;
+                } else if traffic.queue.is_empty() {
                     traffic.sender = None;
                     return;
+                }
+            }
+        }
+
+        /// Has another thread take what is queued, since the sender of an ended stream may be blocked in a write for minutes.
+        fn replace_sender(self: &Arc<Peer>, sender: &Thread) {
+            let mut traffic = lock(&self.traffic);
+            if traffic.has_sender(sender) {
+                traffic.sender = None;
+                if !traffic.queue.is_empty() {
+                    self.start_sender(&mut traffic);
                 }
             }
         }
@@ -4683,7 +4707,7 @@ mod peers {
         }
 
         /// Opens a stream and writes on it, until it ends. False: the peer takes no streams. An error: there was no answer.
-        fn run_stream(&self) -> attohttpc::Result<bool> {
+        fn run_stream(self: &Arc<Peer>) -> attohttpc::Result<bool> {
             let host = find_host(&self.address)?;
             let id = format!("{:016x}", random());
             let open = |verb: &str| {
@@ -4695,26 +4719,26 @@ mod peers {
                 })
             };
             let (status, headers, answers) = open("GET")?.send()?.split();
-            let given = headers.get("Authentication-Info").map_or("".as_bytes(), HeaderValue::as_bytes);
+            let given = headers.get("Authentication-Info").map_or(&b""[..], |value| value.as_bytes());
+            let is_stream = headers.get("Content-Type").is_some_and(|it| it == STREAM);
             let is_proven = is_proven(given, &id, "answer", &self.address);
-            let takes_streams = headers.get("Content-Type").is_some_and(|it| it == STREAM);
-            if status == StatusCode::FORBIDDEN || takes_streams && !is_proven {
-                // Said once a minute: nodes try again four times a second.
-                if clock() - STRANGER_MET.swap(clock(), SeqCst) > 60_000 {
-                    say(&format!("node {} is of another store: its SECRET is another one", self.address));
-                }
+            // Said once, until no such node is met for a minute: nodes try again four times a second.
+            if (status == StatusCode::FORBIDDEN || is_stream && !is_proven)
+                && clock() - STRANGER_MET.swap(clock(), SeqCst) > 60_000
+            {
+                say(&format!("node {} is of another store: its SECRET is another one", self.address));
             }
-            if !takes_streams || !is_proven {
+            if !is_stream || !is_proven {
                 // A node is never asked without a stream: one that takes none from here is of another store.
                 let error = io::Error::from(io::ErrorKind::PermissionDenied);
                 return if own().is_some() { Err(error.into()) } else { Ok(false) };
             }
             let stream = Arc::new(Mutex::new(Stream { opened: clock(), sent: Some(HashMap::new()) }));
-            let (reader, writer) = (stream.clone(), thread::current());
+            let (peer, sender, reader) = (self.clone(), thread::current(), stream.clone());
             thread::Builder::new().spawn(move || {
                 let _ = catch_unwind(AssertUnwindSafe(|| read_answers(answers, &reader)));
                 end_stream(&reader);
-                writer.unpark();
+                peer.replace_sender(&sender);
             })?;
             // This ends with the stream, and always with an error.
             let _ = open("POST").and_then(|post| {
