@@ -20,7 +20,7 @@
 //! - *Connections* and *the socket*: where bytes come from and go to, and what the server cannot do. *The start*: `main`.
 //!
 //! Who answers for a key is decided in `Node::place`. A key changes hands in `Node::adopt` (who gives it stops answering),
-//! `replication::pull_all` (who gets it asks for it) and `Node::arrived` (who gets it begins to answer). With REPL_FACTOR a shard lives on
+//! `replication::pull_all` (who gets it asks for it) and `Node::note_heard` (who gets it begins to answer). With REPL_FACTOR a shard lives on
 //! several nodes, and each of these answers: `replication::replicate` takes a write to the others before it is acknowledged.
 //!
 //! The library `may` runs each connection as a coroutine. All coroutines share one worker thread (`start_worker` says why), so none may
@@ -63,9 +63,9 @@ use url::Url;
 
 use connections::{BATCH, CONNECTIONS, MAX_CONNECTIONS, OTHER_FILES, Server};
 use membership::{answer_view_change, count_keys, describe_shards, keep_in_touch, run};
-use node::{Context, Envelope, Later, Message, Node, Place, Reply, Write as NodeWrite, node_of};
-use peers::{PATIENCE, Peer, Question, STREAM, Waiting, knows_secret};
-use records::{Garbage, Record, hash_of};
+use node::{Context, Envelope, Later, Message, Node, Place, Reply, node_of};
+use peers::{PATIENCE, Peer, Question, STREAM, knows_secret};
+use records::{Record, hash_of};
 use replication::{Lost, World};
 use table::{Table, Version};
 
@@ -866,10 +866,6 @@ mod records {
             self.first <= other.last && other.first <= self.last
         }
 
-        pub fn is_in_one_bucket(&self) -> bool {
-            bucket_of(self.first) == bucket_of(self.last)
-        }
-
         /// How many hashes it has, less one.
         pub fn width(&self) -> u64 {
             self.last - self.first
@@ -880,9 +876,13 @@ mod records {
             self.by_bits(BUCKET_BITS)
         }
 
-        /// Cuts it into parts of a few hundred buckets, of which some may have all digests compared at once.
+        /// Cuts it into rows of a hundred buckets or so.
         pub fn by_row(self) -> impl DoubleEndedIterator<Item = Span> {
             self.by_bits(BUCKET_BITS / 2)
+        }
+
+        pub fn is_in_row_of(&self, other: &Span) -> bool {
+            (self.first ^ other.first) >> (u64::BITS - BUCKET_BITS / 2) == 0
         }
 
         /// Cuts it where the upper bits of the hashes change.
@@ -1006,15 +1006,12 @@ mod records {
         }
     }
 
+    /// Some records.
     #[derive(Default)]
-    struct Bucket {
+    pub struct Bucket {
         table: HashTable<Record>,
         sums: Sums,
     }
-
-    /// Records that are to be dropped by whoever has released the lock, since that may take a while.
-    #[derive(Default)]
-    pub struct Garbage(Vec<Bucket>);
 
     /// How many of a hash's upper bits choose the bucket. (The simulation starts a hundred thousand nodes, each with its buckets.)
     const BUCKET_BITS: u32 = if cfg!(test) { 8 } else { 14 };
@@ -1100,19 +1097,20 @@ mod records {
             }
         }
 
-        /// Removes the records of a span: whole buckets at once, and of those that it cuts one by one.
-        pub fn remove(&mut self, span: Span) -> Garbage {
-            let mut garbage = Garbage::default();
+        /// Removes the records of a span: whole buckets at once, and of those that it cuts one by one. They are to be dropped by whoever
+        /// has released the lock, since that may take a while.
+        pub fn remove(&mut self, span: Span) -> Vec<Bucket> {
+            let mut removed = Vec::new();
             for part in span.by_bucket() {
                 let bucket = &mut self.buckets[bucket_of(part.first)];
                 if !bucket.table.is_empty() {
                     let is_whole = part == span_of(bucket_of(part.first));
                     let gone = if is_whole { std::mem::take(bucket) } else { bucket.split_off(part) };
                     self.sums.subtract(gone.sums);
-                    garbage.0.push(gone);
+                    removed.push(gone);
                 }
             }
-            garbage
+            removed
         }
 
         /// Looks at the records of a part of one bucket.
@@ -1236,8 +1234,7 @@ fn answer_key(request: Request) -> Result<Answer, Work> {
         Err(refusal) => return Ok(refusal.answer(vocabulary, &request.verb)),
     };
     let (hash, action, key) = (hash_of(&key), Action::of(&key, &request, vocabulary), key.into_owned());
-    let mut request =
-        KeyRequest { hash, key, request, vocabulary, action, context, got: (None, Vec::new()), is_late: false };
+    let mut request = KeyRequest { hash, key, request, vocabulary, action, context, got: Vec::new(), is_late: false };
     match Live.with(|node| (request.perform(node), node.now)) {
         (Tried::Done(outcome, context), _) => Ok(request.render(outcome, &context)),
         (tried, began) => Err(Box::new(move || block_on(request.answer(&Live, tried, began)))),
@@ -1285,8 +1282,8 @@ struct KeyRequest {
     vocabulary: Vocabulary,
     action: Action,
     context: Option<Context>,
-    /// The groups that have given the key, by this table.
-    got: (Option<Version>, Vec<Vec<String>>),
+    /// The groups of nodes that have given the key, each by the table of this version.
+    got: Vec<(Option<Version>, Vec<String>)>,
     /// Its context is not waited for any longer.
     is_late: bool,
 }
@@ -1295,14 +1292,13 @@ struct KeyRequest {
 enum Tried {
     Done(Outcome, Option<Context>),
     /// A record was written, which the other replicas are to have before this is answered.
-    Written(NodeWrite, Outcome),
-    /// Another node is to be asked.
-    Elsewhere(String),
-    /// A node of each of these groups has to give the key first: to answer at all, or to answer what the context asks for.
+    Written(Record, Outcome),
+    /// These nodes have the key; the first one is to be asked first.
+    Elsewhere(Vec<String>),
+    /// A node of each of these groups has to give the key first.
     Needs(Vec<Vec<String>>),
-    NeedsForContext(Vec<Vec<String>>),
-    /// The context knows of a newer table.
-    Outdated,
+    /// The same, so that the answer is not older than the context; None: the context knows of a newer table.
+    NeedsForContext(Option<Vec<Vec<String>>>),
     /// This node does not know yet who has the key.
     Unknown,
 }
@@ -1320,8 +1316,8 @@ impl KeyRequest {
         match node.place(self.hash) {
             Place::Here => {}
             // What another node passed on is not passed on again.
-            Place::Node(_) | Place::Unknown if is_passed_on => return Tried::Done(Outcome::Elsewhere, None),
-            Place::Node(owner) => return Tried::Elsewhere(owner),
+            Place::There(_) | Place::Unknown if is_passed_on => return Tried::Done(Outcome::Elsewhere, None),
+            Place::There(nodes) => return Tried::Elsewhere(nodes),
             Place::Unknown => return Tried::Unknown,
         }
         if let Some(context) = &mut self.context {
@@ -1331,20 +1327,18 @@ impl KeyRequest {
             // However many members it came with: those that matter are few.
             *context = node.unstable_part(context);
         }
-        if self.got.0 != node.version() {
-            self.got = (node.version(), Vec::new());
-        }
-        let left =
-            |needs: Vec<Vec<String>>| Vec::from_iter(needs.into_iter().filter(|need| !self.got.1.contains(need)));
-        let needs = left(node.pull_needs(self.hash));
+        let mut needs = node.pull_needs(self.hash);
+        needs.retain(|group| !self.got.contains(&(node.version(), group.clone())));
         if !needs.is_empty() {
             return Tried::Needs(needs);
         }
         if let Some(context) = self.context.as_ref().filter(|_| self.action.reads() && !self.is_late) {
-            match node.context_needs(self.hash, &self.key, context).map(left) {
-                Err(()) => return Tried::Outdated,
-                Ok(needs) if !needs.is_empty() => return Tried::NeedsForContext(needs),
-                Ok(_) => {}
+            let Some(mut needs) = node.context_needs(self.hash, &self.key, context) else {
+                return Tried::NeedsForContext(None);
+            };
+            needs.retain(|group| !self.got.contains(&(node.version(), group.clone())));
+            if !needs.is_empty() {
+                return Tried::NeedsForContext(Some(needs));
             }
         }
         self.perform_here(node)
@@ -1364,13 +1358,13 @@ impl KeyRequest {
                 return Tried::Done(found.map_or(Outcome::Missing, Outcome::Found), after);
             }
         };
-        let (write, _) = node.write(self.hash, record, &known);
-        match node.lacking(&write, &BTreeMap::new()) {
+        let record = node.write(self.hash, record, &known);
+        match node.lacking(&record, &BTreeMap::new()) {
             Ok(lacking) if lacking.is_empty() => {
-                let after = self.context.as_ref().map(|context| node.context_after(context, Some(&write.record)));
+                let after = self.context.as_ref().map(|context| node.context_after(context, Some(&record)));
                 Tried::Done(outcome, after)
             }
-            _ => Tried::Written(write, outcome),
+            _ => Tried::Written(record, outcome),
         }
     }
 
@@ -1389,8 +1383,8 @@ impl KeyRequest {
         loop {
             let retry = match tried {
                 Tried::Done(outcome, context) => return self.render(outcome, &context),
-                Tried::Written(write, outcome) => return self.acknowledge(world, write, outcome, deadline).await,
-                Tried::Elsewhere(owner) => match self.pass_on(world, owner, deadline).await {
+                Tried::Written(record, outcome) => return self.acknowledge(world, record, outcome, deadline).await,
+                Tried::Elsewhere(nodes) => match self.pass_on(world, nodes, deadline).await {
                     // Its table is not ours: one of us learns which is newer.
                     (owner, Some(answer)) if answer.status == 421 => {
                         membership::meet(world, &owner).await;
@@ -1403,20 +1397,19 @@ impl KeyRequest {
                     Some(group) if world.with(|node| node.now) > deadline => return self.render_down(&group[0]),
                     missing => Duration::from_millis(if missing.is_some() { 5 } else { 0 }),
                 },
-                Tried::NeedsForContext(groups) => match self.get(world, &groups).await {
-                    Some(_) => match self.wait_for_context(world, began) {
-                        Err(refusal) => return refusal,
-                        Ok(pause) => pause,
-                    },
-                    None => Duration::ZERO,
-                },
-                Tried::Outdated => match catch_up(world, self.context.as_mut()).await {
-                    true => Duration::ZERO,
-                    false => match self.wait_for_context(world, began) {
-                        Err(refusal) => return refusal,
-                        Ok(pause) => pause,
-                    },
-                },
+                Tried::NeedsForContext(groups) => {
+                    let is_met = match groups {
+                        Some(groups) => self.get(world, &groups).await.is_none(),
+                        None => catch_up(world, self.context.as_mut()).await,
+                    };
+                    let is_late = world.with(|node| node.now) > began + CATCH_UP;
+                    if !is_met && is_late && matches!(self.action, Action::Get) {
+                        return self.render(Outcome::Unsatisfied, &self.context);
+                    }
+                    // A DELETE goes on without.
+                    self.is_late = !is_met && is_late;
+                    Duration::from_millis(if is_met || is_late { 0 } else { 50 })
+                }
                 Tried::Unknown if world.with(|node| node.now) > deadline => {
                     return self.render_down(&world.with(|node| node.missing()));
                 }
@@ -1429,56 +1422,48 @@ impl KeyRequest {
         }
     }
 
-    /// Whether to try again to get what the context asks for: with the time that the last answer takes, within a second. Then a read is
-    /// refused, and a DELETE goes on without.
-    fn wait_for_context(&mut self, world: &impl World, began: Duration) -> Result<Duration, Answer> {
-        if world.with(|node| node.now) < began + CATCH_UP {
-            return Ok(Duration::from_millis(50));
-        } else if matches!(self.action, Action::Get) {
-            return Err(self.render(Outcome::Unsatisfied, &self.context));
-        }
-        self.is_late = true;
-        Ok(Duration::ZERO)
-    }
-
     /// Gets the key from a node of each group. Some: a group of which none gave it.
     async fn get(&mut self, world: &impl World, groups: &[Vec<String>]) -> Option<Vec<String>> {
         for group in groups {
-            if !replication::get_key(world, &self.key, group).await {
-                return Some(group.clone());
+            match replication::get_key(world, &self.key, group).await {
+                Some(version) => self.got.push((Some(version), group.clone())),
+                None => return Some(group.clone()),
             }
-            self.got.1.push(group.clone());
         }
         None
     }
 
     /// Answers for a record that was written here, as soon as the other replicas have it.
-    async fn acknowledge(&self, world: &impl World, write: NodeWrite, outcome: Outcome, deadline: Duration) -> Answer {
-        if let Err(missing) = replication::replicate(world, &write, deadline).await {
+    async fn acknowledge(&self, world: &impl World, record: Record, outcome: Outcome, deadline: Duration) -> Answer {
+        if let Err(missing) = replication::replicate(world, &record, deadline).await {
             return self.render_down(&missing);
         }
-        let after =
-            self.context.as_ref().map(|context| world.with(|node| node.context_after(context, Some(&write.record))));
+        let after = self.context.as_ref().map(|context| world.with(|node| node.context_after(context, Some(&record))));
         self.render(outcome, &after)
     }
 
-    /// Takes a client's request to a node that has its key: to `owner` first, and to other replicas as long as it cannot have
-    /// taken effect. Returns who answered, or who did not.
-    async fn pass_on(&self, world: &impl World, mut owner: String, deadline: Duration) -> (String, Option<Answer>) {
-        let (is_read, mut asked) = (self.request.verb == "GET", Vec::new());
+    /// Takes a client's request to the nodes that have its key, one after the other as long as it cannot have taken effect. Returns who
+    /// answered, or who did not.
+    async fn pass_on(
+        &self,
+        world: &impl World,
+        mut nodes: Vec<String>,
+        deadline: Duration,
+    ) -> (String, Option<Answer>) {
+        let is_read = self.request.verb == "GET";
+        nodes.reverse();
+        let mut owner = nodes.pop().unwrap_or_default();
         loop {
-            asked.push(owner.clone());
-            let (store, life, now, another) = world
-                .with(|node| (node.store(), node.incarnation_of(&owner), node.now, node.another(self.hash, &asked)));
-            let limit = if another.is_some() && is_read { NEXT_REPLICA } else { PATIENCE };
+            let (store, now) = world.with(|node| (node.store(), node.now));
+            let limit = if is_read && !nodes.is_empty() { NEXT_REPLICA } else { PATIENCE };
             let passed_on = Request { origin: Origin::Node(store), ..self.request.clone() };
             let lost = match world.relay(&owner, passed_on, deadline.saturating_sub(now).min(limit)).await {
                 Ok(answer) => return (owner, Some(answer)),
                 Err(lost) => lost,
             };
-            world.with(|node| node.note_silence(&owner, life));
-            match another.filter(|_| is_read || !lost.was_sent) {
-                Some(another) => owner = another,
+            world.with(|node| node.note_silent(&owner, true));
+            match nodes.pop().filter(|_| is_read || !lost.was_sent) {
+                Some(next) => owner = next,
                 None => return (owner, None),
             }
         }
@@ -1682,8 +1667,8 @@ mod table {
         pub view: Vec<String>,
         /// How many nodes a shard has at least, as long as there are as many.
         pub factor: usize,
-        /// The nodes of each shard, its replicas, by their indices in the view.
-        pub shards: Vec<Vec<usize>>,
+        /// The nodes of each shard, its replicas, in the order of the view.
+        pub shards: Vec<Vec<String>>,
         pub ranges: Vec<Range>,
         /// How many keys change their shard with this table.
         pub moved: usize,
@@ -1696,11 +1681,9 @@ mod table {
         /// The table of a store that had no view change: as much of the order for each shard, and the nodes dealt out in the
         /// order of the view.
         pub fn first(view: Vec<String>, factor: usize) -> Table {
-            let (mut shards, mut next) = (Vec::new(), 0);
-            for size in shard_sizes(view.len(), factor) {
-                shards.push((next..next + size).collect());
-                next += size;
-            }
+            let mut nodes = view.iter().cloned();
+            let sizes = shard_sizes(view.len(), factor).into_iter();
+            let shards: Vec<Vec<String>> = sizes.map(|size| nodes.by_ref().take(size).collect()).collect();
             let share = |index| (index as u128 * (1 << 64) / shards.len() as u128) as u64;
             let ranges =
                 (0..shards.len()).map(|shard| Range { from: share(shard), shard, sources: Vec::new() }).collect();
@@ -1712,12 +1695,12 @@ mod table {
 
         /// Checks a table from outside.
         pub fn is_valid(&self) -> bool {
-            let indices_exist = |shard: &Vec<usize>| !shard.is_empty() && shard.iter().all(|it| *it < self.view.len());
+            let is_of_view = |shard: &Vec<String>| !shard.is_empty() && shard.iter().all(|node| self.lists(node));
             let mut sources = self.ranges.iter().flat_map(|range| range.sources.iter().flatten());
             parse_view(self.view.iter().map(String::as_str)).is_ok()
                 && (1..=1000).contains(&self.factor)
                 && (1..=self.view.len()).contains(&self.shards.len())
-                && self.shards.iter().all(indices_exist)
+                && self.shards.iter().all(is_of_view)
                 && self.ranges.first().is_some_and(|range| range.from == 0)
                 && self.ranges.len() <= MAX_RANGES
                 && self.ranges.is_sorted_by(|one, next| one.from < next.from)
@@ -1735,19 +1718,13 @@ mod table {
             self.range_at(hash).shard
         }
 
-        /// The nodes of a shard.
-        pub fn nodes_of(&self, shard: usize) -> impl Iterator<Item = &String> + Clone {
-            self.shards[shard].iter().map(|index| &self.view[*index])
-        }
-
-        /// The same, to be kept.
-        pub fn replicas(&self, shard: usize) -> Vec<String> {
-            self.nodes_of(shard).cloned().collect()
+        /// The nodes that own a hash.
+        pub fn owners(&self, hash: u64) -> &[String] {
+            &self.shards[self.shard_at(hash)]
         }
 
         pub fn shard_of(&self, node: &str) -> Option<usize> {
-            let index = self.view.iter().position(|it| it == node)?;
-            self.shards.iter().position(|shard| shard.contains(&index))
+            self.shards.iter().position(|shard| shard.iter().any(|it| it == node))
         }
 
         pub fn lists(&self, node: &str) -> bool {
@@ -1791,10 +1768,9 @@ mod table {
                 // What a shard that ends gives to nobody has no keys, or is given up: it is dealt out.
                 let shard =
                     cut.map(|cut| cut.receiver).or(change.kept[before.shard]).unwrap_or(number % change.shards.len());
-                let owners: BTreeSet<&String> = change.shards[shard].iter().map(|index| &change.view[*index]).collect();
-                let former = self.replicas(before.shard);
+                let owners: BTreeSet<&String> = change.shards[shard].iter().collect();
                 let mut sources: Vec<Vec<String>> = Vec::new();
-                for group in before.sources.iter().filter(|_| !settled).chain([&former]) {
+                for group in before.sources.iter().filter(|_| !settled).chain([&self.shards[before.shard]]) {
                     let group: BTreeSet<&String> = group.iter().filter(|node| !left_out.contains(node)).collect();
                     // Where these are the owners, they have what they had, and reconcile with one another.
                     if !group.is_empty() && group != owners {
@@ -1833,7 +1809,7 @@ mod table {
     pub struct Change {
         pub view: Vec<String>,
         pub factor: usize,
-        pub shards: Vec<Vec<usize>>,
+        pub shards: Vec<Vec<String>>,
         /// By the old shards: which of the new ones each goes on as, or that it ends.
         pub kept: Vec<Option<usize>>,
     }
@@ -1844,27 +1820,25 @@ mod table {
         /// their first nodes in the view.
         pub fn new(old: &Table, view: &[String], factor: usize) -> Change {
             let sizes = shard_sizes(view.len(), factor);
-            let staying = |shard: &Vec<usize>| -> Vec<usize> {
-                let stays = |(_, node): &(usize, &String)| shard.iter().any(|index| old.view[*index] == **node);
-                view.iter().enumerate().filter(stays).map(|(index, _)| index).collect()
-            };
-            let left: Vec<Vec<usize>> = old.shards.iter().map(staying).collect();
+            let place = |node: &String| view.iter().position(|it| it == node).unwrap_or(0);
+            let staying = |shard: &Vec<String>| view.iter().filter(|node| shard.contains(node)).cloned().collect();
+            let left: Vec<Vec<String>> = old.shards.iter().map(staying).collect();
             // The largest first, since they get the largest sizes, and the last ones end. Of equals the earlier goes on.
             let largest_first = in_order(left.iter().map(|nodes| u64::MAX - nodes.len() as u64)).into_iter();
-            let mut groups: Vec<(Option<usize>, Vec<usize>)> =
+            let mut groups: Vec<(Option<usize>, Vec<String>)> =
                 largest_first.map(|shard| (Some(shard), left[shard].clone())).collect();
             groups.retain(|(_, nodes)| !nodes.is_empty());
             groups.resize(sizes.len(), (None, Vec::new()));
             for ((_, nodes), size) in groups.iter_mut().zip(&sizes) {
                 nodes.truncate(*size);
             }
-            let taken: Vec<usize> = groups.iter().flat_map(|(_, nodes)| nodes.clone()).collect();
-            let mut free = (0..view.len()).filter(|index| !taken.contains(index));
+            let taken: BTreeSet<String> = groups.iter().flat_map(|(_, nodes)| nodes.clone()).collect();
+            let mut free = view.iter().filter(|node| !taken.contains(*node)).cloned();
             for ((_, nodes), size) in groups.iter_mut().zip(&sizes) {
                 nodes.extend(free.by_ref().take(size - nodes.len()));
-                nodes.sort_unstable();
+                nodes.sort_by_key(place);
             }
-            let by_first = in_order(groups.iter().map(|(_, nodes)| nodes[0] as u64));
+            let by_first = in_order(groups.iter().map(|(_, nodes)| place(&nodes[0]) as u64));
             let goes_on_as = |shard: usize| by_first.iter().position(|group| groups[*group].0 == Some(shard));
             let kept = (0..old.shards.len()).map(goes_on_as).collect();
             let shards = by_first.iter().map(|group| groups[*group].1.clone()).collect();
@@ -1960,7 +1934,7 @@ mod node {
     //!
     //! The rules that keep a store whole, and where they stand:
     //!
-    //! - R1 answering (`place`, `pull_needs`), R2 pull (`give`, `arrived`), R3 adopt (`adopt`), R4 write (`write`, `take`), R5 reconcile
+    //! - R1 answering (`place`, `pull_needs`), R2 pull (`note_heard`, `note_taken`), R3 adopt (`adopt`), R4 write (`write`, `take`), R5 reconcile
     //!   (in `replication`; when it is due: `is_to_reconcile`), R6 stability (`refresh_stable`), R7 causal contexts (`context_needs`,
     //!   `context_after`), R8 settled (`hear`, `settle`).
     //! - R9 view change, R10 start (`let_in`) and R11 meetings stand in `membership`, R12 planning in `table`.
@@ -1975,8 +1949,7 @@ mod node {
     use serde::{Deserialize, Serialize};
     use serde_bytes::ByteBuf;
 
-    use crate::is_plain;
-    use crate::records::{ALL, Garbage, Record, Records, Span, Sums, hash_of};
+    use crate::records::{ALL, Bucket, Record, Records, Span, Sums, hash_of};
     use crate::table::{MAX_FEW, Table, Version};
 
     /// What a client has seen, as far as some replica may lack it (R7): by node, the highest stamp that was given there. And the table
@@ -2041,8 +2014,6 @@ mod node {
         pub incoming: Vec<String>,
         pub is_ready: bool,
         pub clock: u64,
-        /// The highest lock that it granted, and whether another coordinator's is in its way.
-        pub promised: Version,
         /// What it knows of all nodes' stability, in the order of the view.
         pub stable_at: Vec<u64>,
         /// Its `VIEW` and `REPL_FACTOR` as long as it is blank and has heard of no table, and for how many rounds it has been up.
@@ -2073,17 +2044,13 @@ mod node {
         Release(Version),
         /// Under that lock: where would cuts leave so many of the highest keys above them?
         Survey(Version, Vec<usize>),
-        /// Give the records of the range that begins at `range`, from a hash on; all before it has arrived. `any`: also if you are not whole.
-        Give {
-            range: u64,
-            from: u128,
-            any: bool,
-        },
+        /// All that you have of the range that begins here is here: are you whole for it?
+        Taken(u64),
         /// Give the record of one key, if you are whole for it.
         GiveKey(ByteBuf),
         /// The digests of some spans.
         Digests(Vec<Span>),
-        /// Compare this part of a bucket with the records that the sender has of it, by hash and stamp.
+        /// Compare a span with the records that the sender has of it, by hash and stamp.
         Compare(Span, Vec<(u64, u64)>),
         /// Store these records.
         Push(Vec<Copied>),
@@ -2106,13 +2073,6 @@ mod node {
         }
     }
 
-    impl Status {
-        /// Whether all names in it can be names, so that they may stand in an answer.
-        pub fn is_plain(&self) -> bool {
-            self.incoming.iter().chain(&self.first_view).all(|name| is_plain(name))
-        }
-    }
-
     #[derive(Clone, Debug, Serialize, Deserialize)]
     pub enum Reply {
         /// With the table, if it is newer than that of who asks. (A table comes in replies only: a message may be from a past life.)
@@ -2123,8 +2083,7 @@ mod node {
         Outdated(Version),
         /// The cuts, and the hashes of all keys if these are few.
         Surveyed(Vec<u64>, Option<Vec<u64>>),
-        /// All records up to this hash.
-        Given(Vec<Copied>, u64),
+        Whole(bool),
         Key(Option<Copied>),
         Digests(Vec<u64>),
         /// What is newer here; what is newer there; both up to this hash.
@@ -2144,9 +2103,10 @@ mod node {
     /// How long a lock keeps off other coordinators, and how long its own may use it.
     pub const LEASE: Duration = Duration::from_secs(10);
     pub const USE_OF_LEASE: Duration = Duration::from_secs(8);
-    /// A node that met nobody for this long was asleep, and meets others before it answers. (They let it go no sooner: its stream ends
-    /// 1.25 s after a beat at the earliest, and then it does not answer a meeting for 0.7 s.)
+    /// A node that did nothing for this long was asleep: a running one meets others several times a second. (They let it go no sooner:
+    /// its stream ends 1.25 s after a beat at the earliest, and then it does not answer a meeting for 0.7 s.)
     const ASLEEP: Duration = Duration::from_millis(1500);
+    /// For how long it tries to meet somebody before it answers.
     const WAKING: Duration = Duration::from_secs(1);
     /// For how many rounds all nodes of a first view must have been up before it counts: a second.
     const FIRST: u32 = 5;
@@ -2157,7 +2117,8 @@ mod node {
     #[derive(Debug, PartialEq)]
     pub enum Place {
         Here,
-        Node(String),
+        /// At these nodes, the best one to ask first.
+        There(Vec<String>),
         /// This node goes by no table yet, or cannot tell whether its table is still good.
         Unknown,
     }
@@ -2165,28 +2126,18 @@ mod node {
     /// A span that this node owns and has not got yet (R2).
     #[derive(Clone, Debug)]
     pub struct Pull {
-        /// Where the range begins; and what of it has still to come.
-        pub range: u64,
-        pub left: Span,
+        pub span: Span,
         /// The nodes of which a whole one has all of it; without this one.
         pub group: Vec<String>,
-        /// Those that have been reconciled with.
+        /// Those of which this node has got all that they have of it.
         heard: BTreeSet<String>,
-        /// A whole node has given all.
-        pub is_answerable: bool,
+        /// A whole one is among these.
+        is_answerable: bool,
         /// The table names the group as a source. (Otherwise it is the other replicas of the shard, since this node has kept nothing.)
         is_source: bool,
     }
 
     impl Pull {
-        fn covers(&self, hash: u64) -> bool {
-            self.span().contains(hash)
-        }
-
-        pub fn span(&self) -> Span {
-            Span { first: self.range, last: self.left.last }
-        }
-
         /// The nodes that it waits for.
         pub fn awaited(&self) -> impl Iterator<Item = &String> {
             self.group.iter().filter(|node| !self.heard.contains(*node))
@@ -2213,15 +2164,12 @@ mod node {
         is_reconciling: bool,
         /// How often it was noted that it may lack something.
         failures: u64,
-        /// When it was last its turn to be met.
-        turn: u32,
     }
 
     /// What a node does beside whoever makes it do so.
     #[derive(Clone, Debug)]
     pub enum Activity {
         Meet(String),
-        Start(Vec<String>),
         Pull,
     }
 
@@ -2229,17 +2177,12 @@ mod node {
     #[derive(Default)]
     pub struct Later {
         pub lines: Vec<String>,
-        pub garbage: Vec<Garbage>,
+        pub garbage: Vec<Bucket>,
         pub activities: Vec<Activity>,
     }
 
-    /// A write at this node until it is acknowledged.
-    pub struct Write {
-        pub hash: u64,
-        pub record: Record,
-        /// What the node had was dropped since if its count is another one.
-        drops: u64,
-    }
+    /// The nodes that have stored a write: in which incarnation, and by which table.
+    pub type Stored = BTreeMap<String, (u64, Option<Version>)>;
 
     #[derive(Default)]
     pub struct Node {
@@ -2255,9 +2198,8 @@ mod node {
         settled: bool,
         /// The nodes that have said that they go by this table and have no pulls.
         done: BTreeSet<String>,
-        /// The newest table that a blank node heard of in this round of asking, and whether it did in the last one.
+        /// The newest table that a blank node has heard of.
         heard_of: Option<Arc<Table>>,
-        has_heard: bool,
         promise: Promise,
         pub lease: Duration,
         coordinating: bool,
@@ -2271,30 +2213,27 @@ mod node {
         /// more.
         lacks: Vec<Span>,
         is_pulling: bool,
-        /// How often it has dropped all that it had.
-        drops: u64,
-        /// By range, how far each taker has got, of what this node gives: all before this hash.
-        given: BTreeMap<u64, BTreeMap<String, u128>>,
+        /// By where a range begins, who has all that this node had of it.
+        taken: BTreeSet<(u64, String)>,
         /// The other replicas that may lack something: the lowest stamp of what they may lack.
         pub lagging: BTreeMap<String, u64>,
+        /// The stamps of its own writes that are not acknowledged yet.
         in_flight: BTreeSet<u64>,
         stable_at: Vec<u64>,
         /// Every replica of every shard has every write up to it.
         watermark: u64,
         peers: BTreeMap<String, Peer>,
-        /// Nodes that met this blank one.
-        knocked: BTreeSet<String>,
-        /// When the last meeting that has ended began, and since when this node has been waking up.
+        /// When the last meeting that has ended began, and when this node last woke from a sleep.
         met: Duration,
-        waking: Option<Duration>,
+        woke: Duration,
+        /// How many rounds of meetings it has begun.
         rounds: u32,
-        is_asking: bool,
     }
 
     impl Node {
         pub fn new(own: String, view: Vec<String>, factor: usize, incarnation: u64, now: Duration) -> Node {
             let (first_view, first_factor) = (view, factor);
-            Node { own, first_view, first_factor, incarnation, now, met: now, lease: LEASE, ..Node::default() }
+            Node { own, first_view, first_factor, incarnation, now, lease: LEASE, ..Node::default() }
         }
 
         fn say(&mut self, line: String) {
@@ -2343,7 +2282,11 @@ mod node {
         /// The other replicas of this node's shard.
         pub fn others(&self) -> Vec<String> {
             let (Some(table), Some(shard)) = (&self.table, self.shard) else { return Vec::new() };
-            table.nodes_of(shard).filter(|node| **node != self.own).cloned().collect()
+            table.shards[shard].iter().filter(|node| **node != self.own).cloned().collect()
+        }
+
+        fn is_replica(&self, node: &str) -> bool {
+            self.others().iter().any(|it| it == node)
         }
 
         /// The other nodes of its table; and its sources, as long as they mean something.
@@ -2360,56 +2303,47 @@ mod node {
         /// new owner has first got it from one that goes by the new table.
         pub fn place(&self, hash: u64) -> Place {
             let Some(table) = self.table.as_ref().filter(|_| self.may_answer()) else { return Place::Unknown };
-            let shard = table.shard_at(hash);
-            match Some(shard) == self.shard {
+            match Some(table.shard_at(hash)) == self.shard {
                 true => Place::Here,
-                false => Place::Node(self.pick(table.nodes_of(shard))),
+                false => Place::There(self.ranked(table.owners(hash).to_vec())),
             }
         }
 
         /// The groups of which a node must give a key before this one may answer for it.
         pub fn pull_needs(&self, hash: u64) -> Vec<Vec<String>> {
-            let open = self.pulls.iter().filter(|pull| !pull.is_answerable && pull.left.contains(hash));
+            let open = self.pulls.iter().filter(|pull| pull.span.contains(hash) && !pull.is_answerable);
             open.map(|pull| pull.group.clone()).collect()
         }
 
-        /// One of some nodes: not a silent one, nor one that has to get keys first, if there is another.
-        fn pick<'a>(&self, nodes: impl Iterator<Item = &'a String>) -> String {
-            let rank = |node: &&String| match self.peers.get(*node) {
+        /// Some nodes in the order in which to ask them: last the silent ones (which may just be back), and before these who has to get
+        /// keys first.
+        pub fn ranked(&self, mut nodes: Vec<String>) -> Vec<String> {
+            nodes.sort_by_key(|node| match self.peers.get(node) {
                 Some(peer) if peer.silent => 3,
                 Some(peer) if !peer.status.is_ready => 2,
                 // The same one each time, but not for every node.
                 _ => (hash_of(node.as_bytes()) ^ self.incarnation) % 2,
-            };
-            nodes.min_by_key(rank).cloned().unwrap_or_default()
+            });
+            nodes
         }
 
-        /// Another replica that may have a key.
-        pub fn another(&self, hash: u64, asked: &[String]) -> Option<String> {
-            let table = self.table.as_ref()?;
-            let left = table.nodes_of(table.shard_at(hash)).filter(|it| !asked.contains(it) && **it != self.own);
-            // (Also a silent one: it may just be back.)
-            Some(self.pick(left)).filter(|node| !node.is_empty())
-        }
-
-        /// Whether this node goes by a table, and was not asleep: it might have missed a newer one.
+        /// Whether this node goes by a table, and that is known to be in force.
         pub fn may_answer(&self) -> bool {
-            self.table.is_some() && !self.is_asleep() && self.promise.joining.is_none()
+            self.table.is_some() && !self.is_waking() && self.promise.joining.is_none()
         }
 
-        fn is_asleep(&self) -> bool {
-            let is_late = self.now > self.met + ASLEEP && self.table.as_ref().is_some_and(|it| it.view.len() > 1);
-            is_late && self.waking.is_none_or(|since| self.now < since + WAKING)
+        /// R11: a node that has just woken up does not answer before it has met somebody: it may have been let go.
+        fn is_waking(&self) -> bool {
+            let has_others = self.table.as_ref().is_some_and(|table| table.view.len() > 1);
+            has_others && self.met < self.woke && self.now < self.woke + WAKING
         }
 
-        /// To be called whenever the time is known anew: notes that this node has slept.
+        /// To be called whenever the time is known anew.
         pub fn look_at_clock(&mut self, now: Duration) {
-            self.now = self.now.max(now);
-            if self.now <= self.met + ASLEEP {
-                self.waking = None;
-            } else {
-                self.waking.get_or_insert(self.now);
+            if now > self.now + ASLEEP {
+                self.woke = now;
             }
+            self.now = self.now.max(now);
         }
 
         pub fn note_meeting(&mut self, began: Duration) {
@@ -2422,46 +2356,29 @@ mod node {
         fn is_whole_for(&self, span: Span) -> bool {
             let owns = self.table.as_ref().is_some_and(|table| Some(table.shard_at(span.first)) == self.shard);
             let has_kept = !self.settled && !self.lacks.iter().any(|lack| lack.overlaps(&span));
-            (owns || has_kept) && !self.pulls.iter().any(|pull| pull.span().overlaps(&span))
+            (owns || has_kept) && !self.pulls.iter().any(|pull| pull.span.overlaps(&span))
         }
 
-        /// R2: gives records of a range in the order of hashes. What all owners have taken is dropped here: each request acknowledges the
-        /// one before it.
-        fn give(&mut self, to: &str, range: u64, from: u128, any: bool) -> Reply {
+        /// R2: another node has all that this one has of a range. What all owners have is dropped here: one that is killed then comes back
+        /// without it, and not with what it was before. Says whether this node was whole for it.
+        fn note_taken(&mut self, by: String, range: u64) -> Reply {
             let Some(table) = self.table.clone() else { return Reply::Refused };
             let Some((span, owned)) = table.spans().find(|(span, _)| span.first == range) else {
                 return Reply::Refused;
             };
-            if !any && !self.is_whole_for(span) {
-                return Reply::Refused;
-            }
-            // What is written from now on is to reach it, even if it was silent until now.
-            self.note_answer(to);
-            let (begin, end) = (u128::from(range), u128::from(span.last) + 1);
+            let is_whole = self.is_whole_for(span);
             if Some(owned.shard) != self.shard {
-                let owners = table.replicas(owned.shard);
-                let takers = self.given.entry(range).or_default();
-                let all_have = |takers: &BTreeMap<String, u128>| {
-                    owners.iter().map(|it| takers.get(it).copied().unwrap_or(begin)).min().unwrap_or(begin)
-                };
-                let before = all_have(takers);
-                takers.insert(to.to_owned(), from.clamp(begin, end));
-                let after = all_have(takers);
-                if before < after {
-                    self.drop_records(Span { first: before as u64, last: (after - 1) as u64 });
+                self.taken.insert((range, by));
+                let has_it = |owner: &String| self.taken.contains(&(range, owner.clone()));
+                if table.owners(range).iter().all(has_it) {
+                    self.drop_records(span);
                 }
             }
-            if from >= end {
-                // There is nothing left to ask for: this only acknowledges.
-                return Reply::Given(Vec::new(), span.last);
-            }
-            let (records, last) =
-                self.records.first_of(Span { first: span.first.max(from as u64), last: span.last }, MAX_BATCH);
-            Reply::Given(records.iter().map(|record| self.copy_of(record)).collect(), last)
+            Reply::Whole(is_whole)
         }
 
         fn drop_records(&mut self, span: Span) {
-            self.later.garbage.push(self.records.remove(span));
+            self.later.garbage.extend(self.records.remove(span));
         }
 
         fn give_key(&self, key: &[u8]) -> Reply {
@@ -2490,28 +2407,13 @@ mod node {
             self.pulls.clone()
         }
 
-        /// Takes what a node of a group gave. False if this is not pulled any more.
-        pub fn arrived(&mut self, version: Version, pull: &Pull, copies: &[Copied], last: u64) -> bool {
-            let is_it = |it: &Pull| (it.range, &it.group, it.left.first) == (pull.range, &pull.group, pull.left.first);
-            let Some(index) = self.pulls.iter().position(is_it).filter(|_| self.version() == Some(version)) else {
-                return false;
-            };
-            for copy in copies {
-                self.take(copy, true);
-            }
-            let it = &mut self.pulls[index];
-            it.is_answerable = last >= it.left.last;
-            it.left.first = last.saturating_add(1).min(it.left.last);
-            self.drop_done_pulls();
-            true
-        }
-
-        /// Notes that this node has what another one of a group had, for this version and incarnation.
-        pub fn note_heard(&mut self, version: Version, pull: &Pull, node: &str) {
+        /// Notes that this node has all that another one of a group has, by a table.
+        pub fn note_heard(&mut self, version: Version, pull: &Pull, node: &str, is_whole: bool) {
             if self.version() == Some(version) {
-                let same = self.pulls.iter_mut().filter(|it| (it.range, &it.group) == (pull.range, &pull.group));
+                let same = self.pulls.iter_mut().filter(|it| (it.span, &it.group) == (pull.span, &pull.group));
                 for it in same {
                     it.heard.insert(node.to_owned());
+                    it.is_answerable |= is_whole;
                 }
                 self.drop_done_pulls();
             }
@@ -2519,11 +2421,7 @@ mod node {
 
         fn drop_done_pulls(&mut self) {
             let before = self.pulls.len();
-            let (peers, store) = (&self.peers, self.store());
-            // One that has started again, blank or as a store of its own, has nothing for this store any more.
-            let has_nothing = |peer: &Peer| peer.status.version.is_none() || peer.status.store != store;
-            let matters = |node: &String| peers.get(node).is_none_or(|peer| peer.silent || !has_nothing(peer));
-            self.pulls.retain(|pull| !pull.is_answerable || pull.awaited().any(matters));
+            self.pulls.retain(|pull| pull.awaited().next().is_some());
             if before > 0 && self.pulls.is_empty() {
                 self.say(format!("has everything of table {}", self.version().unwrap_or_default()));
             }
@@ -2547,19 +2445,18 @@ mod node {
             let named = table.lists(&self.own) || table.sources().contains(&self.own);
             let keeps = named && self.version() == Some(table.base);
             if !keeps {
-                // (What is still in flight is answered with 503: `lacking`.)
-                self.drops += 1;
+                // (These writes are answered with 503: `lacking`.)
+                self.in_flight.clear();
                 self.drop_records(ALL);
                 self.unstable.clear();
                 self.lacks = vec![ALL];
             }
-            self.lacks.extend(self.pulls.iter().map(Pull::span));
+            self.lacks.extend(self.pulls.iter().map(|pull| pull.span));
             self.shard = table.shard_of(&self.own);
             self.table = Some(table.clone());
             self.pulls = self.pulls_by(&table);
             // What the other replicas have is to be found out.
             self.lagging = self.others().into_iter().map(|node| (node, 0)).collect();
-            self.peers.values_mut().for_each(|peer| peer.failures += 1);
             self.stable_at = vec![0; table.view.len()];
             (self.watermark, self.settled, self.heard_of) = (0, false, None);
             self.promise.joining = None;
@@ -2567,7 +2464,7 @@ mod node {
                 // What the lock was for has come about.
                 self.promise.granted = None;
             }
-            self.given.clear();
+            self.taken.clear();
             self.done.clear();
             let incoming = self.incoming();
             let from = if incoming.is_empty() { "nobody".into() } else { Vec::from_iter(incoming).join(", ") };
@@ -2585,8 +2482,7 @@ mod node {
             {
                 let has_it = !self.lacks.iter().any(|lack| lack.overlaps(&span));
                 let pull = |group: Vec<String>, has_it, is_source| Pull {
-                    range: span.first,
-                    left: span,
+                    span,
                     group: group.into_iter().filter(|node| *node != self.own).collect(),
                     heard: BTreeSet::new(),
                     is_answerable: has_it,
@@ -2606,32 +2502,30 @@ mod node {
         // -- R4 write
 
         /// R4: stores a record of a client under a new stamp, above all that this node knows and that the client has seen. It is in
-        /// flight until `lacking` says that nobody lacks it. Returns the record that it replaced.
-        pub fn write(&mut self, hash: u64, mut record: Record, context: &Context) -> (Write, Option<Record>) {
+        /// flight until `lacking` says that nobody lacks it.
+        pub fn write(&mut self, hash: u64, mut record: Record, context: &Context) -> Record {
             let above = self.clock_now().max(context.highest());
             self.clock = ((above >> NODE_BITS) + 1) << NODE_BITS | bits_of(&self.own) as u64;
             record.set_stamp(self.clock);
             self.in_flight.insert(self.clock);
             let mut kept = context.clone();
             kept.table = self.version().filter(|_| !self.settled).max(kept.table);
-            let old = self.store_record(hash, record.clone(), kept);
-            (Write { hash, record, drops: self.drops }, old)
+            self.store_record(hash, record.clone(), kept);
+            record
         }
 
         fn clock_now(&self) -> u64 {
             self.clock.max(stamp_at(self.now))
         }
 
-        fn store_record(&mut self, hash: u64, record: Record, context: Context) -> Option<Record> {
+        fn store_record(&mut self, hash: u64, record: Record, context: Context) {
             let (stamp, is_tombstone) = (record.stamp(), record.is_tombstone());
-            let old = self.records.insert(hash, record);
-            if let Some(old) = &old {
+            if let Some(old) = self.records.insert(hash, record) {
                 self.unstable.remove(&old.stamp());
             }
             if is_tombstone || !context.is_empty() {
                 self.unstable.insert(stamp, (hash, context));
             }
-            old
         }
 
         /// Takes a record of another node, if it beats what is here; says whether it did. What is stable is here, or was deleted: it is
@@ -2639,7 +2533,8 @@ mod node {
         pub fn take(&mut self, (record, context): &Copied, by_pull: bool) -> bool {
             let (hash, stamp) = (record.hash(), record.stamp());
             self.clock = self.clock.max(stamp);
-            let is_old = stamp <= self.watermark && !(by_pull && self.pulls.iter().any(|pull| pull.covers(hash)));
+            let is_old =
+                stamp <= self.watermark && !(by_pull && self.pulls.iter().any(|pull| pull.span.contains(hash)));
             let is_beaten = self.records.get(hash, record.key()).is_some_and(|here| !record.beats(here));
             if is_old || is_beaten {
                 return false;
@@ -2649,37 +2544,36 @@ mod node {
             true
         }
 
-        /// The replicas that still lack a write, as far as they can be reached; `stored` are those that have it, and in which incarnation.
-        /// Those that cannot be reached are lagging from then on. An error: this node has dropped what it wrote.
-        pub fn lacking(&mut self, write: &Write, stored: &BTreeMap<String, u64>) -> Result<Vec<String>, ()> {
-            let Some(table) = self.table.clone().filter(|_| write.drops == self.drops) else {
-                self.in_flight.remove(&write.record.stamp());
-                return Err(());
-            };
+        /// The replicas that still lack a write, as far as they can be reached; `stored` are those that have it, in which incarnation, and
+        /// by which table (they may have dropped it with the next one). Those that cannot be reached are lagging from then on. An error:
+        /// this node has dropped what it wrote.
+        pub fn lacking(&mut self, record: &Record, stored: &Stored) -> Result<Vec<String>, ()> {
+            let stamp = record.stamp();
+            let Some(table) = self.table.clone().filter(|_| self.in_flight.contains(&stamp)) else { return Err(()) };
             let (mut lacking, mut unreached) = (Vec::new(), Vec::new());
-            for node in table.nodes_of(table.shard_at(write.hash)).filter(|node| **node != self.own) {
+            for node in table.owners(record.hash()).iter().filter(|node| **node != self.own) {
                 match self.peers.get(node) {
                     Some(peer) if peer.silent => unreached.push(node),
-                    Some(peer) if stored.get(node) == Some(&peer.status.incarnation) => {}
+                    Some(peer) if stored.get(node) == Some(&(peer.status.incarnation, self.version())) => {}
                     _ => lacking.push(node.clone()),
                 }
             }
-            unreached.into_iter().for_each(|node| self.note_lagging(node, write.record.stamp()));
+            unreached.into_iter().for_each(|node| self.note_lagging(node, stamp));
             if lacking.is_empty() {
-                self.in_flight.remove(&write.record.stamp());
+                self.in_flight.remove(&stamp);
             }
             Ok(lacking)
         }
 
         /// Gives up on replicas that did not take a write in time.
-        pub fn give_up(&mut self, write: &Write, lacking: &[String]) {
-            lacking.iter().for_each(|node| self.note_lagging(node, write.record.stamp()));
-            self.in_flight.remove(&write.record.stamp());
+        pub fn give_up(&mut self, record: &Record, lacking: &[String]) {
+            lacking.iter().for_each(|node| self.note_lagging(node, record.stamp()));
+            self.in_flight.remove(&record.stamp());
         }
 
         /// A replica may lack what was written from this stamp on.
         fn note_lagging(&mut self, node: &str, stamp: u64) {
-            if self.others().iter().any(|it| it == node) {
+            if self.is_replica(node) {
                 let lowest = self.lagging.entry(node.to_owned()).or_insert(stamp);
                 *lowest = stamp.min(*lowest);
                 self.peers.entry(node.to_owned()).or_default().failures += 1;
@@ -2691,7 +2585,7 @@ mod node {
         /// Whether to reconcile with a replica now: it may lack something, or its digest has differed for a while. The number is to be
         /// given back (`reconciled`).
         pub fn begin_to_reconcile(&mut self, node: &str) -> Option<u64> {
-            let is_due = self.others().iter().any(|it| it == node) && self.is_ready();
+            let is_due = self.is_replica(node) && self.is_ready();
             let (version, lags, now) = (self.version(), self.lagging.contains_key(node), self.now);
             let peer = self.peers.get_mut(node).filter(|_| is_due)?;
             let differs = peer.differs.is_some_and(|since| since + DIFFERING < now);
@@ -2726,10 +2620,10 @@ mod node {
             true
         }
 
-        /// Compares a part of a bucket with what another node has of it, by hash and stamp: gives what is newer here, and says what is
-        /// newer there, as far as a message has room. (Of two keys with one hash, the older one is compared when it is written next.)
-        fn compare(&self, part: Span, theirs: Vec<(u64, u64)>) -> Reply {
-            let (records, last) = self.records.first_of(part, MAX_BATCH);
+        /// Compares a span with what another node has of it, by hash and stamp: gives what is newer here, and says what is newer there, as
+        /// far as a message has room. (Of two keys with one hash, the older one is compared when it is written next.)
+        fn compare(&self, span: Span, theirs: Vec<(u64, u64)>) -> Reply {
+            let (records, last) = self.records.first_of(span, MAX_BATCH);
             let mut theirs: BTreeMap<u64, u64> = theirs.into_iter().filter(|(hash, _)| *hash <= last).collect();
             let mut newer = Vec::new();
             for record in records {
@@ -2813,14 +2707,10 @@ mod node {
 
         /// R7: the nodes that must give a key before this one may answer a read by a context. A write that the context speaks of was
         /// made at a node; unless it is stable, or older than what is here of the key, that node has to be asked whether it was to this
-        /// key. An error: the context knows of a newer table.
-        pub fn context_needs(&self, hash: u64, key: &[u8], context: &Context) -> Result<Vec<Vec<String>>, ()> {
-            if context.table > self.version() {
-                return Err(());
-            }
-            let (Some(table), here) = (&self.table, self.records.get(hash, key).map_or(0, Record::stamp)) else {
-                return Err(());
-            };
+        /// key. None: the context knows of a newer table.
+        pub fn context_needs(&self, hash: u64, key: &[u8], context: &Context) -> Option<Vec<Vec<String>>> {
+            let table = self.table.as_ref().filter(|table| context.table <= Some(table.version))?;
+            let here = self.records.get(hash, key).map_or(0, Record::stamp);
             let others = self.others();
             let sources = &table.range_at(hash).sources;
             let mut needs: Vec<Vec<String>> = Vec::new();
@@ -2835,11 +2725,11 @@ mod node {
                 needs.extend(asked.map(|node| vec![node.clone()]));
             }
             if !needs.is_empty() {
-                needs.extend(self.pulls.iter().filter(|pull| pull.covers(hash)).map(|pull| pull.group.clone()));
+                needs.extend(self.pulls.iter().filter(|pull| pull.span.contains(hash)).map(|pull| pull.group.clone()));
             }
             needs.sort_unstable();
             needs.dedup();
-            Ok(needs)
+            Some(needs)
         }
 
         /// A client's context after it wrote or read a record here.
@@ -2857,8 +2747,8 @@ mod node {
 
         // -- R8 settled
 
-        /// R8: all nodes go by this table and have no pulls: sources mean nothing any more, and what this node does not own, it drops, so
-        /// that none of it comes back by a later table.
+        /// R8: all nodes of the view go by this table and have no pulls, which they end when they have heard every source. So sources mean
+        /// nothing any more, and what this node does not own, it drops, so that none of it comes back by a later table.
         pub fn settle(&mut self) {
             if std::mem::replace(&mut self.settled, true) {
                 return;
@@ -2870,9 +2760,8 @@ mod node {
         }
 
         fn look_whether_settled(&mut self) {
-            let Some(table) = self.table.clone().filter(|_| !self.settled && self.pulls.is_empty()) else { return };
-            let mut nodes = table.view.iter().chain(table.sources());
-            if nodes.all(|node| *node == self.own || self.done.contains(node)) {
+            let Some(table) = self.table.as_ref().filter(|_| !self.settled && self.pulls.is_empty()) else { return };
+            if table.view.iter().all(|node| *node == self.own || self.done.contains(node)) {
                 self.settle();
             }
         }
@@ -2883,7 +2772,7 @@ mod node {
             self.refresh_stable();
             let sums = self.sums();
             // One that has heard of a table takes up no first one.
-            let (table, is_blank) = (self.table.as_ref(), self.table.is_none() && !self.has_heard);
+            let (table, is_blank) = (self.table.as_ref(), self.table.is_none() && self.heard_of.is_none());
             Status {
                 incarnation: self.incarnation,
                 version: self.version(),
@@ -2896,7 +2785,6 @@ mod node {
                 incoming: self.incoming().into_iter().collect(),
                 is_ready: self.is_ready(),
                 clock: self.clock_now(),
-                promised: self.promise.version,
                 stable_at: self.stable_at.clone(),
                 first_view: if is_blank { self.first_view.clone() } else { Vec::new() },
                 factor: self.first_factor,
@@ -2931,10 +2819,7 @@ mod node {
                     let is_ahead = status.version > self.version();
                     self.hear(&from, &status);
                     if is_ahead {
-                        self.later.activities.push(Activity::Meet(from.clone()));
-                    }
-                    if self.table.is_none() {
-                        self.knocked.insert(from);
+                        self.later.activities.push(Activity::Meet(from));
                     }
                     Reply::Met(self.status(), newer)
                 }
@@ -2944,12 +2829,14 @@ mod node {
                     Reply::Done
                 }
                 Message::Survey(version, counts) if self.promise.version == version => self.survey(&counts),
-                Message::Give { range, from: first, any } if is_same => self.give(&from, range, first, any),
+                Message::Taken(range) if is_same => self.note_taken(from, range),
                 Message::GiveKey(key) if is_same => self.give_key(&key),
                 Message::Digests(spans) if is_same && spans.len() <= MAX_SPANS => {
+                    // What is written from now on is to reach who asks, even if it was silent until now.
+                    self.note_silent(&from, false);
                     Reply::Digests(spans.iter().map(|span| self.records.sums_of(*span).digest).collect())
                 }
-                Message::Compare(part, theirs) if is_same && part.is_in_one_bucket() => self.compare(part, theirs),
+                Message::Compare(span, theirs) if is_same => self.compare(span, theirs),
                 Message::Push(copies) if is_same => {
                     for copy in &copies {
                         self.take(copy, false);
@@ -2962,15 +2849,11 @@ mod node {
 
         /// Takes in what another node tells of itself, in a message or in a reply.
         pub fn hear(&mut self, from: &str, status: &Status) {
-            if from == self.own || !status.is_plain() {
+            if from == self.own {
                 return;
             }
             self.clock = self.clock.max(status.clock);
             let is_same = status.version.is_some() && status.version == self.version();
-            let has_nothing = status.version.is_none() || status.store != self.store();
-            if has_nothing && self.table.as_ref().is_some_and(|table| !table.lists(from)) {
-                self.done.insert(from.to_owned());
-            }
             if is_same {
                 for (known, told) in self.stable_at.iter_mut().zip(&status.stable_at) {
                     *known = (*known).max(*told);
@@ -2987,7 +2870,7 @@ mod node {
                 // Nothing came of it.
                 self.promise.joining = None;
             }
-            let is_replica = self.others().iter().any(|it| it == from);
+            let is_replica = self.is_replica(from);
             let differs =
                 is_replica && is_same && status.is_ready && self.is_ready() && status.digest != self.sums().digest;
             let now = self.now;
@@ -3002,19 +2885,8 @@ mod node {
             self.refresh_stable();
         }
 
-        /// A node has answered.
-        pub fn note_answer(&mut self, node: &str) {
-            self.note_silent(node, false);
-        }
-
-        /// A node did not answer; `life` is its incarnation when it was asked.
-        pub fn note_silence(&mut self, node: &str, life: u64) {
-            if self.incarnation_of(node) == life {
-                self.note_silent(node, true);
-            }
-        }
-
-        fn note_silent(&mut self, node: &str, silent: bool) {
+        /// A node has answered, or has not in time.
+        pub fn note_silent(&mut self, node: &str, silent: bool) {
             let peer = self.peers.entry(node.to_owned()).or_default();
             let is_news = std::mem::replace(&mut peer.silent, silent) != silent;
             // (Of nodes that left nothing is told.)
@@ -3032,9 +2904,10 @@ mod node {
             self.members().into_iter().filter(|node| self.is_silent(node)).collect()
         }
 
-        /// Whether this is a store of one, without records: it may join another store.
+        /// Whether this is a store of one, without keys: it may join another store.
         fn is_alone(&self) -> bool {
-            self.table.as_ref().is_some_and(|table| table.view == [self.own.as_str()]) && self.records.is_empty()
+            let is_one = self.table.as_ref().is_some_and(|table| table.view == [self.own.as_str()]);
+            is_one && self.records.total().count == 0
         }
 
         /// Looks at a table that came in a reply.
@@ -3042,13 +2915,10 @@ mod node {
             if !table.is_valid() {
                 return;
             }
-            let has_granted = self.promise.version == table.version && table.lists(&self.own);
-            let Some(mine) = self.table.clone() else {
+            let Some(mine) = &self.table else {
                 let named = table.lists(&self.own) || table.sources().contains(&self.own);
                 let is_ours = named || self.first_view.iter().any(|node| node == from);
-                if has_granted {
-                    self.adopt(table);
-                } else if is_ours && self.heard_of.as_ref().is_none_or(|it| it.version < table.version) {
+                if is_ours && self.heard_of.as_ref().is_none_or(|it| it.version < table.version) {
                     self.heard_of = Some(table);
                 }
                 return;
@@ -3056,69 +2926,63 @@ mod node {
             let has_left = !mine.lists(&self.own);
             // Who has left a store follows its nodes.
             let may_join = (self.is_alone() || has_left) && table.lists(&self.own) || has_left && mine.lists(from);
-            if mine.store == table.store || has_granted || may_join {
+            if mine.store == table.store || may_join {
                 self.adopt(table);
             }
         }
 
         /// Begins a round, several times a second: meets a neighbour, a replica of the shard, every now and then another node, and, as
-        /// often, one that is silent or blank: so an idle store costs in proportion to its nodes. A blank node asks all that may know.
-        pub fn begin_round(&mut self) {
+        /// often, one that is silent or blank: so an idle store costs in proportion to its nodes. Returns the nodes that a blank one is to
+        /// ask instead: all that may know.
+        pub fn begin_round(&mut self) -> Option<Vec<String>> {
             self.rounds = self.rounds.saturating_add(1);
-            let Some(table) = self.table.clone() else { return self.begin_to_ask() };
+            let Some(table) = &self.table else { return Some(self.nodes_to_ask()) };
             let members = self.members();
             let own = table.view.iter().position(|it| *it == self.own).unwrap_or(0);
-            let mut chosen: BTreeSet<&String> = members.get(own % members.len().max(1)).into_iter().collect();
+            let in_turn = |nodes: &[String], round: u32| nodes.get(round as usize % nodes.len().max(1)).cloned();
             let is_missed = |peer: &Peer| peer.silent || peer.status.version.is_none();
-            let missed = members.iter().filter(|it| self.peers.get(*it).is_none_or(is_missed)).cloned().collect();
-            let is_open = !self.settled || self.rounds.is_multiple_of(4);
-            for group in [&self.others(), &missed, if is_open { &members } else { &missed }] {
-                // Who was not met for longest.
-                let turn = |node: &&String| self.peers.get(*node).map_or(0, |peer| peer.turn);
-                if let Some(node) = group.iter().min_by_key(turn).and_then(|it| members.iter().find(|name| *name == it))
-                {
-                    self.peers.entry(node.clone()).or_default().turn = self.rounds;
-                    chosen.insert(node);
-                }
+            let missed: Vec<String> =
+                members.iter().filter(|it| self.peers.get(*it).is_none_or(is_missed)).cloned().collect();
+            let mut chosen = BTreeSet::from_iter(in_turn(&members, own as u32));
+            chosen.extend(in_turn(&self.others(), self.rounds));
+            chosen.extend(in_turn(&missed, self.rounds));
+            if !self.settled {
+                chosen.extend(in_turn(&members, self.rounds));
+            } else if self.rounds.is_multiple_of(4) {
+                chosen.extend(in_turn(&members, self.rounds / 4));
             }
-            chosen.extend(&self.promise.joining);
-            self.later.activities.extend(chosen.into_iter().cloned().map(Activity::Meet));
+            chosen.extend(self.promise.joining.clone());
+            self.later.activities.extend(chosen.into_iter().map(Activity::Meet));
+            None
         }
 
         // -- R10 start
 
-        /// Has a blank node ask all others that may know, unless it does.
-        fn begin_to_ask(&mut self) {
-            if std::mem::replace(&mut self.is_asking, true) {
-                return;
+        /// The nodes of its VIEW, of the table that it heard of, and those that go by that.
+        fn nodes_to_ask(&self) -> Vec<String> {
+            let mut all: BTreeSet<&String> = self.first_view.iter().collect();
+            if let Some(table) = &self.heard_of {
+                let goes_by_it = |(_, peer): &(&String, &Peer)| peer.status.version == Some(table.version);
+                all.extend(table.view.iter().chain(table.sources()));
+                all.extend(self.peers.iter().filter(goes_by_it).map(|(node, _)| node));
             }
-            if let Some(table) = self.heard_of.take() {
-                // It is to be heard of again: it may have been lost with all that went by it.
-                self.knocked.extend(table.view.iter().chain(table.sources()).cloned());
-            }
-            let all: BTreeSet<&String> = self.first_view.iter().chain(&self.knocked).collect();
-            let others = all.into_iter().filter(|node| **node != self.own).cloned().collect();
-            self.later.activities.push(Activity::Start(others));
+            all.into_iter().filter(|node| **node != self.own).cloned().collect()
         }
 
         /// R10: has a blank node go by a table, after a round of asking: the newest that it heard of, if more than half of its other
         /// members answered, so that a newer one would have been heard of; or the first one, if all whom its VIEW names are blank too.
-        pub fn let_in(&mut self, asked: &[String], answers: &BTreeMap<String, Status>) {
-            self.is_asking = false;
-            self.has_heard = self.heard_of.is_some();
-            if self.table.is_some() {
-                return;
-            }
-            let has_all = asked.iter().all(|node| answers.contains_key(node));
-            let promised =
-                answers.values().map(|status| status.promised).max().unwrap_or_default().max(self.promise.version);
+        pub fn let_in(&mut self, answers: &BTreeMap<String, Status>) {
+            // (Also those that it has only just heard of.)
+            let has_all = self.nodes_to_ask().iter().all(|node| answers.contains_key(node));
+            // It may have been lost with all that went by it.
+            let is_alive = |table: &Arc<Table>| answers.values().any(|status| status.version == Some(table.version));
+            self.heard_of = self.heard_of.take().filter(is_alive);
             let table = match self.heard_of.clone() {
                 Some(table) => {
-                    let others = table.view.iter().filter(|node| **node != self.own);
-                    let (count, answered) =
-                        (others.clone().count(), others.filter(|it| answers.contains_key(*it)).count());
-                    let is_enough = if count == 0 { has_all } else { 2 * answered > count };
-                    Some(table).filter(|it| is_enough && (promised <= it.version || has_all))
+                    let others: Vec<&String> = table.view.iter().filter(|node| **node != self.own).collect();
+                    let answered = others.iter().filter(|node| answers.contains_key(**node)).count();
+                    let is_enough = if others.is_empty() { has_all } else { 2 * answered > others.len() };
+                    Some(table).filter(|_| is_enough)
                 }
                 None => self.first_table(answers).filter(|_| has_all),
             };
@@ -3214,14 +3078,14 @@ mod replication {
     //! These are async functions for one reason only: the simulation runs many of them at once, and decides what each message
     //! meets. In the program every wait blocks the coroutine or thread that it is in, and `block_on` polls once.
 
-    use std::collections::BTreeMap;
+    use std::collections::{BTreeMap, BTreeSet};
     use std::sync::Arc;
     use std::time::Duration;
 
     use serde_bytes::ByteBuf;
 
     use crate::membership::meet;
-    use crate::node::{Envelope, MAX_BATCH, MAX_SPANS, Message, Node, Pull, Reply, Write};
+    use crate::node::{Envelope, MAX_BATCH, MAX_SPANS, Message, Node, Pull, Reply};
     use crate::records::{Record, Span};
     use crate::table::Version;
     use crate::{Answer, Request};
@@ -3255,19 +3119,19 @@ mod replication {
             let compose = |node: &mut Node| group.iter().map(|(to, it)| node.compose(to, it.clone())).collect();
             let envelopes: Vec<Envelope> = world.with(compose);
             let lives: Vec<u64> = envelopes.iter().map(|envelope| envelope.life).collect();
-            let answers = world.deliver(envelopes).await;
+            let mut answers = world.deliver(envelopes).await;
             world.with(|node| {
-                for (((name, _), answer), life) in group.iter().zip(&answers).zip(lives) {
-                    let Some(reply) = answer else {
-                        node.note_silence(name, life);
-                        continue;
-                    };
-                    node.note_answer(name);
-                    if let Reply::Met(status, _) | Reply::Locked(status) = reply {
+                for (((name, _), answer), life) in group.iter().zip(&mut answers).zip(lives) {
+                    node.note_silent(name, answer.is_none());
+                    if let Some(Reply::Met(status, _) | Reply::Locked(status)) = answer {
                         node.hear(name, status);
                     }
-                    if let Reply::Met(_, Some(table)) = reply {
+                    if let Some(Reply::Met(_, Some(table))) = answer {
                         node.consider(name, Arc::new(table.clone()));
+                    }
+                    if !matches!(answer, Some(Reply::Met(..) | Reply::Locked(_))) && node.incarnation_of(name) != life {
+                        // It has started again since: what it had is gone.
+                        *answer = None;
                     }
                 }
             });
@@ -3304,41 +3168,31 @@ mod replication {
     /// R4: has the other replicas store what was written here: all that can be reached, and whoever is to have it by a table that comes
     /// meanwhile. Only then may it be acknowledged: so it is on every replica that may answer next. The error is a node that did not
     /// take it in time: the write is not undone, but its client is not told that it was done.
-    pub async fn replicate(world: &impl World, write: &Write, deadline: Duration) -> Result<(), String> {
-        let (mut stored, mut by, mut blank) = (BTreeMap::new(), None, Vec::new());
+    pub async fn replicate(world: &impl World, record: &Record, deadline: Duration) -> Result<(), String> {
+        let (mut stored, mut blank) = (BTreeMap::new(), Vec::new());
         loop {
-            let (version, lacking, late) = world.with(|node| {
-                if by.replace(node.version()).is_some_and(|before| before != node.version()) {
-                    // Other nodes may be to have it, and who had it may have dropped it.
-                    stored.clear();
-                    blank.clear();
-                }
-                (node.version(), node.lacking(write, &stored), node.now > deadline)
-            });
+            let (version, lacking, late) =
+                world.with(|node| (node.version(), node.lacking(record, &stored), node.now > deadline));
             let Ok(lacking) = lacking else { return Err(world.with(|node| node.own().to_owned())) };
             let Some(first) = lacking.first() else { return Ok(()) };
             // Who was blank when all others had it will pull it from one of these.
             if late || lacking == blank {
-                world.with(|node| node.give_up(write, &lacking));
+                world.with(|node| node.give_up(record, &lacking));
                 return if late { Err(first.clone()) } else { Ok(()) };
             }
             blank.clear();
-            let copies = vec![world.with(|node| node.copy_of(&write.record))];
+            let copies = vec![world.with(|node| node.copy_of(record))];
             let lives: Vec<u64> = world.with(|node| lacking.iter().map(|it| node.incarnation_of(it)).collect());
             let replies = ask(world, &lacking, Message::Push(copies)).await;
-            let mut refused = false;
+            let refused = replies.iter().any(|reply| matches!(reply, Some(Reply::Refused)));
             for ((node, reply), life) in lacking.iter().zip(replies).zip(lives) {
-                match reply {
-                    Some(Reply::Done) => drop(stored.insert(node.clone(), life)),
-                    Some(_) => {
-                        refused = true;
-                        let status = meet(world, node).await;
-                        blank.extend(status.filter(|it| it.version.is_none()).map(|_| node.clone()));
-                    }
-                    None => {}
+                if let Some(Reply::Done) = reply {
+                    stored.insert(node.clone(), (life, version));
+                } else if reply.is_some() && meet(world, node).await.is_some_and(|status| status.version.is_none()) {
+                    blank.push(node.clone());
                 }
             }
-            if refused && blank != lacking && world.with(|node| node.version()) == version {
+            if refused {
                 world.sleep(Duration::from_millis(2)).await;
             }
         }
@@ -3346,18 +3200,18 @@ mod replication {
 
     // -- R2 pull
 
-    /// R2: gets all that this node owns and has not got: from one whole node of each group, and then what the others of the group have
-    /// besides.
+    /// R2: gets all that this node owns and has not got: what each node of a group has, which is to reconcile in one direction. It may
+    /// answer for the span once it has heard a whole one, and goes on until it has heard them all, since another may have had a write
+    /// that a whole one lacks. (So a pull that is interrupted goes on where digests differ, and there is one way to move records.)
     pub async fn pull_all(world: &impl World) {
         loop {
             let (version, pulls) = world.with(|node| (node.version(), node.pulls_left()));
             let Some(version) = version.filter(|_| !pulls.is_empty()) else { return };
             let mut progress = false;
             for pull in pulls {
-                progress |= match pull.is_answerable {
-                    true => hear_others(world, version, &pull).await,
-                    false => pull_from_group(world, version, pull).await,
-                };
+                for node in pull.awaited().filter(|node| !world.with(|own| own.is_silent(node))) {
+                    progress |= pull_from(world, version, &pull, node).await;
+                }
             }
             if !progress {
                 world.sleep(Duration::from_millis(100)).await;
@@ -3365,70 +3219,43 @@ mod replication {
         }
     }
 
-    /// Gets all of a range from a node of a group. One that is not whole is asked only when no living one is. True if something came.
-    async fn pull_from_group(world: &impl World, version: Version, mut pull: Pull) -> bool {
-        let mut progress = false;
-        for any in [false, true] {
-            for node in pull.group.clone() {
-                if world.with(|own| own.is_silent(&node)) {
-                    continue;
-                }
-                let (mut from, is_all) = (pull.left.first.into(), pull.left.first == pull.range);
-                loop {
-                    let message = Message::Give { range: pull.range, from, any };
-                    let Some(Reply::Given(copies, last)) = ask_by(world, &node, version, message).await else { break };
-                    if from > pull.left.last.into() {
-                        // It knows that all has been taken, and who gave all has nothing else.
-                        if is_all {
-                            world.with(|own| own.note_heard(version, &pull, &node));
-                        }
-                        return true;
-                    }
-                    if !world.with(|own| own.arrived(version, &pull, &copies, last)) {
-                        return progress;
-                    }
-                    progress = true;
-                    from = u128::from(last) + 1;
-                    pull.left.first = last.saturating_add(1).min(pull.left.last);
-                }
+    /// Gets what a node has of a span. True if that was all.
+    async fn pull_from(world: &impl World, version: Version, pull: &Pull, node: &str) -> bool {
+        let is_whole = if reconcile(world, node, version, &[pull.span], true).await.is_some() {
+            match ask_by(world, node, version, Message::Taken(pull.span.first)).await {
+                Some(Reply::Whole(is_whole)) => is_whole,
+                _ => return false,
             }
-            if progress {
-                break;
+        } else {
+            // One that has started again, blank or as a store of its own, has nothing for this store any more.
+            let store = world.with(|own| own.store());
+            let status = meet(world, node).await;
+            if status.is_none_or(|status| status.version.is_some() && status.store == store) {
+                return false;
             }
-        }
-        progress
+            false
+        };
+        world.with(|own| own.note_heard(version, pull, node, is_whole));
+        true
     }
 
-    /// Gets what other nodes of a group have besides.
-    async fn hear_others(world: &impl World, version: Version, pull: &Pull) -> bool {
-        let mut progress = false;
-        for node in pull.awaited().filter(|node| !world.with(|own| own.is_silent(node))) {
-            if reconcile(world, node, version, &[pull.span()], true).await.is_some() {
-                world.with(|own| own.note_heard(version, pull, node));
-                progress = true;
-            }
-        }
-        progress
-    }
-
-    /// Gets one key from a node of each group, and merges it. False if one of them has no whole node that answers.
-    pub async fn get_key(world: &impl World, key: &[u8], group: &[String]) -> bool {
-        let Some(version) = world.with(|node| node.version()) else { return false };
+    /// Gets one key from a whole node of a group, and merges it. Returns the version by which it did; None if no such node answers.
+    pub async fn get_key(world: &impl World, key: &[u8], group: &[String]) -> Option<Version> {
+        let version = world.with(|node| node.version())?;
         let mut nodes = group.to_vec();
         world.with(|own| nodes.sort_by_key(|node| own.is_silent(node)));
         for node in nodes {
             let message = Message::GiveKey(ByteBuf::from(key));
             if let Some(Reply::Key(copy)) = ask_by(world, &node, version, message).await {
                 return world.with(|own| {
-                    let is_same = own.version() == Some(version);
-                    if let Some(copy) = copy.filter(|_| is_same) {
+                    if let Some(copy) = copy {
                         own.take(&copy, true);
                     }
-                    is_same
+                    Some(version)
                 });
             }
         }
-        false
+        None
     }
 
     // -- R5 reconcile
@@ -3446,15 +3273,28 @@ mod replication {
     /// stays wherever they meet. None if it could not be finished.
     async fn reconcile(world: &impl World, other: &str, version: Version, spans: &[Span], is_pull: bool) -> Option<()> {
         let rows: Vec<Span> = spans.iter().flat_map(|span| span.by_row()).collect();
-        for row in differing(world, other, version, &rows).await? {
-            let buckets: Vec<Span> = row.by_bucket().collect();
-            let mut parts = differing(world, other, version, &buckets).await?;
-            while !parts.is_empty() {
-                let group = parts.split_off(parts.len().saturating_sub(SIDE_BY_SIDE));
-                parts.extend(exchange(world, other, version, group, is_pull).await?);
-            }
+        let rows = differing(world, other, version, &rows).await?;
+        let buckets: Vec<Span> = rows.iter().flat_map(|row| row.by_bucket()).collect();
+        let mut parts = joined(differing(world, other, version, &buckets).await?);
+        while !parts.is_empty() {
+            let group = parts.split_off(parts.len().saturating_sub(SIDE_BY_SIDE));
+            parts.extend(exchange(world, other, version, group, is_pull).await?);
         }
         Some(())
+    }
+
+    /// Neighbouring buckets of a row as one span: where they are small, a message has room for several.
+    fn joined(buckets: Vec<Span>) -> Vec<Span> {
+        let mut joined: Vec<Span> = Vec::new();
+        for bucket in buckets {
+            match joined.last_mut() {
+                Some(span) if span.last.checked_add(1) == Some(bucket.first) && span.is_in_row_of(&bucket) => {
+                    span.last = bucket.last;
+                }
+                _ => joined.push(bucket),
+            }
+        }
+        joined
     }
 
     /// Those of some spans whose digests differ at another node.
@@ -3471,7 +3311,7 @@ mod replication {
         Some(found)
     }
 
-    /// Evens out some parts of buckets, side by side and as far as messages have room; returns what is left of them.
+    /// Evens out some spans, side by side and as far as messages have room; returns what is left of them.
     async fn exchange(
         world: &impl World,
         other: &str,
@@ -3490,6 +3330,7 @@ mod replication {
         for ((part, (records, _)), reply) in parts.iter().zip(ours).zip(replies) {
             let Reply::Compared(theirs, wanted, last) = reply? else { return None };
             world.with(|node| node.take_reconciled(version, other, &theirs, is_pull)).then_some(())?;
+            let wanted = BTreeSet::from_iter(wanted);
             let is_wanted = |record: &Record| wanted.contains(&(record.hash(), record.stamp()));
             let newer: Vec<Record> = records.into_iter().filter(|record| !is_pull && is_wanted(record)).collect();
             if !newer.is_empty() {
@@ -3513,36 +3354,42 @@ mod membership {
 
     use crate::node::{Activity, Message, Reply, Status};
     use crate::records::Span;
-    use crate::replication::{World, ask, ask_each, ask_one, pull_all, reconcile_if_due};
+    use crate::replication::{World, ask, ask_each, pull_all, reconcile_if_due};
     use crate::table::{Change, Cut, Move, Table, Version};
     use crate::{Answer, CHANGE_LIMIT, Origin, Outcome, PATIENCE, Request, Vocabulary, WantedView};
 
     pub async fn run(world: impl World, activity: Activity) {
         match activity {
             Activity::Meet(node) => meet_and_reconcile(&world, &node).await,
-            Activity::Start(nodes) => start(&world, nodes).await,
             Activity::Pull => pull_all(&world).await,
         }
     }
 
     // -- R11 meetings, R10 start
 
-    /// R11: meets some other nodes; a blank node asks everybody that may know what to go by. To be done several times a second: nobody
-    /// waits here for one that is silent.
+    /// R11: meets some other nodes, beside whoever calls this; a blank node asks everybody that may know what to go by. To be done several
+    /// times a second.
     pub async fn keep_in_touch(world: &impl World) {
         while world.with(|node| node.drop_stable()) {
             // Whoever waits for the lock gets it: a thread that takes it again at once would keep it.
             world.sleep(Duration::from_millis(1)).await;
         }
-        world.with(|node| node.begin_round());
+        if let Some(nodes) = world.with(|node| node.begin_round()) {
+            start(world, nodes).await;
+        }
     }
 
+    /// Meets a node: each learns by what the other one goes. None if it does not answer.
     pub async fn meet(world: &impl World, other: &str) -> Option<Status> {
-        let began = world.with(|node| node.now);
-        let message = Message::Meet(world.with(|node| node.status()));
-        let reply = ask_one(world, other, message).await;
+        meet_all(world, &[other.to_owned()]).await.pop()?
+    }
+
+    async fn meet_all(world: &impl World, nodes: &[String]) -> Vec<Option<Status>> {
+        let (began, status) = world.with(|node| (node.now, node.status()));
+        let replies = ask(world, nodes, Message::Meet(status)).await;
         world.with(|node| node.note_meeting(began));
-        if let Some(Reply::Met(status, _)) = reply { Some(status) } else { None }
+        let status = |reply| if let Some(Reply::Met(status, _)) = reply { Some(status) } else { None };
+        replies.into_iter().map(status).collect()
     }
 
     async fn meet_and_reconcile(world: &impl World, other: &str) {
@@ -3551,17 +3398,11 @@ mod membership {
         }
     }
 
-    async fn meet_all(world: &impl World, nodes: &[String]) -> Vec<Option<Status>> {
-        let message = Message::Meet(world.with(|node| node.status()));
-        let status = |reply| if let Some(Reply::Met(status, _)) = reply { Some(status) } else { None };
-        ask(world, nodes, message).await.into_iter().map(status).collect()
-    }
-
     /// R10: a round of a blank node's asking.
     async fn start(world: &impl World, nodes: Vec<String>) {
         let replies = meet_all(world, &nodes).await;
         let answers = nodes.iter().cloned().zip(replies).filter_map(|(node, reply)| Some((node, reply?))).collect();
-        world.with(|node| node.let_in(&nodes, &answers));
+        world.with(|node| node.let_in(&answers));
     }
 
     /// Waits until this node may go by its table. The error names a node that it waits for.
@@ -3595,27 +3436,22 @@ mod membership {
         if index >= table.shards.len() {
             return Err(Outcome::NoShard);
         }
-        let replicas = table.replicas(index);
-        let Some(count) = count_of_shard(world, &table, &replicas).await else {
+        let replicas = &table.shards[index];
+        let Some(count) = count_of_shard(world, replicas).await else {
             return Err(Outcome::NodeDown(replicas[0].clone()));
         };
         let (id, replicas) = (index + 1, replicas.join(r#"",""#));
         Ok(Outcome::Shard(format!(r#""shard-id":"{id}","key-count":{count},"replicas":["{replicas}"]"#)))
     }
 
-    /// How many keys a shard has, by the first of its replicas that answers and is whole; or by one that is not, if all are.
-    async fn count_of_shard(world: &impl World, table: &Table, replicas: &[String]) -> Option<usize> {
-        let mut replicas = replicas.to_vec();
-        world.with(|node| replicas.sort_by_key(|it| node.is_silent(it)));
-        let mut count = None;
-        for node in replicas {
-            let Some(status) = meet(world, &node).await else { continue };
-            if is_whole_by(table, &status) {
+    /// How many keys a shard has, by the first of its replicas that answers.
+    async fn count_of_shard(world: &impl World, replicas: &[String]) -> Option<usize> {
+        for node in world.with(|node| node.ranked(replicas.to_vec())) {
+            if let Some(status) = meet(world, &node).await {
                 return Some(status.keys);
             }
-            count = count.or(Some(status.keys));
         }
-        count
+        None
     }
 
     fn is_whole_by(table: &Table, status: &Status) -> bool {
@@ -3624,30 +3460,27 @@ mod membership {
 
     // -- R9 view change
 
-    /// Answers a PUT of a view: changes it, or passes the request on to a node that can.
+    /// Answers a PUT of a view: changes it, or passes the request on to a node that can. One that does not answer may have changed the view
+    /// before it fell silent: to ask for the same once more does no harm.
     pub async fn answer_view_change(world: &impl World, request: &Request, wanted: &WantedView) -> Answer {
         let render = |outcome: Outcome| outcome.answer(Vocabulary::Json, &request.verb);
         if let Err(outcome) = await_table(world).await {
             return render(outcome);
         }
-        let Some(node) = better_coordinator(world, &wanted.view).await else {
-            return render(
-                change_view(world, wanted).await.map_or_else(|refusal| refusal, |changed| changed.outcome()),
-            );
-        };
-        let before = world.with(|node| node.version());
-        let origin = Origin::Node(world.with(|node| node.store()));
-        // A change may take long before this.
-        let passed_on = Request { origin, began: None, ..request.clone() };
-        if let Ok(answer) = world.relay(&node, passed_on, CHANGE_LIMIT).await {
-            return answer;
+        let mut silent = String::new();
+        for _ in 0..2 {
+            let Some(node) = better_coordinator(world, &wanted.view).await else {
+                return render(change_view(world, wanted).await);
+            };
+            let origin = Origin::Node(world.with(|node| node.store()));
+            // A change may take long before this.
+            let passed_on = Request { origin, began: None, ..request.clone() };
+            match world.relay(&node, passed_on, CHANGE_LIMIT).await {
+                Ok(answer) => return answer,
+                Err(_) => silent = node,
+            }
         }
-        // It may have made the change, and others know of it.
-        match look_for_change(world, before, wanted).await {
-            Some(changed) => render(changed.outcome()),
-            None if meet(world, &node).await.is_some() => render(Outcome::ChangeUnderWay),
-            None => render(Outcome::NodeDown(node)),
-        }
+        render(Outcome::NodeDown(silent))
     }
 
     /// Who should coordinate instead of this node, if anybody: a member of its table, if this one is none. And if this node is alone and
@@ -3671,27 +3504,6 @@ mod membership {
         answering.next().map(|(node, _)| node)
     }
 
-    /// How a view change ended: how many keys it moves, the shards with their replicas and shares, and who is not reached.
-    pub struct Changed {
-        moved: usize,
-        shards: Vec<(Vec<String>, usize)>,
-        unreached: Vec<String>,
-    }
-
-    impl Changed {
-        fn outcome(&self) -> Outcome {
-            let mut shards = Vec::new();
-            for (index, (nodes, count)) in self.shards.iter().enumerate() {
-                let (id, replicas) = (index + 1, nodes.join(r#"",""#));
-                let address = if nodes.len() == 1 { format!(r#""address":"{replicas}","#) } else { String::new() };
-                shards.push(format!(r#"{{"shard-id":"{id}",{address}"replicas":["{replicas}"],"key-count":{count}}}"#));
-            }
-            let (shards, nodes) = (shards.join(","), self.unreached.join(r#"",""#));
-            let unreached = if nodes.is_empty() { nodes } else { format!(r#","unreached":["{nodes}"]"#) };
-            Outcome::ViewChanged(format!(r#""moved":{},"shards":[{shards}]{unreached}"#, self.moved))
-        }
-    }
-
     /// Why an attempt to change the view came to nothing.
     enum Failure {
         Refused(Outcome),
@@ -3704,19 +3516,23 @@ mod membership {
     /// How long a node must not have answered after the change until it is not waited for any more.
     const UNREACHED: Duration = Duration::from_secs(3);
 
-    /// R9: changes the view, as the coordinator. The error is an outcome as well, and then the old view stays in force.
-    async fn change_view(world: &impl World, wanted: &WantedView) -> Result<Changed, Outcome> {
+    /// R9: changes the view, as the coordinator. If that is refused, the old view stays in force.
+    async fn change_view(world: &impl World, wanted: &WantedView) -> Outcome {
         let deadline = world.with(|node| node.now) + TRIES;
         let mut least = Version::default();
         loop {
             let begun = world.with(|node| node.begin_change(&wanted.view, wanted.force, least));
-            let Some((base, version)) = begun else { return Err(Outcome::ChangeUnderWay) };
+            let Some((base, version)) = begun else { return Outcome::ChangeUnderWay };
             let attempt = Attempt { world, base, version, wanted };
             let nodes = attempt.nodes();
             let result = attempt.run(&nodes).await;
             world.with(|node| node.end_change());
             let failure = match result {
-                Ok((table, counts)) => return Ok(spread(world, &table, counts, &nodes).await),
+                Ok((table, counts)) => {
+                    meet_all(world, &nodes).await;
+                    let unreached = await_settled(world, &table).await;
+                    return describe_change(&table, &counts, &unreached);
+                }
                 Err(failure) => failure,
             };
             ask(world, &nodes, Message::Release(version)).await;
@@ -3725,8 +3541,49 @@ mod membership {
                     least = least.max(newest).max(version);
                     world.sleep(Duration::from_millis(50)).await;
                 }
-                Failure::Refused(outcome) | Failure::Again(_, outcome) => return Err(outcome),
+                Failure::Refused(outcome) | Failure::Again(_, outcome) => return outcome,
             }
+        }
+    }
+
+    /// How a view change ended: how many keys it moves, the shards with their shares, and who is not reached.
+    fn describe_change(table: &Table, counts: &[usize], unreached: &[String]) -> Outcome {
+        let mut shards = Vec::new();
+        for (shard, count) in counts.iter().enumerate() {
+            let (id, nodes) = (shard + 1, &table.shards[shard]);
+            let replicas = nodes.join(r#"",""#);
+            let address = if nodes.len() == 1 { format!(r#""address":"{replicas}","#) } else { String::new() };
+            shards.push(format!(r#"{{"shard-id":"{id}",{address}"replicas":["{replicas}"],"key-count":{count}}}"#));
+        }
+        let (shards, nodes) = (shards.join(","), unreached.join(r#"",""#));
+        let unreached = if nodes.is_empty() { nodes } else { format!(r#","unreached":["{nodes}"]"#) };
+        Outcome::ViewChanged(format!(r#""moved":{},"shards":[{shards}]{unreached}"#, table.moved))
+    }
+
+    /// Waits until a table is settled (R8). Returns the nodes that fall silent before that.
+    async fn await_settled(world: &impl World, table: &Table) -> Vec<String> {
+        let nodes: BTreeSet<&String> = table.view.iter().chain(table.sources()).collect();
+        let nodes: Vec<String> = nodes.into_iter().cloned().collect();
+        let (mut heard, mut pause) = (vec![world.with(|node| node.now); nodes.len()], 2);
+        loop {
+            let replies = meet_all(world, &nodes).await;
+            let (now, version, settled) = world.with(|node| (node.now, node.version(), node.is_settled()));
+            if settled || version != Some(table.version) {
+                // All hear of it at once.
+                meet_all(world, &nodes).await;
+                return Vec::new();
+            }
+            for (heard, reply) in heard.iter_mut().zip(replies) {
+                *heard = if reply.is_some() { now } else { *heard };
+            }
+            let is_silent = |(_, heard): &(&String, &Duration)| **heard + UNREACHED < now;
+            let silent: Vec<String> =
+                nodes.iter().zip(&heard).filter(is_silent).map(|(node, _)| node.clone()).collect();
+            if !silent.is_empty() {
+                return silent;
+            }
+            world.sleep(Duration::from_millis(pause)).await;
+            pause = (pause * 2).min(50);
         }
     }
 
@@ -3759,9 +3616,9 @@ mod membership {
             self.check_silent(&granted, &silent)?;
             let settled = self.check_granted(&granted, &silent)?;
             let change = Change::new(&self.base, &self.wanted.view, self.wanted.factor.unwrap_or(self.base.factor));
-            let speakers: Vec<Option<&String>> =
-                (0..self.base.shards.len()).map(|it| self.speaker(&granted, it)).collect();
-            let held: Vec<usize> = speakers.iter().map(|it| it.map_or(0, |it| granted[it].keys)).collect();
+            let speakers = self.speakers(&granted);
+            let mut held = vec![0; self.base.shards.len()];
+            speakers.iter().for_each(|(shard, node)| held[*shard] = granted[node].keys);
             let (moves, counts) = change.plan(&held);
             let cuts = self.survey(&change, &moves, &speakers).await?;
             let mut table = self.base.next(self.version, &change, &cuts, &silent, settled);
@@ -3812,7 +3669,8 @@ mod membership {
             let goes_by_it = |node: &&String| granted.get(*node).is_some_and(|it| it.version == Some(base.version));
             let is_majority = 2 * base.view.iter().filter(goes_by_it).count() > base.view.len();
             let is_whole = |node: &String| granted.get(node).is_some_and(|status| is_whole_by(base, status));
-            let has_other = |node: &String| base.shard_of(node).is_some_and(|shard| base.nodes_of(shard).any(is_whole));
+            let has_other =
+                |node: &String| base.shard_of(node).is_some_and(|shard| base.shards[shard].iter().any(is_whole));
             let is_starting = |node: &String| granted.contains_key(node) && !is_whole(node);
             match is_majority && silent.iter().all(has_other) {
                 true if self.version.epoch > base.version.epoch => Ok(()),
@@ -3863,12 +3721,16 @@ mod membership {
             }
         }
 
-        /// The replica of a shard that tells what the shard has, and where its cuts are: a whole one, if there is one.
-        fn speaker(&self, granted: &Granted, shard: usize) -> Option<&String> {
-            let answering = self.base.shards[shard].iter().map(|index| &self.base.view[*index]);
-            answering
-                .filter(|node| granted.contains_key(*node))
-                .min_by_key(|node| !is_whole_by(&self.base, &granted[*node]))
+        /// For each shard of which a replica has granted the lock, the one that tells what the shard has and where its cuts are: a whole
+        /// one, if there is one.
+        fn speakers(&self, granted: &Granted) -> Vec<(usize, String)> {
+            let mut speakers = Vec::new();
+            for shard in 0..self.base.shards.len() {
+                let answering = self.base.shards[shard].iter().filter(|node| granted.contains_key(*node));
+                let best = answering.min_by_key(|node| !is_whole_by(&self.base, &granted[*node]));
+                speakers.extend(best.map(|node| (shard, node.clone())));
+            }
+            speakers
         }
 
         /// Learns where the shards are to be cut, each from its speaker.
@@ -3876,33 +3738,29 @@ mod membership {
             &self,
             change: &Change,
             moves: &[Move],
-            speakers: &[Option<&String>],
+            speakers: &[(usize, String)],
         ) -> Result<Vec<Cut>, Failure> {
-            let of = |shard: usize| moves.iter().filter(move |(giver, ..)| *giver == shard);
+            let moves_of = |shard: usize| moves.iter().filter(move |(giver, ..)| *giver == shard);
             let mut messages = Vec::new();
-            for (shard, speaker) in speakers.iter().enumerate() {
-                let Some(speaker) = speaker else { continue };
-                let mut sum = 0;
-                let counts = of(shard).map(|(.., count)| {
-                    sum += count;
-                    sum
+            for (shard, node) in speakers {
+                let mut above = 0;
+                let counts = moves_of(*shard).map(|(.., count)| {
+                    above += count;
+                    above
                 });
-                messages.push((shard, speaker.to_string(), counts.collect()));
+                messages.push((node.clone(), Message::Survey(self.version, counts.collect())));
             }
-            let asked = messages.iter().map(|(_, node, counts): &(_, _, Vec<usize>)| {
-                (node.clone(), Message::Survey(self.version, counts.clone()))
-            });
-            let replies = ask_each(self.world, asked.collect()).await;
-            let (mut cuts, mut keys) = (Vec::new(), vec![Some(Vec::new()); speakers.len()]);
-            for ((shard, node, _), reply) in messages.into_iter().zip(replies) {
+            let replies = ask_each(self.world, messages).await;
+            let (mut cuts, mut keys) = (Vec::new(), vec![Some(Vec::new()); self.base.shards.len()]);
+            for ((shard, node), reply) in speakers.iter().zip(replies) {
                 let (places, hashes) = match reply {
                     Some(Reply::Surveyed(places, hashes)) => (places, hashes),
                     Some(_) => return Err(self.again(Outcome::ChangeUnderWay)),
-                    None => return Err(self.again(Outcome::NodeDown(node))),
+                    None => return Err(self.again(Outcome::NodeDown(node.clone()))),
                 };
-                keys[shard] = hashes;
+                keys[*shard] = hashes;
                 let mut last = u64::MAX;
-                for ((giver, receiver, _), first) in of(shard).zip(places) {
+                for ((giver, receiver, _), first) in moves_of(*shard).zip(places) {
                     if first <= last {
                         cuts.push(Cut { giver: *giver, span: Span { first, last }, receiver: *receiver });
                         last = first.saturating_sub(1);
@@ -3910,78 +3768,6 @@ mod membership {
                 }
             }
             Ok(change.deal_out_stretches(&self.base, cuts, &keys))
-        }
-    }
-
-    /// Tells all nodes of a table that is in force now, and waits until it is settled.
-    async fn spread(world: &impl World, table: &Table, counts: Vec<usize>, nodes: &[String]) -> Changed {
-        meet_all(world, nodes).await;
-        let unreached = await_settled(world, table).await;
-        let shards = (0..table.shards.len()).map(|shard| table.replicas(shard)).zip(counts).collect();
-        Changed { moved: table.moved, shards, unreached }
-    }
-
-    /// Finds out what became of a change whose coordinator does not answer any more. None if nobody goes by such a table.
-    async fn look_for_change(world: &impl World, before: Option<Version>, wanted: &WantedView) -> Option<Changed> {
-        let members = world.with(|node| node.table()).map_or(Vec::new(), |table| table.view.clone());
-        let nodes: BTreeSet<String> = wanted.view.iter().chain(&members).cloned().collect();
-        meet_all(world, &Vec::from_iter(nodes)).await;
-        let is_wanted = |table: &Arc<Table>| {
-            let same_factor = wanted.factor.is_none_or(|factor| factor == table.factor);
-            Some(table.version) > before && table.view == wanted.view && same_factor
-        };
-        let table = world.with(|node| node.table()).filter(is_wanted)?;
-        let unreached = await_settled(world, &table).await;
-        let mut shards = Vec::new();
-        for replicas in (0..table.shards.len()).map(|shard| table.replicas(shard)) {
-            let count = count_of_shard(world, &table, &replicas).await.unwrap_or(0);
-            shards.push((replicas, count));
-        }
-        Some(Changed { moved: table.moved, shards, unreached })
-    }
-
-    /// What is known of a node while the keys that a table moves arrive.
-    struct Awaited {
-        name: String,
-        is_done: bool,
-        /// When it last answered, and for whom it waited then.
-        heard: Duration,
-        needs: Vec<String>,
-    }
-
-    /// Waits until a table is settled (R8). Returns the nodes that are not reached: that have not answered for a while, and without
-    /// which nothing gets on.
-    async fn await_settled(world: &impl World, table: &Table) -> Vec<String> {
-        let now = || world.with(|node| node.now);
-        let names: BTreeSet<&String> = table.view.iter().chain(table.sources()).collect();
-        let names: Vec<String> = names.into_iter().cloned().collect();
-        let await_one = |name: &String| Awaited { name: name.clone(), is_done: false, heard: now(), needs: Vec::new() };
-        let (mut nodes, mut pause): (Vec<Awaited>, u64) = (names.iter().map(await_one).collect(), 2);
-        loop {
-            for (node, reply) in nodes.iter_mut().zip(meet_all(world, &names).await) {
-                let Some(status) = reply else { continue };
-                if status.store == table.store && status.version > Some(table.version) {
-                    return Vec::new();
-                }
-                node.is_done |= status.version == Some(table.version) && status.incoming.is_empty();
-                (node.heard, node.needs) = (now(), status.incoming);
-            }
-            let waiting: Vec<&Awaited> = nodes.iter().filter(|node| !node.is_done).collect();
-            if waiting.is_empty() || world.with(|node| node.version() == Some(table.version) && node.is_settled()) {
-                // All hear of it at once.
-                meet_all(world, &names).await;
-                return Vec::new();
-            }
-            let is_silent = |name: &String| nodes.iter().any(|it| it.name == *name && it.heard + UNREACHED < now());
-            let is_stuck =
-                |it: &&Awaited| is_silent(&it.name) || !it.needs.is_empty() && it.needs.iter().all(is_silent);
-            if waiting.iter().all(is_stuck) {
-                let named = waiting.iter().flat_map(|it| it.needs.iter().chain([&it.name]));
-                let named: BTreeSet<&String> = named.filter(|name| is_silent(name)).collect();
-                return named.into_iter().cloned().collect();
-            }
-            world.sleep(Duration::from_millis(pause)).await;
-            pause = (pause * 2).min(50);
         }
     }
 }
@@ -4020,28 +3806,17 @@ fn lock_node() -> MutexGuard<'static, Node> {
     node
 }
 
-/// To the thread that deals with lines for stderr and garbage, one after the other, so that lines stay in order. To drop many records
-/// takes a while.
-static LEFTOVERS: LazyLock<mpsc::Sender<(Vec<String>, Vec<Garbage>)>> = LazyLock::new(|| {
-    let (sender, receiver) = mpsc::channel::<(Vec<String>, Vec<Garbage>)>();
-    thread::spawn(move || {
-        for (lines, garbage) in receiver {
-            lines.iter().for_each(|line| say(line));
-            drop(garbage);
-        }
-    });
-    sender
-});
-
 /// Unlocks the node, and does what it left for later.
 #[inline(never)]
 fn let_go(mut node: MutexGuard<Node>) {
     let Later { lines, garbage, activities } = std::mem::take(&mut node.later);
-    if !lines.is_empty() || !garbage.is_empty() {
-        // Still locked, so that they are in the channel in the order in which they came about.
-        let _ = LEFTOVERS.send((lines, garbage));
-    }
+    // Still locked, so that they stay in the order in which they came about.
+    lines.iter().for_each(|line| say(line));
     drop(node);
+    if !garbage.is_empty() {
+        // To drop many records takes a while. (Without a thread, they are dropped here.)
+        let _ = thread::Builder::new().spawn(move || drop(garbage));
+    }
     for activity in activities {
         let spawn = || {
             thread::Builder::new().spawn({
@@ -4056,20 +3831,15 @@ fn let_go(mut node: MutexGuard<Node>) {
     }
 }
 
-/// What is done in the background, and who waits for it.
-type Task = (Box<dyn FnOnce() -> Result<Answer, Work> + Send>, Waiting<Result<Answer, Work>>);
-
 /// To the threads that do what would hold up all coroutines. They are few: many would compete with the worker.
-static BACKGROUND: LazyLock<mpsc::Sender<Task>> = LazyLock::new(|| {
-    let (sender, receiver) = mpsc::channel::<Task>();
+static BACKGROUND: LazyLock<mpsc::Sender<Box<dyn FnOnce() + Send>>> = LazyLock::new(|| {
+    let (sender, receiver) = mpsc::channel::<Box<dyn FnOnce() + Send>>();
     let receiver = Arc::new(Mutex::new(receiver));
     for _ in 0..2 {
         let receiver = receiver.clone();
         repeat(Duration::ZERO, move || {
-            let next = lock(&receiver).recv();
-            if let Ok((work, waiting)) = next {
-                waiting.deliver(work());
-            }
+            let work = lock(&receiver).recv();
+            work.into_iter().for_each(|work| work());
         });
     }
     sender
@@ -4080,7 +3850,7 @@ static BACKGROUND: LazyLock<mpsc::Sender<Task>> = LazyLock::new(|| {
 fn in_background(work: impl FnOnce() -> Result<Answer, Work> + Send + 'static) -> Answer {
     let (question, waiting) = Question::new(CHANGE_LIMIT);
     // However this ends, `waiting` is dropped then.
-    let _ = BACKGROUND.send((Box::new(work), waiting));
+    let _ = BACKGROUND.send(Box::new(move || waiting.deliver(work())));
     match question.answer() {
         Some(done) => done.unwrap_or_else(|work| work()),
         None => panic!("what was to be done in the background panicked"),
@@ -5518,8 +5288,6 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
     say(&format!("{description}, version {VERSION}, listening on {listen}"));
     // Without /dev/null, stderr stays what it is.
     let _ = keep_stderr();
-    // Its thread is started here, and not under the node's lock when there is something for it.
-    LazyLock::force(&LEFTOVERS);
     LazyLock::force(&BACKGROUND);
     repeat(Duration::ZERO, wake_sleepers);
     repeat(peers::BEAT, peers::beat);
@@ -6043,7 +5811,7 @@ mod simulation {
             let call = {
                 let mut state = self.state.borrow_mut();
                 let to = machine_of(node);
-                let call = state.call(self.machine, patience.min(Duration::from_secs(60)));
+                let call = state.call(self.machine, patience.min(Duration::from_secs(3)));
                 if let Some(way) = state.way(self.machine, to) {
                     state.at(way, Event::Relay { to, request, call });
                 }
@@ -6768,8 +6536,7 @@ mod simulation {
                 let newest = state.newest().unwrap_or_default();
                 (0..KEYS).all(|key| {
                     let stamp = |node: &String| stamp_of(state.machines[machine_of(node)].node.as_ref()?, key);
-                    let stamps: BTreeSet<Option<u64>> =
-                        newest.replicas(newest.shard_at(HASHES[key])).iter().map(stamp).collect();
+                    let stamps: BTreeSet<Option<u64>> = newest.owners(HASHES[key]).iter().map(stamp).collect();
                     stamps.len() == 1
                 })
             };
@@ -6830,7 +6597,7 @@ mod simulation {
             let newest = state.newest().unwrap_or_default();
             for key in 0..KEYS {
                 let (name, bound) = (NAMES[key], state.replicas.bound[key]);
-                let owner = newest.replicas(newest.shard_at(HASHES[key])).remove(0);
+                let owner = newest.owners(HASHES[key])[0].clone();
                 let node = state.machines[machine_of(&owner)].node.as_ref().expect("all live");
                 let found = stamp_of(node, key);
                 let deleted = state.replicas.seen[key].range(bound..).any(|(_, value)| value.is_none());
@@ -6881,7 +6648,7 @@ mod simulation {
         let action = Action::of(key, request, vocabulary);
         let deletions = u32::from(request.verb == "DELETE");
         there.state.borrow_mut().machines[there.machine].deleting[key_of(key)] += deletions;
-        let (hash, key_text, got) = (hash_of(key), key.to_vec(), (None, Vec::new()));
+        let (hash, key_text, got) = (hash_of(key), key.to_vec(), Vec::new());
         let request_clone = request.clone();
         let mut it = KeyRequest {
             hash,
@@ -7047,7 +6814,7 @@ mod simulation {
     fn a_late_message_to_a_node_that_was_killed_since_does_nothing() {
         let simulation = store_of_four();
         // k0's owners, and k0 on its way from one to the other.
-        let owners = simulation.there(0).with(|node| node.table().map(|it| it.replicas(it.shard_at(HASHES[0]))));
+        let owners = simulation.there(0).with(|node| node.table().map(|it| it.owners(HASHES[0]).to_vec()));
         let [one, other] = owners.expect("a table")[..].to_vec().try_into().expect("two replicas");
         let (one, other): (usize, usize) = (machine_of(&one), machine_of(&other));
         let late = simulation.there(one).with(|node| {
