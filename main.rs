@@ -63,7 +63,7 @@ use url::Url;
 use connections::{CONNECTIONS, MAX_CONNECTIONS, OTHER_FILES, Server};
 use membership::{answer_view_change, count_keys, describe_shards, keep_in_touch, run};
 use node::{Context, Envelope, Later, Message, Node, Place, Reply, node_of};
-use peers::{ANSWER_LIMIT, PATIENCE, Peer, Question, STREAM, knows_secret};
+use peers::{PATIENCE, Peer, Question, STREAM, knows_secret};
 use records::{Record, hash_of};
 use replication::{Lost, World};
 use table::{Table, Version};
@@ -92,20 +92,27 @@ fn in_order(numbers: impl Iterator<Item = u64>) -> Vec<usize> {
 /// Who sleeps, by when they wake; the number tells apart those that wake at once.
 static SLEEPERS: Mutex<BTreeMap<(Instant, usize), Arc<Blocker>>> = Mutex::new(BTreeMap::new());
 static SLEEPER_CAME: Condvar = Condvar::new();
+/// How often the sleepers are looked at, in any case: so most deadlines of requests, which do not come about, wake nobody.
+const WAKE_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Lets a coroutine, or a thread, sleep. (`may::coroutine::sleep` sets a timer and then writes to the coroutine once more: if it has
 /// woken and ended by then, it is gone, and the process crashes.)
 fn pause(time: Duration) {
-    let sleeper = Arc::new(Blocker::new(false));
-    let wakes = (Instant::now() + time, Arc::as_ptr(&sleeper) as usize);
+    park_until(&Blocker::current(), Instant::now() + time);
+}
+
+/// Parks the calling coroutine, or thread, until its blocker is unparked, at that time at the latest.
+fn park_until(blocker: &Arc<Blocker>, time: Instant) {
+    let key = (time, Arc::as_ptr(blocker) as usize);
     let mut sleepers = lock(&SLEEPERS);
-    sleepers.insert(wakes, sleeper.clone());
-    let is_first = sleepers.keys().next() == Some(&wakes);
+    sleepers.insert(key, blocker.clone());
+    let is_first = sleepers.keys().next() == Some(&key);
     drop(sleepers);
-    if is_first {
+    if is_first && time.saturating_duration_since(Instant::now()) < WAKE_INTERVAL {
         SLEEPER_CAME.notify_one();
     }
-    let _ = sleeper.park(None);
+    let _ = blocker.park(None);
+    lock(&SLEEPERS).remove(&key);
 }
 
 /// Wakes the coroutines whose time has come, or waits for one. To be repeated by a thread of its own.
@@ -115,8 +122,8 @@ fn wake_sleepers() {
     let later = sleepers.split_off(&(now, usize::MAX));
     let due = std::mem::replace(&mut *sleepers, later);
     if due.is_empty() {
-        let next = sleepers.keys().next().map(|(due, _)| due.saturating_duration_since(now));
-        drop(SLEEPER_CAME.wait_timeout(sleepers, next.unwrap_or(Duration::from_secs(3600))));
+        let next = sleepers.keys().next().map_or(WAKE_INTERVAL, |(due, _)| due.saturating_duration_since(now));
+        drop(SLEEPER_CAME.wait_timeout(sleepers, next.min(WAKE_INTERVAL)));
     } else {
         // Without the lock (`Waiting`).
         drop(sleepers);
@@ -266,6 +273,9 @@ struct Request {
     /// The instances that relayed this request so far (RFC 9110 section 7.6.3).
     via: String,
     origin: Origin,
+    /// When it began at the instance that got it from a client, by the clock of this one, in milliseconds. None: here and now.
+    #[serde(skip)]
+    began: Option<i64>,
     #[serde(with = "serde_bytes")]
     body: Vec<u8>,
     /// The body is too large to be read.
@@ -1132,7 +1142,7 @@ fn answer_or_defer(request: Request) -> Result<Answer, Work> {
     match (&SETTINGS.role, &resource) {
         // What an instance is, only that instance can say.
         (Role::Follower(main), resource) if !is_about_this_instance(resource, &request) => {
-            let patience = if let Resource::ViewChange = resource { CHANGE_LIMIT } else { PATIENCE };
+            let patience = if let Resource::ViewChange = resource { CHANGE_LIMIT } else { request.patience() };
             Err(Box::new(move || {
                 let verb = request.verb.clone();
                 let down = |_| Outcome::MainDown.answer(vocabulary, &verb);
@@ -1230,6 +1240,9 @@ enum Tried {
 impl KeyRequest {
     /// Does what the request wants if this node may.
     fn perform(&mut self, node: &mut Node) -> Tried {
+        if let Some(refusal) = self.request.refusal_if_late() {
+            return Tried::Done(refusal, self.context.clone());
+        }
         let is_passed_on = self.request.origin != Origin::Client;
         if matches!(self.request.origin, Origin::Node(store) if node.table().is_some() && node.store() != store) {
             return Tried::Done(Outcome::Elsewhere, None);
@@ -1300,7 +1313,7 @@ impl KeyRequest {
 
     /// Answers the request, of which `tried` is what came of it here so far, since it began.
     async fn answer(mut self, world: &impl World, mut tried: Tried, began: Duration) -> Answer {
-        let deadline = began + PATIENCE;
+        let deadline = began + self.request.patience();
         loop {
             let retry = match tried {
                 Tried::Done(outcome, context) => return self.render(outcome, &context),
@@ -3393,7 +3406,9 @@ mod membership {
             let Some(node) = better_coordinator(world, &wanted.view).await else {
                 return render(change_view(world, wanted).await);
             };
-            let passed_on = Request { origin: Origin::Node(world.with(|node| node.store())), ..request.clone() };
+            let origin = Origin::Node(world.with(|node| node.store()));
+            // A change may take long before this.
+            let passed_on = Request { origin, began: None, ..request.clone() };
             match world.relay(&node, passed_on, CHANGE_LIMIT).await {
                 Ok(answer) => return answer,
                 Err(_) => silent = node,
@@ -3767,12 +3782,12 @@ static BACKGROUND: LazyLock<mpsc::Sender<Box<dyn FnOnce() + Send>>> = LazyLock::
 /// Has a thread do something while the calling coroutine waits. Work that waits for others comes back, for the coroutine to do: the
 /// threads only compute. A panic there is one here.
 fn in_background(work: impl FnOnce() -> Result<Answer, Work> + Send + 'static) -> Answer {
-    let (question, waiting) = Question::new(Duration::ZERO);
+    let (question, waiting) = Question::new(CHANGE_LIMIT);
     // However this ends, `waiting` is dropped then.
     let _ = BACKGROUND.send(Box::new(move || waiting.deliver(work())));
     match question.answer() {
-        Ok(done) => done.unwrap_or_else(|work| work()),
-        Err(_) => panic!("what was to be done in the background panicked"),
+        Some(done) => done.unwrap_or_else(|work| work()),
+        None => panic!("what was to be done in the background panicked"),
     }
 }
 
@@ -3793,7 +3808,7 @@ impl World for Live {
         let questions: Vec<Option<Question>> = envelopes.iter().map(begin_to_deliver).collect();
         let answers = envelopes.into_iter().zip(questions).map(|(envelope, question)| match question {
             None if own() == Some(&envelope.to) => Some(self.with(|node| node.receive(envelope))),
-            question => read_reply(&question?.answer().ok()?),
+            question => read_reply(&question?.answer()?.ok()?),
         });
         answers.collect()
     }
@@ -3853,62 +3868,98 @@ fn answer_message(body: &[u8]) -> Result<Answer, Work> {
 // ---- Peers: what one instance asks another --------------------------------------------------------------------------
 
 mod peers {
-    //! A *stream* carries requests to another instance, and their answers back in any order, for as long as it lives. It consists of two
-    //! requests of the HTTP client that do not end and share a random id: the answer to a GET carries what is answered, the body of a
-    //! POST what is asked. Both carry messages: a number that question and answer share, a length, and that many bytes. An empty message
-    //! tells that the sender is alive; a stream on which nothing comes for 1.5 s ends, at either side.
+    //! A *stream* carries requests to another instance, and their answers back in any order. It consists of two HTTP requests that share a
+    //! random id and do not end: the body of a POST carries requests, and the body of the answer to a GET carries answers.
     //!
-    //! - At the side that asks, a thread writes and a thread reads. Whoever asks queues its request and waits; what is queued while one
-    //!   write is under way goes out with the next. When the stream ends, every request that was given to it fails at once.
-    //! - At the side that is asked, the two requests are connections like others: the coroutine of one reads and answers, that of the
-    //!   other writes. After a silence nothing more is answered, so that no request takes effect long after it failed.
+    //! - On the asking side, one thread writes and one reads. A caller queues its request and waits; what is queued during one write goes
+    //!   out with the next. When the stream ends, every request that was sent on it fails at once, and the queue goes on a new stream.
+    //! - On the asked side, the two requests are connections like others: one coroutine reads requests and has them answered, the other
+    //!   writes answers.
     //!
-    //! Nodes take streams, and so does a main instance that says so in its answers (`Accept-Post`). Any other main instance gets the
-    //! requests one by one, each from a thread that is blocked meanwhile.
+    //! Each side sends something every `BEAT`, and ends the stream if it reads nothing for `SILENCE`.
+    //!
+    //! *What happens to a relayed write when the main instance is unplugged?* The stream ends after 1.5 s, and the client gets the error.
+    //! The write may still be in a buffer of the kernel, which delivers it if the cable is back in time. Therefore each message says when
+    //! its request began, across any number of followers, and the asked side refuses a request that is older than `RELAYED_LIMIT`. A
+    //! client gets the error after its request began, so the write takes effect within 3 s of the error, or never. The same rule covers
+    //! a process that is stopped and goes on.
+    //!
+    //! A message gives that time in milliseconds since the stream was opened, which each side measures by its own clock: the asked side
+    //! from just before it writes the head of its answer, the asking side from when it has read that head. So the asked side takes a
+    //! request to be older than it is, by the time that the head traveled, and never younger. Heartbeats keep it so when the clocks drift
+    //! apart (`read_answers`).
+    //!
+    //! Nodes take streams, and so does a main instance of this program. Any other main instance answers the GET with something else. It
+    //! gets plain requests, each from a thread that is blocked meanwhile.
 
-    use std::collections::{BTreeSet, HashMap, VecDeque};
-    use std::io::{self, BufReader, Read, Write};
-    use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
+    use std::collections::{HashMap, VecDeque};
+    use std::io::{self, BufRead, BufReader, Read, Write};
+    use std::net::{Shutdown, TcpStream, ToSocketAddrs};
     use std::panic::{AssertUnwindSafe, catch_unwind};
-    use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-    use std::sync::{Arc, LazyLock, Mutex, MutexGuard, mpsc};
-    use std::thread::{self, Thread, ThreadId};
+    use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering::SeqCst};
+    use std::sync::{Arc, LazyLock, Mutex, mpsc};
+    use std::thread::{self, Thread};
     use std::time::{Duration, Instant};
 
     use attohttpc::body::{Body, BodyKind};
-    use attohttpc::header::HeaderValue;
-    use attohttpc::{ErrorKind, Method, ProxySettings, RequestBuilder, StatusCode};
+    use attohttpc::{Method, ProxySettings, RequestBuilder, StatusCode};
     use may::sync::Blocker;
     use may_minihttp::BodyReader;
     use percent_encoding::percent_decode;
-    use serde::Serialize;
     use serde::de::DeserializeOwned;
+    use serde::{Deserialize, Serialize};
     use siphasher::sip128;
     use subtle::ConstantTimeEq;
     use url::{Position as Part, Url};
 
     use crate::connections::{WRITE_LIMIT, set_option, take_turn, waiting_stream};
     use crate::replication::Lost;
-    use crate::{Answer, CLOSE, Origin, Outcome, Parsed, RELAYED, RELAYED_IN_VAIN, Request, SETTINGS, Vocabulary};
-    use crate::{answer_or_defer, lock, own, pause, random, say};
+    use crate::{Answer, CLOSE, Origin, Outcome, Parsed, RELAYED, RELAYED_IN_VAIN, Request, SETTINGS};
+    use crate::{answer_or_defer, lock, now, own, park_until, pause, random, say};
 
     /// A peer that is gone is reported within 2 s (the contract, "A follower"): a connection must come about before.
     const CONNECT_LIMIT: Duration = Duration::from_millis(1100);
     /// A peer that takes no streams, accepts and never answers is reported within 5 s.
-    pub const ANSWER_LIMIT: Duration = Duration::from_millis(4200);
-    /// How long a request may take in all, on its way through other instances and back.
+    const ANSWER_LIMIT: Duration = Duration::from_millis(4200);
+    /// How long a client's request may take in all, on its way through other instances and back.
     pub const PATIENCE: Duration = Duration::from_millis(4400);
+    /// A request from another instance takes effect within this time of its beginning, or never: the contract says 3 s.
+    const RELAYED_LIMIT: i64 = 2900;
     /// How often each side of a stream sends something, and after what silence it ends.
     pub const BEAT: Duration = Duration::from_millis(250);
     const SILENCE: Duration = Duration::from_millis(1500);
     /// A stream is ended after this long without a request. Between neighbours, which meet more often, it stays.
-    const REST: Duration = Duration::from_millis(400);
+    const REST: i64 = 400;
+    /// For how long without a request it is remembered that a peer takes no streams.
+    const PLAIN_REST: i64 = 60_000;
     /// How long it may take to look a name up.
-    const LOOK_LIMIT: Duration = Duration::from_millis(700);
+    const LOOKUP_LIMIT: Duration = Duration::from_millis(700);
     /// How many threads may be waiting for answers of a peer that takes no streams.
     const MAX_THREADS: usize = 64;
-    /// More is no answer to any request of the contract.
-    const MAX_ANSWER: u64 = 16 << 20;
+
+    /// Milliseconds by this side's clock.
+    fn clock() -> i64 {
+        now().as_millis() as i64
+    }
+
+    impl Request {
+        /// How long it may still take.
+        pub fn patience(&self) -> Duration {
+            let left = |began: i64| began.saturating_add(RELAYED_LIMIT).saturating_sub(clock()).clamp(0, RELAYED_LIMIT);
+            self.began.map_or(PATIENCE, |began| Duration::from_millis(left(began) as u64))
+        }
+
+        /// The refusal of a request that must not take effect any more, since its client may have got the error long ago.
+        pub fn refusal_if_late(&self) -> Option<Outcome> {
+            let refusal = || own().map_or(Outcome::MainDown, |own| Outcome::NodeDown(own.to_owned()));
+            self.patience().is_zero().then(refusal)
+        }
+
+        /// About how many bytes it takes in a message.
+        fn size(&self) -> usize {
+            self.body.len() + self.target.len() + self.via.len() + self.content_type.len() + 64
+        }
+    }
 
     // -- Messages
 
@@ -3916,51 +3967,41 @@ mod peers {
     pub const STREAM: &str = "application/x-kv-store-stream";
     /// Where they go, followed by the id.
     const TARGET: &str = "/kv-store?stream=";
-    /// The length of the POST's body. No stream carries as much.
-    const ENDLESS: u64 = 1 << 62;
-    /// The number and the length of a message, in bytes; an empty one has zeros there.
-    const HEAD: usize = 12;
     /// How many bytes a message may have: an answer, or a request with its head.
     const MAX_MESSAGE: u32 = 17 << 20;
-    /// About how many bytes of messages are written, or dealt with, at a time.
-    const BATCH: usize = 64 << 10;
+    /// About how many bytes of messages are read, written or dealt with at a time.
+    const CHUNK: usize = 64 << 10;
 
-    fn put_message(out: &mut Vec<u8>, number: u64, message: &impl Serialize) {
-        let begin = out.len();
-        out.extend(number.to_le_bytes());
-        out.extend([0; 4]);
-        // Writing to a Vec cannot fail.
-        *out = postcard::to_extend(message, std::mem::take(out)).unwrap_or_default();
-        let length = (out.len() - begin - HEAD) as u32;
-        out[begin + 8..begin + HEAD].copy_from_slice(&length.to_le_bytes());
+    /// On the wire, a message follows its length (4 bytes, little-endian).
+    #[derive(Serialize, Deserialize)]
+    struct Message<T> {
+        /// A request and its answer have the same.
+        number: u64,
+        /// When the request began, or the answer or heartbeat was queued: milliseconds since the stream was opened.
+        time: i64,
+        /// None is a heartbeat.
+        content: Option<T>,
     }
 
-    /// Reads a message with its number, and waits for it. None is an empty one. An error is the end, or what is no message.
-    fn read_message<T: DeserializeOwned>(reader: &mut impl Read) -> io::Result<Option<(u64, T)>> {
-        let mut head = [0; HEAD];
-        reader.read_exact(&mut head)?;
-        let [a, b, c, d, e, f, g, h, length @ ..] = head;
-        let (number, length) = (u64::from_le_bytes([a, b, c, d, e, f, g, h]), u32::from_le_bytes(length));
-        if length == 0 {
-            return Ok(None);
+    impl<T: Serialize + DeserializeOwned> Message<T> {
+        fn write(&self, out: &mut Vec<u8>) {
+            let begin = out.len() + 4;
+            out.extend([0; 4]);
+            // Writing to a Vec cannot fail.
+            *out = postcard::to_extend(self, std::mem::take(out)).unwrap_or_default();
+            let length = (out.len() - begin) as u32;
+            out[begin - 4..begin].copy_from_slice(&length.to_le_bytes());
         }
-        let mut bytes = Vec::with_capacity(BATCH.min(length as usize));
-        reader.by_ref().take(length.min(MAX_MESSAGE).into()).read_to_end(&mut bytes)?;
-        let message = postcard::from_bytes(&bytes).ok().filter(|_| bytes.len() == length as usize);
-        message.map(|message| Some((number, message))).ok_or(io::ErrorKind::InvalidData.into())
-    }
 
-    /// Reads a message, and what else has come.
-    fn read_batch<T: DeserializeOwned>(reader: &mut BufReader<impl Read>) -> io::Result<Vec<(u64, T)>> {
-        let mut batch = Vec::from_iter(read_message(reader)?);
-        let is_whole = |next: &[u8]| {
-            let length = next.get(8..HEAD).and_then(|length| length.try_into().ok()).map(u32::from_le_bytes);
-            length.is_some_and(|length| next.len() - HEAD >= length as usize)
-        };
-        while is_whole(reader.buffer()) {
-            batch.extend(read_message(reader)?);
+        /// Reads a message, and waits for it. An error is the end of the stream, or what is no message.
+        fn read(reader: &mut impl Read) -> io::Result<Message<T>> {
+            let mut length = [0; 4];
+            reader.read_exact(&mut length)?;
+            let length = u32::from_le_bytes(length).min(MAX_MESSAGE);
+            let mut bytes = Vec::with_capacity(CHUNK.min(length as usize));
+            reader.take(length.into()).read_to_end(&mut bytes)?;
+            postcard::from_bytes(&bytes).map_err(|_| io::ErrorKind::InvalidData.into())
         }
-        Ok(batch)
     }
 
     // -- The secret
@@ -3983,52 +4024,65 @@ mod peers {
         proof(id, direction, address).is_none_or(|proof| proof.as_bytes().ct_eq(given).into())
     }
 
-    // -- The side that is asked
+    // -- The asked side
 
-    /// How many streams are taken.
+    /// How many streams are taken. Half of them are for those who prove that they know the secret.
     const MAX_STREAMS: usize = 1000;
-    /// How many requests of a stream may take their time side by side: each has a stack; and those of clients, which are relayed, have
-    /// answers that may be large. Until there are fewer, no more is read.
-    const MAX_WORK: usize = 500;
-    const MAX_RELAYED: usize = 8;
-    /// How many bytes of answers may wait on a stream until no more questions are dealt with.
+    /// How many bytes *deferred* requests may take, which are answered in coroutines of their own (each with its stack, and perhaps a body
+    /// of 1 MiB): those of one stream, and those of clients on all streams. While there are more, no requests are read. So some 500
+    /// small requests of a stream can wait for an instance that does not answer before they hold up others.
+    const MAX_DEFERRED: usize = 8 << 20;
+    const MAX_DEFERRED_IN_ALL: usize = 64 << 20;
+    const STACK: usize = 16 << 10;
+    /// While more bytes of answers are unsent, no more requests of the stream are read.
     const MAX_UNSENT: usize = 1 << 20;
+    /// Answers to deferred requests can still come then, up to 500 large ones. A stream with so many bytes unsent ends while all streams
+    /// together have too many.
+    const MAX_BACKLOG: usize = 8 << 20;
+    const MAX_BACKLOG_IN_ALL: usize = 128 << 20;
 
     /// The streams on which this instance is asked, by their ids.
     static ASKED: LazyLock<Mutex<HashMap<String, Arc<Asked>>>> = LazyLock::new(Default::default);
+    static DEFERRED: AtomicUsize = AtomicUsize::new(0);
+    /// When a node was last met that does not know the secret.
+    static STRANGER_MET: AtomicI64 = AtomicI64::new(0);
 
     /// A stream on which this instance is asked.
     struct Asked {
         /// Who opened it proves to know the secret, or there is none.
         knows_secret: bool,
-        state: Mutex<Asking>,
+        /// When it was opened, by this side's clock.
+        opened: i64,
+        state: Mutex<AskedState>,
         /// Wakes the coroutine that writes the answers.
         writer: Blocker,
     }
 
-    struct Asking {
-        /// What is to be written; None when the stream has ended.
-        answers: Option<Vec<u8>>,
-        /// The connection on which the questions come.
-        questions: Option<TcpStream>,
-        /// Since when the next one is waited for. None while one is dealt with.
-        waiting: Option<Instant>,
-        /// How many requests take their time.
-        working: usize,
+    struct AskedState {
+        /// Answers that are to be written. None: the stream has ended.
+        unsent: Option<Vec<u8>>,
+        /// The connection on which the requests come.
+        requests: Option<TcpStream>,
+        /// Something has come on it.
+        has_begun: bool,
+        /// How many bytes the deferred requests take.
+        deferred: usize,
     }
 
     impl Asked {
-        fn push(&self, number: u64, answer: Answer) {
-            if let Some(answers) = &mut lock(&self.state).answers {
-                put_message(answers, number, &answer.joined());
+        /// Queues an answer, or a heartbeat.
+        fn push(&self, number: u64, answer: Option<Answer>) {
+            let message = Message { number, time: clock() - self.opened, content: answer.map(Answer::joined) };
+            if let Some(unsent) = &mut lock(&self.state).unsent {
+                message.write(unsent);
             }
             self.writer.unpark();
         }
 
-        /// Waits for something to be written. None: the stream has ended.
+        /// Waits for answers that are to be written. None: the stream has ended.
         fn next_answers(&self) -> Option<Vec<u8>> {
             loop {
-                let answers = std::mem::take(lock(&self.state).answers.as_mut()?);
+                let answers = std::mem::take(lock(&self.state).unsent.as_mut()?);
                 if !answers.is_empty() {
                     return Some(answers);
                 }
@@ -4036,56 +4090,76 @@ mod peers {
             }
         }
 
-        /// Waits until another request may be dealt with. None: the stream has ended.
-        fn wait_for_room(&self, request: &Request) -> Option<()> {
-            let most = if request.origin == Origin::Client { MAX_RELAYED } else { MAX_WORK };
-            loop {
-                let state = lock(&self.state);
-                if state.answers.as_ref()?.len() < MAX_UNSENT && state.working < most {
-                    return Some(());
-                }
-                drop(state);
-                pause(Duration::from_millis(1));
-            }
-        }
-
-        /// Notes that the next message is waited for, or that it has come. None: the stream has ended, or was silent for so long that its
-        /// other side has given up.
-        fn wait_for_message(&self, waits: bool) -> Option<()> {
-            let mut state = lock(&self.state);
-            let since = std::mem::replace(&mut state.waiting, waits.then(Instant::now));
-            (state.answers.is_some() && since.is_none_or(|since| since.elapsed() < SILENCE)).then_some(())
-        }
-
         fn end(&self) {
             let mut state = lock(&self.state);
-            state.answers = None;
-            // (The server would read the body to its end, which never comes.)
-            if let Some(questions) = state.questions.take() {
-                let _ = questions.shutdown(Shutdown::Both);
+            state.unsent = None;
+            if let Some(requests) = state.requests.take() {
+                let _ = requests.shutdown(Shutdown::Both);
             }
             drop(state);
             self.writer.unpark();
         }
 
-        /// Answers what is asked, now or later. Only from who knows the store's secret is it taken for what a node says.
-        fn answer(self: &Arc<Asked>, number: u64, request: Request) {
-            if request.origin != Origin::Client && !self.knows_secret {
-                return self.push(number, Outcome::NotOfStore.answer(Vocabulary::Form, "POST"));
+        /// Reads requests and has them answered, until the stream ends.
+        fn serve(self: &Arc<Asked>, body: &mut BodyReader, socket: &TcpStream) -> io::Result<()> {
+            // The limit is for each read, and not for each message: a large one on a slow link takes longer.
+            let connection = waiting_stream(socket, Some(SILENCE))?;
+            lock(&self.state).requests = Some(socket.try_clone()?);
+            // The server has read what came with the head of the POST.
+            let begun = body.fill_buf()?.to_vec();
+            body.consume(begun.len());
+            lock(&self.state).has_begun = true;
+            let mut reader = BufReader::new(begun.chain(connection));
+            let mut served = 0;
+            loop {
+                // What is read is acknowledged at once: the other side sends no second small packet before that (RFC 896), and nothing
+                // goes back on this connection that could carry it along. (The kernel forgets this setting.)
+                set_option(socket, libc::IPPROTO_TCP, libc::TCP_QUICKACK, 1);
+                let Message { number, time, content } = Message::<Request>::read(&mut reader)?;
+                let Some(mut request) = content else { continue };
+                if request.origin != Origin::Message {
+                    request.began = Some(self.opened.saturating_add(time));
+                }
+                while self.is_full(&request)? {
+                    pause(Duration::from_millis(1));
+                }
+                served += request.size();
+                self.answer(number, request);
+                take_turn(socket, &mut served, CHUNK);
             }
-            // A panic must not leave whoever asked without an answer.
-            let in_vain = |_| Outcome::MainDown.answer(Vocabulary::Form, "GET");
-            let work = match catch_unwind(|| answer_or_defer(request)) {
-                Ok(Ok(answer)) => return self.push(number, answer),
-                Ok(Err(work)) => work,
-                Err(panic) => return self.push(number, in_vain(panic)),
+        }
+
+        /// Whether a request has to wait. An error: the stream has ended.
+        fn is_full(&self, request: &Request) -> io::Result<bool> {
+            let state = lock(&self.state);
+            let unsent = state.unsent.as_ref().ok_or(io::ErrorKind::ConnectionAborted)?.len();
+            let are_too_many = request.origin == Origin::Client && DEFERRED.load(SeqCst) > MAX_DEFERRED_IN_ALL;
+            Ok(unsent > MAX_UNSENT || state.deferred > MAX_DEFERRED || are_too_many)
+        }
+
+        /// Answers a request, now or later. What nodes say to one another is taken only from who knows the store's secret.
+        fn answer(self: &Arc<Asked>, number: u64, request: Request) {
+            let is_allowed = request.origin == Origin::Client || self.knows_secret;
+            let refusal = if is_allowed { request.refusal_if_late() } else { Some(Outcome::NotOfStore) };
+            if let Some(refusal) = refusal {
+                return self.push(number, Some(refusal.answer(request.route().1, &request.verb)));
+            }
+            let size = request.size() + STACK;
+            let work = match answer_or_defer(request) {
+                Ok(answer) => return self.push(number, Some(answer)),
+                Err(work) => work,
             };
+            lock(&self.state).deferred += size;
+            DEFERRED.fetch_add(size, SeqCst);
             let stream = self.clone();
-            lock(&self.state).working += 1;
             may::go!(move || {
-                let answer = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(in_vain);
-                lock(&stream.state).working -= 1;
-                stream.push(number, answer);
+                match catch_unwind(AssertUnwindSafe(work)) {
+                    Ok(answer) => stream.push(number, Some(answer)),
+                    // As with any panic: the asking side must not wait in vain.
+                    Err(_) => stream.end(),
+                }
+                lock(&stream.state).deferred -= size;
+                DEFERRED.fetch_sub(size, SeqCst);
             });
         }
     }
@@ -4107,13 +4181,16 @@ mod peers {
         }
     }
 
-    /// Serves the GET of a stream on its connection: writes what is answered, until the stream ends.
+    /// Serves the GET of a stream on its connection: writes answers, until the stream ends.
     pub fn write_answers(id: &str, socket: &TcpStream, knows_secret: bool) -> io::Result<()> {
         let mut connection = waiting_stream(socket, Some(WRITE_LIMIT))?;
-        let state = Asking { answers: Some(Vec::new()), questions: None, waiting: Some(Instant::now()), working: 0 };
-        let asked = Arc::new(Asked { knows_secret, state: Mutex::new(state), writer: Blocker::new(false) });
+        let state = AskedState { unsent: Some(Vec::new()), requests: None, has_begun: false, deferred: 0 };
+        let (state, writer, opened) = (Mutex::new(state), Blocker::new(false), clock());
+        let asked = Arc::new(Asked { knows_secret, opened, state, writer });
         let mut streams = lock(&ASKED);
-        if streams.len() >= MAX_STREAMS || streams.contains_key(id) {
+        let strangers = streams.values().filter(|stream| !stream.knows_secret).count();
+        let are_too_many = streams.len() >= MAX_STREAMS || !knows_secret && strangers >= MAX_STREAMS / 2;
+        if are_too_many || streams.contains_key(id) {
             return Ok(());
         }
         streams.insert(id.to_owned(), asked.clone());
@@ -4134,62 +4211,44 @@ mod peers {
         written
     }
 
-    /// Serves the POST of a stream on its connection: answers what is asked, until the stream ends.
-    pub fn read_questions(id: &str, mut body: BodyReader, socket: &TcpStream, knows_secret: bool) {
-        let asked = lock(&ASKED).get(id).cloned();
-        let Some(asked) = asked.filter(|asked| asked.knows_secret == knows_secret) else {
-            return drop(socket.shutdown(Shutdown::Both));
-        };
-        let Ok(questions) = socket.try_clone() else { return drop(socket.shutdown(Shutdown::Both)) };
-        lock(&asked.state).questions = Some(questions);
-        let mut served = 0;
-        let mut read = || {
-            asked.wait_for_message(true)?;
-            // What is read is acknowledged at once: the other side sends no second small packet before that (RFC 896), and nothing goes
-            // back on this connection that could carry it along. (The kernel forgets this setting.)
-            set_option(socket, libc::IPPROTO_TCP, libc::TCP_QUICKACK, 1);
-            let message: Option<(u64, Request)> = read_message(&mut body).ok()?;
-            asked.wait_for_message(false)?;
-            if let Some((number, request)) = message {
-                served += request.size();
-                asked.wait_for_room(&request)?;
-                asked.answer(number, request);
-                take_turn(socket, &mut served, BATCH);
-            }
-            Some(())
-        };
-        // A message that makes a panic ends the stream.
-        while let Ok(Some(())) = catch_unwind(AssertUnwindSafe(&mut read)) {}
-        asked.end();
+    /// Serves the POST of a stream on its connection: answers requests, until the stream ends.
+    pub fn read_requests(id: &str, mut body: BodyReader, socket: &TcpStream, knows_secret: bool) {
+        let asked = lock(&ASKED).get(id).filter(|asked| asked.knows_secret == knows_secret).cloned();
+        if let Some(asked) = asked {
+            // A panic ends the stream.
+            let _ = catch_unwind(AssertUnwindSafe(|| asked.serve(&mut body, socket)));
+            asked.end();
+        }
+        // Before `body` is dropped: that reads up to its end, which never comes.
+        let _ = socket.shutdown(Shutdown::Both);
     }
 
-    /// Ends the streams that are silent, and has the others give a sign of life. To be repeated every `BEAT`.
+    /// Sends a heartbeat on all streams, and ends those on which no request has come yet, or too many answers are unsent. To be repeated
+    /// every `BEAT`.
     pub fn beat() {
         let streams: Vec<Arc<Asked>> = lock(&ASKED).values().cloned().collect();
+        let mut in_all = 0;
         for stream in streams {
-            let mut state = lock(&stream.state);
-            let is_silent = state.waiting.is_some_and(|since| since.elapsed() > SILENCE);
-            if let Some(answers) = state.answers.as_mut().filter(|answers| answers.is_empty()) {
-                answers.extend([0; HEAD]);
-            }
+            stream.push(0, None);
+            let state = lock(&stream.state);
+            let backlog = state.unsent.as_ref().map_or(0, Vec::len);
+            let is_unused = !state.has_begun && clock() - stream.opened > SILENCE.as_millis() as i64;
             drop(state);
-            if is_silent { stream.end() } else { stream.writer.unpark() }
+            in_all += backlog;
+            if is_unused || backlog > MAX_BACKLOG && in_all > MAX_BACKLOG_IN_ALL {
+                stream.end();
+            }
         }
     }
 
-    // -- The side that asks
+    // -- The asking side
 
     /// This process, in the `Via` of what it relays: a request that comes back with it runs in a ring.
     static VIA: LazyLock<String> = LazyLock::new(|| format!("1.1 kv-store-{:016x}", random()));
 
-    const MAX_STRANGERS: usize = 1000;
-    /// The nodes of which it was said that they do not know the secret: it is said once.
-    static STRANGERS: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
-
     static PEERS: LazyLock<Mutex<HashMap<String, Arc<Peer>>>> = LazyLock::new(Default::default);
 
-    /// Another instance, and what is on its way there.
-    #[derive(Default)]
+    /// Another instance, and what is to be sent there.
     pub struct Peer {
         /// Its `host:port`.
         address: String,
@@ -4198,95 +4257,86 @@ mod peers {
 
     #[derive(Default)]
     struct Traffic {
-        takes_streams: bool,
-        /// Requests of which nothing was sent yet, by their numbers.
-        queue: VecDeque<(u64, Request)>,
-        /// Who waits for the answer to which request.
-        waiters: HashMap<u64, Waiting>,
-        last_number: u64,
-        /// When something was last asked.
-        asked: Option<Instant>,
-        /// The thread that opens the stream and writes on it, while there is one; and whether somebody is about to wake it.
-        writer: Option<Thread>,
-        is_waking: bool,
-        /// The threads that take requests to the peer one by one.
-        threads: usize,
+        /// Requests of which nothing was sent yet, and who waits for their answers.
+        queue: VecDeque<(Request, Waiting)>,
+        /// The thread that takes what is queued, while there is one.
+        sender: Option<Thread>,
+        /// Several requests were under way when it last took some.
+        is_busy: bool,
     }
 
-    /// Dropping it wakes who waits, with an answer or without. It is never dropped by who holds a lock: a coroutine that is woken while
-    /// it parks goes on inside the call that parks it, and to drop its Blocker waits for that call to return. If the coroutine came to
-    /// want the lock, both would wait for ever.
-    pub struct Waiting<T = Answer> {
+    /// A stream on which a peer is asked: what its two threads share.
+    struct Stream {
+        /// When it was opened, by this side's clock.
+        opened: i64,
+        /// Who waits for the answers to requests that were sent. None: the stream has ended.
+        sent: Option<HashMap<u64, Waiting>>,
+    }
+
+    /// A coroutine, or a thread, that waits for what another one delivers.
+    struct Waiter<T> {
+        blocker: Arc<Blocker>,
+        answer: Mutex<Option<T>>,
+    }
+
+    /// What was asked, to be waited for.
+    pub struct Question<T = Result<Answer, Lost>> {
         waiter: Arc<Waiter<T>>,
         deadline: Instant,
     }
 
-    /// A coroutine, or a thread, that waits for an answer.
-    struct Waiter<T> {
-        blocker: Blocker,
-        answer: Mutex<Option<T>>,
-        /// The request was given to a stream, or a thread, so that it may have got there.
-        was_sent: AtomicBool,
-    }
-
-    /// What was asked, to be waited for.
-    pub struct Question<T = Answer>(Arc<Waiter<T>>);
+    /// The other end of a question. Dropping it wakes who waits, with an answer or without. It is never dropped by who holds a lock: a
+    /// coroutine that is woken while it parks goes on inside the call that parks it, and to drop its Blocker waits for that call to
+    /// return. If the coroutine came to want the lock, both would wait for ever.
+    pub struct Waiting<T = Result<Answer, Lost>>(Arc<Waiter<T>>);
 
     impl<T> Question<T> {
         pub fn new(patience: Duration) -> (Question<T>, Waiting<T>) {
-            let (blocker, answer) = (Blocker::new(false), Mutex::default());
-            let waiter = Arc::new(Waiter { blocker, answer, was_sent: false.into() });
-            (Question(waiter.clone()), Waiting { waiter, deadline: Instant::now() + patience })
+            let waiter = Arc::new(Waiter { blocker: Blocker::current(), answer: Mutex::default() });
+            (Question { waiter: waiter.clone(), deadline: Instant::now() + patience }, Waiting(waiter))
         }
 
-        /// Waits for the answer.
-        pub fn answer(self) -> Result<T, Lost> {
-            // The watch ends this at the deadline: a timer for each request would cost more than the rest of the relay.
-            let _ = self.0.blocker.park(None);
-            lock(&self.0.answer).take().ok_or(Lost { was_sent: self.0.was_sent.load(SeqCst) })
-        }
-    }
-
-    impl<T> Drop for Waiting<T> {
-        fn drop(&mut self) {
-            self.waiter.blocker.unpark();
+        /// Waits for the answer. None if there is none in time, or it was given up.
+        pub fn answer(self) -> Option<T> {
+            park_until(&self.waiter.blocker, self.deadline);
+            lock(&self.waiter.answer).take()
         }
     }
 
     impl<T> Waiting<T> {
         pub fn deliver(self, answer: T) {
-            *lock(&self.waiter.answer) = Some(answer);
+            *lock(&self.0.answer) = Some(answer);
+        }
+    }
+
+    impl<T> Drop for Waiting<T> {
+        fn drop(&mut self) {
+            self.0.blocker.unpark();
         }
     }
 
     impl Traffic {
-        /// Those that wait for what is queued, to be dropped: they get no answer.
-        fn give_up_queue(&mut self) -> Vec<Waiting> {
-            let Traffic { queue, waiters, .. } = self;
-            queue.drain(..).filter_map(|(number, _)| waiters.remove(&number)).collect()
-        }
-
-        fn is_written_by(&self, thread: ThreadId) -> bool {
-            self.writer.as_ref().is_some_and(|writer| writer.id() == thread)
+        fn has_sender(&self, thread: &Thread) -> bool {
+            self.sender.as_ref().is_some_and(|sender| sender.id() == thread.id())
         }
     }
 
     impl Peer {
         pub fn at(address: &str) -> Arc<Peer> {
             let mut peers = lock(&PEERS);
-            if let Some(known) = peers.get(address) {
-                return known.clone();
+            if !peers.contains_key(address) {
+                // Any client can name a thousand nodes in a view: those that nobody asks are forgotten.
+                peers.retain(|_, peer| Arc::strong_count(peer) > 1);
             }
-            let traffic = Mutex::new(Traffic { takes_streams: own().is_some(), ..Traffic::default() });
-            let peer = Arc::new(Peer { address: address.into(), traffic });
-            peers.insert(address.into(), peer.clone());
-            peer
+            let new = || Arc::new(Peer { address: address.into(), traffic: Mutex::default() });
+            peers.entry(address.into()).or_insert_with(new).clone()
         }
 
         /// Takes a request to the peer and returns its answer; an error if there is none in time, or the request runs in a ring.
         /// The request is sent once at most.
         pub fn relay(self: Arc<Peer>, request: Request, patience: Duration) -> Result<Answer, Lost> {
-            let result = self.begin(request, patience).and_then(Question::answer);
+            let no_answer = Err(Lost { was_sent: true });
+            let result = self.begin(request, patience).and_then(|question| question.answer().unwrap_or(no_answer));
             RELAYED.fetch_add(1, SeqCst);
             RELAYED_IN_VAIN.fetch_add(result.is_err().into(), SeqCst);
             result
@@ -4301,257 +4351,181 @@ mod peers {
                 }
                 request.via = if request.via.is_empty() { VIA.clone() } else { format!("{}, {}", request.via, *VIA) };
             }
+            request.began.get_or_insert_with(clock);
             let (question, waiting) = Question::new(patience);
             let mut traffic = lock(&self.traffic);
-            traffic.last_number += 1;
-            traffic.asked = Some(Instant::now());
-            let number = traffic.last_number;
-            traffic.waiters.insert(number, waiting);
-            traffic.queue.push_back((number, request));
-            self.dispatch(traffic);
+            traffic.queue.push_back((request, waiting));
+            match traffic.sender.clone() {
+                None => self.start_sender(&mut traffic),
+                // Whoever queued the first one has woken it.
+                Some(_) if traffic.queue.len() > 1 => {}
+                // A coroutine runs after those that are ready now: what they ask goes along.
+                Some(sender) if traffic.is_busy => drop(may::go!(move || sender.unpark())),
+                Some(sender) => sender.unpark(),
+            }
             Ok(question)
         }
 
-        /// Sees to it that somebody takes what is queued.
-        fn dispatch(self: &Arc<Peer>, mut traffic: MutexGuard<Traffic>) {
+        /// Starts a thread that takes what is queued. (Where the system has no room for one, the next request tries again.)
+        fn start_sender(self: &Arc<Peer>, traffic: &mut Traffic) {
             let peer = self.clone();
-            let spawned = if let Some(writer) = &traffic.writer {
-                if traffic.waiters.len() == 1 {
-                    return writer.unpark();
-                } else if !std::mem::replace(&mut traffic.is_waking, true) {
-                    // This runs after the coroutines that are ready now: what they ask goes along.
-                    may::go!(move || peer.wake_writer());
-                }
-                return;
-            } else if traffic.takes_streams {
-                let spawned = thread::Builder::new().spawn(move || peer.run_stream());
-                spawned.map(|writer| traffic.writer = Some(writer.thread().clone()))
-            } else if traffic.threads < MAX_THREADS {
-                let spawned = thread::Builder::new().spawn(move || peer.send_plainly());
-                spawned.map(|_| traffic.threads += 1)
-            } else {
-                Ok(())
-            };
-            let lost = if spawned.is_err() { traffic.give_up_queue() } else { Vec::new() };
-            drop(traffic);
-            drop(lost);
+            let spawned = thread::Builder::new().spawn(move || peer.send_queue());
+            traffic.sender = spawned.ok().map(|sender| sender.thread().clone());
         }
 
-        fn wake_writer(&self) {
+        /// Sends what is queued, on one stream after the other or as plain requests, until there is nothing for a while.
+        fn send_queue(self: Arc<Peer>) {
+            loop {
+                match catch_unwind(AssertUnwindSafe(|| self.run_stream())) {
+                    // The stream has ended. What is still queued goes on the next one.
+                    Ok(Ok(true)) => {}
+                    Ok(Ok(false)) => self.send_plainly(),
+                    // There is no way to the peer.
+                    Ok(Err(_)) | Err(_) => self.give_up_queue(),
+                }
+                let mut traffic = lock(&self.traffic);
+                if !traffic.has_sender(&thread::current()) {
+                    return;
+                } else if traffic.queue.is_empty() {
+                    traffic.sender = None;
+                    return;
+                }
+            }
+        }
+
+        /// Has another thread take what is queued, since the sender of an ended stream may be blocked in a write for minutes.
+        fn replace_sender(self: &Arc<Peer>, sender: &Thread) {
             let mut traffic = lock(&self.traffic);
-            traffic.is_waking = false;
-            if let Some(writer) = &traffic.writer {
-                writer.unpark();
-            }
-        }
-
-        // -- A peer that takes streams
-
-        /// Opens a stream and writes on it, until it ends.
-        fn run_stream(self: Arc<Peer>) {
-            let stream = thread::current().id();
-            // After a panic, there was no stream.
-            let opened = catch_unwind(AssertUnwindSafe(|| self.open_stream(stream)));
-            match opened.unwrap_or(Err(io::Error::from(io::ErrorKind::Other).into())) {
-                Ok(true) => self.end_stream(stream),
-                Ok(false) => {
-                    let mut traffic = lock(&self.traffic);
-                    (traffic.writer, traffic.takes_streams) = (None, false);
-                    let left = traffic.queue.len();
-                    drop(traffic);
-                    (0..left.min(MAX_THREADS)).for_each(|_| self.dispatch(lock(&self.traffic)));
-                }
-                Err(_) => {
-                    let mut traffic = lock(&self.traffic);
-                    traffic.writer = None;
-                    let lost = traffic.give_up_queue();
-                    drop(traffic);
-                    drop(lost);
+            if traffic.has_sender(sender) {
+                traffic.sender = None;
+                if !traffic.queue.is_empty() {
+                    self.start_sender(&mut traffic);
                 }
             }
         }
 
-        /// Does that. False: the peer takes no streams. An error: there was no answer.
-        fn open_stream(self: &Arc<Peer>, stream: ThreadId) -> attohttpc::Result<bool> {
+        /// Fails all queued requests.
+        fn give_up_queue(&self) {
+            let queue = std::mem::take(&mut lock(&self.traffic).queue);
+            queue.into_iter().for_each(|(_, waiting)| waiting.deliver(Err(Lost { was_sent: false })));
+        }
+
+        /// Opens a stream and writes on it, until it ends. False: the peer takes no streams. An error: there was no answer.
+        fn run_stream(self: &Arc<Peer>) -> attohttpc::Result<bool> {
             let host = find_host(&self.address)?;
-            let (id, via) = (format!("{:016x}", random()), VIA.as_str());
+            let id = format!("{:016x}", random());
             let open = |verb: &str| {
                 let builder = client(verb, &format!("http://{host}{TARGET}{id}"), SILENCE)?;
-                let builder = builder.try_header("Content-Type", STREAM)?.try_header("Via", via)?;
+                let builder = builder.try_header("Content-Type", STREAM)?.try_header("Via", VIA.as_str())?;
                 attohttpc::Result::Ok(match proof(&id, verb, &self.address) {
                     Some(proof) => builder.bearer_auth(proof),
                     None => builder,
                 })
             };
             let (status, headers, answers) = open("GET")?.send()?.split();
-            let given = headers.get("Authentication-Info").map_or("".as_bytes(), HeaderValue::as_bytes);
+            let given = headers.get("Authentication-Info").map_or(&b""[..], |value| value.as_bytes());
+            let is_stream = headers.get("Content-Type").is_some_and(|it| it == STREAM);
             let is_proven = is_proven(given, &id, "answer", &self.address);
-            let takes_streams = headers.get("Content-Type").is_some_and(|it| it == STREAM);
-            if status == StatusCode::FORBIDDEN || takes_streams && !is_proven {
-                self.say_that_it_is_a_stranger();
+            // Said once, until no such node is met for a minute: nodes try again four times a second.
+            if (status == StatusCode::FORBIDDEN || is_stream && !is_proven)
+                && clock() - STRANGER_MET.swap(clock(), SeqCst) > 60_000
+            {
+                say(&format!("node {} is of another store: its SECRET is another one", self.address));
             }
-            if !takes_streams || !is_proven {
+            if !is_stream || !is_proven {
                 // A node is never asked without a stream: one that takes none from here is of another store.
                 let error = io::Error::from(io::ErrorKind::PermissionDenied);
                 return if own().is_some() { Err(error.into()) } else { Ok(false) };
             }
-            let (reader, mut answers) = (self.clone(), BufReader::with_capacity(BATCH, answers));
+            let stream = Arc::new(Mutex::new(Stream { opened: clock(), sent: Some(HashMap::new()) }));
+            let (peer, sender, reader) = (self.clone(), thread::current(), stream.clone());
             thread::Builder::new().spawn(move || {
-                while let Ok(batch) = read_batch(&mut answers)
-                    && lock(&reader.traffic).is_written_by(stream)
-                {
-                    reader.deliver(batch);
-                }
-                reader.end_stream(stream);
+                let _ = catch_unwind(AssertUnwindSafe(|| read_answers(answers, &reader)));
+                end_stream(&reader);
+                peer.replace_sender(&sender);
             })?;
             // This ends with the stream, and always with an error.
-            let _ = open("POST")?.body(Questions { peer: self, stream }).send();
+            let _ = open("POST").and_then(|post| {
+                post.body(Requests { peer: self, stream: &stream, last_number: 0, last_asked: clock() }).send()
+            });
+            end_stream(&stream);
             Ok(true)
         }
 
-        /// Says once, as long as there are not very many of them, that a node does not know the secret.
-        fn say_that_it_is_a_stranger(&self) {
-            let mut strangers = lock(&STRANGERS);
-            if strangers.len() < MAX_STRANGERS && strangers.insert(self.address.clone()) {
-                say(&format!("node {} is of another store: its SECRET is another one", self.address));
-            }
-        }
-
-        /// Hands on answers. A coroutine does so if they are many: to wake the worker once is enough.
-        fn deliver(&self, answers: Vec<(u64, Answer)>) {
-            let mut traffic = lock(&self.traffic);
-            let waiting =
-                answers.into_iter().filter_map(|(number, answer)| Some((traffic.waiters.remove(&number)?, answer)));
-            let answered: Vec<(Waiting, Answer)> = waiting.collect();
-            drop(traffic);
-            let is_one = answered.len() < 2;
-            let deliver = || answered.into_iter().for_each(|(waiting, answer)| waiting.deliver(answer));
-            if is_one { deliver() } else { drop(may::go!(deliver)) }
-        }
-
-        /// What is to be written next on a stream: what is queued, or a sign of life. None: it ends, since it has, or nobody needs it.
-        fn next_questions(&self, stream: ThreadId) -> Option<Vec<u8>> {
-            let mut traffic = lock(&self.traffic);
-            if traffic.queue.is_empty() {
-                drop(traffic);
-                thread::park_timeout(BEAT);
-                traffic = lock(&self.traffic);
-            }
-            let is_resting = traffic.waiters.is_empty() && traffic.asked.is_some_and(|at| at.elapsed() > REST);
-            if !traffic.is_written_by(stream) || is_resting {
-                return None;
-            }
-            let (mut batch, mut size) = (Vec::new(), 0);
-            while size < BATCH
-                && let Some((number, request)) = traffic.queue.pop_front()
-            {
-                if let Some(waiting) = traffic.waiters.get(&number) {
-                    waiting.waiter.was_sent.store(true, SeqCst);
-                    size += request.size();
-                    batch.push((number, request));
-                }
-            }
-            drop(traffic);
-            let mut bytes = Vec::with_capacity(size);
-            batch.iter().for_each(|(number, request)| put_message(&mut bytes, *number, request));
-            if bytes.is_empty() {
-                bytes.extend([0; HEAD]);
-            }
-            Some(bytes)
-        }
-
-        /// Ends a stream: what was given to it gets no answer, and what is still queued goes on the next one.
-        fn end_stream(self: &Arc<Peer>, stream: ThreadId) {
-            let mut traffic = lock(&self.traffic);
-            if !traffic.is_written_by(stream) {
-                return;
-            }
-            if let Some(writer) = traffic.writer.take() {
-                writer.unpark();
-            }
-            let was_sent = |waiting: &Waiting| waiting.waiter.was_sent.load(SeqCst);
-            let lost: Vec<Waiting> =
-                traffic.waiters.extract_if(|_, waiting| was_sent(waiting)).map(|(_, waiting)| waiting).collect();
-            if !traffic.queue.is_empty() {
-                self.dispatch(traffic);
-            } else {
-                drop(traffic);
-            }
-            drop(lost);
-        }
-
-        // -- Requests one by one
-
-        /// Takes requests to the peer, one at a time, until none is queued.
-        fn send_plainly(self: Arc<Peer>) {
-            let mut traffic = lock(&self.traffic);
-            while !traffic.takes_streams
-                && let Some((number, request)) = traffic.queue.pop_front()
-            {
-                let Some(waiting) = traffic.waiters.get(&number) else { continue };
-                // What only a stream can carry waits until it is known whether the peer takes them.
-                let needs_stream = request.needs_stream();
-                waiting.waiter.was_sent.store(!needs_stream, SeqCst);
-                let deadline = waiting.deadline;
-                drop(traffic);
-                let answer = match needs_stream {
-                    true => self.send_one(&request.as_greeting(), deadline),
-                    false => self.send_one(&request, deadline),
-                };
-                traffic = lock(&self.traffic);
-                if needs_stream && traffic.takes_streams {
-                    traffic.queue.push_front((number, request));
+        /// Takes each queued request to the peer from a thread of its own, until there was none for a while. One without an answer ends
+        /// this as well: the peer may be gone, or another program by now.
+        fn send_plainly(self: &Arc<Peer>) {
+            let (is_fine, mut last_asked) = (Arc::new(AtomicBool::new(true)), clock());
+            while is_fine.load(SeqCst) && clock() - last_asked < PLAIN_REST {
+                let next = lock(&self.traffic).queue.pop_front();
+                let Some((request, waiting)) = next.filter(|(request, _)| request.refusal_if_late().is_none()) else {
+                    thread::park_timeout(BEAT);
                     continue;
+                };
+                last_asked = clock();
+                while Arc::strong_count(&is_fine) > MAX_THREADS {
+                    thread::sleep(Duration::from_millis(1));
                 }
-                let waiting = traffic.waiters.remove(&number);
-                drop(traffic);
-                if let Some(waiting) = waiting
-                    && let Some(answer) = answer.filter(|_| !needs_stream)
-                {
-                    waiting.deliver(answer);
-                }
-                traffic = lock(&self.traffic);
-            }
-            traffic.threads -= 1;
-            if !traffic.queue.is_empty() {
-                self.dispatch(traffic);
-            }
-        }
-
-        /// Sends a request as plain HTTP and waits for its answer. Learns from it whether the peer takes streams.
-        fn send_one(&self, request: &Request, deadline: Instant) -> Option<Answer> {
-            let began = Instant::now();
-            let limit = deadline.saturating_duration_since(began).min(ANSWER_LIMIT);
-            // After a panic there is no answer.
-            match catch_unwind(AssertUnwindSafe(|| request.send(&find_host(&self.address)?, limit))).ok()? {
-                Ok((answer, takes_streams)) => {
-                    lock(&self.traffic).takes_streams |= takes_streams;
-                    Some(answer)
-                }
-                // If there is no way to the peer at all, whatever else waits for it is told so as well.
-                Err(error) if is_no_way(&error) && began.elapsed() < limit => {
-                    let lost = lock(&self.traffic).give_up_queue();
-                    drop(lost);
-                    None
-                }
-                Err(_) => None,
+                let (peer, is_fine) = (self.clone(), is_fine.clone());
+                let send = move || match find_host(&peer.address).map(|host| request.send(&host)) {
+                    Ok(Ok(answer)) => waiting.deliver(Ok(answer)),
+                    _ => is_fine.store(false, SeqCst),
+                };
+                let _ = thread::Builder::new().spawn(send);
             }
         }
     }
 
-    /// The body of a stream's POST: what is asked.
-    struct Questions<'a> {
+    /// The body of a stream's POST.
+    struct Requests<'a> {
         peer: &'a Peer,
-        stream: ThreadId,
+        stream: &'a Mutex<Stream>,
+        last_number: u64,
+        /// When something was last queued.
+        last_asked: i64,
     }
 
-    impl Body for Questions<'_> {
+    impl Requests<'_> {
+        /// What is to be written next: what is queued, or a heartbeat. None: the stream ends, since it has, or nobody needs it.
+        fn next(&mut self) -> Option<Vec<u8>> {
+            if lock(&self.peer.traffic).queue.is_empty() {
+                thread::park_timeout(BEAT);
+            }
+            let (mut traffic, mut stream) = (lock(&self.peer.traffic), lock(self.stream));
+            let Stream { opened, sent } = &mut *stream;
+            let sent = sent.as_mut()?;
+            let (mut batch, mut size) = (Vec::new(), 0);
+            while size < CHUNK
+                && let Some((request, waiting)) = traffic.queue.pop_front()
+            {
+                size += request.size();
+                self.last_number += 1;
+                sent.insert(self.last_number, waiting);
+                let time = request.began.map_or(0, |began| began.saturating_sub(*opened));
+                batch.push(Message { number: self.last_number, time, content: Some(request) });
+            }
+            let is_needed = !sent.is_empty();
+            traffic.is_busy = sent.len() > 1;
+            drop((traffic, stream));
+            if !batch.is_empty() {
+                self.last_asked = clock();
+            } else if is_needed || clock() - self.last_asked < REST {
+                batch.push(Message { number: 0, time: 0, content: None });
+            }
+            let mut bytes = Vec::with_capacity(size);
+            batch.iter().for_each(|message| message.write(&mut bytes));
+            (!bytes.is_empty()).then_some(bytes)
+        }
+    }
+
+    impl Body for Requests<'_> {
         fn kind(&mut self) -> io::Result<BodyKind> {
-            Ok(BodyKind::KnownLength(ENDLESS))
+            // No stream carries as much.
+            Ok(BodyKind::KnownLength(1 << 62))
         }
 
         fn write<W: Write>(&mut self, mut writer: W) -> io::Result<()> {
-            while let Some(bytes) = self.peer.next_questions(self.stream) {
+            while let Some(bytes) = self.next() {
                 writer.write_all(&bytes)?;
                 writer.flush()?;
             }
@@ -4560,22 +4534,30 @@ mod peers {
         }
     }
 
-    /// Ends waiting that is in vain. To be repeated by a thread of its own.
-    pub fn watch_peers() {
-        let mut peers = lock(&PEERS);
-        // (Any client can name a thousand nodes in a view.) A follower has one peer, and remembers what it takes.
-        peers.retain(|_, peer| Arc::strong_count(peer) > 1 || own().is_none());
-        let known: Vec<Arc<Peer>> = peers.values().cloned().collect();
-        drop(peers);
-        let now = Instant::now();
-        for peer in known {
-            let mut traffic = lock(&peer.traffic);
-            let Traffic { waiters, queue, .. } = &mut *traffic;
-            let late: Vec<(u64, Waiting)> = waiters.extract_if(|_, waiting| waiting.deadline < now).collect();
-            queue.retain(|(number, _)| waiters.contains_key(number));
-            drop(traffic);
-            drop(late);
+    /// Reads answers from a stream and delivers them, until the stream ends.
+    fn read_answers(answers: impl Read, stream: &Mutex<Stream>) -> io::Result<()> {
+        let mut answers = BufReader::with_capacity(CHUNK, answers);
+        loop {
+            let Message { number, time, content } = Message::read(&mut answers)?;
+            let mut stream = lock(stream);
+            let Some(answer) = content else {
+                // The asked side opened the stream at this time or earlier: a heartbeat that waited behind large answers gives too late
+                // a time. So the earliest counts, which may rise by 1 ms a heartbeat, since the asked side's clock may be slower.
+                stream.opened = clock().saturating_sub(time).min(stream.opened.saturating_add(1));
+                continue;
+            };
+            let waiting = stream.sent.as_mut().ok_or(io::ErrorKind::ConnectionAborted)?.remove(&number);
+            drop(stream);
+            if let Some(waiting) = waiting {
+                waiting.deliver(Ok(answer));
+            }
         }
+    }
+
+    /// Fails all requests that were sent on a stream.
+    fn end_stream(stream: &Mutex<Stream>) {
+        let sent = lock(stream).sent.take();
+        drop(sent);
     }
 
     // -- The client
@@ -4584,25 +4566,14 @@ mod peers {
     /// lookup for ten seconds, so it has a thread of its own, which ends when it ends. A name that stands for several addresses is left
     /// to the client, since it tries them side by side.
     fn find_host(address: &str) -> io::Result<String> {
-        if address.parse::<SocketAddr>().is_ok() {
-            return Ok(address.to_owned());
-        }
         let (name, (tell, told)) = (address.to_owned(), mpsc::channel());
         let look_up = move || tell.send(name.to_socket_addrs().map_or(Vec::new(), Iterator::collect));
         thread::Builder::new().spawn(look_up)?;
-        match &told.recv_timeout(LOOK_LIMIT).unwrap_or_default()[..] {
+        match &told.recv_timeout(LOOKUP_LIMIT).unwrap_or_default()[..] {
             [] => Err(io::ErrorKind::HostUnreachable.into()),
             [one] => Ok(one.to_string()),
             _ => Ok(address.to_owned()),
         }
-    }
-
-    fn is_no_way(error: &attohttpc::Error) -> bool {
-        use io::ErrorKind::*;
-        let is_it = |kind| {
-            matches!(kind, AddrNotAvailable | ConnectionRefused | HostUnreachable | NetworkUnreachable | TimedOut)
-        };
-        matches!(error.kind(), ErrorKind::Io(error) if is_it(error.kind()))
     }
 
     /// A request of the client, without what it would do by itself: it reads `http_proxy`, and follows redirects. The limit is for
@@ -4614,41 +4585,25 @@ mod peers {
     }
 
     impl Request {
-        /// About how many bytes it takes in a message.
-        fn size(&self) -> usize {
-            self.body.len() + self.target.len() + self.via.len() + self.content_type.len() + 64
-        }
-
-        /// The target on a host. What of it the client would change is for `needs_stream` to tell.
-        fn url(&self, host: &str) -> String {
-            format!("http://{host}{}", self.target)
-        }
-
-        /// Whether plain HTTP cannot carry this: the client takes the segments `.` and `..`, which may be keys, out of a target,
-        /// and makes something of its own of CONNECT.
-        fn needs_stream(&self) -> bool {
-            let url = self.url("peer");
+        /// The target on a host. None if plain HTTP cannot carry it: the client takes the segments `.` and `..`, which may be keys, out of
+        /// a target, and makes something of its own of CONNECT. A target that is no path would go on with the host: `@another:80/`.
+        fn url(&self, host: &str) -> Option<String> {
+            let url = format!("http://{host}{}", self.target);
             let same =
                 |sent: Url| percent_decode(sent[..Part::AfterQuery].as_bytes()).eq(percent_decode(url.as_bytes()));
-            // A target that is no path would go on with the host: `@another:80/`.
-            let is_path = self.target.starts_with('/') && self.verb != "CONNECT";
-            self.origin != Origin::Client || !is_path || !Url::parse(&url).is_ok_and(same)
+            let is_kept = self.target.starts_with('/') && self.verb != "CONNECT" && Url::parse(&url).is_ok_and(same);
+            is_kept.then_some(url)
         }
 
-        /// What can be asked instead, to learn whether the peer takes streams.
-        fn as_greeting(&self) -> Request {
-            Request { verb: "GET".into(), target: "/kv-store".into(), via: self.via.clone(), ..Request::default() }
-        }
-
-        /// Sends the request to a host and reads the answer, of which status, `Content-Type`, `Allow` and body go on; and
-        /// whether the host takes streams. The limit is for all of it, however slowly the answer drips.
-        pub fn send(&self, host: &str, limit: Duration) -> attohttpc::Result<(Answer, bool)> {
-            let mut builder = client(&self.verb, &self.url(host), limit)?.timeout(limit);
-            if !self.via.is_empty() {
-                builder = builder.try_header("Via", &self.via)?;
-            }
-            if !self.content_type.is_empty() {
-                builder = builder.try_header("Content-Type", &self.content_type)?;
+        /// Sends the request to a host and reads the answer, of which status, `Content-Type`, `Allow` and body go on. The limit
+        /// is for all of it, however slowly the answer drips.
+        pub fn send(&self, host: &str) -> attohttpc::Result<Answer> {
+            let url = self.url(host).ok_or(io::Error::from(io::ErrorKind::InvalidInput))?;
+            let mut builder = client(&self.verb, &url, ANSWER_LIMIT)?.timeout(ANSWER_LIMIT);
+            for (name, value) in [("Via", &self.via), ("Content-Type", &self.content_type)] {
+                if !value.is_empty() {
+                    builder = builder.try_header(name, value)?;
+                }
             }
             let (status, headers, reader) = builder.bytes(&self.body).send()?.split();
             if status.is_informational() || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
@@ -4657,16 +4612,15 @@ mod peers {
             }
             let value = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
             let mut body = Vec::new();
-            let length = reader.take(MAX_ANSWER).read_to_end(&mut body)?;
+            let length = reader.take(u64::from(MAX_MESSAGE)).read_to_end(&mut body)?;
             let is_cut = value("Content-Length").is_some_and(|expected| expected.parse() != Ok(length));
-            if is_cut || length as u64 == MAX_ANSWER {
+            if is_cut || length as u64 == u64::from(MAX_MESSAGE) {
                 return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
             }
             let content_type = value("Content-Type").unwrap_or("application/octet-stream");
             let allow = value("Allow").map_or(String::new(), |verbs| format!("\r\nAllow: {verbs}"));
             let header = format!("Content-Type: {content_type}{allow}").into();
-            let takes_streams = value("Accept-Post") == Some(STREAM);
-            Ok((Answer { status: status.as_u16(), header, body, value: None }, takes_streams))
+            Ok(Answer { status: status.as_u16(), header, body, value: None })
         }
     }
 }
@@ -4707,7 +4661,7 @@ mod connections {
     use may_minihttp::{BodyReader, HttpService, HttpServiceFactory, Request as Parsed, Response};
     use nix::errno::Errno;
 
-    use crate::peers::{STREAM, read_questions, write_answers};
+    use crate::peers::{read_requests, write_answers};
     use crate::{Action, Answer, CLOSE, LARGE_BODY, MAX_HEAD, Outcome, Request, Resource, VERBS, Vocabulary};
     use crate::{answer_about, answer_or_defer, count_answer, knows_secret, pause, read_head};
 
@@ -4729,7 +4683,7 @@ mod connections {
     /// How many connections are open.
     pub static CONNECTIONS: AtomicU64 = AtomicU64::new(0);
     /// A third of the files that the system lets this process open, less some for everything else: a connection that is written to or
-    /// read from while its coroutine waits takes another one, and a stream a third (`waiting_stream`, `read_questions`). And less than
+    /// read from while its coroutine waits takes another one, and a stream a third (`waiting_stream`, `read_requests`). And less than
     /// half the mappings that Linux lets a process have: a coroutine's stack takes two, and without one the server ends.
     pub static MAX_CONNECTIONS: LazyLock<u64> = LazyLock::new(|| {
         let files = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024);
@@ -4847,7 +4801,7 @@ mod connections {
             self.phase.set(Phase::Closing);
             match parsed.method() {
                 "GET" => drop(write_answers(id, &self.socket(), knows_secret)),
-                _ => read_questions(id, parsed.body(), &self.socket(), knows_secret),
+                _ => read_requests(id, parsed.body(), &self.socket(), knows_secret),
             }
             self.close(Shutdown::Write);
         }
@@ -4936,9 +4890,7 @@ mod connections {
             // side, and not a relaying one, is the first to close and has its port in TIME_WAIT (RFC 9293 section 3.6.1): 28,000
             // relays in a minute would use up the other side's ports.
             set_option(&self.socket(), libc::IPPROTO_TCP, libc::TCP_CORK, 1);
-            // A follower that does not know this instance yet asks one thing a connection: this reaches it (W3C, Linked Data
-            // Platform, section 7.1).
-            self.write(answer, verb, &format!("{CLOSE}Accept-Post: {STREAM}\r\n"), is_head);
+            self.write(answer, verb, CLOSE, is_head);
             self.flush();
             self.close(Shutdown::Write);
             self.linger();
@@ -5208,7 +5160,6 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
     let _ = keep_stderr();
     LazyLock::force(&BACKGROUND);
     repeat(Duration::ZERO, wake_sleepers);
-    repeat(Duration::from_millis(100), peers::watch_peers);
     repeat(peers::BEAT, peers::beat);
     repeat(MEETINGS, || block_on(keep_in_touch(&Live)));
     let _ = server.join();
@@ -5288,7 +5239,7 @@ fn fail(status: i32, line: &str) -> ! {
 fn is_healthy(listen: SocketAddr) -> bool {
     let target = if own().is_some() { "/kv-store/key-count" } else { "/kv-store" };
     let request = Request { verb: "GET".into(), target: target.into(), ..Request::default() };
-    request.send(&listen.to_string(), ANSWER_LIMIT).is_ok_and(|(answer, ..)| answer.status == 200)
+    request.send(&listen.to_string()).is_ok_and(|answer| answer.status == 200)
 }
 
 // ---- The simulation: whole stores in one process --------------------------------------------------------------------
