@@ -1408,10 +1408,7 @@ impl KeyRequest {
 /// to be. False if that is not known yet.
 async fn catch_up(world: &impl World, context: Option<&mut Context>) -> bool {
     let nodes = world.with(|node| node.table()).map_or(Vec::new(), |table| table.view.clone());
-    let mut all = true;
-    for node in &nodes {
-        all &= membership::meet(world, node).await.is_some();
-    }
+    let all = membership::meet_all(world, &nodes).await.iter().all(Option::is_some);
     let own = world.with(|node| node.version());
     match context {
         Some(context) if context.table > own && all => context.table = None,
@@ -1604,8 +1601,9 @@ mod table {
         /// The nodes of each shard, its replicas, in the order of the view.
         pub shards: Vec<Vec<String>>,
         pub ranges: Vec<Range>,
-        /// How many keys change their shard with this table.
+        /// How many keys change their shard with this table, and how many each shard has then.
         pub moved: usize,
+        pub counts: Vec<usize>,
     }
 
     /// How many ranges a table from outside may have.
@@ -1624,7 +1622,8 @@ mod table {
             let coordinator =
                 (view.len() as u64) << 48 | hash_of(format!("{} {factor}", view.join(",")).as_bytes()) >> 16;
             let version = Version { coordinator, ..Version::default() };
-            Table { version, base: Version::default(), store: coordinator, factor, shards, view, ranges, moved: 0 }
+            let (store, counts) = (coordinator, vec![0; shards.len()]);
+            Table { version, base: Version::default(), store, factor, shards, view, ranges, moved: 0, counts }
         }
 
         /// Checks a table from outside.
@@ -1718,7 +1717,8 @@ mod table {
             }
             let Change { view, factor, shards, .. } = change;
             let (view, factor, shards) = (view.clone(), *factor, shards.clone());
-            Table { version, base: self.version, store: self.store, view, factor, shards, ranges, moved: 0 }
+            let (base, store, counts) = (self.version, self.store, Vec::new());
+            Table { version, base, store, view, factor, shards, ranges, moved: 0, counts }
         }
     }
 
@@ -1948,6 +1948,8 @@ mod node {
         pub incoming: Vec<String>,
         pub is_ready: bool,
         pub clock: u64,
+        /// The highest lock that it granted.
+        pub promised: Version,
         /// What it knows of all nodes' stability, in the order of the view.
         pub stable_at: Vec<u64>,
         /// Its `VIEW` and `REPL_FACTOR` as long as it is blank and has heard of no table, and for how many rounds it has been up.
@@ -2036,7 +2038,6 @@ mod node {
     pub const MAX_SPANS: usize = 1024;
     /// How long a lock keeps off other coordinators, and how long its own may use it.
     pub const LEASE: Duration = Duration::from_secs(10);
-    pub const USE_OF_LEASE: Duration = Duration::from_secs(8);
     /// A node that did nothing for this long was asleep: a running one meets others several times a second. (They let it go no sooner:
     /// its stream ends 1.25 s after a beat at the earliest, and then it does not answer a meeting for 0.7 s.)
     const ASLEEP: Duration = Duration::from_millis(1500);
@@ -2063,10 +2064,12 @@ mod node {
         pub span: Span,
         /// The nodes of which a whole one has all of it; without this one.
         pub group: Vec<String>,
-        /// Those of which this node has got all that they have of it.
+        /// Those of which this node has got all that they have of it, and which get nothing more.
         heard: BTreeSet<String>,
         /// A whole one is among these.
         is_answerable: bool,
+        /// How often each of the others was found not to be whole.
+        incomplete: BTreeMap<String, u32>,
         /// The table names the group as a source. (Otherwise it is the other replicas of the shard, since this node has kept nothing.)
         is_source: bool,
     }
@@ -2076,6 +2079,21 @@ mod node {
         pub fn awaited(&self) -> impl Iterator<Item = &String> {
             self.group.iter().filter(|node| !self.heard.contains(*node))
         }
+
+        /// Whether it waits for nobody, or only for nodes that have been found not to be whole twice, one after the other: then there was a
+        /// moment at which none of them was, and they may wait for this one as well.
+        fn is_done(&self) -> bool {
+            self.awaited().all(|node| self.incomplete.get(node).is_some_and(|count| *count > 1))
+        }
+    }
+
+    /// What a node that was pulled from is.
+    #[derive(Clone, Copy, PartialEq)]
+    pub enum Found {
+        Whole,
+        Incomplete,
+        /// It has started again, blank or as a store of its own: it has nothing for this store any more.
+        Nothing,
     }
 
     /// The highest lock that this node granted.
@@ -2157,7 +2175,7 @@ mod node {
         /// Every replica of every shard has every write up to it.
         watermark: u64,
         peers: BTreeMap<String, Peer>,
-        /// When the last meeting that has ended began, and when this node last woke from a sleep.
+        /// When the last meeting that another node has answered began, and when this node last woke from a sleep.
         met: Duration,
         woke: Duration,
         /// How many rounds of meetings it has begun.
@@ -2280,8 +2298,11 @@ mod node {
             self.now = self.now.max(now);
         }
 
-        pub fn note_meeting(&mut self, began: Duration) {
-            self.met = self.met.max(began);
+        /// Another node has answered what was asked at a moment.
+        pub fn note_meeting(&mut self, node: &str, began: Duration) {
+            if node != self.own {
+                self.met = self.met.max(began);
+            }
         }
 
         // -- R2 pull
@@ -2342,12 +2363,15 @@ mod node {
         }
 
         /// Notes that this node has all that another one of a group has, by a table.
-        pub fn note_heard(&mut self, version: Version, pull: &Pull, node: &str, is_whole: bool) {
+        pub fn note_heard(&mut self, version: Version, pull: &Pull, node: &str, found: Found) {
             if self.version() == Some(version) {
                 let same = self.pulls.iter_mut().filter(|it| (it.span, &it.group) == (pull.span, &pull.group));
                 for it in same {
-                    it.heard.insert(node.to_owned());
-                    it.is_answerable |= is_whole;
+                    match found {
+                        Found::Incomplete => *it.incomplete.entry(node.to_owned()).or_default() += 1,
+                        Found::Whole | Found::Nothing => it.heard.extend([node.to_owned()]),
+                    }
+                    it.is_answerable |= found == Found::Whole;
                 }
                 self.drop_done_pulls();
             }
@@ -2355,7 +2379,7 @@ mod node {
 
         fn drop_done_pulls(&mut self) {
             let before = self.pulls.len();
-            self.pulls.retain(|pull| pull.awaited().next().is_some());
+            self.pulls.retain(|pull| !pull.is_done());
             if before > 0 && self.pulls.is_empty() {
                 self.say(format!("has everything of table {}", self.version().unwrap_or_default()));
             }
@@ -2385,7 +2409,7 @@ mod node {
                 self.unstable.clear();
                 self.lacks = vec![ALL];
             }
-            self.lacks.extend(self.pulls.iter().map(|pull| pull.span));
+            self.lacks.extend(self.pulls.iter().filter(|pull| !pull.is_answerable).map(|pull| pull.span));
             self.shard = table.shard_of(&self.own);
             self.table = Some(table.clone());
             self.pulls = self.pulls_by(&table);
@@ -2420,6 +2444,7 @@ mod node {
                     group: group.into_iter().filter(|node| *node != self.own).collect(),
                     heard: BTreeSet::new(),
                     is_answerable: has_it,
+                    incomplete: BTreeMap::new(),
                     is_source,
                 };
                 for group in &range.sources {
@@ -2457,7 +2482,10 @@ mod node {
             if let Some(old) = self.records.insert(hash, record) {
                 self.unstable.remove(&old.stamp());
             }
-            if is_tombstone || !context.is_empty() {
+            if is_tombstone && self.settled && self.pulls.is_empty() && self.others().is_empty() {
+                // There is no other copy.
+                self.records.bury(hash, stamp);
+            } else if is_tombstone || !context.is_empty() {
                 self.unstable.insert(stamp, (hash, context));
             }
         }
@@ -2719,6 +2747,7 @@ mod node {
                 incoming: self.incoming().into_iter().collect(),
                 is_ready: self.is_ready(),
                 clock: self.clock_now(),
+                promised: self.promise.version,
                 stable_at: self.stable_at.clone(),
                 first_view: if is_blank { self.first_view.clone() } else { Vec::new() },
                 factor: self.first_factor,
@@ -2904,7 +2933,8 @@ mod node {
         }
 
         /// R10: has a blank node go by a table, after a round of asking: the newest that it heard of, if more than half of its other
-        /// members answered, so that a newer one would have been heard of; or the first one, if all whom its VIEW names are blank too.
+        /// members answered, and none of them has granted a lock for a newer one, which may be in force elsewhere; or if all answered that
+        /// it knows of. Or it goes by the first one, if all whom its VIEW names are blank too.
         pub fn let_in(&mut self, answers: &BTreeMap<String, Status>) {
             // (Also those that it has only just heard of.)
             let has_all = self.nodes_to_ask().iter().all(|node| answers.contains_key(node));
@@ -2915,8 +2945,9 @@ mod node {
                 Some(table) => {
                     let others: Vec<&String> = table.view.iter().filter(|node| **node != self.own).collect();
                     let answered = others.iter().filter(|node| answers.contains_key(**node)).count();
-                    let is_enough = if others.is_empty() { has_all } else { 2 * answered > others.len() };
-                    Some(table).filter(|_| is_enough)
+                    let is_enough =
+                        2 * answered > others.len() && answers.values().all(|it| it.promised <= table.version);
+                    Some(table).filter(|_| is_enough || has_all)
                 }
                 None => self.first_table(answers).filter(|_| has_all),
             };
@@ -2986,21 +3017,27 @@ mod node {
             Some((table, Version { epoch, number: newest.number + 1, coordinator: self.incarnation }))
         }
 
+        /// This node's table, if it is what a change asks for, and not settled yet.
+        pub fn change_in_force(&self, view: &[String], factor: Option<usize>) -> Option<Arc<Table>> {
+            let is_it = |it: &Arc<Table>| it.view == view && factor.is_none_or(|factor| factor == it.factor);
+            self.table.clone().filter(|table| !self.settled && is_it(table))
+        }
+
         pub fn end_change(&mut self) {
             self.coordinating = false;
         }
 
         /// The change itself: the coordinator adopts its own table, while its lock is still the highest here and not old.
         pub fn adopt_own(&mut self, table: Arc<Table>) -> bool {
-            let granted = self.promise.granted.filter(|_| self.promise.version == table.version);
-            granted.is_some_and(|granted| self.now < granted + USE_OF_LEASE.min(self.lease)) && self.adopt(table)
+            self.promise.version == table.version && self.is_locked() && self.adopt(table)
         }
 
         // -- What an operator sees
 
         /// A node that this one waits for, to name it in an error.
         pub fn missing(&self) -> String {
-            let views = self.silent().into_iter().chain(self.first_view.iter().cloned());
+            let joining = self.promise.joining.iter().cloned();
+            let views = joining.chain(self.silent()).chain(self.first_view.iter().cloned());
             views.into_iter().find(|node| *node != self.own).unwrap_or_else(|| self.own.clone())
         }
     }
@@ -3019,7 +3056,7 @@ mod replication {
     use serde_bytes::ByteBuf;
 
     use crate::membership::meet;
-    use crate::node::{Envelope, MAX_BATCH, MAX_SPANS, Message, Node, Pull, Reply};
+    use crate::node::{Envelope, Found, MAX_BATCH, MAX_SPANS, Message, Node, Pull, Reply};
     use crate::records::{Record, Span};
     use crate::table::Version;
     use crate::{Answer, Request};
@@ -3051,7 +3088,7 @@ mod replication {
         let mut replies = Vec::new();
         for group in messages.chunks(SIDE_BY_SIDE) {
             let compose = |node: &mut Node| group.iter().map(|(to, it)| node.compose(to, it.clone())).collect();
-            let envelopes: Vec<Envelope> = world.with(compose);
+            let (began, envelopes): (Duration, Vec<Envelope>) = world.with(|node| (node.now, compose(node)));
             let lives: Vec<u64> = envelopes.iter().map(|envelope| envelope.life).collect();
             let mut answers = world.deliver(envelopes).await;
             world.with(|node| {
@@ -3059,6 +3096,7 @@ mod replication {
                     node.note_silent(name, answer.is_none());
                     if let Some(Reply::Met(status, _) | Reply::Locked(status)) = answer {
                         node.hear(name, status);
+                        node.note_meeting(name, began);
                     }
                     if let Some(Reply::Met(_, Some(table))) = answer {
                         node.consider(name, Arc::new(table.clone()));
@@ -3136,7 +3174,8 @@ mod replication {
 
     /// R2: gets all that this node owns and has not got: what each node of a group has, which is to reconcile in one direction. It may
     /// answer for the span once it has heard a whole one, and goes on until it has heard them all, since another may have had a write
-    /// that a whole one lacks. (So a pull that is interrupted goes on where digests differ, and there is one way to move records.)
+    /// that a whole one lacks. One that is not whole yet is asked again, unless none is. (There is one way to move records, then, and a
+    /// pull that was interrupted goes on where digests differ.)
     pub async fn pull_all(world: &impl World) {
         loop {
             let (version, pulls) = world.with(|node| (node.version(), node.pulls_left()));
@@ -3153,24 +3192,23 @@ mod replication {
         }
     }
 
-    /// Gets what a node has of a span. True if that was all.
+    /// Gets what a node has of a span. True if it is whole for it, or has nothing.
     async fn pull_from(world: &impl World, version: Version, pull: &Pull, node: &str) -> bool {
-        let is_whole = if reconcile(world, node, version, &[pull.span], true).await.is_some() {
+        let found = if reconcile(world, node, version, &[pull.span], true).await.is_some() {
             match ask_by(world, node, version, Message::Taken(pull.span.first)).await {
-                Some(Reply::Whole(is_whole)) => is_whole,
+                Some(Reply::Whole(true)) => Found::Whole,
+                Some(Reply::Whole(false)) => Found::Incomplete,
                 _ => return false,
             }
         } else {
-            // One that has started again, blank or as a store of its own, has nothing for this store any more.
             let store = world.with(|own| own.store());
-            let status = meet(world, node).await;
-            if status.is_none_or(|status| status.version.is_some() && status.store == store) {
-                return false;
+            match meet(world, node).await {
+                Some(status) if status.version.is_none() || status.store != store => Found::Nothing,
+                _ => return false,
             }
-            false
         };
-        world.with(|own| own.note_heard(version, pull, node, is_whole));
-        true
+        world.with(|own| own.note_heard(version, pull, node, found));
+        found != Found::Incomplete
     }
 
     /// Gets one key from a whole node of a group, and merges it. Returns the version by which it did; None if no such node answers.
@@ -3178,14 +3216,17 @@ mod replication {
         let version = world.with(|node| node.version())?;
         let mut nodes = group.to_vec();
         world.with(|own| nodes.sort_by_key(|node| own.is_silent(node)));
+        // Of the silent ones, only one, and only if all are.
+        nodes.truncate(world.with(|own| nodes.iter().filter(|node| !own.is_silent(node)).count().max(1)));
         for node in nodes {
             let message = Message::GiveKey(ByteBuf::from(key));
             if let Some(Reply::Key(copy)) = ask_by(world, &node, version, message).await {
                 return world.with(|own| {
-                    if let Some(copy) = copy {
+                    let is_same = own.version() == Some(version);
+                    if let Some(copy) = copy.filter(|_| is_same) {
                         own.take(&copy, true);
                     }
-                    Some(version)
+                    Some(version).filter(|_| is_same)
                 });
             }
         }
@@ -3253,8 +3294,9 @@ mod replication {
         parts: Vec<Span>,
         is_pull: bool,
     ) -> Option<Vec<Span>> {
+        // (Each on its own, so that the lock is not held for long.)
         let ours: Vec<(Vec<Record>, u64)> =
-            world.with(|node| parts.iter().map(|part| node.records.first_of(*part, MAX_BATCH)).collect());
+            parts.iter().map(|part| world.with(|node| node.records.first_of(*part, MAX_BATCH))).collect();
         let mut messages = Vec::new();
         for (part, (records, last)) in parts.iter().zip(&ours) {
             let listed = records.iter().map(|record| (record.hash(), record.stamp())).collect();
@@ -3318,10 +3360,9 @@ mod membership {
         meet_all(world, &[other.to_owned()]).await.pop()?
     }
 
-    async fn meet_all(world: &impl World, nodes: &[String]) -> Vec<Option<Status>> {
-        let (began, status) = world.with(|node| (node.now, node.status()));
-        let replies = ask(world, nodes, Message::Meet(status)).await;
-        world.with(|node| node.note_meeting(began));
+    pub async fn meet_all(world: &impl World, nodes: &[String]) -> Vec<Option<Status>> {
+        let message = Message::Meet(world.with(|node| node.status()));
+        let replies = ask(world, nodes, message).await;
         let status = |reply| if let Some(Reply::Met(status, _)) = reply { Some(status) } else { None };
         replies.into_iter().map(status).collect()
     }
@@ -3455,6 +3496,10 @@ mod membership {
         let deadline = world.with(|node| node.now) + TRIES;
         let mut least = Version::default();
         loop {
+            if let Some(table) = world.with(|node| node.change_in_force(&wanted.view, wanted.factor)) {
+                // Another coordinator made it, and could not answer.
+                return describe_change(world, &table).await;
+            }
             let begun = world.with(|node| node.begin_change(&wanted.view, wanted.force, least));
             let Some((base, version)) = begun else { return Outcome::ChangeUnderWay };
             let attempt = Attempt { world, base, version, wanted };
@@ -3462,10 +3507,9 @@ mod membership {
             let result = attempt.run(&nodes).await;
             world.with(|node| node.end_change());
             let failure = match result {
-                Ok((table, counts)) => {
+                Ok(table) => {
                     meet_all(world, &nodes).await;
-                    let unreached = await_settled(world, &table).await;
-                    return describe_change(&table, &counts, &unreached);
+                    return describe_change(world, &table).await;
                 }
                 Err(failure) => failure,
             };
@@ -3480,11 +3524,13 @@ mod membership {
         }
     }
 
-    /// How a view change ended: how many keys it moves, the shards with their shares, and who is not reached.
-    fn describe_change(table: &Table, counts: &[usize], unreached: &[String]) -> Outcome {
+    /// Waits until a change that is in force is settled, and says how it ended: how many keys it moves, the shards with their shares, and
+    /// who is not reached.
+    async fn describe_change(world: &impl World, table: &Table) -> Outcome {
+        let unreached = await_settled(world, table).await;
         let mut shards = Vec::new();
-        for (shard, count) in counts.iter().enumerate() {
-            let (id, nodes) = (shard + 1, &table.shards[shard]);
+        for (index, (nodes, count)) in table.shards.iter().zip(&table.counts).enumerate() {
+            let id = index + 1;
             let replicas = nodes.join(r#"",""#);
             let address = if nodes.len() == 1 { format!(r#""address":"{replicas}","#) } else { String::new() };
             shards.push(format!(r#"{{"shard-id":"{id}",{address}"replicas":["{replicas}"],"key-count":{count}}}"#));
@@ -3498,8 +3544,9 @@ mod membership {
     async fn await_settled(world: &impl World, table: &Table) -> Vec<String> {
         let nodes: BTreeSet<&String> = table.view.iter().chain(table.sources()).collect();
         let nodes: Vec<String> = nodes.into_iter().cloned().collect();
-        let (mut heard, mut pause) = (vec![world.with(|node| node.now); nodes.len()], 2);
+        let (mut silence, mut pause) = (vec![Duration::ZERO; nodes.len()], 2);
         loop {
+            let began = world.with(|node| node.now);
             let replies = meet_all(world, &nodes).await;
             let (now, version, settled) = world.with(|node| (node.now, node.version(), node.is_settled()));
             if settled || version != Some(table.version) {
@@ -3507,12 +3554,13 @@ mod membership {
                 meet_all(world, &nodes).await;
                 return Vec::new();
             }
-            for (heard, reply) in heard.iter_mut().zip(replies) {
-                *heard = if reply.is_some() { now } else { *heard };
+            for (silence, reply) in silence.iter_mut().zip(replies) {
+                // (This node may have been stopped for any time.)
+                let more = *silence + (now - began).min(Duration::from_secs(1)) + Duration::from_millis(pause);
+                *silence = if reply.is_some() { Duration::ZERO } else { more };
             }
-            let is_silent = |(_, heard): &(&String, &Duration)| **heard + UNREACHED < now;
-            let silent: Vec<String> =
-                nodes.iter().zip(&heard).filter(is_silent).map(|(node, _)| node.clone()).collect();
+            let is_silent = |(_, silence): &(&String, &Duration)| **silence > UNREACHED;
+            let silent: Vec<String> = nodes.iter().zip(&silence).filter(is_silent).map(|it| it.0.clone()).collect();
             if !silent.is_empty() {
                 return silent;
             }
@@ -3544,7 +3592,7 @@ mod membership {
         }
 
         /// Locks the nodes, makes the table and adopts it: that step is the change.
-        async fn run(&self, nodes: &[String]) -> Result<(Arc<Table>, Vec<usize>), Failure> {
+        async fn run(&self, nodes: &[String]) -> Result<Arc<Table>, Failure> {
             let granted = self.lock(nodes).await?;
             let silent: Vec<String> = nodes.iter().filter(|node| !granted.contains_key(*node)).cloned().collect();
             self.check_silent(&granted, &silent)?;
@@ -3556,10 +3604,10 @@ mod membership {
             let (moves, counts) = change.plan(&held);
             let cuts = self.survey(&change, &moves, &speakers).await?;
             let mut table = self.base.next(self.version, &change, &cuts, &silent, settled);
-            table.moved = moves.iter().map(|(.., count)| count).sum();
+            (table.moved, table.counts) = (moves.iter().map(|(.., count)| count).sum(), counts);
             let table = Arc::new(table);
             match self.world.with(|node| node.adopt_own(table.clone())) {
-                true => Ok((table, counts)),
+                true => Ok(table),
                 false => Err(self.again(Outcome::ChangeUnderWay)),
             }
         }
