@@ -1331,19 +1331,10 @@ impl KeyRequest {
                     Some(group) if world.with(|node| node.now) > deadline => return self.render_down(&group[0]),
                     missing => Duration::from_millis(if missing.is_some() { 5 } else { 0 }),
                 },
-                Tried::NeedsForContext(groups) => {
-                    let is_met = match groups {
-                        Some(groups) => self.get(world, &groups).await.is_none(),
-                        None => catch_up(world, self.context.as_mut()).await,
-                    };
-                    let is_late = world.with(|node| node.now) > began + CATCH_UP;
-                    if !is_met && is_late && matches!(self.action, Action::Get) {
-                        return self.render(Outcome::Unsatisfied, &self.context);
-                    }
-                    // A DELETE goes on without.
-                    self.is_late = !is_met && is_late;
-                    Duration::from_millis(if is_met || is_late { 0 } else { 50 })
-                }
+                Tried::NeedsForContext(groups) => match self.get_for_context(world, groups, began).await {
+                    Some(pause) => pause,
+                    None => return self.render(Outcome::Unsatisfied, &self.context),
+                },
                 Tried::Unknown if world.with(|node| node.now) > deadline => {
                     return self.render_down(&world.with(|node| node.missing()));
                 }
@@ -1354,6 +1345,26 @@ impl KeyRequest {
             }
             tried = world.with(|node| self.perform(node));
         }
+    }
+
+    /// Gets what the context asks for. Returns the pause before the request is tried again. None: a read gives up, within a second. (A
+    /// DELETE goes on without.)
+    async fn get_for_context(
+        &mut self,
+        world: &impl World,
+        groups: Option<Vec<Vec<String>>>,
+        began: Duration,
+    ) -> Option<Duration> {
+        let is_met = match groups {
+            Some(groups) => self.get(world, &groups).await.is_none(),
+            None => catch_up(world, self.context.as_mut()).await,
+        };
+        let is_late = world.with(|node| node.now) > began + CATCH_UP;
+        self.is_late = !is_met && is_late;
+        if self.is_late && matches!(self.action, Action::Get) {
+            return None;
+        }
+        Some(Duration::from_millis(if is_met || is_late { 0 } else { 50 }))
     }
 
     /// Gets the key from a node of each group. Some: a group of which none gave it.
