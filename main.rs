@@ -3021,7 +3021,7 @@ mod node {
 
         /// Whether this is a store of one, without records: it may join another store.
         fn is_alone(&self) -> bool {
-            self.table.as_ref().is_some_and(|table| table.view == [self.own.as_str()]) && self.records.is_empty()
+            self.table.as_ref().is_some_and(|table| table.view == [self.own.as_str()]) && self.records.is_empty() && self.pulls.is_empty()
         }
 
         /// Looks at a table that came in a reply.
@@ -3839,7 +3839,7 @@ mod membership {
             if status.version.is_none() {
                 // It has just started, and may belong to a store that it has not heard of yet.
                 Err(self.again(Outcome::NodeDown(node.to_owned())))
-            } else if status.version == Some(self.base.version) || is_free && status.keys == 0 {
+            } else if status.version == Some(self.base.version) || is_free && status.keys == 0 && status.incoming.is_empty() {
                 Ok(())
             } else if status.is_member {
                 Err(Failure::Refused(Outcome::HoldsKeys(node.to_owned())))
