@@ -5687,7 +5687,6 @@ mod simulation {
     use std::future::poll_fn;
     use std::pin::Pin;
     use std::rc::{Rc, Weak};
-    use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 
     use super::*;
     use crate::records::Span;
@@ -5750,9 +5749,8 @@ mod simulation {
         node: RefCell<Option<Node>>,
         /// Goes up each time it dies: what was begun before is gone.
         life: Cell<u64>,
-        is_asleep: Cell<bool>,
-        /// What happened to it while it slept.
-        backlog: RefCell<Vec<Event>>,
+        /// While it sleeps, what happens to it.
+        backlog: RefCell<Option<Vec<Event>>>,
         /// How far its clock is ahead, another one in each life: it may be set back at a restart.
         ahead: Cell<Duration>,
         /// What it has; zero where it has no record.
@@ -5760,16 +5758,6 @@ mod simulation {
         /// It goes by a table of the store, and was not left out of a newer one without knowing (the contract, "One replica:
         /// consistency"). What other ones say does not count.
         counts: Cell<bool>,
-    }
-
-    /// What a client wants; the number is the value that it writes.
-    #[derive(Clone, Copy, Debug)]
-    struct Wish {
-        number: usize,
-        machine: usize,
-        verb: &'static str,
-        key: usize,
-        session: usize,
     }
 
     /// A client that hands on its context, and does one thing at a time.
@@ -5818,8 +5806,8 @@ mod simulation {
         /// By request, which is the value that it writes: what its client knew of.
         known: RefCell<Vec<Stamps>>,
         sessions: RefCell<[Session; SESSIONS]>,
-        changes: Cell<u32>,
-        answers: Cell<u32>,
+        changes: Cell<u64>,
+        answers: Cell<u64>,
     }
 
     // -- Tasks: the nodes' code, which waits for calls
@@ -5976,6 +5964,44 @@ mod simulation {
             }
         }
 
+        /// Judges an answer by what the client knew when it asked. What it wrote is above that, what it read is not below.
+        fn judge(&self, number: usize, verb: &str, key: usize, session: usize, answer: &Answer) {
+            let (simulation, name) = (&self.simulation, NAMES[key]);
+            let session = &mut simulation.sessions.borrow_mut()[session];
+            session.asks = None;
+            if !matches!(answer.status, 200 | 201 | 404) || !simulation.machines[self.machine].counts.get() {
+                return;
+            }
+            simulation.answers.set(simulation.answers.get() + 1);
+            let mut known = simulation.known.borrow()[number];
+            let (body, written) =
+                (serde_json::from_slice::<serde_json::Value>(&answer.body), simulation.written.borrow());
+            let (body, written) = (body.expect("every answer is JSON"), &written[key]);
+            let is_missing = answer.status == 404 || answer.status == 201 && simulation.factor == 1;
+            if is_missing && known[key] > 0 {
+                let deletion = written.range(known[key]..).find(|(_, value)| value.is_none());
+                simulation.check(deletion.is_some(), || format!("{name} is not there: {body}"));
+                known[key] = deletion.map_or(0, |(stamp, _)| *stamp);
+            }
+            let value = number_in(body["value"].as_str());
+            let read = written.iter().find(|(_, it)| value.is_some() && **it == value).map_or(0, |(stamp, _)| *stamp);
+            let found = if verb == "GET" { read } else { self.wrote.get() };
+            simulation.check(answer.status == 404 || found >= known[key], || {
+                format!("{name} is older than what is known: {body}")
+            });
+            if let Some(value) = value {
+                merge(&mut known, &simulation.known.borrow()[value]);
+            }
+            if found > simulation.lost.borrow()[key] {
+                known[key] = found.max(known[key]);
+            }
+            merge(&mut session.known, &known);
+            session.context = match &body["causal-context"] {
+                serde_json::Value::Null => String::new(),
+                context => context.to_string().trim_matches(['{', '}']).to_owned(),
+            };
+        }
+
         /// What the program does with a request.
         async fn serve(&self, request: Request) -> Answer {
             let (resource, vocabulary) = request.route();
@@ -6054,8 +6080,8 @@ mod simulation {
         fn step(self: &Rc<Self>) -> bool {
             let Some(((time, _), (on, event))) = self.events.borrow_mut().pop_first() else { return false };
             self.now.set(time);
-            match on.map(|on| &self.machines[on]).filter(|machine| machine.is_asleep.get()) {
-                Some(sleeper) => sleeper.backlog.borrow_mut().push(event),
+            match on.filter(|on| self.is_asleep(*on)) {
+                Some(on) => self.machines[on].backlog.borrow_mut().get_or_insert_default().push(event),
                 None => event(self),
             }
             self.look_who_counts();
@@ -6125,6 +6151,10 @@ mod simulation {
             self.machines[machine].node.borrow().is_some()
         }
 
+        fn is_asleep(&self, machine: usize) -> bool {
+            self.machines[machine].backlog.borrow().is_some()
+        }
+
         fn start(self: &Rc<Self>, machine: usize, view: &[usize]) {
             // Clocks are wrong by up to ten minutes.
             let ahead = Duration::from_secs([0, 0, 300, 600][self.below(4)]);
@@ -6152,7 +6182,6 @@ mod simulation {
             }
             dead.node.take();
             dead.life.set(dead.life.get() + 1);
-            dead.is_asleep.set(false);
             dead.backlog.take();
             dead.stamps.take();
             self.has_news.set(true);
@@ -6162,9 +6191,9 @@ mod simulation {
         }
 
         fn wake(&self, machine: usize) {
-            if self.machines[machine].is_asleep.take() {
+            if let Some(backlog) = self.machines[machine].backlog.take() {
                 self.tell(|| format!("n{machine} wakes"));
-                for event in self.machines[machine].backlog.take() {
+                for event in backlog {
                     self.after(Duration::from_micros(self.below(3000) as u64), Some(machine), event);
                 }
             }
@@ -6281,50 +6310,16 @@ mod simulation {
             let (content_type, target) = ("application/json".into(), format!("/kv-store/keys/{}", NAMES[key]));
             let body = format!("{{{value}{context}}}").into();
             let request = Request { verb: verb.into(), target, content_type, body, ..Request::default() };
-            let (there, wish) = (self.there(machine), Wish { number, machine, verb, key, session });
+            let there = self.there(machine);
             self.spawn(machine, async move {
                 let answer = there.serve(request).await;
                 let (status, text) = (answer.status, String::from_utf8_lossy(&answer.body));
-                there.simulation.tell(|| format!("{wish:?}{context}: {status} {}", text.trim()));
-                there.simulation.judge(wish, &answer, there.wrote.get());
+                let what = || {
+                    format!("n{machine} answers {session}: {verb} k{key} {number}{context}: {status} {}", text.trim())
+                };
+                there.simulation.tell(what);
+                there.judge(number, verb, key, session, &answer);
             });
-        }
-
-        /// Judges an answer by what the client knew when it asked. What it wrote is above that, what it read is not below.
-        fn judge(&self, wish: Wish, answer: &Answer, wrote: u64) {
-            let Wish { number, machine, verb, key, session } = wish;
-            let session = &mut self.sessions.borrow_mut()[session];
-            session.asks = None;
-            if !matches!(answer.status, 200 | 201 | 404) || !self.machines[machine].counts.get() {
-                return;
-            }
-            self.answers.set(self.answers.get() + 1);
-            let mut known = self.known.borrow()[number];
-            let (body, written) = (serde_json::from_slice::<serde_json::Value>(&answer.body), self.written.borrow());
-            let (body, written) = (body.expect("every answer is JSON"), &written[key]);
-            let is_missing = answer.status == 404 || answer.status == 201 && self.factor == 1;
-            if is_missing && known[key] > 0 {
-                let deletion = written.range(known[key]..).find(|(_, value)| value.is_none());
-                self.check(deletion.is_some(), || format!("{} is not there: {body}", NAMES[key]));
-                known[key] = deletion.map_or(0, |(stamp, _)| *stamp);
-            }
-            let value = number_in(body["value"].as_str());
-            let read = written.iter().find(|(_, it)| value.is_some() && **it == value).map_or(0, |(stamp, _)| *stamp);
-            let found = if verb == "GET" { read } else { wrote };
-            self.check(answer.status == 404 || found >= known[key], || {
-                format!("{} is older than what is known: {body}", NAMES[key])
-            });
-            if let Some(value) = value {
-                merge(&mut known, &self.known.borrow()[value]);
-            }
-            if found > self.lost.borrow()[key] {
-                known[key] = found.max(known[key]);
-            }
-            merge(&mut session.known, &known);
-            session.context = match &body["causal-context"] {
-                serde_json::Value::Null => String::new(),
-                context => context.to_string().trim_matches(['{', '}']).to_owned(),
-            };
         }
 
         fn change(self: &Rc<Self>, machine: usize, view: &[usize], factor: Option<usize>, force: bool) {
@@ -6338,7 +6333,7 @@ mod simulation {
             let there = self.there(machine);
             self.spawn(machine, async move {
                 let (answer, simulation) = (there.serve(request).await, &there.simulation);
-                simulation.changes.set(simulation.changes.get() + u32::from(answer.status == 200));
+                simulation.changes.set(simulation.changes.get() + u64::from(answer.status == 200));
                 simulation.tell(|| format!("n{machine} answers {}", String::from_utf8_lossy(&answer.body).trim()));
             });
         }
@@ -6350,7 +6345,7 @@ mod simulation {
             let (roll, one, other) = (self.below(100), self.below(count), self.below(count));
             // Where networks are cut, most of what else happens are requests.
             let roll = if self.is_cut_up && self.percent(85) { 91 * usize::from(roll >= 95) } else { roll };
-            if roll < 84 && (!self.is_alive(one) || self.machines[one].is_asleep.get()) {
+            if roll < 84 && (!self.is_alive(one) || self.is_asleep(one)) {
                 return;
             }
             match roll {
@@ -6366,7 +6361,7 @@ mod simulation {
                 62..78 => self.change_at_random(one),
                 78..84 => {
                     self.tell(|| format!("n{one} sleeps"));
-                    self.machines[one].is_asleep.set(true);
+                    self.machines[one].backlog.borrow_mut().get_or_insert_default();
                     let time = millis([200, 1000, 3000, 15_000][self.below(4)] + self.below(500));
                     self.after(time, None, move |simulation| simulation.wake(one));
                 }
@@ -6583,7 +6578,7 @@ mod simulation {
                     ),
                     ("kill", [machine]) => self.kill(*machine),
                     ("start", [machine]) => self.start(*machine, &[0, 1, 2, 3]),
-                    ("sleep", [machine]) => self.machines[*machine].is_asleep.set(true),
+                    ("sleep", [machine]) => drop(self.machines[*machine].backlog.replace(Some(Vec::new()))),
                     ("wake", [machine]) => self.wake(*machine),
                     ("change", [machine, view @ ..]) => self.change(*machine, view, None, false),
                     ("put", [machine]) => self.ask(*machine, "PUT", 0, 0),
@@ -6714,19 +6709,14 @@ mod simulation {
                 held.sort_by_key(|count| std::cmp::Reverse(*count));
                 let stays = held.iter().enumerate().map(|(rank, count)| (*count).min(least + usize::from(rank < rest)));
                 for moved in [total - stays.sum::<usize>(), 0] {
-                    let version = it.newest().expect("a table").version;
+                    let before = it.newest();
                     it.change(machine_of(&table.view[0]), &view, None, false);
-                    it.pass_until(60, "no change", || {
-                        it.is_settled() && it.newest().is_some_and(|it| it.version > version)
-                    });
+                    it.pass_until(60, "no change", || it.is_settled() && it.newest() != before);
                     let table = it.newest().expect("a table");
                     assert_eq!(table.moved, moved, "case {case}, round {round}");
                     for (shard, machine) in view.iter().enumerate() {
-                        assert!(
-                            (least..=least + 1).contains(&size(*machine)),
-                            "case {case}: {} of {total}",
-                            size(*machine)
-                        );
+                        let size = size(*machine);
+                        assert!((least..=least + 1).contains(&size), "case {case}: {size} of {total}");
                         let width: u64 = table.spans_of(Some(shard)).iter().map(Span::width).sum();
                         let part = width as f64 / u64::MAX as f64 * view.len() as f64;
                         assert!((0.49..2.01).contains(&part), "case {case}: {part} of its part of the hashes");
@@ -6748,18 +6738,16 @@ mod simulation {
         let (first, count) = (seed.or(number("FIRST")).unwrap_or(0), number("SCHEDULES").unwrap_or(10_000));
         let (is_told, count) = (seed.is_some(), seed.map_or(count, |_| 1));
         let (next, end) = (AtomicU64::new(first), first + count);
-        let (changes, answers) = (AtomicU32::new(0), AtomicU32::new(0));
+        let (changes, answers) = (AtomicU64::new(0), AtomicU64::new(0));
         let run_some = || {
-            while let seed @ 0.. = next.fetch_add(1, SeqCst)
-                && seed < end
-            {
+            for seed in std::iter::repeat_with(|| next.fetch_add(1, Relaxed)).take_while(|seed| *seed < end) {
                 let simulation = Rc::new(Simulation::new(seed, is_told));
                 if catch_unwind(AssertUnwindSafe(|| simulation.run())).is_err() {
-                    next.store(end, SeqCst);
+                    next.store(end, Relaxed);
                     panic!("SEED={seed} repeats it");
                 }
-                changes.fetch_add(simulation.changes.get(), SeqCst);
-                answers.fetch_add(simulation.answers.get(), SeqCst);
+                changes.fetch_add(simulation.changes.get(), Relaxed);
+                answers.fetch_add(simulation.answers.get(), Relaxed);
             }
         };
         thread::scope(|scope| {
@@ -6767,7 +6755,7 @@ mod simulation {
                 scope.spawn(run_some);
             }
         });
-        let (changes, answers) = (changes.into_inner() as u64, answers.into_inner() as u64);
+        let (changes, answers) = (changes.into_inner(), answers.into_inner());
         println!("{count} schedules: {changes} view changes, {answers} requests answered");
         // A simulation in which nothing happens would pass as well.
         assert!(count < 1000 || 2 * changes > count && answers > 10 * count);
