@@ -2493,10 +2493,7 @@ mod node {
             if let Some(old) = self.records.insert(hash, record) {
                 self.unstable.remove(&old.stamp());
             }
-            if is_tombstone && self.settled && self.pulls.is_empty() && self.others().is_empty() {
-                // There is no other copy.
-                self.records.bury(hash, stamp);
-            } else if is_tombstone || !context.is_empty() {
+            if is_tombstone || !context.is_empty() {
                 self.unstable.insert(stamp, (hash, context));
             }
         }
@@ -2881,7 +2878,7 @@ mod node {
         /// Whether this is a store of one, without keys: it may join another store.
         fn is_alone(&self) -> bool {
             let is_one = self.table.as_ref().is_some_and(|table| table.view == [self.own.as_str()]);
-            is_one && self.records.total().count == 0
+            is_one && self.records.total().count == 0 && self.pulls.is_empty()
         }
 
         /// Looks at a table that came in a reply.
@@ -3705,7 +3702,9 @@ mod membership {
             if status.version.is_none() {
                 // It has just started, and may belong to a store that it has not heard of yet.
                 Err(self.again(Outcome::NodeDown(node.to_owned())))
-            } else if status.version == Some(self.base.version) || is_free && status.keys == 0 {
+            } else if status.version == Some(self.base.version)
+                || is_free && status.keys == 0 && status.incoming.is_empty()
+            {
                 Ok(())
             } else if status.is_member {
                 Err(Failure::Refused(Outcome::HoldsKeys(node.to_owned())))
@@ -5305,357 +5304,57 @@ fn is_healthy(listen: SocketAddr) -> bool {
 
 #[cfg(test)]
 mod simulation {
-    //! Runs stores of two to five nodes through random schedules: messages that get lost, come late or twice, nodes that
-    //! sleep, die and start again, networks cut in one direction, rival coordinators, force. The nodes are the program's own
-    //! code, from the request to the table. Half of the stores have one replica a shard: after every step no key may be answered
-    //! for by two nodes; at the end every key must be answered for, and what clients saw must be explained by some order of their
-    //! requests. The others have two or three: what is acknowledged must be on every replica that its writer could reach, sessions
-    //! must never read less than they know of, and at the end all replicas must agree, on nothing older than what was
-    //! acknowledged, contexts must be empty, and tombstones gone.
+    //! Runs stores of two to five nodes through random schedules: messages that get lost, come late or twice, nodes that sleep, die and
+    //! start again, networks cut in one direction, rival coordinators, force. The nodes are the program's own code. Checked are:
     //!
-    //! `SEED=n` repeats one schedule, and tells it; `SCHEDULES=n` runs as many.
+    //! - With one replica a shard, no key is ever answered for by two nodes (`check_owners`).
+    //! - Whatever is acknowledged is on every replica that its writer could reach (`note_acknowledged`), and is lost only with all who
+    //!   had it (`lose`).
+    //! - No client reads less than it knows of (`judge`). With one replica a shard, it knows of all that was acknowledged or read before
+    //!   it asked: so the store is linearizable, in the order of stamps. With several, it knows of what its session has seen and what
+    //!   that follows from: so the store is causally consistent.
+    //! - When all is well again, all nodes come to go by one table, and every node answers for every key, with nothing older than what
+    //!   was acknowledged; replicas agree, contexts become empty, and tombstones vanish (`heal`).
+    //!
+    //! `SEED=n` repeats one schedule, and tells it; `SCHEDULES=n` runs as many, from `FIRST=m` on.
 
-    use std::cell::RefCell;
-    use std::collections::HashSet;
-    use std::pin::Pin;
-    use std::rc::Rc;
-    use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
-    use std::task::Context;
-
+    use std::cell::{Cell, RefCell};
     use std::collections::BTreeSet;
+    use std::future::poll_fn;
+    use std::pin::Pin;
+    use std::rc::{Rc, Weak};
 
     use super::*;
-    use crate::node::Activity;
-
-    /// By key, the stamp of what a session knows.
-    type Past = BTreeMap<String, u64>;
+    use crate::records::Span;
 
     const KEYS: usize = 6;
     const NAMES: [&str; KEYS] = ["k0", "k1", "k2", "k3", "k4", "k5"];
     static HASHES: LazyLock<[u64; KEYS]> = LazyLock::new(|| NAMES.map(|name| hash_of(name.as_bytes())));
-    /// A client waits so long for an answer.
-    const CLIENT: Duration = Duration::from_secs(8);
-
-    type Task = Pin<Box<dyn Future<Output = ()>>>;
-
-    enum Event {
-        Poll(usize),
-        Message {
-            to: usize,
-            envelope: Box<Envelope>,
-            call: usize,
-        },
-        Relay {
-            to: usize,
-            request: Request,
-            call: usize,
-        },
-        /// A call ends at the node that made it.
-        Result {
-            call: usize,
-            result: Ending,
-        },
-        Spawn {
-            on: usize,
-            life: u64,
-            activity: Activity,
-        },
-        Wake(usize),
-        Start(usize),
-        Quiet,
-    }
-
-    /// How a call ended.
-    enum Ending {
-        Nothing,
-        Reply(Box<Reply>),
-        Answer(Answer),
-    }
-
-    #[derive(Default)]
-    struct Machine {
-        /// None while it is dead.
-        node: Option<Node>,
-        /// Goes up each time it dies: what was begun before is gone.
-        life: u64,
-        asleep: bool,
-        /// How far its clock is ahead, another one in each life; it may be set back at a restart.
-        ahead: Duration,
-        /// By key, how many deletions it is at.
-        deleting: [u32; KEYS],
-        /// What happened to it while it slept.
-        backlog: Vec<Event>,
-        /// It was removed by force while it was alive, and does not know yet: what it says does not count (the contract, "One
-        /// replica: consistency").
-        outlawed: Option<Version>,
-        /// The table that it was last seen to go by as a member, in this life.
-        seen: Option<Version>,
-    }
-
-    #[derive(Clone, Copy, Debug, PartialEq)]
-    enum Did {
-        Put(u32),
-        Get,
-        Delete,
-        /// The node that may have had the key was killed; if keys were still moving, it may come back as it was before (the contract).
-        Vanish,
-        Rewind,
-    }
-
-    /// What a client did and saw. Without an end it is not known whether it took effect.
-    #[derive(Clone, Debug)]
-    struct Op {
-        did: Did,
-        start: Duration,
-        end: Option<Duration>,
-        /// The value that was there before, or that there was one or none.
-        saw: Option<Seen>,
-    }
-
-    #[derive(Clone, Copy, Debug, PartialEq)]
-    enum Seen {
-        Nothing,
-        Something,
-        Value(u32),
-    }
-
-    struct State {
-        seed: u64,
-        random: u64,
-        now: Duration,
-        events: BTreeMap<(Duration, u64), Event>,
-        sequence: u64,
-        machines: Vec<Machine>,
-        tasks: BTreeMap<usize, (usize, u64, Task)>,
-        current: usize,
-        /// The task that waits for a call, its machine and life, and what it was answered.
-        calls: BTreeMap<usize, (usize, usize, u64)>,
-        results: BTreeMap<usize, Ending>,
-        cut: BTreeSet<(usize, usize)>,
-        /// Of a hundred messages so many are lost, late, or come twice.
-        trouble: u64,
-        quiet: bool,
-        quiet_until: Duration,
-        history: Vec<Vec<Op>>,
-        value: u32,
-        told: bool,
-        /// The versions by which the machines go, as of the last look, and those that take part in the store.
-        versions: Vec<Option<Version>>,
-        members: Vec<usize>,
-        changes: usize,
-        /// How long the nodes' locks keep off others.
-        lease: Duration,
-        /// A view was changed by force, which may give up anything.
-        forced: bool,
-        /// The versions of the store's tables.
-        lineage: BTreeSet<Version>,
-        /// How many replicas the first table has.
-        factor: usize,
-        /// Networks are cut often and for long, and nodes seldom die.
-        is_cut_up: bool,
-        /// A node is cut off from all others for longer than tombstones stay.
-        is_long: bool,
-        replicas: Replicas,
-    }
-
-    /// What is known of a store of several replicas, of which no write may be lost.
-    #[derive(Default)]
-    struct Replicas {
-        /// By key: all records that were ever seen, by stamp; a deletion is None.
-        seen: Vec<BTreeMap<u64, Option<u32>>>,
-        /// By key: no acknowledged write was above this stamp, but those that went with all who had them.
-        bound: Vec<u64>,
-        /// By key: the highest stamp that any node has, and the highest that went with all who had it.
-        highest: Vec<u64>,
-        lost: Vec<u64>,
-        /// By value: what its writer had seen.
-        past: BTreeMap<u32, Past>,
-        sessions: Vec<Session>,
-    }
-
-    /// A client that hands on its context, and what it may rely on: by key the stamp that it has seen, or that what it has seen
-    /// follows from.
-    #[derive(Default)]
-    struct Session {
-        context: String,
-        past: Past,
-        busy: bool,
-    }
-
     const ADDRESSES: [&str; 5] = ["n0:1", "n1:1", "n2:1", "n3:1", "n4:1"];
-
-    fn address(machine: usize) -> String {
-        ADDRESSES[machine].to_owned()
-    }
+    const SESSIONS: usize = 3;
 
     fn machine_of(address: &str) -> usize {
-        address[1..address.len() - 2].parse().expect("an address of a machine")
+        ADDRESSES.iter().position(|it| *it == address).expect("an address of a machine")
     }
 
-    impl State {
-        fn below(&mut self, limit: usize) -> usize {
-            self.random = self.random.wrapping_add(0x9e3779b97f4a7c15);
-            let mut mixed = self.random;
-            mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58476d1ce4e5b9);
-            mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d049bb133111eb);
-            ((mixed ^ mixed >> 31) % limit as u64) as usize
-        }
-
-        fn percent(&mut self, percent: u64) -> bool {
-            (self.below(100) as u64) < percent
-        }
-
-        fn at(&mut self, after: Duration, event: Event) {
-            self.sequence += 1;
-            self.events.insert((self.now + after, self.sequence), event);
-        }
-
-        fn tell(&self, what: impl FnOnce() -> String) {
-            if self.told {
-                println!("{:8.3} {}", self.now.as_secs_f64(), what());
-            }
-        }
-
-        /// How long a message takes; None if it is lost.
-        fn way(&mut self, from: usize, to: usize) -> Option<Duration> {
-            let lost = from != to
-                && (self.cut.contains(&(from, to))
-                    || !self.quiet && {
-                        let trouble = self.trouble;
-                        self.percent(trouble)
-                    });
-            let most = match self.below(100) {
-                0 if !self.quiet => 9_000_000,
-                1..5 if !self.quiet => 1_000_000,
-                _ => 4_000,
-            };
-            (!lost).then(|| Duration::from_micros(self.below(most) as u64 + 100))
-        }
-
-        /// Where a process is dead, its machine may still refuse connections.
-        fn refuse(&mut self, call: usize) {
-            if self.percent(50) {
-                self.at(Duration::from_millis(1), Event::Result { call, result: Ending::Nothing });
-            }
-        }
-
-        /// A call of a task; it ends after the limit at the latest.
-        fn call(&mut self, machine: usize, limit: Duration) -> usize {
-            self.sequence += 1;
-            let (id, life) = (self.sequence as usize, self.machines[machine].life);
-            self.calls.insert(id, (self.current, machine, life));
-            self.at(limit, Event::Result { call: id, result: Ending::Nothing });
-            id
-        }
-
-        /// Whether a machine goes by a table of the store: any other is a store of its own, which nobody asks.
-        fn is_member(&self, machine: usize) -> bool {
-            // One that left, and started again alone, is a store of its own again.
-            let apart = |table: &Table| {
-                let newest =
-                    self.newest().is_some_and(|newest| newest.version.number > 0 && !newest.lists(&address(machine)));
-                is_first(table.version) && table.view.len() == 1 && self.machines[machine].life > 0 && newest
-            };
-            self.table(machine).is_some_and(|table| self.lineage.contains(&table.version) && !apart(&table))
-        }
-
-        fn table(&self, machine: usize) -> Option<Arc<Table>> {
-            self.machines[machine].node.as_ref()?.table()
-        }
-
-        /// The newest table of the store.
-        fn newest(&self) -> Option<Arc<Table>> {
-            let tables = (0..self.machines.len()).filter_map(|it| self.table(it));
-            tables.filter(|table| self.lineage.contains(&table.version)).max_by_key(|table| table.version)
-        }
-
-        /// Notes which tables are the store's: those that were made from its first one.
-        fn note_tables(&mut self) {
-            let first: Vec<String> = self.first_view().into_iter().map(address).collect();
-            for machine in 0..self.machines.len() {
-                let Some(table) = self.table(machine) else { continue };
-                if is_first(table.version) && (table.view == first || table.view.len() > 1)
-                    || self.lineage.contains(&table.base)
-                    || self.machines[machine].seen.is_some_and(|seen| self.lineage.contains(&seen))
-                {
-                    self.lineage.insert(table.version);
-                }
-                self.machines[machine].seen = table.lists(&address(machine)).then_some(table.version);
-            }
-        }
-
-        /// Notes what a machine that dies, or is outlawed, may take with it.
-        fn vanish(&mut self, machine: usize, end: Option<Duration>) {
-            for key in 0..KEYS {
-                let node = self.machines[machine].node.as_ref();
-                if let Some(node) = node.filter(|node| record(node, key).is_some()) {
-                    let (start, did) = (self.now, if node.is_settled() { Did::Vanish } else { Did::Rewind });
-                    self.history[key].push(Op { did, start, end, saw: None });
-                }
-            }
-        }
+    fn names(machines: &[usize]) -> Vec<String> {
+        machines.iter().map(|it| ADDRESSES[*it].to_owned()).collect()
     }
 
-    impl State {
-        /// Notes which records there are, and which went with all who had them: a deletion only if somebody `died`, since it may
-        /// not be forgotten where an older record is left.
-        fn note_records(&mut self, died: bool) {
-            for key in 0..KEYS {
-                let mut highest = 0;
-                for machine in &self.machines {
-                    let Some(node) = machine.node.as_ref().filter(|_| machine.outlawed.is_none()) else { continue };
-                    let Some(record) = record(node, key) else { continue };
-                    let value = str::from_utf8(record.value()).ok().and_then(|value| value.parse().ok());
-                    self.replicas.seen[key].insert(record.stamp(), value);
-                    highest = highest.max(record.stamp());
-                }
-                let bound = self.replicas.bound[key];
-                let is_forgotten =
-                    |stamp: u64| !died && self.replicas.seen[key].get(&stamp).is_some_and(Option::is_none);
-                if highest < bound && !is_forgotten(bound) {
-                    self.replicas.bound[key] = highest;
-                }
-                let before = self.replicas.highest[key];
-                if highest < before && !is_forgotten(before) {
-                    self.replicas.lost[key] = self.replicas.lost[key].max(before);
-                }
-                if highest > before || !is_forgotten(before) {
-                    self.replicas.highest[key] = highest;
-                }
-            }
-        }
-
-        /// An acknowledged write is on every replica that can be reached, as far as the one that took it knows.
-        fn note_acknowledged(&mut self, machine: usize, key: &[u8], value: Option<u32>, seed: u64) {
-            let index = key_of(key);
-            let Some(node) = &self.machines[machine].node else { return };
-            let is_mine = node.table().is_some_and(|table| Some(table.shard_at(HASHES[index])) == node.shard());
-            let is_trusted = self.machines[machine].outlawed.is_none();
-            let Some(found) = record(node, index).filter(|_| is_mine && is_trusted) else { return };
-            // It may have been followed by another one meanwhile. Of several deletions it is not known which one this was.
-            let mut seen = self.replicas.seen[index].iter();
-            let is_this = |record: &&Record| record.is_tombstone() && self.machines[machine].deleting[index] == 1;
-            let written = match value {
-                Some(_) => seen.find(|(_, it)| **it == value).map(|(stamp, _)| *stamp),
-                None => Some(found).filter(is_this).map(Record::stamp).filter(|stamp| gave(node, *stamp)),
-            };
-            let Some(stamp) = written else { return };
-            // (It may have been silent when a later deletion was acknowledged.)
-            let is_excused =
-                |other: &String| node.is_silent(other) || value.is_none() && node.lagging.contains_key(other);
-            for other in node.others().iter().filter(|other| !is_excused(other)) {
-                let Some(there) = &self.machines[machine_of(other)].node else { continue };
-                let takes_part = there.version() == node.version() && there.pull_needs(HASHES[index]).is_empty();
-                let has = record(there, index).is_some_and(|it| it.stamp() >= stamp);
-                let gone = found.is_tombstone() && record(there, index).is_none();
-                assert!(!takes_part || has || gone, "SEED={seed}: n{machine} acknowledged what {other} does not have");
-            }
-            self.replicas.bound[index] = self.replicas.bound[index].max(stamp);
-        }
+    fn millis(count: usize) -> Duration {
+        Duration::from_millis(count as u64)
     }
 
-    fn is_first(version: Version) -> bool {
-        (version.epoch, version.number) == (0, 0)
+    /// The number that a value is. (It has many digits, so that a message has room for one value or two.)
+    fn number_in(value: Option<&str>) -> Option<usize> {
+        value?.trim_matches('"').parse().ok()
+    }
+
+    /// By key, a stamp: of what somebody knows, or has.
+    type Stamps = [u64; KEYS];
+
+    fn merge(known: &mut Stamps, more: &Stamps) {
+        known.iter_mut().zip(more).for_each(|(known, stamp)| *known = *stamp.max(known));
     }
 
     /// The record of a key at a node.
@@ -5663,1213 +5362,1040 @@ mod simulation {
         node.records.get(HASHES[key], NAMES[key].as_bytes())
     }
 
-    /// The stamp of a key that is there, and not deleted.
-    fn stamp_of(node: &Node, key: usize) -> Option<u64> {
-        record(node, key).filter(|record| !record.is_tombstone()).map(Record::stamp)
+    fn answers(node: &Node, key: usize) -> bool {
+        node.place(HASHES[key]) == Place::Here && node.pull_needs(HASHES[key]).is_empty()
+    }
+
+    fn owns(node: &Node, key: usize) -> bool {
+        node.table().is_some_and(|table| Some(table.shard_at(HASHES[key])) == node.shard())
     }
 
     /// Whether a stamp was given by this node.
-    fn gave(node: &Node, stamp: u64) -> bool {
-        node_of(stamp) == node_of(hash_of(node.own().as_bytes()))
+    fn gave(node: &str, stamp: u64) -> bool {
+        node_of(stamp) == node_of(hash_of(node.as_bytes()))
     }
 
-    fn key_of(name: &[u8]) -> usize {
-        str::from_utf8(&name[1..]).expect("a name").parse().expect("a key")
+    type Event = Box<dyn FnOnce(&Rc<Simulation>)>;
+    /// By time, what happens and to which machine: while that sleeps, it waits.
+    type Events = BTreeMap<(Duration, u64), (Option<usize>, Event)>;
+
+    #[derive(Default)]
+    struct Machine {
+        /// None while it is dead.
+        node: RefCell<Option<Node>>,
+        /// Goes up each time it dies: what was begun before is gone.
+        life: Cell<u64>,
+        /// While it sleeps, what happens to it.
+        backlog: RefCell<Option<Vec<Event>>>,
+        /// How far its clock is ahead, another one in each life: it may be set back at a restart.
+        ahead: Cell<Duration>,
+        /// What it has; zero where it has no record.
+        stamps: RefCell<Stamps>,
+        /// It goes by a table of the store, and was not left out of a newer one without knowing (the contract, "One replica:
+        /// consistency"). What other ones say does not count.
+        counts: Cell<bool>,
     }
 
-    #[derive(Clone)]
-    struct There {
-        state: Rc<RefCell<State>>,
+    /// A client that hands on its context, and does one thing at a time.
+    #[derive(Default)]
+    struct Session {
+        /// The context without its braces.
+        context: String,
+        known: Stamps,
+        /// The machine that it waits for.
+        asks: Option<usize>,
+    }
+
+    #[derive(Default)]
+    struct Simulation {
+        seed: u64,
+        is_told: bool,
+        /// Networks are cut often and for long, and nodes seldom die.
+        is_cut_up: bool,
+        /// How many replicas the first table has, and how long the nodes' locks keep off others.
+        factor: usize,
+        lease: Duration,
+        machines: Vec<Machine>,
+        random: Cell<u64>,
+        sequence: Cell<u64>,
+        now: Cell<Duration>,
+        events: RefCell<Events>,
+        /// The one that runs.
+        task: RefCell<Option<Rc<Task>>>,
+        cut: RefCell<BTreeSet<(usize, usize)>>,
+        /// Of a hundred messages so many are lost; and until when none is, nor late.
+        trouble: Cell<usize>,
+        quiet_until: Cell<Duration>,
+        /// What the tables of the store that counts have in common: others are of nodes that are alone.
+        store: Cell<u64>,
+        /// A node goes by another table, or is dead, since this was last looked at.
+        has_news: Cell<bool>,
+        /// A view was changed by force, which may give up anything.
+        is_forced: Cell<bool>,
+        /// By key, all records that were ever seen; a deletion is None.
+        written: RefCell<[BTreeMap<u64, Option<usize>>; KEYS]>,
+        /// The highest that went with all who had it.
+        lost: RefCell<Stamps>,
+        /// What was acknowledged and is not lost; and whether every client knows of it.
+        acknowledged: RefCell<Stamps>,
+        all_know: Cell<bool>,
+        /// By request, which is the value that it writes: what its client knew of.
+        known: RefCell<Vec<Stamps>>,
+        sessions: RefCell<[Session; SESSIONS]>,
+        changes: Cell<u64>,
+        answers: Cell<u64>,
+    }
+
+    // -- Tasks: the nodes' code, which waits for calls
+
+    struct Task {
         machine: usize,
         life: u64,
+        future: RefCell<Pin<Box<dyn Future<Output = ()>>>>,
     }
 
-    struct Wait<'a>(&'a There, usize);
-
-    impl Future for Wait<'_> {
-        type Output = Ending;
-        fn poll(self: Pin<&mut Self>, _: &mut Context) -> Poll<Ending> {
-            let mut state = self.0.state.borrow_mut();
-            match state.results.remove(&self.1) {
-                Some(result) => Poll::Ready(result),
-                None => Poll::Pending,
+    impl Task {
+        fn run(self: &Rc<Task>, simulation: &Simulation) {
+            if simulation.machines[self.machine].life.get() == self.life {
+                simulation.task.replace(Some(self.clone()));
+                let _ = self.future.borrow_mut().as_mut().poll(&mut task::Context::from_waker(Waker::noop()));
             }
         }
     }
 
+    /// A task that waits for a call, and where it finds the result: there is nothing any more when it does not wait.
+    #[derive(Clone)]
+    struct Caller<T>(Rc<Task>, Weak<RefCell<Option<Option<T>>>>);
+
+    impl<T> Caller<T> {
+        /// Ends the call, unless it has ended.
+        fn end(self, simulation: &Simulation, result: Option<T>) {
+            let Caller(task, place) = self;
+            if let Some(place) = place.upgrade() {
+                place.borrow_mut().get_or_insert(result);
+                drop(place);
+                task.run(simulation);
+            }
+        }
+    }
+
+    /// A node as its tasks see it.
+    #[derive(Clone)]
+    struct There {
+        simulation: Rc<Simulation>,
+        machine: usize,
+        /// The stamp under which a request was done, here or where it was passed on to.
+        wrote: Rc<Cell<u64>>,
+    }
+
     impl World for There {
         fn with<T>(&self, action: impl FnOnce(&mut Node) -> T) -> T {
-            let mut state = self.state.borrow_mut();
-            let (now, told) = (state.now, state.told);
-            let machine = &mut state.machines[self.machine];
-            let node = machine.node.as_mut().expect("only living nodes run");
-            node.look_at_clock(now + machine.ahead);
+            let (simulation, machine) = (&self.simulation, &self.simulation.machines[self.machine]);
+            let mut node = machine.node.borrow_mut();
+            let node = node.as_mut().expect("only living nodes run");
+            node.look_at_clock(simulation.now.get() + machine.ahead.get());
+            let before = node.table();
             let result = action(node);
-            let Later { lines, activities, .. } = std::mem::take(&mut node.later);
-            for line in lines.iter().filter(|_| told) {
-                println!("{:8.3} n{}: {line}", now.as_secs_f64(), self.machine);
+            if node.version() != before.as_ref().map(|table| table.version) {
+                simulation.has_news.set(true);
+                let store = |table: Option<Arc<Table>>| table.filter(|it| it.lists(node.own())).map(|it| it.store);
+                if store(before) == Some(simulation.store.get()) {
+                    // The only one may have joined another one's store.
+                    simulation.store.set(node.store());
+                }
             }
+            self.note_records(node);
+            let Later { lines, activities, .. } = std::mem::take(&mut node.later);
+            lines.iter().for_each(|line| simulation.tell(|| format!("n{}: {line}", self.machine)));
             for activity in activities {
-                state.at(Duration::ZERO, Event::Spawn { on: self.machine, life: self.life, activity });
+                simulation.spawn(self.machine, run(simulation.there(self.machine), activity));
             }
             result
         }
 
         async fn deliver(&self, envelopes: Vec<Envelope>) -> Vec<Option<Reply>> {
-            let mut calls = Vec::new();
+            let (mut calls, mut replies) = (Vec::new(), Vec::new());
             for envelope in envelopes {
-                let mut state = self.state.borrow_mut();
-                let to = machine_of(&envelope.to);
-                let call = state.call(self.machine, envelope.message.limit());
-                for _ in 0..1 + usize::from(state.trouble > 0 && state.percent(3)) {
-                    if let Some(way) = state.way(self.machine, to) {
-                        state.at(way, Event::Message { to, envelope: Box::new(envelope.clone()), call });
-                    }
-                }
-                calls.push(call);
+                let (to, limit) = (machine_of(&envelope.to), envelope.message.limit());
+                let times = 1 + usize::from(self.simulation.trouble.get() > 0 && self.simulation.percent(3));
+                calls.push(self.call(to, limit, times, move |there| {
+                    there.simulation.tell(|| format!("  {:.200?}", envelope));
+                    std::future::ready(Some(there.with(|node| node.receive(envelope.clone()))))
+                }));
             }
-            let mut answers = Vec::new();
             for call in calls {
-                answers.push(if let Ending::Reply(reply) = Wait(self, call).await { Some(*reply) } else { None });
+                replies.push(call.await);
             }
-            answers
+            replies
         }
 
         async fn relay(&self, node: &str, request: Request, patience: Duration) -> Result<Answer, Lost> {
-            let call = {
-                let mut state = self.state.borrow_mut();
-                let to = machine_of(node);
-                let call = state.call(self.machine, patience.min(Duration::from_secs(3)));
-                if let Some(way) = state.way(self.machine, to) {
-                    state.at(way, Event::Relay { to, request, call });
+            let call = self.call(machine_of(node), patience.min(Duration::from_secs(3)), 1, move |there| {
+                let request = request.clone();
+                async move {
+                    let answer = there.serve(request).await;
+                    let counts = there.simulation.machines[there.machine].counts.get();
+                    counts.then(|| (answer, there.wrote.get()))
                 }
-                call
-            };
-            match Wait(self, call).await {
-                Ending::Answer(answer) => Ok(answer),
-                _ => Err(Lost { was_sent: true }),
-            }
+            });
+            let (answer, stamp) = call.await.ok_or(Lost { was_sent: true })?;
+            self.wrote.set(stamp);
+            Ok(answer)
         }
 
         async fn sleep(&self, time: Duration) {
-            let call = self.state.borrow_mut().call(self.machine, time);
-            Wait(self, call).await;
+            self.simulation.wait::<()>(time).0.await;
         }
     }
 
-    struct Simulation {
-        seed: u64,
-        state: Rc<RefCell<State>>,
+    impl There {
+        /// Has another machine do something, some times, and takes a result back. Where the process is dead, the machine may still
+        /// refuse connections.
+        fn call<T, F, W>(
+            &self,
+            to: usize,
+            limit: Duration,
+            times: usize,
+            work: W,
+        ) -> impl Future<Output = Option<T>> + use<T, F, W>
+        where
+            T: Clone + 'static,
+            F: Future<Output = Option<T>> + 'static,
+            W: Fn(There) -> F + 'static,
+        {
+            let (from, work, (result, caller)) = (self.machine, Rc::new(work), self.simulation.wait(limit));
+            for _ in 0..times {
+                let (work, caller) = (work.clone(), caller.clone());
+                self.simulation.send(from, to, move |simulation| {
+                    if simulation.is_alive(to) {
+                        let there = simulation.there(to);
+                        simulation.spawn(to, async move {
+                            if let Some(result) = work(there.clone()).await {
+                                there.simulation.send(to, from, move |it| caller.end(it, Some(result)));
+                            }
+                        });
+                    } else if simulation.percent(50) {
+                        simulation.after(millis(1), Some(from), move |simulation| caller.end(simulation, None));
+                    }
+                });
+            }
+            result
+        }
+
+        /// Notes what this node has now, and what it has written.
+        fn note_records(&self, node: &Node) {
+            let (simulation, machine) = (&self.simulation, &self.simulation.machines[self.machine]);
+            for (key, stamp) in machine.stamps.borrow_mut().iter_mut().enumerate() {
+                let record = record(node, key);
+                let before = std::mem::replace(stamp, record.map_or(0, Record::stamp));
+                let Some(record) = record.filter(|it| it.stamp() != before) else { continue };
+                let value = number_in(str::from_utf8(record.value()).ok());
+                let written = &mut simulation.written.borrow_mut()[key];
+                // (If all who know of it are gone, a stamp may be given again.)
+                if written.insert(*stamp, value) != Some(value) && gave(node.own(), *stamp) {
+                    self.wrote.set(*stamp);
+                    let times = written.values().filter(|it| **it == value).count();
+                    simulation.check(value.is_none() || times == 1, || format!("{value:?} is written twice"));
+                }
+            }
+        }
+
+        /// Judges an answer by what the client knew when it asked. What it wrote is above that, what it read is not below.
+        fn judge(&self, number: usize, verb: &str, key: usize, session: usize, answer: &Answer) {
+            let (simulation, name) = (&self.simulation, NAMES[key]);
+            let session = &mut simulation.sessions.borrow_mut()[session];
+            session.asks = None;
+            if !matches!(answer.status, 200 | 201 | 404) || !simulation.machines[self.machine].counts.get() {
+                return;
+            }
+            simulation.answers.set(simulation.answers.get() + 1);
+            let mut known = simulation.known.borrow()[number];
+            let (body, written) =
+                (serde_json::from_slice::<serde_json::Value>(&answer.body), simulation.written.borrow());
+            let (body, written) = (body.expect("every answer is JSON"), &written[key]);
+            let is_missing = answer.status == 404 || answer.status == 201 && simulation.factor == 1;
+            if is_missing && known[key] > 0 {
+                let deletion = written.range(known[key]..).find(|(_, value)| value.is_none());
+                simulation.check(deletion.is_some(), || format!("{name} is not there: {body}"));
+                known[key] = deletion.map_or(0, |(stamp, _)| *stamp);
+            }
+            let value = number_in(body["value"].as_str());
+            let read = written.iter().find(|(_, it)| value.is_some() && **it == value).map_or(0, |(stamp, _)| *stamp);
+            let found = if verb == "GET" { read } else { self.wrote.get() };
+            simulation.check(answer.status == 404 || found >= known[key], || {
+                format!("{name} is older than what is known: {body}")
+            });
+            if let Some(value) = value {
+                merge(&mut known, &simulation.known.borrow()[value]);
+            }
+            if found > simulation.lost.borrow()[key] {
+                known[key] = found.max(known[key]);
+            }
+            merge(&mut session.known, &known);
+            session.context = match &body["causal-context"] {
+                serde_json::Value::Null => String::new(),
+                context => context.to_string().trim_matches(['{', '}']).to_owned(),
+            };
+        }
+
+        /// What the program does with a request.
+        async fn serve(&self, request: Request) -> Answer {
+            let (resource, vocabulary) = request.route();
+            let Resource::Key(key) = resource else {
+                return match wanted_view(&request.body) {
+                    Ok(wanted) => Box::pin(answer_view_change(self, &request, &wanted)).await,
+                    Err(refusal) => refusal.answer(Vocabulary::Json, "PUT"),
+                };
+            };
+            let context = match causal_context(&request, vocabulary) {
+                Ok(context) => context,
+                Err(refusal) => return refusal.answer(vocabulary, &request.verb),
+            };
+            let index = NAMES.iter().position(|name| name.as_bytes() == &*key).expect("one of the keys");
+            let (hash, action, key) = (HASHES[index], Action::of(&key, &request, vocabulary), key.into_owned());
+            let (request, got) = (request.clone(), Vec::new());
+            let mut it = KeyRequest { hash, key, request, vocabulary, action, context, got, is_late: false };
+            let (tried, began) = self.with(|node| (it.perform(node), node.now));
+            let answer = it.answer(self, tried, began).await.joined();
+            // Who relayed it acknowledged nothing.
+            let is_own = !String::from_utf8_lossy(&answer.body).contains(r#""address""#);
+            if is_own && answer.status < 300 && self.wrote.get() > 0 {
+                self.simulation.note_acknowledged(self.machine, index, self.wrote.get());
+            }
+            answer
+        }
     }
 
     impl Simulation {
-        fn new(seed: u64, told: bool) -> Simulation {
-            let mut state = State {
-                seed,
-                random: seed.wrapping_mul(0x2545f4914f6cdd1d),
-                now: Duration::from_secs(1_000_000),
-                events: BTreeMap::new(),
-                sequence: 0,
-                machines: Vec::new(),
-                tasks: BTreeMap::new(),
-                current: 0,
-                calls: BTreeMap::new(),
-                results: BTreeMap::new(),
-                cut: BTreeSet::new(),
-                trouble: 0,
-                quiet: true,
-                quiet_until: Duration::ZERO,
-                history: vec![Vec::new(); KEYS],
-                value: 0,
-                told,
-                versions: Vec::new(),
-                members: Vec::new(),
-                changes: 0,
-                lease: Duration::from_millis(0),
-                forced: false,
-                lineage: BTreeSet::new(),
-                factor: 1,
-                is_cut_up: false,
-                is_long: false,
-                replicas: Replicas::default(),
-            };
-            let count = 2 + state.below(4);
+        fn new(seed: u64, is_told: bool) -> Simulation {
+            let start = Duration::from_secs(1_000_000);
             // Half of the stores have one replica a shard.
-            state.factor = [1, 1, 2, 3][(seed % 4) as usize];
-            state.is_cut_up = state.factor > 1 && seed % 8 > 3;
-            state.is_long = state.is_cut_up && seed % 32 > 27;
-            let sessions = (0..3).map(|_| Session { context: "{}".into(), ..Session::default() }).collect();
-            let (seen, bound) = (vec![BTreeMap::new(); KEYS], vec![0; KEYS]);
-            let (highest, lost) = (bound.clone(), bound.clone());
-            state.replicas = Replicas { seen, bound, highest, lost, sessions, ..Replicas::default() };
-            state.lease = Duration::from_millis([500, 3000, 5000, 10_000][state.below(4)]);
-            state.machines = (0..count).map(|_| Machine::default()).collect();
-            Simulation { seed, state: Rc::new(RefCell::new(state)) }
+            let factor = [1, 1, 2, 3][(seed % 4) as usize];
+            let is_cut_up = factor > 1 && seed % 8 > 3;
+            let mut simulation = Simulation { seed, is_told, is_cut_up, factor, ..Simulation::default() };
+            simulation.random.set(seed.wrapping_mul(0x2545f4914f6cdd1d));
+            simulation.now.set(start);
+            simulation.quiet_until.set(start + millis(1600));
+            simulation.all_know.set(factor == 1);
+            simulation.machines.resize_with(2 + simulation.below(4), Machine::default);
+            simulation.lease = millis([500, 3000, 5000, 10_000][simulation.below(4)]);
+            simulation
         }
 
-        fn there(&self, machine: usize) -> There {
-            There { state: self.state.clone(), machine, life: self.state.borrow().machines[machine].life }
+        fn below(&self, limit: usize) -> usize {
+            self.random.set(self.random.get().wrapping_add(0x9e3779b97f4a7c15));
+            let mut mixed = self.random.get();
+            mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58476d1ce4e5b9);
+            mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d049bb133111eb);
+            ((mixed ^ mixed >> 31) % limit as u64) as usize
         }
 
-        fn run_task(&self, machine: usize, task: impl Future<Output = ()> + 'static) {
-            let mut state = self.state.borrow_mut();
-            state.sequence += 1;
-            let (id, life) = (state.sequence as usize, state.machines[machine].life);
-            state.tasks.insert(id, (machine, life, Box::pin(task)));
-            state.at(Duration::ZERO, Event::Poll(id));
+        fn percent(&self, percent: usize) -> bool {
+            self.below(100) < percent
         }
 
-        fn start(&self, machine: usize, view: &[usize]) {
-            {
-                let mut state = self.state.borrow_mut();
-                // Clocks are wrong by up to ten minutes.
-                let ahead = Duration::from_secs([0, 0, 300, 600][state.below(4)]);
-                let (incarnation, now) = (state.random.wrapping_add(state.sequence) | 1, state.now + ahead);
-                state.machines[machine].ahead = ahead;
-                let view: Vec<String> = view.iter().map(|it| address(*it)).collect();
-                state.tell(|| format!("n{machine} starts with {view:?}"));
-                let factor = state.factor.min(view.len());
-                let mut node = Node::new(address(machine), view, factor, incarnation, now);
-                node.lease = state.lease;
-                state.machines[machine].node = Some(node);
-                state.machines[machine].outlawed = None;
+        fn tell(&self, what: impl FnOnce() -> String) {
+            if self.is_told {
+                println!("{:8.3} {}", self.now.get().as_secs_f64(), what());
             }
+        }
+
+        fn check(&self, holds: bool, what: impl FnOnce() -> String) {
+            assert!(holds, "SEED={}: at {:.3} {}", self.seed, self.now.get().as_secs_f64(), what());
+        }
+
+        // -- Time
+
+        fn after(&self, time: Duration, on: Option<usize>, event: impl FnOnce(&Rc<Simulation>) + 'static) {
+            self.sequence.set(self.sequence.get() + 1);
+            let when = (self.now.get() + time, self.sequence.get());
+            self.events.borrow_mut().insert(when, (on, Box::new(event)));
+        }
+
+        /// Does one event. False if nothing is left to do.
+        fn step(self: &Rc<Self>) -> bool {
+            let Some(((time, _), (on, event))) = self.events.borrow_mut().pop_first() else { return false };
+            self.now.set(time);
+            match on.filter(|on| self.is_asleep(*on)) {
+                Some(on) => self.machines[on].backlog.borrow_mut().get_or_insert_default().push(event),
+                None => event(self),
+            }
+            self.look_who_counts();
+            self.check_owners();
+            true
+        }
+
+        fn pass(self: &Rc<Self>, time: usize) {
+            let end = self.now.get() + millis(time);
+            while self.now.get() < end && self.step() {}
+        }
+
+        /// Goes on until something holds, which is to be soon.
+        fn pass_until(self: &Rc<Self>, seconds: usize, what: &str, holds: impl Fn() -> bool) {
+            for _ in 0..seconds * 50 {
+                if holds() {
+                    return;
+                }
+                self.pass(20);
+            }
+            self.check(holds(), || what.to_owned());
+        }
+
+        fn spawn(&self, machine: usize, future: impl Future<Output = ()> + 'static) {
+            let (life, future) = (self.machines[machine].life.get(), RefCell::new(Box::pin(future) as _));
+            let task = Rc::new(Task { machine, life, future });
+            self.after(Duration::ZERO, Some(machine), move |simulation| task.run(simulation));
+        }
+
+        /// A result for which the task that runs waits, and by which caller it comes; without one, the wait ends after a while.
+        fn wait<T: Clone + 'static>(&self, limit: Duration) -> (impl Future<Output = Option<T>> + use<T>, Caller<T>) {
+            let task = self.task.borrow().clone().expect("only tasks wait");
+            let (machine, place) = (task.machine, Rc::new(RefCell::new(None)));
+            let caller = Caller(task, Rc::downgrade(&place));
+            let late = caller.clone();
+            self.after(limit, Some(machine), move |simulation| late.end(simulation, None));
+            (poll_fn(move |_| place.borrow_mut().take().map_or(Poll::Pending, Poll::Ready)), caller)
+        }
+
+        // -- Messages
+
+        fn is_quiet(&self) -> bool {
+            self.now.get() < self.quiet_until.get()
+        }
+
+        /// Sends what does something where it arrives, unless it is lost.
+        fn send(&self, from: usize, to: usize, event: impl FnOnce(&Rc<Simulation>) + 'static) {
+            let is_lost = !self.is_quiet() && self.percent(self.trouble.get());
+            let most = match self.below(100) {
+                0 if !self.is_quiet() => 9_000_000,
+                1..5 if !self.is_quiet() => 1_000_000,
+                _ => 4_000,
+            };
+            let time = Duration::from_micros(self.below(most) as u64 + 100);
+            if from == to || !is_lost && !self.cut.borrow().contains(&(from, to)) {
+                self.after(time, Some(to), event);
+            }
+        }
+
+        // -- Machines
+
+        fn there(self: &Rc<Self>, machine: usize) -> There {
+            There { simulation: self.clone(), machine, wrote: Rc::default() }
+        }
+
+        fn is_alive(&self, machine: usize) -> bool {
+            self.machines[machine].node.borrow().is_some()
+        }
+
+        fn is_asleep(&self, machine: usize) -> bool {
+            self.machines[machine].backlog.borrow().is_some()
+        }
+
+        fn start(self: &Rc<Self>, machine: usize, view: &[usize]) {
+            // Clocks are wrong by up to ten minutes.
+            let ahead = Duration::from_secs([0, 0, 300, 600][self.below(4)]);
+            let incarnation = self.below(usize::MAX) as u64 | 1;
+            self.tell(|| format!("n{machine} starts with {view:?}"));
+            let (own, view, factor) = (ADDRESSES[machine].to_owned(), names(view), self.factor.min(view.len()));
+            let mut node = Node::new(own, view, factor, incarnation, self.now.get() + ahead);
+            node.lease = self.lease;
+            self.machines[machine].node.replace(Some(node));
+            self.machines[machine].ahead.set(ahead);
             let there = self.there(machine);
-            self.run_task(machine, async move {
+            self.spawn(machine, async move {
                 loop {
                     keep_in_touch(&there).await;
-                    let jitter = there.state.borrow_mut().below(20) as u64;
-                    there.sleep(MEETINGS + Duration::from_millis(jitter)).await;
+                    there.sleep(MEETINGS + millis(there.simulation.below(20))).await;
                 }
             });
         }
 
         fn kill(&self, machine: usize) {
-            let mut state = self.state.borrow_mut();
-            let now = state.now;
-            state.tell(|| format!("n{machine} is killed"));
-            state.vanish(machine, Some(now));
-            let dead = &mut state.machines[machine];
-            dead.node = None;
-            dead.life += 1;
-            (dead.asleep, dead.seen, dead.deleting) = (false, None, [0; KEYS]);
-            dead.backlog.clear();
-            let life = dead.life;
-            state.note_records(true);
-            state.tasks.retain(|_, (on, of, _)| *on != machine || *of == life);
-        }
-
-        fn client(&self, machine: usize) {
-            if self.state.borrow().factor > 1 {
-                return self.causal_client(machine, None);
+            self.tell(|| format!("n{machine} is killed"));
+            let dead = &self.machines[machine];
+            if dead.counts.take() {
+                self.lose(machine, false);
             }
-            let there = self.there(machine);
-            let (key, did) = {
-                let mut state = self.state.borrow_mut();
-                state.value += 1;
-                let value = state.value;
-                (state.below(KEYS), [Did::Put(value), Did::Put(value), Did::Get, Did::Get, Did::Delete][state.below(5)])
-            };
-            self.ask(there, key, did);
-        }
-
-        fn ask(&self, there: There, key: usize, did: Did) {
-            let (verb, body) = match did {
-                Did::Put(value) => ("PUT", format!("val={value}")),
-                Did::Get => ("GET", String::new()),
-                _ => ("DELETE", String::new()),
-            };
-            let request = Request {
-                verb: verb.into(),
-                target: format!("/kv-store/{}", NAMES[key]),
-                body: body.into(),
-                ..Request::default()
-            };
-            let (index, start) = {
-                let mut state = self.state.borrow_mut();
-                let start = state.now;
-                state.history[key].push(Op { did, start, end: None, saw: None });
-                (state.history[key].len() - 1, start)
-            };
-            self.run_task(there.machine, async move {
-                let name = NAMES[key];
-                let answer = answer_request(&there, name.as_bytes(), &request).await;
-                let mut state = there.state.borrow_mut();
-                let text = String::from_utf8_lossy(&answer.body).into_owned();
-                state.tell(|| {
-                    format!(
-                        "n{} answers {} {name} {did:?}: {} {}",
-                        there.machine,
-                        request.verb,
-                        answer.status,
-                        text.trim()
-                    )
-                });
-                let value = text.split('"').nth(7).and_then(|value| value.parse().ok());
-                let saw = match answer.status {
-                    404 | 201 => Seen::Nothing,
-                    200 => value.filter(|_| did == Did::Get).map_or(Seen::Something, Seen::Value),
-                    _ => return,
-                };
-                if state.now < start + CLIENT && state.machines[there.machine].outlawed.is_none() {
-                    let end = Some(state.now);
-                    let op = &mut state.history[key][index];
-                    (op.end, op.saw) = (end, Some(saw));
-                }
-            });
-        }
-
-        /// A session reads or writes; `read` is the key that it must read.
-        fn causal_client(&self, machine: usize, read: Option<(usize, usize)>) {
-            let there = self.there(machine);
-            let (session, key, did, context, past) = {
-                let state = &mut *self.state.borrow_mut();
-                state.value += 1;
-                let value = state.value;
-                let did = [Did::Put(value), Did::Put(value), Did::Get, Did::Get, Did::Delete][state.below(5)];
-                let drawn = (state.below(3), state.below(if state.is_cut_up { 3 } else { KEYS }));
-                let (session, key) = read.unwrap_or(drawn);
-                let did = if read.is_some() { Did::Get } else { did };
-                let it = &mut state.replicas.sessions[session];
-                if std::mem::replace(&mut it.busy, true) && read.is_none() {
-                    return;
-                }
-                let (context, past) = (it.context.clone(), it.past.clone());
-                state.replicas.past.insert(value, past.clone());
-                (session, key, did, context, past)
-            };
-            let (verb, value) = match did {
-                Did::Put(value) => ("PUT", format!(r#""value":{value},"#)),
-                Did::Get => ("GET", String::new()),
-                _ => ("DELETE", String::new()),
-            };
-            let request = Request {
-                verb: verb.into(),
-                target: format!("/kv-store/keys/{}", NAMES[key]),
-                content_type: "application/json".into(),
-                body: format!(r#"{{{value}"causal-context":{context}}}"#).into(),
-                ..Request::default()
-            };
-            let seed = self.seed;
-            self.run_task(there.machine, async move {
-                let answer = answer_request(&there, NAMES[key].as_bytes(), &request).await;
-                let state = &mut *there.state.borrow_mut();
-                let text = String::from_utf8_lossy(&answer.body).trim().to_owned();
-                state.tell(|| {
-                    let n = there.machine;
-                    format!(
-                        "n{n} answers session {session} {verb} {} {did:?} {context}: {} {text}",
-                        NAMES[key], answer.status
-                    )
-                });
-                let trusted = state.machines[there.machine].outlawed.is_none();
-                state.replicas.sessions[session].busy = false;
-                if !matches!(answer.status, 200 | 201 | 404) || !trusted {
-                    return;
-                }
-                let value = text
-                    .split_once(r#""value":"#)
-                    .and_then(|(_, rest)| rest.split([',', '}']).next().and_then(|value| value.parse::<u32>().ok()));
-                let seen = &state.replicas.seen[key];
-                let stamp_of =
-                    |value: u32| seen.iter().find(|(_, it)| **it == Some(value)).map_or(0, |(stamp, _)| *stamp);
-                let known = past.get(NAMES[key]).copied().unwrap_or(0);
-                let wanted = if known > state.replicas.lost[key] { known } else { 0 };
-                let mut now = past;
-                match (did, value) {
-                    (Did::Get, Some(value)) => {
-                        let stamp = stamp_of(value);
-                        assert!(
-                            stamp >= wanted,
-                            "SEED={seed}: {} is older than what the session knows: {text}",
-                            NAMES[key]
-                        );
-                        let known = state.replicas.past.get(&value).cloned().unwrap_or_default();
-                        for (key, stamp) in known.into_iter().chain([(NAMES[key].to_owned(), stamp)]) {
-                            let old = now.entry(key).or_default();
-                            *old = stamp.max(*old);
-                        }
-                    }
-                    (Did::Get, None) => {
-                        let deleted = seen.range(wanted..).any(|(_, value)| value.is_none());
-                        assert!(
-                            wanted == 0 || deleted,
-                            "SEED={seed}: the session knows of {}, which is not there",
-                            NAMES[key]
-                        );
-                    }
-                    (Did::Put(value), _) => {
-                        assert!(stamp_of(value) > wanted, "SEED={seed}: a write before what its session knows: {text}");
-                        now.insert(NAMES[key].to_owned(), stamp_of(value));
-                    }
-                    _ => {}
-                }
-                let context = text.split_once(r#""causal-context":"#).and_then(|(_, rest)| rest.split_once('}'));
-                let it = &mut state.replicas.sessions[session];
-                it.context = format!("{}}}", context.expect("the answer has a context").0);
-                it.past = now;
-            });
-        }
-
-        fn change(&self, machine: usize, view: Vec<usize>, force: bool) {
-            self.state.borrow_mut().forced |= force;
-            let there = self.there(machine);
-            let request = Request { verb: "PUT".into(), target: "/kv-store/view-change".into(), ..Request::default() };
-            self.state.borrow().tell(|| format!("n{machine} is asked for {view:?}, force {force}"));
-            let view: Vec<String> = view.into_iter().map(address).collect();
-            let factor = {
-                let mut state = self.state.borrow_mut();
-                let factor = 1 + state.below(3);
-                // A store with one replica a shard keeps to it: it is judged by other rules.
-                (state.factor > 1).then(|| factor.max(2)).filter(|factor| *factor <= view.len() && state.percent(30))
-            };
-            if self.state.borrow().factor > 1 && view.len() < 2 {
-                return;
-            }
-            let more = factor.map_or(String::new(), |factor| format!(r#","repl-factor":{factor}"#));
-            let wanted = WantedView { view: view.clone(), factor, force };
-            // Whoever coordinates in the end reads it from the body.
-            let body = format!(r#"{{"view":{view:?},"force":{force}{more}}}"#).into_bytes();
-            self.run_task(machine, async move {
-                let answer = answer_view_change(&there, &Request { body, ..request }, &wanted).await;
-                let mut state = there.state.borrow_mut();
-                state.changes += usize::from(answer.status == 200);
-                state.tell(|| format!("n{} answers {}", there.machine, String::from_utf8_lossy(&answer.body).trim()));
-            });
-        }
-
-        /// Does one event. False if nothing is left to do.
-        fn step(&self) -> bool {
-            let event = {
-                let mut state = self.state.borrow_mut();
-                let Some(((time, _), event)) = state.events.pop_first() else { return false };
-                state.now = time;
-                let on = match &event {
-                    Event::Poll(task) => state.tasks.get(task).map(|(machine, ..)| *machine),
-                    Event::Message { to, .. } | Event::Relay { to, .. } => Some(*to),
-                    Event::Result { call, .. } => state.calls.get(call).map(|(_, machine, _)| *machine),
-                    Event::Spawn { on, .. } => Some(*on),
-                    _ => None,
-                };
-                if let Some(on) = on
-                    && state.machines[on].asleep
-                {
-                    state.machines[on].backlog.push(event);
-                    return true;
-                }
-                event
-            };
-            let changes = !matches!(event, Event::Result { .. } | Event::Spawn { .. });
-            match event {
-                Event::Poll(id) => self.poll(id),
-                Event::Message { to, envelope, call } => self.message(to, *envelope, call),
-                Event::Relay { to, request, call } => self.relayed(to, request, call),
-                Event::Result { call, result } => {
-                    let mut state = self.state.borrow_mut();
-                    if let Some((task, ..)) = state.calls.remove(&call) {
-                        state.results.insert(call, result);
-                        state.at(Duration::ZERO, Event::Poll(task));
-                    }
-                }
-                Event::Spawn { on, life, activity } => {
-                    if self.state.borrow().machines[on].life == life {
-                        self.run_task(on, run(self.there(on), activity));
-                    }
-                }
-                Event::Wake(machine) => self.wake(machine),
-                Event::Start(machine) => self.start_again(machine),
-                Event::Quiet => {
-                    let mut state = self.state.borrow_mut();
-                    state.quiet = state.now < state.quiet_until;
-                }
-            }
-            if changes {
-                self.check_owners();
-            }
-            true
+            dead.node.take();
+            dead.life.set(dead.life.get() + 1);
+            dead.backlog.take();
+            dead.stamps.take();
+            self.has_news.set(true);
+            // Whoever waits for it gives up.
+            let mut sessions = self.sessions.borrow_mut();
+            sessions.iter_mut().filter(|it| it.asks == Some(machine)).for_each(|it| it.asks = None);
         }
 
         fn wake(&self, machine: usize) {
-            let mut state = self.state.borrow_mut();
-            if std::mem::take(&mut state.machines[machine].asleep) {
-                state.tell(|| format!("n{machine} wakes"));
-                for event in std::mem::take(&mut state.machines[machine].backlog) {
-                    let after = Duration::from_micros(state.below(3000) as u64);
-                    state.at(after, event);
+            if let Some(backlog) = self.machines[machine].backlog.take() {
+                self.tell(|| format!("n{machine} wakes"));
+                for event in backlog {
+                    self.after(Duration::from_micros(self.below(3000) as u64), Some(machine), event);
                 }
             }
         }
 
-        fn poll(&self, id: usize) {
-            let Some((machine, life, mut task)) = self.state.borrow_mut().tasks.remove(&id) else { return };
-            let mut state = self.state.borrow_mut();
-            if state.machines[machine].life != life {
+        // -- What is known of the store
+
+        fn first_view(&self) -> Vec<usize> {
+            let count = self.machines.len();
+            (0..if self.is_cut_up { count } else { count.div_ceil(2) }).collect()
+        }
+
+        /// The table that a machine goes by, if it is one of the store, and not of another one.
+        fn table(&self, machine: usize) -> Option<Arc<Table>> {
+            let table = self.machines[machine].node.borrow().as_ref()?.table()?;
+            (table.store == self.store.get()).then_some(table)
+        }
+
+        fn newest(&self) -> Option<Arc<Table>> {
+            (0..self.machines.len()).filter_map(|it| self.table(it)).max_by_key(|table| table.version)
+        }
+
+        /// Notes whose word counts. Whoever was left out of a table as a silent node, and does not know, may lose what it has.
+        fn look_who_counts(&self) {
+            if !self.has_news.take() {
                 return;
             }
-            state.current = id;
-            drop(state);
-            if task.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending() {
-                self.state.borrow_mut().tasks.insert(id, (machine, life, task));
-            }
-        }
-
-        fn message(&self, to: usize, envelope: Envelope, call: usize) {
-            let from = machine_of(&envelope.from);
-            if self.state.borrow().machines[to].node.is_none() {
-                return self.state.borrow_mut().refuse(call);
-            }
-            let what = if self.state.borrow().told { format!("{:?}", envelope.message) } else { String::new() };
-            let reply = self.there(to).with(|node| node.receive(envelope));
-            let mut state = self.state.borrow_mut();
-            if state.told && !what.starts_with("Meet") {
-                let (what, reply) = (what.chars().take(120).collect::<String>(), format!("{reply:?}"));
-                state.tell(|| format!("  n{from} -> n{to}: {what}: {}", reply.chars().take(120).collect::<String>()));
-            }
-            if let Some(way) = state.way(to, from) {
-                state.at(way, Event::Result { call, result: Ending::Reply(Box::new(reply)) });
-            }
-        }
-
-        fn relayed(&self, to: usize, request: Request, call: usize) {
-            if self.state.borrow().machines[to].node.is_none() {
-                return self.state.borrow_mut().refuse(call);
-            }
-            let there = self.there(to);
-            self.run_task(to, async move {
-                let answer = match request.route().0 {
-                    Resource::Key(key) => answer_request(&there, &key, &request).await,
-                    _ => match wanted_view(&request.body) {
-                        Ok(wanted) => Box::pin(answer_view_change(&there, &request, &wanted)).await,
-                        Err(refusal) => refusal.answer(Vocabulary::Json, "PUT"),
-                    },
-                };
-                let mut state = there.state.borrow_mut();
-                let from = state.calls.get(&call).map_or(to, |(_, machine, _)| *machine);
-                let trusted = state.machines[to].outlawed.is_none();
-                if let Some(way) = state.way(to, from).filter(|_| trusted) {
-                    state.at(way, Event::Result { call, result: Ending::Answer(answer) });
+            let newest = self.newest().unwrap_or_default();
+            for (number, machine) in self.machines.iter().enumerate() {
+                let (own, table) = (ADDRESSES[number].to_owned(), self.table(number));
+                let is_left_out = table.as_ref().is_some_and(|table| {
+                    let is_named = newest.lists(&own) || newest.sources().contains(&own);
+                    table.version.epoch < newest.version.epoch && table.lists(&own) && !is_named
+                });
+                if machine.counts.replace(table.is_some() && !is_left_out) && is_left_out {
+                    self.tell(|| format!("n{number} is left out"));
+                    self.lose(number, true);
                 }
+            }
+        }
+
+        /// With one replica a shard, no key is answered for by two nodes.
+        fn check_owners(&self) {
+            for (key, name) in NAMES.iter().enumerate().filter(|_| self.factor == 1) {
+                let is_owner =
+                    |it: &&Machine| it.counts.get() && it.node.borrow().as_ref().is_some_and(|it| answers(it, key));
+                let owners = self.machines.iter().filter(is_owner).count();
+                self.check(owners < 2, || format!("{name} is answered for by {owners} nodes"));
+            }
+        }
+
+        /// A machine that dies, or is left out, takes with it what no owner has: who owned it before has it only as long as an owner waits
+        /// for it. Without force, whoever is left out takes only what it wrote while it was cut off.
+        fn lose(&self, machine: usize, is_left_out: bool) {
+            let others = || self.machines.iter().filter(|it| it.counts.get());
+            for (key, stamp) in self.machines[machine].stamps.borrow().into_iter().enumerate() {
+                let is_owner = |it: &&Machine| it.node.borrow().as_ref().is_some_and(|it| owns(it, key));
+                let waits = |node: &Node| !node.pull_needs(HASHES[key]).is_empty();
+                let is_awaited = others().filter(is_owner).any(|it| it.node.borrow().as_ref().is_some_and(waits));
+                let has_it = |it: &&Machine| is_awaited || is_owner(it);
+                let left = others().filter(has_it).map(|it| it.stamps.borrow()[key]).max().unwrap_or(0);
+                // With the last owner goes its clock, and what is known of deletions.
+                if left >= stamp && others().any(|it| is_owner(&it)) {
+                    continue;
+                }
+                let (mut acknowledged, mut lost) = (self.acknowledged.borrow_mut(), self.lost.borrow_mut());
+                let may_go = !is_left_out || self.is_forced.get() || gave(ADDRESSES[machine], stamp);
+                self.check(may_go || acknowledged[key] != stamp, || format!("{} goes with n{machine}", NAMES[key]));
+                let forget = |known: &mut Stamps| known[key] = known[key].min(left);
+                lost[key] = stamp.max(lost[key]);
+                forget(&mut acknowledged);
+                self.known.borrow_mut().iter_mut().for_each(forget);
+                self.sessions.borrow_mut().iter_mut().for_each(|session| forget(&mut session.known));
+            }
+        }
+
+        /// An acknowledged write is on every replica that can be reached, as far as the one that took it knows.
+        fn note_acknowledged(&self, machine: usize, key: usize, stamp: u64) {
+            let node = self.machines[machine].node.borrow();
+            let node = node.as_ref().expect("it answers");
+            if !owns(node, key) || !self.machines[machine].counts.get() {
+                return;
+            }
+            let is_deletion = self.written.borrow()[key][&stamp].is_none();
+            for other in node.others().iter().filter(|other| !node.is_silent(other)) {
+                let it = &self.machines[machine_of(other)];
+                let waits = |it: &Node| it.version() != node.version() || !it.pull_needs(HASHES[key]).is_empty();
+                let (waits, has) = (it.node.borrow().as_ref().is_none_or(waits), it.stamps.borrow()[key]);
+                let has_it = has >= stamp || has == 0 && is_deletion;
+                self.check(waits || has_it, || format!("n{machine} acknowledged what {other} does not have"));
+            }
+            let acknowledged = &mut self.acknowledged.borrow_mut()[key];
+            *acknowledged = stamp.max(*acknowledged);
+        }
+
+        // -- Clients
+
+        /// A client asks a node.
+        fn ask(self: &Rc<Self>, machine: usize, verb: &'static str, key: usize, session: usize) {
+            let (number, mut sessions) = (self.known.borrow().len(), self.sessions.borrow_mut());
+            let Session { context, known, asks } = &mut sessions[session];
+            *asks = Some(machine);
+            let mut known = *known;
+            if self.all_know.get() {
+                merge(&mut known, &self.acknowledged.borrow());
+            }
+            self.known.borrow_mut().push(known);
+            let value = if verb == "PUT" { format!(r#""value":"{number:020}""#) } else { r#""no":0"#.into() };
+            // With one replica a shard, clients need no contexts.
+            let context = match self.factor {
+                1 => String::new(),
+                _ => format!(r#","causal-context":{{{context}}}"#),
+            };
+            let (content_type, target) = ("application/json".into(), format!("/kv-store/keys/{}", NAMES[key]));
+            let body = format!("{{{value}{context}}}").into();
+            let request = Request { verb: verb.into(), target, content_type, body, ..Request::default() };
+            let there = self.there(machine);
+            self.spawn(machine, async move {
+                let answer = there.serve(request).await;
+                let (status, text) = (answer.status, String::from_utf8_lossy(&answer.body));
+                let what = || {
+                    format!("n{machine} answers {session}: {verb} k{key} {number}{context}: {status} {}", text.trim())
+                };
+                there.simulation.tell(what);
+                there.judge(number, verb, key, session, &answer);
             });
         }
 
-        /// No key is answered for by two nodes.
-        fn check_owners(&self) {
-            let state = &mut *self.state.borrow_mut();
-            let versions = state.machines.iter().map(|it| it.node.as_ref().and_then(Node::version)).collect();
-            if versions != state.versions {
-                state.versions = versions;
-                state.note_tables();
-                self.outlaw(state);
-                let counts = |it: &usize| state.machines[*it].outlawed.is_none() && state.is_member(*it);
-                state.members = (0..state.machines.len()).filter(counts).collect();
-            }
-            if state.factor > 1 {
-                return state.note_records(false);
-            }
-            for (key, hash) in HASHES.iter().enumerate() {
-                let here = |node: &Node| {
-                    let owns = node.table().is_some_and(|table| Some(table.shard_at(*hash)) == node.shard());
-                    owns && node.may_answer() && node.pull_needs(*hash).is_empty()
-                };
-                let has = |machine: &usize| state.machines[*machine].node.as_ref().is_some_and(here);
-                let owners: Vec<usize> = state.members.iter().copied().filter(has).collect();
-                assert!(
-                    owners.len() < 2,
-                    "SEED={}: at {:.3} {} is answered for by {owners:?}",
-                    self.seed,
-                    state.now.as_secs_f64(),
-                    NAMES[key]
-                );
-            }
-        }
-
-        /// Whoever was left out of a table while it was alive, by force, and goes by an older one, does not count any more.
-        fn outlaw(&self, state: &mut State) {
-            let Some(newest) = state.newest() else { return };
-            for machine in 0..state.machines.len() {
-                let Some(version) = state.machines[machine].node.as_ref().map(Node::version) else { continue };
-                let own = address(machine);
-                let lives_by_it = state.is_member(machine)
-                    && state.table(machine).is_some_and(|table| {
-                        table.shard_of(&own).is_some_and(|shard| table.ranges.iter().any(|range| range.shard == shard))
-                    });
-                let left_out = lives_by_it
-                    && version.is_some_and(|version| version.epoch < newest.version.epoch)
-                    && !newest.lists(&own)
-                    && !newest.sources().contains(&own);
-                if left_out && state.machines[machine].outlawed.is_none() {
-                    state.tell(|| format!("n{machine} is left out"));
-                    if state.factor > 1 && !state.forced {
-                        self.check_given_up(state, machine);
-                    }
-                    state.vanish(machine, None);
-                    state.machines[machine].outlawed = Some(newest.version);
-                    state.note_records(true);
-                } else if !left_out {
-                    state.machines[machine].outlawed = None;
-                }
-            }
-        }
-
-        /// Whoever is left out without force takes nothing with it but what it alone took while it was cut off.
-        fn check_given_up(&self, state: &State, machine: usize) {
-            for (key, name) in NAMES.iter().enumerate() {
-                let gone = state.machines[machine].node.as_ref().expect("it lives");
-                let Some(lost) = record(gone, key).filter(|it| it.stamp() == state.replicas.bound[key]) else {
-                    continue;
-                };
-                let others = state.machines.iter().enumerate().filter(|(it, _)| *it != machine);
-                let kept =
-                    others.filter_map(|(_, it)| record(it.node.as_ref()?, key)).any(|it| it.stamp() >= lost.stamp());
-                assert!(kept || gave(gone, lost.stamp()), "SEED={}: {name} is given up with n{machine}", self.seed);
-            }
+        fn change(self: &Rc<Self>, machine: usize, view: &[usize], factor: Option<usize>, force: bool) {
+            self.tell(|| format!("n{machine} is asked for {view:?}, factor {factor:?}, force {force}"));
+            self.is_forced.set(self.is_forced.get() || force);
+            let (names, factor) =
+                (names(view), factor.map_or(String::new(), |factor| format!(r#","repl-factor":{factor}"#)));
+            let body = format!(r#"{{"view":{names:?},"force":{force}{factor}}}"#).into();
+            let (verb, target) = ("PUT".into(), "/kv-store/view-change".into());
+            let request = Request { verb, target, body, ..Request::default() };
+            let there = self.there(machine);
+            self.spawn(machine, async move {
+                let (answer, simulation) = (there.serve(request).await, &there.simulation);
+                simulation.changes.set(simulation.changes.get() + u64::from(answer.status == 200));
+                simulation.tell(|| format!("n{machine} answers {}", String::from_utf8_lossy(&answer.body).trim()));
+            });
         }
 
         // -- Trouble
 
-        fn random_fault(&self, first: &[usize]) {
-            let (count, roll, one, other) = {
-                let mut state = self.state.borrow_mut();
-                let count = state.machines.len();
-                (count, state.below(100), state.below(count), state.below(count))
-            };
-            let alive = |machine: usize| self.state.borrow().machines[machine].node.is_some();
-            let awake = |machine: usize| alive(machine) && !self.state.borrow().machines[machine].asleep;
+        fn cause_trouble(self: &Rc<Self>) {
+            let count = self.machines.len();
+            let (roll, one, other) = (self.below(100), self.below(count), self.below(count));
             // Where networks are cut, most of what else happens are requests.
-            let (is_cut_up, is_long) = (self.state.borrow().is_cut_up, self.state.borrow().is_long);
-            let is_cut_up = is_cut_up && !self.state.borrow_mut().percent(15);
-            match if is_cut_up && roll < 95 || is_long { 0 } else { roll } {
-                0..58 if awake(one) && self.state.borrow().is_member(one) => self.client(one),
-                58..74 if awake(one) => {
-                    let mut view: Vec<usize> = (0..count).filter(|_| self.state.borrow_mut().percent(65)).collect();
-                    if self.state.borrow_mut().percent(50) {
-                        view.retain(|it| alive(*it));
+            let roll = if self.is_cut_up && self.percent(85) { 91 * usize::from(roll >= 95) } else { roll };
+            if roll < 84 && (!self.is_alive(one) || self.is_asleep(one)) {
+                return;
+            }
+            match roll {
+                0..62 if self.table(one).is_some() => {
+                    let verb = ["PUT", "PUT", "GET", "GET", "DELETE"][self.below(5)];
+                    let key = self.below(if self.is_cut_up { 3 } else { KEYS });
+                    let session = self.below(SESSIONS);
+                    // With one replica a shard, clients do not wait for one another.
+                    if self.factor == 1 || self.sessions.borrow()[session].asks.is_none() {
+                        self.ask(one, verb, key, session);
                     }
-                    let force = view.iter().any(|it| alive(*it)) && self.state.borrow_mut().percent(25);
-                    // Force is for nodes that are dead.
-                    if force {
-                        view.extend((0..count).filter(|it| alive(*it) && !view.contains(it)).collect::<Vec<_>>());
-                        view.retain(|it| alive(*it));
-                    }
-                    // A node that is none of the store is asked to join it, not to make another.
-                    let of_the_store = |it: usize| {
-                        let state = self.state.borrow();
-                        state.is_member(it) && state.table(it).is_some_and(|table| table.lists(&address(it)))
+                }
+                62..78 => self.change_at_random(one),
+                78..84 => {
+                    self.tell(|| format!("n{one} sleeps"));
+                    self.machines[one].backlog.borrow_mut().get_or_insert_default();
+                    let time = millis([200, 1000, 3000, 15_000][self.below(4)] + self.below(500));
+                    self.after(time, None, move |simulation| simulation.wake(one));
+                }
+                84..91 => {
+                    let dying = match self.below(7) {
+                        0 => self.first_view(),
+                        1 => vec![one, other],
+                        _ => vec![one],
                     };
-                    if of_the_store(one) && !view.is_empty() || view.iter().any(|it| of_the_store(*it)) {
-                        self.change(one, view, force);
-                    }
-                }
-                74..80 if awake(one) => {
-                    let mut state = self.state.borrow_mut();
-                    let millis = [200, 1000, 3000, 15000][state.below(4)] + state.below(500) as u64;
-                    state.tell(|| format!("n{one} sleeps"));
-                    state.machines[one].asleep = true;
-                    state.at(Duration::from_millis(millis), Event::Wake(one));
-                }
-                80..86 => {
-                    // Sometimes two at once.
-                    let dying = if roll < 85 { vec![one] } else { vec![one, other] };
-                    for machine in dying.into_iter().filter(|it| alive(*it)) {
+                    let time = millis([10, 200, 2000, 6000][self.below(4)]);
+                    for machine in dying.into_iter().filter(|it| self.is_alive(*it)) {
                         self.kill(machine);
-                        let millis = [10, 200, 2000, 6000][self.state.borrow_mut().below(4)];
-                        self.state.borrow_mut().at(Duration::from_millis(millis), Event::Start(machine));
+                        self.after(time, None, move |simulation| simulation.start_again(machine));
                     }
                 }
-                86..90 => drop(self.state.borrow_mut().cut.insert((one, other))),
-                90..98 if !is_cut_up => self.state.borrow_mut().cut.clear(),
-                98 if !is_cut_up => {
-                    // All of the first view at once.
-                    for machine in first.iter().copied().filter(|it| alive(*it)) {
-                        self.kill(machine);
-                        self.state.borrow_mut().at(Duration::from_millis(5), Event::Start(machine));
-                    }
-                }
-                _ if is_cut_up => {
-                    let mut state = self.state.borrow_mut();
-                    // One or two pairs at a time, half of them in one direction only. Sometimes a node leaves as soon as all is whole.
-                    if state.cut.len() > state.below(4) {
-                        state.cut.clear();
-                        if state.percent(10) {
-                            drop(state);
-                            let staying = (0..count).filter(|it| *it != other).collect();
-                            return if one != other && awake(one) {
-                                self.change(one, staying, false)
-                            };
-                        }
-                    }
-                    state.cut.insert((one, other));
-                    if state.percent(50) {
-                        state.cut.insert((other, one));
-                    }
-                    let cut = state.cut.clone();
-                    state.tell(|| format!("cut are {cut:?}"));
-                }
+                91.. => self.cut_or_heal(one, other),
                 _ => {}
             }
         }
 
-        /// Starts a machine again, with its first view, the present one, or none. If all whom it asks are blank as well, they
-        /// can learn of the present table only from those who live by it: these must reach them within a second (the
-        /// contract).
-        fn start_again(&self, machine: usize) {
-            if self.state.borrow().machines[machine].node.is_some() {
+        fn change_at_random(self: &Rc<Self>, at: usize) {
+            let (force, is_careful) = (self.percent(25), self.percent(50));
+            // Force is for nodes that are dead.
+            let is_wanted = |it: &usize| match force {
+                true => self.is_alive(*it),
+                false => self.percent(65) && (!is_careful || self.is_alive(*it)),
+            };
+            let view: Vec<usize> = (0..self.machines.len()).filter(is_wanted).collect();
+            // A store with one replica a shard keeps to it: it is judged by other rules.
+            let least = self.factor.min(2);
+            let factor = Some(2 + self.below(2)).filter(|it| least > 1 && *it <= view.len() && self.percent(30));
+            // A node that is none of the store is asked to join it, not to make another.
+            let is_of_it = |it: &usize| self.table(*it).is_some_and(|table| table.lists(ADDRESSES[*it]));
+            if view.len() >= least && (is_of_it(&at) || view.iter().any(is_of_it)) {
+                self.change(at, &view, factor, force);
+            }
+        }
+
+        /// Cuts the network between one or two pairs at a time, half of them in one direction only. Sometimes a node leaves as soon as all
+        /// is whole.
+        fn cut_or_heal(self: &Rc<Self>, one: usize, other: usize) {
+            if self.cut.borrow().len() <= self.below(if self.is_cut_up { 4 } else { 1 }) {
+                self.cut.borrow_mut().insert((one, other));
+                if self.percent(50) {
+                    self.cut.borrow_mut().insert((other, one));
+                }
+            } else {
+                self.cut.take();
+                if self.is_cut_up && self.percent(10) && one != other && self.is_alive(one) {
+                    let staying: Vec<usize> = (0..self.machines.len()).filter(|it| *it != other).collect();
+                    self.change(one, &staying, None, false);
+                }
+            }
+            self.tell(|| format!("cut are {:?}", self.cut.borrow()));
+        }
+
+        /// Starts a machine again, with its first view, the present one, or none. If all whom it asks are blank as well, they can learn of
+        /// the present table only from those who live by it: these must reach them within a second (the contract).
+        fn start_again(self: &Rc<Self>, machine: usize) {
+            if self.is_alive(machine) {
                 return;
             }
-            let (view, must_meet) = {
-                let mut state = self.state.borrow_mut();
-                let present =
-                    state.newest().map(|table| table.view.iter().map(|it| machine_of(it)).collect::<Vec<_>>());
-                let first = state.first_view();
-                let known = present.as_ref().is_some_and(|view| view.contains(&machine));
-                let view = match state.below(4) {
-                    0 if known => vec![machine],
-                    // Nodes that left, and ask none that stayed, are a store of their own.
-                    1 | 2 if present.as_ref().is_none_or(|present| first.iter().any(|it| present.contains(it))) => {
-                        first
-                    }
-                    _ => present.unwrap_or(first),
-                };
-                let newest = state.newest();
-                let knows = |it: &usize| {
-                    newest.as_ref().is_some_and(|table| {
-                        table.lists(&address(*it)) && state.table(*it).is_some_and(|it| it.version == table.version)
-                    })
-                };
-                let must_meet = !view.iter().any(|it| *it != machine && knows(it));
-                (view, must_meet)
+            let (first, newest) = (self.first_view(), self.newest());
+            let in_force = newest.as_ref().map(|table| table.view.iter().map(|it| machine_of(it)).collect());
+            let present: Vec<usize> = in_force.unwrap_or(first.clone());
+            // Nodes that left, and ask none that stayed, are a store of their own.
+            let view = match self.below(if first.len() > 1 { 4 } else { 1 }) {
+                1 if newest.is_some() && present.contains(&machine) => vec![machine],
+                2 | 3 if first.iter().any(|it| present.contains(it)) => first,
+                _ => present.clone(),
             };
-            if must_meet {
-                let count = self.state.borrow().machines.len();
-                (0..count).for_each(|it| self.wake(it));
-                let mut state = self.state.borrow_mut();
-                state.cut.clear();
-                state.quiet = true;
-                state.quiet_until = state.now + Duration::from_millis(1600);
-                state.at(Duration::from_millis(1600), Event::Quiet);
+            let knows = |it: &usize| present.contains(it) && newest.is_some() && self.table(*it) == newest;
+            if !view.iter().any(|it| *it != machine && knows(it)) {
+                (0..self.machines.len()).for_each(|it| self.wake(it));
+                self.cut.take();
+                self.quiet_until.set(self.quiet_until.get().max(self.now.get() + millis(1600)));
             }
             self.start(machine, &view);
         }
 
-        fn run(&self) {
-            let (count, first) = {
-                let state = self.state.borrow_mut();
-                (state.machines.len(), state.first_view())
-            };
-            for machine in 0..count {
-                let view = if first.contains(&machine) { first.clone() } else { vec![machine] };
-                self.start(machine, &view);
+        /// Starts all: with the first view those that it names, others alone.
+        fn begin(self: &Rc<Self>) {
+            let first = self.first_view();
+            for machine in 0..self.machines.len() {
+                self.start(machine, if first.contains(&machine) { &first } else { std::slice::from_ref(&machine) });
             }
-            self.for_a_while(Duration::from_millis(1600), |_| {});
-            let length = {
-                let mut state = self.state.borrow_mut();
-                (state.quiet, state.trouble) = (false, [0, 0, 5, 20][state.below(4)]);
-                if state.is_long {
-                    let last = count - 1;
-                    (0..last).for_each(|it| state.cut.extend([(it, last), (last, it)]));
-                }
-                if state.is_long { 40_000 } else { [2000, 3000, 5000, 12000][state.below(4)] }
-            };
-            self.for_a_while(Duration::from_millis(length), |simulation| simulation.random_fault(&first));
-            self.heal();
+            self.store.set(Table::first(names(&first), self.factor.min(first.len())).store);
+            self.pass(1600);
         }
 
-        /// Runs for a while, and causes trouble every now and then.
-        fn for_a_while(&self, time: Duration, trouble: impl Fn(&Simulation)) {
-            let end = self.state.borrow().now + time;
-            let mut next = self.state.borrow().now;
-            while self.state.borrow().now < end && self.step() {
-                let now = self.state.borrow().now;
-                if now >= next {
-                    let longest = if self.state.borrow().is_long { 1000 } else { 80 };
-                    next = now + Duration::from_millis(self.state.borrow_mut().below(longest) as u64);
-                    if !self.state.borrow().quiet {
-                        trouble(self);
-                    }
+        fn run(self: &Rc<Self>) {
+            self.begin();
+            self.trouble.set([0, 0, 5, 20][self.below(4)]);
+            let end = self.now.get() + millis([2000, 3000, 5000, 12_000][self.below(4)]);
+            while self.now.get() < end {
+                self.pass(self.below(50));
+                if !self.is_quiet() {
+                    self.cause_trouble();
                 }
             }
+            self.heal();
+            // They refer to what they are part of.
+            self.events.take();
+            self.task.take();
         }
 
         /// All is well again: every node lives, every message arrives. Soon every key must be answered for through every node.
-        fn heal(&self) {
-            let count = self.state.borrow().machines.len();
-            {
-                let mut state = self.state.borrow_mut();
-                state.tell(|| "all is well".into());
-                (state.quiet, state.trouble) = (true, 0);
-                state.cut.clear();
-                state.events.retain(|_, event| !matches!(event, Event::Quiet));
-            }
-            for machine in 0..count {
+        fn heal(self: &Rc<Self>) {
+            self.tell(|| "all is well".into());
+            self.cut.take();
+            self.trouble.set(0);
+            self.quiet_until.set(Duration::MAX);
+            for machine in 0..self.machines.len() {
                 self.wake(machine);
                 self.start_again(machine);
             }
-            self.state.borrow_mut().events.retain(|_, event| !matches!(event, Event::Quiet));
-            // All may have died at once: what they then start with may be any of several views, and nothing is lost that was
-            // not.
-            if self.state.borrow().newest().is_none() {
+            // All may have died at once: what they then start with may be any of several views, and nothing is lost that was not.
+            if self.newest().is_none() {
                 return;
             }
-            for _ in 0..600 {
-                self.for_a_while(Duration::from_millis(200), |_| {});
-                if self.is_settled() {
-                    break;
-                }
-            }
-            assert!(
-                self.is_settled(),
-                "SEED={}: the nodes do not come to go by one table: {}",
-                self.seed,
-                self.describe()
-            );
-            let members: Vec<usize> = (0..count).filter(|it| self.state.borrow().is_member(*it)).collect();
-            if self.state.borrow().factor > 1 {
-                return self.check_replicas(&members);
-            }
-            // A lock that comes late keeps a node from answering, or from learning that it has left.
-            let lease = self.state.borrow().lease;
-            self.for_a_while(Duration::from_secs(9) + lease, |_| {});
-            let before: Vec<usize> = self.state.borrow().history.iter().map(Vec::len).collect();
-            for machine in members {
-                (0..KEYS).for_each(|key| self.ask(self.there(machine), key, Did::Get));
-            }
-            let answered =
-                |key: usize| self.state.borrow().history[key][before[key]..].iter().all(|op| op.end.is_some());
-            for _ in 0..100 {
-                self.for_a_while(Duration::from_millis(50), |_| {});
-                if (0..KEYS).all(answered) {
-                    break;
-                }
-            }
-            let state = self.state.borrow();
-            for (key, history) in state.history.iter().enumerate() {
-                assert!(
-                    answered(key),
-                    "SEED={}: {} is not answered for at the end: {}",
-                    self.seed,
-                    NAMES[key],
-                    self.describe()
-                );
-                assert!(is_linearizable(history), "SEED={}: {} was not kept: {history:#?}", self.seed, NAMES[key]);
-            }
-        }
-
-        /// Soon the replicas agree, on nothing older than what was acknowledged, and no context is needed any more.
-        fn check_replicas(&self, members: &[usize]) {
-            let agree = || {
-                if !self.is_settled() {
-                    return false;
-                }
-                let state = self.state.borrow();
-                let newest = state.newest().unwrap_or_default();
-                (0..KEYS).all(|key| {
-                    let stamp = |node: &String| stamp_of(state.machines[machine_of(node)].node.as_ref()?, key);
-                    let stamps: BTreeSet<Option<u64>> = newest.owners(HASHES[key]).iter().map(stamp).collect();
-                    stamps.len() == 1
-                })
-            };
-            for _ in 0..50 {
-                self.for_a_while(Duration::from_millis(100), |_| {});
-                if agree() {
-                    break;
-                }
-            }
-            assert!(agree(), "SEED={}: the replicas do not agree: {}", self.seed, self.describe());
-            self.check_bounds();
-            self.for_a_while(Duration::from_millis(6000), |_| {});
+            self.pass_until(120, "the nodes do not come to go by one table", || self.is_settled());
+            self.pass_until(5, "the replicas do not agree", || self.is_settled() && self.agrees());
+            self.all_know.set(true);
             for round in 0..2 {
-                for machine in members {
-                    for session in 0..3 {
-                        for (key, name) in NAMES.iter().enumerate() {
-                            self.state.borrow_mut().replicas.sessions[session].busy = false;
-                            self.causal_client(*machine, Some((session, key)));
-                            for _ in 0..300 {
-                                self.for_a_while(Duration::from_millis(20), |_| {});
-                                if !self.state.borrow().replicas.sessions[session].busy {
-                                    break;
-                                }
-                            }
-                            let state = self.state.borrow();
-                            let it = &state.replicas.sessions[session];
-                            assert!(
-                                !it.busy,
-                                "SEED={}: {} is not answered at the end: {}",
-                                self.seed,
-                                name,
-                                self.describe()
-                            );
-                            assert!(
-                                round == 0 || it.context == "{}",
-                                "SEED={}: a context of {} in a healthy store: {}",
-                                self.seed,
-                                it.context,
-                                self.describe()
-                            );
-                        }
+                // A lock that comes late keeps a node from answering, or from learning that it has left.
+                self.pass(9000 + self.lease.as_millis() as usize);
+                for session in 0..if self.factor > 1 { SESSIONS } else { 1 } {
+                    for machine in (0..self.machines.len()).filter(|it| self.table(*it).is_some()) {
+                        self.read_all(machine, session);
+                        let context = self.sessions.borrow()[session].context.clone();
+                        self.check(round == 0 || context.is_empty(), || format!("a healthy store needs {context}"));
                     }
                 }
             }
-            self.for_a_while(Duration::from_millis(40_000), |_| {});
-            assert!(agree(), "SEED={}: the replicas do not agree in the end", self.seed);
-            self.check_bounds();
-            let state = self.state.borrow();
-            let has_tombstones = |node: &Node| (0..KEYS).any(|it| record(node, it).is_some_and(Record::is_tombstone));
-            for machine in members {
-                let node = state.machines[*machine].node.as_ref();
-                assert!(!node.is_some_and(has_tombstones), "SEED={}: n{machine} keeps a tombstone", self.seed);
+            self.check(self.agrees(), || "the replicas do not agree in the end".into());
+            for (number, machine) in self.machines.iter().enumerate() {
+                let has_tombstone = (0..KEYS).any(|key| machine.stamps.borrow()[key] != self.value_stamp(number, key));
+                self.check(!has_tombstone, || format!("n{number} keeps a tombstone"));
             }
         }
 
-        fn check_bounds(&self) {
-            let state = self.state.borrow();
-            let newest = state.newest().unwrap_or_default();
-            for key in 0..KEYS {
-                let (name, bound) = (NAMES[key], state.replicas.bound[key]);
-                let owner = newest.owners(HASHES[key])[0].clone();
-                let node = state.machines[machine_of(&owner)].node.as_ref().expect("all live");
-                let found = stamp_of(node, key);
-                let deleted = state.replicas.seen[key].range(bound..).any(|(_, value)| value.is_none());
-                let kept = found.map_or(bound == 0 || deleted, |stamp| stamp >= bound);
-                assert!(kept, "SEED={}: {name} is at {found:?}, but {bound} was acknowledged", self.seed);
+        fn read_all(self: &Rc<Self>, machine: usize, session: usize) {
+            for (key, name) in NAMES.iter().enumerate() {
+                let before = self.answers.get();
+                self.ask(machine, "GET", key, session);
+                let what = format!("{name} is not answered for at n{machine} in the end");
+                self.pass_until(6, &what, || self.answers.get() > before);
             }
         }
 
         /// All members of the newest table go by it and have what it gives them.
         fn is_settled(&self) -> bool {
-            let state = self.state.borrow();
-            if state.machines.iter().any(|machine| machine.outlawed.is_some()) {
-                return false;
-            }
-            // All nodes may have died at once, and what they had with them.
-            let newest = state.newest().unwrap_or_default();
-            (0..state.machines.len()).all(|machine| {
-                let Some(node) = &state.machines[machine].node else { return false };
+            let newest = self.newest().unwrap_or_default();
+            (0..self.machines.len()).all(|machine| {
+                let node = self.machines[machine].node.borrow();
+                let Some(node) = node.as_ref() else { return false };
                 let has_all = node.version() == Some(newest.version) && node.may_answer() && node.incoming().is_empty();
-                has_all || node.version().is_some() && !newest.lists(&address(machine))
+                has_all || node.version().is_some() && !newest.lists(ADDRESSES[machine])
             })
         }
 
-        fn describe(&self) -> String {
-            let state = self.state.borrow();
-            let describe = |it: &Machine| {
-                it.node.as_ref().map_or("dead".into(), |node| {
-                    format!(
-                        "{} {:?} incoming {:?} settled {}\n",
-                        node.own(),
-                        node.version(),
-                        node.incoming(),
-                        node.is_settled()
-                    )
-                })
-            };
-            state.machines.iter().map(describe).collect()
+        /// The stamp of a key's value at a machine; zero if it has none, or a tombstone.
+        fn value_stamp(&self, machine: usize, key: usize) -> u64 {
+            let stamp = self.machines[machine].stamps.borrow()[key];
+            if let Some(Some(_)) = self.written.borrow()[key].get(&stamp) { stamp } else { 0 }
+        }
+
+        /// Some machines have the same value of a key.
+        fn is_same(&self, key: usize, machines: impl Iterator<Item = usize>) -> bool {
+            machines.map(|machine| self.value_stamp(machine, key)).collect::<BTreeSet<_>>().len() == 1
+        }
+
+        /// All replicas have the same values.
+        fn agrees(&self) -> bool {
+            let newest = self.newest().unwrap_or_default();
+            let replicas = |key: usize| newest.owners(HASHES[key]).iter().map(|node| machine_of(node));
+            (0..KEYS).all(|key| self.is_same(key, replicas(key)))
         }
     }
 
-    /// What `begin` does in the program.
-    async fn answer_request(there: &There, key: &[u8], request: &Request) -> Answer {
-        let (_, vocabulary) = request.route();
-        let context = match causal_context(request, vocabulary) {
-            Ok(context) => context,
-            Err(refusal) => return refusal.answer(vocabulary, &request.verb),
-        };
-        let action = Action::of(key, request, vocabulary);
-        let deletions = u32::from(request.verb == "DELETE");
-        there.state.borrow_mut().machines[there.machine].deleting[key_of(key)] += deletions;
-        let (hash, key_text, got) = (hash_of(key), key.to_vec(), Vec::new());
-        let request_clone = request.clone();
-        let mut it = KeyRequest {
-            hash,
-            key: key_text,
-            request: request_clone,
-            vocabulary,
-            action,
-            context,
-            got,
-            is_late: false,
-        };
-        let (tried, began) = there.with(|node| (it.perform(node), node.now));
-        let answer = it.answer(there, tried, began).await.joined();
-        let state = &mut *there.state.borrow_mut();
-        // Who relayed it acknowledged nothing.
-        let is_own = !String::from_utf8_lossy(&answer.body).contains(r#""address""#);
-        if state.factor > 1 && request.verb != "GET" && matches!(answer.status, 200 | 201) && is_own {
-            state.note_records(false);
-            let value = member(&request.body, "value").ok().and_then(|value| value.parse().ok());
-            state.note_acknowledged(there.machine, key, value, state.seed);
-        }
-        state.machines[there.machine].deleting[key_of(key)] -= deletions;
-        answer
+    // -- Schedules with a purpose
+
+    /// A store of four nodes without keys, so many for each shard.
+    fn store_of_four(factor: usize) -> Rc<Simulation> {
+        let mut it =
+            Simulation { factor, is_cut_up: true, lease: Duration::from_secs(10), ..Simulation::new(2, false) };
+        it.machines = (0..4).map(|_| Machine::default()).collect();
+        it.quiet_until.set(Duration::MAX);
+        let it = Rc::new(it);
+        it.begin();
+        it
     }
 
-    impl State {
-        fn first_view(&self) -> Vec<usize> {
-            // The same in every start: it depends on the seed alone.
-            let count = self.machines.len();
-            (0..if self.is_cut_up { count } else { count.div_ceil(2) }).collect()
-        }
+    /// The same with all keys, and what becomes of it by a script.
+    fn play(factor: usize, script: &str) -> Rc<Simulation> {
+        let it = store_of_four(factor);
+        (0..KEYS).for_each(|key| it.ask(0, "PUT", key, 0));
+        it.play("pass 500");
+        it.play(script);
+        it
     }
 
-    /// Whether some order of these requests explains what they saw (Wing and Gong, 1993): each takes effect at one moment
-    /// between its start and its end. One without an end may take effect at any moment after its start, or never.
-    fn is_linearizable(history: &[Op]) -> bool {
-        // A read that was not answered says nothing.
-        let ops: Vec<&Op> = history.iter().filter(|op| op.did != Did::Get || op.end.is_some()).collect();
-        let must: u128 = ops.iter().enumerate().filter(|(_, op)| op.saw.is_some()).map(|(index, _)| 1 << index).sum();
-        assert!(ops.len() <= 128, "too long a history to be checked");
-        let mut seen: HashSet<(u128, Option<u32>)> = HashSet::new();
-        let mut open = vec![(0u128, None)];
-        while let Some((done, value)) = open.pop() {
-            if done & must == must {
-                return true;
-            } else if !seen.insert((done, value)) {
-                continue;
-            }
-            let left = |index: usize| done & 1 << index == 0;
-            let first_end =
-                (0..ops.len()).filter(|it| left(*it) && must & 1 << it != 0).filter_map(|it| ops[it].end).min();
-            let last_start = (0..ops.len()).filter(|it| !left(*it)).map(|it| ops[it].start).max();
-            for (index, op) in ops.iter().enumerate().filter(|(index, _)| left(*index)) {
-                let after = first_end.is_some_and(|end| op.start > end);
-                let before = op.end.zip(last_start).is_some_and(|(end, start)| end < start);
-                let fits = match op.saw {
-                    Some(Seen::Nothing) => value.is_none(),
-                    Some(Seen::Something) => value.is_some(),
-                    Some(Seen::Value(seen)) => value == Some(seen),
-                    None => true,
-                };
-                if !after && !before && fits {
-                    let next = match op.did {
-                        Did::Put(value) => Some(value),
-                        Did::Get => value,
-                        Did::Delete | Did::Vanish | Did::Rewind => None,
-                    };
-                    open.push((done | 1 << index, next));
-                    let earlier = ops.iter().enumerate().filter(|(it, _)| op.did == Did::Rewind && !left(*it));
-                    for (_, earlier) in earlier {
-                        if let Did::Put(value) = earlier.did {
-                            open.push((done | 1 << index, Some(value)));
-                        }
-                    }
+    impl Simulation {
+        /// Does what a script says: verbs and the numbers of machines. Times are in milliseconds.
+        fn play(self: &Rc<Self>, script: &str) {
+            for step in script.split(", ") {
+                let (verb, rest) = step.split_once(' ').unwrap_or((step, ""));
+                let numbers: Vec<usize> = rest.split([' ', '-']).filter_map(|number| number.parse().ok()).collect();
+                match (verb, &numbers[..]) {
+                    ("pass", [time]) => self.pass(*time),
+                    // These pairs, in both directions, and no others.
+                    ("cut", pairs) => drop(
+                        self.cut.replace(pairs.chunks(2).flat_map(|it| [(it[0], it[1]), (it[1], it[0])]).collect()),
+                    ),
+                    ("kill", [machine]) => self.kill(*machine),
+                    ("start", [machine]) => self.start(*machine, &[0, 1, 2, 3]),
+                    ("sleep", [machine]) => drop(self.machines[*machine].backlog.replace(Some(Vec::new()))),
+                    ("wake", [machine]) => self.wake(*machine),
+                    ("change", [machine, view @ ..]) => self.change(*machine, view, None, false),
+                    ("put", [machine]) => self.ask(*machine, "PUT", 0, 0),
+                    ("delete", [machine]) => self.ask(*machine, "DELETE", 0, 0),
+                    _ => panic!("what is {step}?"),
                 }
             }
         }
-        false
-    }
-
-    fn number(variable: &str) -> Option<u64> {
-        std::env::var(variable).ok()?.parse().ok()
     }
 
     #[test]
     fn two_sides_of_a_cut_do_not_both_change_the_view() {
-        let simulation = store_of_four();
         // Each side has a replica of each shard.
-        for (one, other) in [(0, 1), (0, 3), (2, 1), (2, 3)] {
-            simulation.state.borrow_mut().cut.extend([(one, other), (other, one)]);
-        }
-        for _ in 0..10 {
-            simulation.change(0, vec![0, 2], false);
-            simulation.change(1, vec![1, 3], false);
-            simulation.for_a_while(Duration::from_millis(8000), |_| {});
-        }
-        assert_eq!(simulation.state.borrow().changes, 0, "{}", simulation.describe());
-    }
-
-    /// Two shards of two replicas each, with all keys.
-    fn store_of_four() -> Simulation {
-        store_of_shards(2)
-    }
-
-    /// Four nodes, so many for each shard, with all keys.
-    fn store_of_shards(factor: usize) -> Simulation {
-        let simulation = Simulation::new(2, false);
-        let first = [0, 1, 2, 3];
-        {
-            let mut state = simulation.state.borrow_mut();
-            state.machines.truncate(0);
-            state.machines.extend(first.map(|_| Machine::default()));
-            (state.factor, state.lease) = (factor, Duration::from_secs(10));
-        }
-        first.iter().for_each(|machine| simulation.start(*machine, &first));
-        simulation.for_a_while(Duration::from_millis(1600), |_| {});
-        (0..KEYS).for_each(|key| simulation.ask(simulation.there(0), key, Did::Put(key as u32 + 1)));
-        simulation.for_a_while(Duration::from_millis(500), |_| {});
-        simulation
+        let it = play(2, "cut 0-1 0-3 2-1 2-3");
+        (0..10).for_each(|_| it.play("change 0 0 2, change 1 1 3, pass 8000"));
+        assert_eq!(it.changes.get(), 0);
     }
 
     #[test]
     fn a_replica_that_has_not_fetched_yet_vouches_for_nobody() {
-        let (simulation, first) = (store_of_four(), [0, 1, 2, 3]);
         // The other replica of n1's shard sleeps, so n1 cannot fetch what it had.
-        simulation.state.borrow_mut().machines[0].asleep = true;
-        simulation.kill(1);
-        simulation.start(1, &first);
-        simulation.for_a_while(Duration::from_millis(3000), |_| {});
-        simulation.change(2, vec![1, 2, 3], false);
-        simulation.for_a_while(Duration::from_millis(8000), |_| {});
-        assert_eq!(simulation.state.borrow().changes, 0, "{}", simulation.describe());
-        simulation.wake(0);
-        simulation.for_a_while(Duration::from_millis(5000), |_| {});
-        let state = simulation.state.borrow();
-        let keys = |machine: &Machine| machine.node.as_ref().map_or(0, |node| node.sums().count);
-        assert_eq!(keys(&state.machines[1]) + keys(&state.machines[2]), KEYS, "{}", simulation.describe());
+        let it = play(2, "sleep 0, kill 1, start 1, pass 3000, change 2 1 2 3, pass 8000");
+        assert_eq!(it.changes.get(), 0);
+        it.play("wake 0, pass 5000");
+        assert_eq!(it.there(1).with(|node| node.sums().count) + it.there(2).with(|node| node.sums().count), KEYS);
     }
 
     #[test]
     fn a_replica_that_has_not_fetched_yet_goes_on_fetching_by_a_newer_table() {
         // A table that leaves its shard as it was, and one that makes one shard of two.
-        for view in [vec![0, 1, 2, 3], vec![0, 1, 2]] {
-            let (simulation, first) = (store_of_four(), [0, 1, 2, 3]);
-            simulation.state.borrow_mut().cut.extend([(0, 1), (1, 0)]);
-            simulation.kill(1);
-            simulation.start(1, &first);
-            simulation.for_a_while(Duration::from_millis(3000), |_| {});
-            simulation.change(2, view.clone(), false);
-            simulation.for_a_while(Duration::from_millis(3000), |_| {});
-            let state = simulation.state.borrow();
-            let node = state.machines[1].node.as_ref().expect("it lives");
-            assert!(node.version().is_some_and(|version| version.number == 1), "{}", simulation.describe());
-            let owns = |key: &usize| node.table().is_some_and(|it| Some(it.shard_at(HASHES[*key])) == node.shard());
-            for key in (0..KEYS).filter(owns) {
-                let is_awaited = !node.pull_needs(HASHES[key]).is_empty();
-                assert!(is_awaited || record(node, key).is_some(), "{view:?}: n1 answers without {}", NAMES[key]);
+        for view in ["0 1 2 3", "0 1 2"] {
+            let it = play(2, &format!("cut 0-1, kill 1, start 1, pass 3000, change 2 {view}, pass 3000"));
+            assert_eq!(it.table(1).map(|table| table.version.number), Some(1));
+            for (key, name) in NAMES.iter().enumerate() {
+                let answers = it.there(1).with(|node| answers(node, key));
+                assert!(!answers || it.value_stamp(1, key) > 0, "{view}: {name}");
             }
         }
     }
 
     #[test]
     fn a_late_message_to_a_node_that_was_killed_since_does_nothing() {
-        let simulation = store_of_four();
+        let it = play(2, "pass 0");
         // k0's owners, and k0 on its way from one to the other.
-        let owners = simulation.there(0).with(|node| node.table().map(|it| it.owners(HASHES[0]).to_vec()));
-        let [one, other] = owners.expect("a table")[..].to_vec().try_into().expect("two replicas");
-        let (one, other): (usize, usize) = (machine_of(&one), machine_of(&other));
-        let late = simulation.there(one).with(|node| {
+        let table = it.newest().expect("a table");
+        let owners = table.owners(HASHES[0]);
+        let (one, other) = (machine_of(&owners[0]), machine_of(&owners[1]));
+        let late = it.there(one).with(|node| {
             let copy = node.copy_of(&record(node, 0).cloned().expect("it has the key"));
-            node.compose(&address(other), Message::Push(vec![copy]))
+            node.compose(&owners[1], Message::Push(vec![copy]))
         });
-        simulation.ask(simulation.there(one), 0, Did::Delete);
-        simulation.for_a_while(Duration::from_millis(4000), |_| {});
-        simulation.kill(other);
-        simulation.start(other, &[0, 1, 2, 3]);
-        while simulation.there(other).with(|node| node.table().is_none()) {
-            simulation.step();
+        it.play(&format!("delete {one}, pass 4000, kill {other}, start {other}"));
+        while it.table(other).is_none() {
+            it.step();
         }
-        simulation.there(other).with(|node| node.receive(late));
-        simulation.for_a_while(Duration::from_millis(8000), |_| {});
-        assert!(simulation.there(other).with(|node| record(node, 0).is_none()), "a deleted key is back");
+        it.there(other).with(|node| node.receive(late));
+        it.pass(8000);
+        assert_eq!(it.value_stamp(other, 0), 0, "a deleted key is back");
     }
 
     #[test]
     fn a_source_that_was_killed_does_not_vouch_for_what_it_had() {
-        let (simulation, first) = (store_of_four(), [0, 1, 2, 3]);
-        let version_of = |machine| simulation.there(machine).with(|node| node.version().map(|it| it.number));
-        simulation.change(2, vec![2, 3], false);
-        simulation.for_a_while(Duration::from_millis(2000), |_| {});
-        simulation.kill(1);
-        simulation.start(1, &first);
-        simulation.for_a_while(Duration::from_millis(4000), |_| {});
-        assert_eq!([version_of(1), version_of(2)], [Some(1); 2], "{}", simulation.describe());
-        let asks = simulation
-            .there(2)
-            .with(|node| node.compose(&address(1), Message::GiveKey("k0".as_bytes().to_vec().into())));
-        let life = simulation.there(1).with(|node| node.status().incarnation);
-        let reply = simulation.there(1).with(|node| node.receive(Envelope { life, ..asks }));
+        let it = play(2, "change 2 2 3, pass 2000, kill 1, start 1, pass 4000");
+        assert_eq!([1, 2].map(|node| it.table(node).map(|table| table.version.number)), [Some(1); 2]);
+        let question = it.there(2).with(|node| node.compose(ADDRESSES[1], Message::GiveKey(b"k0".to_vec().into())));
+        let life = it.there(1).with(|node| node.status().incarnation);
+        let reply = it.there(1).with(|node| node.receive(Envelope { life, ..question }));
         assert!(matches!(reply, Reply::Refused), "{reply:?}");
     }
 
     #[test]
     fn what_a_dead_node_wrote_spreads_without_it() {
-        let simulation = store_of_four();
-        simulation.change(0, vec![0, 1, 2], false);
-        simulation.for_a_while(Duration::from_millis(2000), |_| {});
-        simulation.state.borrow_mut().cut.extend([(0, 2), (2, 0)]);
-        simulation.ask(simulation.there(0), 0, Did::Put(9));
-        simulation.for_a_while(Duration::from_millis(1500), |_| {});
-        simulation.kill(0);
-        simulation.for_a_while(Duration::from_millis(5000), |_| {});
-        let stamp = |it| simulation.there(it).with(|node| stamp_of(node, 0));
-        assert_eq!(stamp(1), stamp(2), "{}", simulation.describe());
+        let it = play(2, "change 0 0 1 2, pass 2000, cut 0-2, put 0, pass 1500, kill 0, pass 5000");
+        assert!(it.is_same(0, 1..3));
+    }
+
+    #[test]
+    fn a_deleted_key_stays_deleted_however_long_a_replica_is_cut_off() {
+        let it = play(4, "cut 0-3 1-3 2-3, delete 0, pass 40000, cut, pass 5000");
+        assert!(it.is_same(0, 0..4));
     }
 
     #[test]
     fn what_a_restarted_node_takes_late_reaches_the_others() {
-        let simulation = store_of_shards(4);
-        let cut = |pairs: &[(usize, usize)]| {
-            let both = pairs.iter().flat_map(|(one, other)| [(*one, *other), (*other, *one)]);
-            simulation.state.borrow_mut().cut = both.collect();
-        };
         // What n0 writes reaches n1 alone; then n0 starts again, and finds n2 and n3 first.
-        cut(&[(0, 2), (0, 3), (1, 2), (1, 3)]);
-        simulation.ask(simulation.there(0), 0, Did::Put(9));
-        simulation.for_a_while(Duration::from_millis(1500), |_| {});
-        cut(&[(1, 0), (1, 2), (1, 3)]);
-        simulation.kill(0);
-        simulation.start(0, &[0, 1, 2, 3]);
-        simulation.for_a_while(Duration::from_millis(3000), |_| {});
-        cut(&[]);
-        simulation.for_a_while(Duration::from_millis(9000), |_| {});
-        let stamp = |it| simulation.there(it).with(|node| stamp_of(node, 0));
-        assert_eq!([stamp(0), stamp(2), stamp(3)], [stamp(1); 3], "{}", simulation.describe());
+        let it = play(4, "cut 0-2 0-3 1-2 1-3, put 0, pass 1500, cut 1-0 1-2 1-3, kill 0, start 0, pass 3000");
+        it.play("cut, pass 9000");
+        assert!(it.is_same(0, 0..4));
     }
 
     #[test]
     fn a_push_that_fails_during_a_reconciliation_is_not_forgotten() {
-        let simulation = store_of_shards(4);
-        let (one, other) = (simulation.there(0), address(1));
-        let failures = one.with(|node| {
-            node.lagging.insert(other.clone(), 0);
-            node.begin_to_reconcile(&other)
+        let (it, other) = (play(4, "pass 0"), ADDRESSES[1]);
+        let failures = it.there(0).with(|node| {
+            node.lagging.insert(other.to_owned(), 0);
+            node.begin_to_reconcile(other)
         });
-        simulation.state.borrow_mut().cut.extend([(0, 1), (1, 0)]);
-        simulation.ask(one.clone(), 0, Did::Put(9));
-        simulation.for_a_while(Duration::from_millis(1500), |_| {});
-        let version = one.with(|node| node.version()).expect("a table");
-        one.with(|node| node.reconciled(&other, version, failures.expect("it is due"), true));
-        assert!(one.with(|node| node.lagging.contains_key(&other)));
+        it.play("cut 0-1, put 0, pass 1500");
+        it.there(0).with(|node| {
+            let version = node.version().expect("a table");
+            node.reconciled(other, version, failures.expect("it is due"), true);
+            assert!(node.lagging.contains_key(other));
+        });
     }
 
     #[test]
-    fn random_schedules_keep_every_key_with_one_node() {
-        if let Some(seed) = number("SEED") {
-            return Simulation::new(seed, true).run();
-        }
-        let schedules = number("SCHEDULES").unwrap_or(10_000);
-        let first = number("FIRST").unwrap_or(0);
-        let threads = thread::available_parallelism().map_or(2, |it| it.get() as u64);
-        let failed = AtomicBool::new(false);
-        let (changes, requests) = (AtomicU32::new(0), AtomicU32::new(0));
-        thread::scope(|scope| {
-            for thread in 0..threads {
-                let (failed, changes, requests) = (&failed, &changes, &requests);
-                scope.spawn(move || {
-                    for seed in (first..first + schedules).filter(|seed| seed % threads == thread) {
-                        let simulation = Simulation::new(seed, false);
-                        let run = std::panic::AssertUnwindSafe(|| simulation.run());
-                        if failed.load(SeqCst) {
-                            return;
-                        } else if catch_unwind(run).is_err() {
-                            println!("SEED={seed} repeats it");
-                            return failed.store(true, SeqCst);
-                        }
-                        let state = simulation.state.borrow();
-                        changes.fetch_add(state.changes as u32, SeqCst);
-                        requests.fetch_add(
-                            state.history.iter().flatten().filter(|op| op.end.is_some()).count() as u32,
-                            SeqCst,
-                        );
+    fn a_change_moves_no_more_keys_than_it_must_and_deals_out_keys_and_hashes() {
+        for case in 0..64 {
+            let it = store_of_four(1);
+            for round in 0..4 {
+                let table = it.newest().expect("a table");
+                for number in 0..[0, 1, 2, 3, 7, 10, 100, 400][case % 8] {
+                    let key = format!("{case} {round} {number}");
+                    let hash = hash_of(key.as_bytes());
+                    let owner = &table.owners(hash)[0];
+                    it.there(machine_of(owner)).with(|node| {
+                        let write = node.write(hash, Record::new(key.as_bytes(), "1"), &node::Context::default());
+                        assert_eq!(node.lacking(&write, &BTreeMap::new()), Ok(Vec::new()));
+                    });
+                }
+                let size = |machine: usize| it.there(machine).with(|node| node.sums().count);
+                let (total, mut view): (usize, Vec<usize>) =
+                    ((0..4).map(size).sum(), (0..4).filter(|_| it.percent(60)).collect());
+                view.extend(if view.is_empty() { Some(round) } else { None });
+                let (least, rest) = (total / view.len(), total % view.len());
+                // What nodes have above their target, if those with most keys may keep one more.
+                let mut held: Vec<usize> = view.iter().map(|machine| size(*machine)).collect();
+                held.sort_by_key(|count| std::cmp::Reverse(*count));
+                let stays = held.iter().enumerate().map(|(rank, count)| (*count).min(least + usize::from(rank < rest)));
+                for moved in [total - stays.sum::<usize>(), 0] {
+                    let before = it.newest();
+                    it.change(machine_of(&table.view[0]), &view, None, false);
+                    let is_settled = || (0..4).all(|machine| it.there(machine).with(|node| node.is_settled()));
+                    it.pass_until(60, "no change", || it.newest() != before && is_settled());
+                    let table = it.newest().expect("a table");
+                    assert_eq!(table.moved, moved, "case {case}, round {round}");
+                    for (shard, machine) in view.iter().enumerate() {
+                        let size = size(*machine);
+                        assert!((least..=least + 1).contains(&size), "case {case}: {size} of {total}");
+                        let width: u64 = table.spans_of(Some(shard)).iter().map(Span::width).sum();
+                        let part = width as f64 / u64::MAX as f64 * view.len() as f64;
+                        assert!((0.49..2.01).contains(&part), "case {case}: {part} of its part of the hashes");
                     }
-                });
+                }
+            }
+        }
+    }
+
+    // -- Random schedules
+
+    fn number(variable: &str) -> Option<u64> {
+        std::env::var(variable).ok()?.parse().ok()
+    }
+
+    #[test]
+    fn random_schedules() {
+        let seed = number("SEED");
+        let (first, count) = (seed.or(number("FIRST")).unwrap_or(0), number("SCHEDULES").unwrap_or(10_000));
+        let (is_told, count) = (seed.is_some(), seed.map_or(count, |_| 1));
+        let (next, end) = (AtomicU64::new(first), first + count);
+        let (changes, answers) = (AtomicU64::new(0), AtomicU64::new(0));
+        let run_some = || {
+            for seed in std::iter::repeat_with(|| next.fetch_add(1, Relaxed)).take_while(|seed| *seed < end) {
+                let simulation = Rc::new(Simulation::new(seed, is_told));
+                if catch_unwind(AssertUnwindSafe(|| simulation.run())).is_err() {
+                    next.store(end, Relaxed);
+                    panic!("SEED={seed} repeats it");
+                }
+                changes.fetch_add(simulation.changes.get(), Relaxed);
+                answers.fetch_add(simulation.answers.get(), Relaxed);
+            }
+        };
+        thread::scope(|scope| {
+            for _ in 0..thread::available_parallelism().map_or(2, |it| it.get()) {
+                scope.spawn(run_some);
             }
         });
-        assert!(!failed.load(SeqCst), "a schedule failed: its seed is above");
-        println!("{schedules} schedules: {changes:?} view changes, {requests:?} requests answered");
+        let (changes, answers) = (changes.into_inner(), answers.into_inner());
+        println!("{count} schedules: {changes} view changes, {answers} requests answered");
         // A simulation in which nothing happens would pass as well.
-        assert!(
-            schedules < 1000
-                || 2 * changes.load(SeqCst) as u64 > schedules && requests.load(SeqCst) as u64 > 10 * schedules
-        );
+        assert!(count < 1000 || 2 * changes > count && answers > 10 * count);
     }
 }
 
@@ -6877,139 +6403,26 @@ mod simulation {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::OwnedFd;
-
     use std::collections::HashMap;
-    use std::io::{BufRead, BufReader, Read};
+    use std::io::Read;
     use std::net::{Shutdown, TcpStream};
-    use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 
     use super::*;
     use crate::records::{Records, Span};
-    use crate::table::{Change, Cut};
-
-    /// Numbers that look random and are the same in every run.
-    struct Numbers(u64);
-    impl Numbers {
-        fn below(&mut self, limit: usize) -> usize {
-            self.0 += 1;
-            (hash_of(&self.0.to_be_bytes()) % limit as u64) as usize
-        }
-        fn nodes(&mut self, least: usize) -> Vec<String> {
-            let mut nodes: Vec<String> = (1..=9).map(|number| format!("n{number}:1")).collect();
-            let count = least + self.below(6);
-            while nodes.len() > count {
-                nodes.remove(self.below(nodes.len()));
-            }
-            nodes
-        }
-    }
-
-    fn put(records: &mut Records, key: &str) {
-        records.insert(hash_of(key.as_bytes()), Record::new(key.as_bytes(), r#""value""#));
-    }
-
-    /// A whole store in one place: its records, and the table that deals them out.
-    struct Store(Table, Records);
-
-    impl Store {
-        fn new(view: Vec<String>) -> Store {
-            Store(Table::first(view, 1), Records::default())
-        }
-
-        fn sizes(&self) -> Vec<usize> {
-            let size = |shard| self.0.spans_of(Some(shard)).into_iter().map(|span| self.1.sums_of(span).count).sum();
-            (0..self.0.shards.len()).map(size).collect()
-        }
-
-        /// What a view change does, without the network. Returns how many keys change their shard.
-        fn change(&mut self, view: &[String]) -> usize {
-            let Store(table, records) = &*self;
-            let (change, held) = (Change::new(table, view, 1), self.sizes());
-            let (moves, counts) = change.plan(&held);
-            let (mut given, mut cuts): (HashMap<usize, (usize, u64)>, _) = (HashMap::new(), Vec::new());
-            for (giver, receiver, count) in &moves {
-                let (sum, last) = given.entry(*giver).or_insert((0, u64::MAX));
-                *sum += count;
-                let first = records.cut_above(&table.spans_of(Some(*giver)), *sum);
-                cuts.push(Cut { giver: *giver, span: Span { first, last: *last }, receiver: *receiver });
-                *last = first.saturating_sub(1);
-            }
-            let keys = |shard| {
-                let spans = table.spans_of(Some(shard)).into_iter();
-                (held[shard] <= table::MAX_FEW).then(|| spans.flat_map(|span| records.hashes_of(span)).collect())
-            };
-            let keys: Vec<Option<Vec<u64>>> = (0..held.len()).map(keys).collect();
-            let cuts = change.deal_out_stretches(table, cuts, &keys);
-            let version = Version { number: table.version.number + 1, ..Version::default() };
-            self.0 = table.next(version, &change, &cuts, &[], true);
-            assert!(self.0.is_valid(), "{:?}", self.0);
-            assert_eq!(self.sizes(), counts);
-            moves.iter().map(|(.., count)| count).sum()
-        }
-    }
-
-    #[test]
-    fn shards_differ_by_one_key_and_no_key_moves_without_need() {
-        let mut numbers = Numbers(1);
-        for case in 0..300 {
-            let mut store = Store::new(numbers.nodes(1));
-            let keys = [0, 1, 2, 3, 7, 10, 100, 1000][case % 8];
-            (0..keys).for_each(|number| put(&mut store.1, &format!("{case} {number}")));
-            for round in 0..4 {
-                let view = numbers.nodes(1);
-                let total = store.1.total().count;
-                let (least, rest) = (total / view.len(), total % view.len());
-                // What nodes have above their target, if those with most keys may keep one more.
-                let sizes: HashMap<String, usize> = store.0.view.iter().cloned().zip(store.sizes()).collect();
-                let mut held: Vec<usize> = view.iter().map(|node| sizes.get(node).copied().unwrap_or(0)).collect();
-                held.sort_by_key(|count| std::cmp::Reverse(*count));
-                let stays: usize =
-                    held.iter().enumerate().map(|(rank, count)| (*count).min(least + usize::from(rank < rest))).sum();
-                assert_eq!(store.change(&view), total - stays, "case {case}, round {round}");
-                let fits = |size: &usize| (least..=least + 1).contains(size);
-                assert!(store.sizes().iter().all(fits), "case {case}: {:?} of {total}", store.sizes());
-                assert_eq!(store.change(&view), 0, "case {case}: the same view again");
-                (0..numbers.below(20)).for_each(|number| put(&mut store.1, &format!("{case} {round} {number}")));
-            }
-        }
-    }
-
-    #[test]
-    fn later_keys_spread_however_few_there_were() {
-        let node = |number| format!("n{number}:1");
-        for keys in [0, 1, 2, 3, 5, 10, 100, 999] {
-            for nodes in [2, 3, 6] {
-                let mut store = Store::new(vec![node(1)]);
-                (0..keys).for_each(|number| put(&mut store.1, &number.to_string()));
-                store.change(&(1..=nodes).map(node).collect::<Vec<_>>());
-                for shard in 0..nodes {
-                    let width: u64 = store.0.spans_of(Some(shard)).iter().map(Span::width).sum();
-                    let part = width as f64 / u64::MAX as f64 * nodes as f64;
-                    assert!((0.49..2.01).contains(&part), "{keys} keys, {nodes} nodes: {part} of its part");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_fourth_node_takes_a_quarter() {
-        let node = |number| format!("n{number}:1");
-        let mut store = Store::new((1..=3).map(node).collect());
-        (0..100_001).for_each(|number| put(&mut store.1, &number.to_string()));
-        store.change(&(1..=3).map(node).collect::<Vec<_>>());
-        assert_eq!(store.change(&(1..=4).map(node).collect::<Vec<_>>()), 25_000);
-    }
 
     #[test]
     fn records_are_a_map_in_the_order_of_hashes() {
-        let mut numbers = Numbers(7);
+        let mut number = 0;
+        let mut below = |limit: usize| {
+            number += 1;
+            hash_of(&u64::to_be_bytes(number)) as usize % limit
+        };
         let (mut records, mut model) = (Records::default(), BTreeMap::new());
         for round in 0..60_000 {
-            let key = numbers.below(40_000).to_string();
+            let key = below(40_000).to_string();
             let hash = hash_of(key.as_bytes());
             let mut record =
-                if numbers.below(3) > 0 { Record::new(key.as_bytes(), "1") } else { Record::tombstone(key.as_bytes()) };
+                if below(3) > 0 { Record::new(key.as_bytes(), "1") } else { Record::tombstone(key.as_bytes()) };
             record.set_stamp(round);
             let before = model.insert(hash, (record.stamp(), record.is_tombstone()));
             let old = records.insert(hash, record).map(|old| (old.stamp(), old.is_tombstone()));
@@ -7020,12 +6433,12 @@ mod tests {
             }
         }
         for _ in 0..200 {
-            let (one, other) = (numbers.below(usize::MAX) as u64, numbers.below(usize::MAX) as u64);
+            let (one, other) = (below(usize::MAX) as u64, below(usize::MAX) as u64);
             let span = Span { first: one.min(other), last: one.max(other) };
             let expected: Vec<(u64, u64)> =
                 model.range(span.first..=span.last).map(|(hash, it)| (*hash, it.0)).collect();
             let keys = model.range(span.first..=span.last).filter(|(_, (_, is_tombstone))| !is_tombstone);
-            assert_eq!(records.sums_of(span).count, keys.clone().count());
+            assert_eq!(records.sums_of(span).count, keys.count());
             let (mut given, mut from) = (Vec::new(), span.first);
             loop {
                 let (some, last) = records.first_of(Span { first: from, last: span.last }, 5000);
@@ -7036,11 +6449,6 @@ mod tests {
                 from = last + 1;
             }
             assert_eq!(given, expected);
-            let hashes: Vec<u64> = keys.map(|(hash, _)| *hash).collect();
-            if let [.., _, _, _] = hashes[..] {
-                let cut = records.cut_above(&[span], 2);
-                assert_eq!(hashes.iter().filter(|hash| **hash >= cut).count(), 2);
-            }
         }
         records.remove(crate::records::ALL);
         assert!(records.total() == Default::default());
@@ -7071,158 +6479,60 @@ mod tests {
         format!("PUT /kv-store/{key} HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n\r\n")
     }
 
-    /// How many answers end in some bytes: there is a brace at each end of a body, and nowhere else in these.
-    fn ends(bytes: &[u8]) -> usize {
-        bytes.iter().filter(|byte| **byte == b'}').count()
-    }
-
     /// Whoever wakes them could wait for one of them that waits for the list of them all (`Waiting`).
     #[test]
     fn coroutines_that_sleep_wake_up() {
         LazyLock::force(&SERVED);
-        // Threads that keep the cores busy, so that others are held up in the middle of what they do.
-        static IS_OVER: AtomicBool = AtomicBool::new(false);
-        for _ in 0..4 {
-            thread::spawn(|| {
-                while !IS_OVER.load(SeqCst) {
-                    std::hint::spin_loop()
-                }
-            });
-        }
-        let (sender, receiver) = mpsc::channel();
-        for _ in 0..20 {
-            let sender = sender.clone();
-            may::go!(move || for _ in 0..100 {
-                (0..100).for_each(|_| pause(Duration::ZERO));
-                let _ = sender.send(());
-            });
-        }
-        drop(sender);
-        // However slow the machine is, one of them gets on within a minute.
-        let wakes = (0..20 * 100).take_while(|_| receiver.recv_timeout(Duration::from_secs(60)).is_ok()).count();
-        IS_OVER.store(true, SeqCst);
-        assert_eq!(wakes, 20 * 100);
+        let sleep = || (0..2000).for_each(|_| pause(Duration::ZERO));
+        let sleepers: Vec<_> = (0..20).map(|_| may::go!(sleep)).collect();
+        sleepers.into_iter().for_each(|sleeper| sleeper.join().unwrap());
     }
 
     #[test]
-    fn lines_stay_in_the_order_in_which_they_came_about() {
-        let (reader, writer) = io::pipe().unwrap();
-        STDERR.get_or_init(|| File::from(OwnedFd::from(writer)));
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let add_line = |node: &mut Node| node.later.lines.push(format!("line {}", COUNT.fetch_add(1, SeqCst)));
-        thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| (0..250).for_each(|_| Live.with(add_line)));
-            }
-        });
-        let lines =
-            BufReader::new(reader).lines().map(Result::unwrap).filter(|line| line.starts_with("kv-store: line"));
-        for (number, line) in lines.take(1000).enumerate() {
-            assert_eq!(line, format!("kv-store: line {number}"));
-        }
-    }
-
-    #[test]
-    fn requests_that_come_with_the_end_of_the_stream_are_answered() {
-        let cut = put_head("none", 50) + "val=";
+    fn what_comes_with_the_end_of_the_stream_is_answered() {
+        let (half_a_body, no_http) = (put_head("none", 50) + "val=", "HTTP/1.1 400 ");
         for round in 0..300 {
+            let (last, refusals) =
+                [("", 0), (&*half_a_body, 0), ("GET /kv-store/none HT", 1), ("hello\r\n\r\n", 1)][round % 4];
+            // What is no request is refused where nothing was served before.
+            let requests = if refusals > 0 { 0 } else { 1 + round % 3 };
             let (mut client, mut answers) = (client(), String::new());
-            let last = if round % 3 == 0 { &cut } else { "" };
-            client.write_all((get("none").repeat(1 + round % 4) + last).as_bytes()).unwrap();
+            client.write_all((get("none").repeat(requests) + last).as_bytes()).unwrap();
             client.shutdown(Shutdown::Write).unwrap();
             client.read_to_string(&mut answers).unwrap();
-            assert_eq!(answers.matches("HTTP/1.1 404").count(), 1 + round % 4, "round {round}: {answers}");
+            assert_eq!(answers.matches("HTTP/1.1 404 ").count(), requests, "{last}: {answers}");
+            assert_eq!(answers.matches(no_http).count(), refusals, "{last}: {answers}");
         }
     }
 
     #[test]
-    fn an_answer_does_not_wait_for_the_next_body() {
-        let mut client = client();
-        let mut buffer = [0; 1024];
-        let mut read = |client: &mut TcpStream| {
-            let count = client.read(&mut buffer).unwrap();
-            String::from_utf8_lossy(&buffer[..count]).into_owned()
-        };
-        for round in 0..3 {
-            client.write_all(get("none").as_bytes()).unwrap();
-            client.write_all(put_head(&format!("late{round}"), 5).as_bytes()).unwrap();
-            let answer = read(&mut client);
-            assert!(answer.starts_with("HTTP/1.1 404 ") && answer.ends_with("}\n"), "{answer}");
-            client.write_all(b"val=1").unwrap();
-            let answer = read(&mut client);
-            assert!(answer.starts_with("HTTP/1.1 201 ") && answer.ends_with("}\n"), "{answer}");
-        }
-    }
-
-    #[test]
-    fn large_answers_do_not_wait_for_the_next_body() {
-        let (mut client, mut buffer, mut answers) = (client(), vec![0; 1 << 16], 0);
-        let mut read_answers = |client: &mut TcpStream, expected| {
-            while answers < expected {
+    fn answers_do_not_wait_for_the_next_body() {
+        let (mut client, mut buffer) = (client(), vec![0; 1 << 16]);
+        let mut exchange = |request: String, answers: usize| {
+            client.write_all(request.as_bytes()).unwrap();
+            // There is a brace at each end of an answer's body, and nowhere else in these.
+            let mut ends = 0;
+            while ends < answers {
                 let count = client.read(&mut buffer).unwrap();
-                assert!(count > 0, "{answers} answers");
-                answers += ends(&buffer[..count]);
+                assert!(count > 0, "{ends} answers");
+                ends += buffer[..count].iter().filter(|byte| **byte == b'}').count();
             }
+            assert_eq!(ends, answers);
         };
-        let value = "v".repeat(MAX_VALUE);
-        client.write_all((put_head("wide", MAX_VALUE + 4) + "val=" + &value).as_bytes()).unwrap();
-        read_answers(&mut client, 1);
+        for _ in 0..3 {
+            exchange(get("none") + &put_head("late", 5), 1);
+            exchange("val=1".into(), 1);
+        }
+        exchange(put_head("wide", MAX_VALUE + 4) + "val=" + &"v".repeat(MAX_VALUE), 1);
         // More than the kernel takes; and a body that comes when all of it was read.
-        client.write_all((get("wide").repeat(8) + &get("none") + &put_head("wide", 5) + "val=").as_bytes()).unwrap();
-        read_answers(&mut client, 10);
-        client.write_all(b"1").unwrap();
-        read_answers(&mut client, 11);
-    }
-
-    #[test]
-    fn what_comes_with_the_end_of_the_stream_and_is_no_request_is_refused() {
-        let unparsed = "Bad request: not HTTP/1.1, or more than 16 headers";
-        for (sent, refusal) in [("GET /kv-store/none HT", "Bad request"), ("hello\r\n\r\n", unparsed)] {
-            let (mut client, mut answer) = (client(), String::new());
-            client.write_all(sent.as_bytes()).unwrap();
-            client.shutdown(Shutdown::Write).unwrap();
-            client.read_to_string(&mut answer).unwrap();
-            assert!(answer.starts_with("HTTP/1.1 400 ") && answer.contains(&format!("{refusal}\"")), "{answer}");
-        }
-    }
-
-    /// However many clients ask for several large values and read them later: each gets all of them, whole.
-    #[test]
-    fn a_crowd_that_reads_late_gets_whole_answers() {
-        let (mut first, value) = (client(), "v".repeat(MAX_VALUE));
-        first.write_all((put_head("crowd", MAX_VALUE + 4) + "val=" + &value).as_bytes()).unwrap();
-        assert!(first.read(&mut [0; 512]).unwrap() > 0);
-        let mut crowd: Vec<TcpStream> = (0..100).map(|_| client()).collect();
-        for client in &mut crowd {
-            client.write_all(get("crowd").repeat(4).as_bytes()).unwrap();
-        }
-        let read = |mut client: TcpStream| {
-            let (mut whole, mut last, mut buffer) = (0, 0, vec![0; 1 << 16]);
-            while whole < 4
-                && let Ok(count @ 1..) = client.read(&mut buffer)
-            {
-                whole += ends(&buffer[..count]);
-                last = buffer[count - 1];
-            }
-            (whole, last)
-        };
-        let readers: Vec<_> = crowd.into_iter().map(|client| thread::spawn(move || read(client))).collect();
-        for reader in readers {
-            let (whole, last) = reader.join().unwrap();
-            assert!(whole == 4 && last == b'\n', "{whole} whole answers, the last byte is {last}");
-        }
+        exchange(get("wide").repeat(8) + &get("none") + &put_head("wide", 5) + "val=", 9);
+        exchange("1".into(), 1);
     }
 
     #[test]
     fn the_hash_is_the_published_one() {
         // The first test vector of the authors' reference code is for a key of 00 to 0f; these are for one of zeros.
         assert_eq!(hash_of(b""), 0x1e924b9d737700d7);
-        let shares = (0..30_000).fold([0; 3], |mut shares, number: u32| {
-            let view = (0..3).map(|number| format!("n{number}:1")).collect();
-            shares[Table::first(view, 1).shard_at(hash_of(number.to_string().as_bytes()))] += 1;
-            shares
-        });
-        assert!(shares.iter().all(|share| (9_700..10_300).contains(share)), "{shares:?}");
     }
 
     #[test]
@@ -7232,13 +6542,11 @@ mod tests {
                 text.split_whitespace().filter_map(|setting| setting.split_once('=')).collect();
             Settings::read(|name| variables.get(name).map(|value| value.to_string()))
         };
-        let wrong = ["PORT=abc", "PORT=0", "PORT=65536", "PORT=+1", "IP=localhost", "FORWARDING_ADDRESS=nohost"];
-        let wrong_too =
-            ["MAINIP=a:b", "ADDRESS=[::1:80", "VIEW=a:1", "ADDRESS=a:1 VIEW=a:1,a:1", "ADDRESS=a:1 VIEW=a:1,b"];
-        for setting in wrong.into_iter().chain(wrong_too).chain(["ADDRESS=a:1 FORWARDING_ADDRESS=b:1 SECRET=x"]) {
-            assert!(read(setting).is_err(), "{setting}");
-        }
         for (setting, listen) in [
+            // (What else is wrong is in `test_settings` of test.sh.)
+            ("PORT=+1", ""),
+            ("MAINIP=a:b", ""),
+            ("ADDRESS=[::1:80", ""),
             ("", "0.0.0.0:8080"),
             ("PORT= IP=", "0.0.0.0:8080"),
             ("PORT=9 IP=::1", "[::1]:9"),
@@ -7246,7 +6554,8 @@ mod tests {
             ("ADDRESS=n:99 PORT=5 VIEW=a:1,N:99 REPL_FACTOR=2", "0.0.0.0:5"),
             ("FORWARDING_ADDRESS=[::1]:80", "0.0.0.0:8080"),
         ] {
-            assert_eq!(read(setting).map(|settings| settings.listen.to_string()), Ok(listen.to_string()), "{setting}");
+            let found = read(setting).map_or(String::new(), |settings| settings.listen.to_string());
+            assert_eq!(found, listen, "{setting}");
         }
     }
 }
