@@ -678,7 +678,7 @@ test_idle() { # INSTANCE
   local fd open=0
   check "others are served beside $IDLE_CLIENTS idle clients" 200 "$(status_of "$1" GET /kv-store)"
   for fd in "${idle[@]}"; do
-    read -r -n 1 -t $((SECONDS < idle_until ? idle_until - SECONDS : 1)) _ <&"$fd"
+    read -r -n 1 -t "$((SECONDS < idle_until ? idle_until - SECONDS : 0)).01" _ <&"$fd"
     [ $? -eq 1 ] || open=$((open + 1))
     exec {fd}>&-
   done
@@ -1929,17 +1929,17 @@ print_table() {
     [ -n "${workers[${row[3]}]:-}" ] || continue
     [ "$group" = "${row[*]:0:3}" ] || echo
     group=${row[*]:0:3}
-    print_row "${row[0]} x ${row[2]}" "${title[${row[3]}]}" "${row[1]}" "$(median_of "${row[*]}" 6)" \
+    print_row "${row[0]}$([ "${row[2]}" = 1 ] || echo " x ${row[2]}")" "${title[${row[3]}]}" "${row[1]}" "$(median_of "${row[*]}" 6)" \
       "$(median_of "${row[*]}" 7)" "$(median_of "${row[*]}" 8)" "$(compared "${row[@]}")"
   done < <(rows)
 }
-print_row() { printf "%-11s  %-23s  %11s  %10s  %6s  %7s  %s\n" "${@/ x 1/}"; }
+print_row() { printf "%-11s  %-23s  %11s  %10s  %6s  %7s  %s\n" "$@"; }
 cells() { grep "^$1 " "$work/cells" | cut -d ' ' -f "$2"; } # ROW FIELD
 median() { sort -g | sed -n "$(((ROUNDS + 1) / 2))p"; }
 median_of() { cells "$@" | median; }
 compared() { # VERB CONNECTIONS DEPTH INSTANCE PEER
   [ -n "${workers[$5]:-}" ] || return
-  ratio() { paste <(cells "$1" "$3") <(cells "$2" "$3") | awk '{ printf "%.2f\n", $2 > 0 ? $1 / $2 : 0 }' | median; }
+  ratio() { paste <(cells "$1" "$3") <(cells "$2" "$3") | awk '{ printf "%.2f\n", ($2 ? $1 / $2 : 0) }' | median; }
   echo "$(ratio "$*" "$1 $2 $3 $5 -" 6) x ${5/_/ }, $(ratio "$*" "$1 $2 $3 $5 -" 7) x its CPU"
 }
 
@@ -2020,6 +2020,7 @@ measure_connection_memory() {
     read -r -t 5 -d '}' _ <&"$fd" || return
   done
   rss+=("$(status_field idle VmRSS)")
+  for fd in "${clients[@]}"; do exec {fd}>&-; done
   fact[connection]=$(awk -v n="$MEMORY_CLIENTS" \
     '{ printf "%.1f KiB, %.1f KiB once it has served a request", ($2 - $1) / n, ($3 - $1) / n }' <<<"${rss[*]}")
 }
@@ -2073,7 +2074,7 @@ print_bench() {
   [ -z "$nginx" ] || printf ', nginx %s' "$("$nginx" -v 2>&1 | sed 's|.*/||')"
   [ -z "$redis" ] || printf ', redis %s' "$("$redis" --version | sed 's/.* v=\([^ ]*\) .*/\1/')"
   printf '\n\n'
-  print_table
+  print_table | sed 's/ *$//'
   cat <<END
 
 compared: "1.20 x keepalive, 0.90 x its CPU" is 1.20 times the requests/s of that row of nginx, with 0.90 times its CPU a request:
