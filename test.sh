@@ -260,9 +260,9 @@ ask() {
     *) echo "no answer: $(head -n 1 "$work/error")" ;;
   esac
 }
-code() { cut -c 1-3; } # the statuses of answers
+code() { sed -E 's/^([0-9]{3}) .*/\1/'; } # the statuses of answers
 status_of() { ask "$@" | code; }
-body() { cut -c 5-; }  # of answers that are JSON
+body() { cut -c 5-; } # of answers that are JSON
 
 # connect INSTANCE: opens a connection; its descriptor is in $fd.
 connect() {
@@ -784,8 +784,8 @@ open_stream() {
   printf '%s\r\n' "POST ${head[0]}" "${head[@]:1}" 'Content-Length: 1000000000' '' >&"$fd"
 }
 
-# big_questions COUNT: asks for the key `big` so many times. A message: a number, the length of the request, and the request.
-big_questions() { local n && for ((n = 0; n < $1; n++)); do printf '\x01\0\0\0\0\0\0\0\x16\0\0\0\x03GET\x0d/kv-store/big\0\0\0\0'; done; }
+# big_questions COUNT: asks for the key `big` so many times. A message: its length, a number, the time, 1, and the request.
+big_questions() { local n && for ((n = 0; n < $1; n++)); do printf '\x19\0\0\0\x01\0\x01\x03GET\x0d/kv-store/big\0\0\0\0'; done; }
 
 # Streams on which large values are asked for and nothing is read.
 test_unread_streams() {
@@ -1255,11 +1255,11 @@ change_to_three() { change_to "n$(($1 % 3 + 1))" n1 n2 n3; } # NUMBER
 ask_on_stream() {
   local fd answers reader
   open_stream "$1" || return
-  length=$(printf '%b' "$2" | wc -c)
+  length=$((3 + $(printf '%b' "$2" | wc -c)))
   cat <&"$answers" >"$work/answers" &
   reader=$!
-  # The number 1, the length, and the message.
-  printf '%b' "\\x01\\0\\0\\0\\0\\0\\0\\0\\x$(printf %02x $((length % 256)))\\x$(printf %02x $((length / 256)))\\0\\0$2" >&"$fd"
+  # The length, the number 1, the time 0, and that something follows.
+  printf '%b' "\\x$(printf %02x $((length % 256)))\\x$(printf %02x $((length / 256)))\\0\\0\\x01\\0\\x01$2" >&"$fd"
   poll 30 is_over "$reader" && status_on_stream | grep . || echo "no answer"
   kill "$reader" 2>/dev/null
   exec {fd}>&- {answers}>&-
@@ -1267,14 +1267,17 @@ ask_on_stream() {
 
 is_over() { ! kill -0 "$1" 2>/dev/null || [ -n "$(status_on_stream)" ]; }
 
-# The status of the answer with the number 1: it begins with that, in bytes of seven bits. Empty messages are signs of life.
+# The status of the answer with the number 1. Number, time and status are in bytes of seven bits; messages with the number 0 are
+# heartbeats.
 status_on_stream() {
   sed '1,/^\r$/d' "$work/answers" | od -An -v -tu1 -w1 | awk '
     { byte[n++] = $1 }
     END {
       at = 0
-      while (at < n && byte[at] != 1) at += 12 + byte[at + 8] + 256 * byte[at + 9]
-      if (at + 13 < n) print byte[at + 12] % 128 + 128 * byte[at + 13]
+      while (at < n && byte[at + 4] != 1) at += 4 + byte[at] + 256 * byte[at + 1]
+      time = at + 5
+      while (byte[time] >= 128) time++
+      if (time + 3 < n) print byte[time + 2] % 128 + 128 * byte[time + 3]
     }'
 }
 
@@ -2340,7 +2343,7 @@ LEAVE = {
 }
 
 def converse(client, _):
-    data = b"".join(random.choice(REQUESTS[: random.randrange(1, 8)])() for _ in range(random.choice([1, 1, 2, 5, 60])))
+    data = b"".join(random.choice(REQUESTS[: random.randrange(1, 8)])() for _ in range(random.choice([1, 1, 1, 2, 5, 60])))
     if random.random() < 0.4:
         data = data[: random.randrange(len(data) + 1)]
     if random.random() < 0.4:  # Reads while it sends.
@@ -2363,9 +2366,9 @@ def stream(answers, questions):  # That brings nonsense, or nothing.
 def client(kind):
     ways = collections.Counter()
     while time.monotonic() < end:
-        address = tuple(random.choice(instances))
+        address, patience = tuple(random.choice(instances)), random.choice([0.1, 0.3, 3])
         try:
-            with socket.create_connection(address, 3) as first, socket.create_connection(address, 3) as second:
+            with socket.create_connection(address, patience) as first, socket.create_connection(address, patience) as second:
                 ways[kind(first, second)] += 1
         except OSError:
             pass
