@@ -20,7 +20,7 @@
 //! - *Connections* and *the socket*: where bytes come from and go to, and what the server cannot do. *The start*: `main`.
 //!
 //! Who answers for a key is decided in `Node::place`. A key changes hands in `Node::adopt` (who gives it stops answering),
-//! `replication::pull_all` (who gets it asks for it) and `Node::note_heard` (who gets it begins to answer). With REPL_FACTOR a shard lives on
+//! `replication::pull_all` (who gets it asks for it) and `Node::note_received` (who gets it begins to answer). With REPL_FACTOR a shard lives on
 //! several nodes, and each of these answers: `replication::replicate` takes a write to the others before it is acknowledged.
 //!
 //! The library `may` runs each connection as a coroutine. All coroutines share one worker thread (`start_worker` says why), so none may
@@ -1021,7 +1021,7 @@ mod records {
         }
 
         /// Removes the record with this hash and stamp, if it is a tombstone.
-        pub fn bury(&mut self, hash: u64, stamp: u64) {
+        pub fn remove_tombstone(&mut self, hash: u64, stamp: u64) {
             let bucket = &mut self.buckets[bucket_of(hash)];
             let is_it = |record: &Record| record.stamp() == stamp && record.is_tombstone();
             if let Ok(place) = bucket.table.find_entry(hash, is_it) {
@@ -1168,7 +1168,8 @@ fn answer_key(request: Request) -> Result<Answer, Work> {
         Err(refusal) => return Ok(refusal.answer(vocabulary, &request.verb)),
     };
     let (hash, action, key) = (hash_of(&key), Action::of(&key, &request, vocabulary), key.into_owned());
-    let mut request = KeyRequest { hash, key, request, vocabulary, action, context, got: Vec::new(), is_late: false };
+    let mut request =
+        KeyRequest { hash, key, request, vocabulary, action, context, fetched: Vec::new(), gave_up_on_context: false };
     match Live.with(|node| (request.perform(node), node.now)) {
         (Tried::Done(outcome, context), _) => Ok(request.render(outcome, &context)),
         (tried, began) => Err(Box::new(move || block_on(request.answer(&Live, tried, began)))),
@@ -1217,9 +1218,9 @@ struct KeyRequest {
     action: Action,
     context: Option<Context>,
     /// The groups of nodes that have given the key, each by the table of this version.
-    got: Vec<(Option<Version>, Vec<String>)>,
+    fetched: Vec<(Option<Version>, Vec<String>)>,
     /// Its context is not waited for any longer.
-    is_late: bool,
+    gave_up_on_context: bool,
 }
 
 /// What became of a request at this instance so far.
@@ -1262,15 +1263,15 @@ impl KeyRequest {
             *context = node.unstable_part(context);
         }
         let mut needs = node.pull_needs(self.hash);
-        needs.retain(|group| !self.got.contains(&(node.version(), group.clone())));
+        needs.retain(|group| !self.fetched.contains(&(node.version(), group.clone())));
         if !needs.is_empty() {
             return Tried::Needs(needs);
         }
-        if let Some(context) = self.context.as_ref().filter(|_| self.action.reads() && !self.is_late) {
+        if let Some(context) = self.context.as_ref().filter(|_| self.action.reads() && !self.gave_up_on_context) {
             let Some(mut needs) = node.context_needs(self.hash, &self.key, context) else {
                 return Tried::NeedsForContext(None);
             };
-            needs.retain(|group| !self.got.contains(&(node.version(), group.clone())));
+            needs.retain(|group| !self.fetched.contains(&(node.version(), group.clone())));
             if !needs.is_empty() {
                 return Tried::NeedsForContext(Some(needs));
             }
@@ -1286,7 +1287,9 @@ impl KeyRequest {
             Action::Refuse(outcome) => return Tried::Done(outcome, self.context.clone()),
             Action::Put(record) => (record, if found.is_some() { Outcome::Replaced } else { Outcome::Created }),
             // A key that the client may know of is deleted, also if this replica never saw it.
-            Action::Delete if found.is_some() || self.is_late => (Record::tombstone(&self.key), Outcome::Deleted),
+            Action::Delete if found.is_some() || self.gave_up_on_context => {
+                (Record::tombstone(&self.key), Outcome::Deleted)
+            }
             Action::Get | Action::Delete => {
                 let after = self.context.as_ref().map(|context| node.context_after(context, here.as_ref()));
                 return Tried::Done(found.map_or(Outcome::Missing, Outcome::Found), after);
@@ -1360,8 +1363,8 @@ impl KeyRequest {
             None => catch_up(world, self.context.as_mut()).await,
         };
         let is_late = world.with(|node| node.now) > began + CATCH_UP;
-        self.is_late = !is_met && is_late;
-        if self.is_late && matches!(self.action, Action::Get) {
+        self.gave_up_on_context = !is_met && is_late;
+        if self.gave_up_on_context && matches!(self.action, Action::Get) {
             return None;
         }
         Some(Duration::from_millis(if is_met || is_late { 0 } else { 50 }))
@@ -1371,7 +1374,7 @@ impl KeyRequest {
     async fn get(&mut self, world: &impl World, groups: &[Vec<String>]) -> Option<Vec<String>> {
         for group in groups {
             match replication::get_key(world, &self.key, group).await {
-                Some(version) => self.got.push((Some(version), group.clone())),
+                Some(version) => self.fetched.push((Some(version), group.clone())),
                 None => return Some(group.clone()),
             }
         }
@@ -1879,8 +1882,8 @@ mod node {
     //!
     //! The rules that keep a store whole, and where they stand:
     //!
-    //! - R1 answering (`place`, `pull_needs`), R2 pull (`note_heard`, `note_taken`), R3 adopt (`adopt`), R4 write (`write`, `take`), R5 reconcile
-    //!   (in `replication`; when it is due: `is_to_reconcile`), R6 stability (`refresh_stable`), R7 causal contexts (`context_needs`,
+    //! - R1 answering (`place`, `pull_needs`), R2 pull (`note_received`, `note_received_by`), R3 adopt (`adopt`), R4 write (`write`, `take`), R5 reconcile
+    //!   (in `replication`; when it is due: `begin_to_reconcile`), R6 stability (`refresh_stable`), R7 causal contexts (`context_needs`,
     //!   `context_after`), R8 settled (`hear`, `settle`).
     //! - R9 view change, R10 start (`let_in`) and R11 meetings stand in `membership`, R12 planning in `table`.
     //!
@@ -1973,7 +1976,7 @@ mod node {
     #[derive(Clone, Debug, Serialize, Deserialize)]
     pub struct Envelope {
         pub from: String,
-        /// A node by another name than its own answers to nothing: it would be counted twice or not at all.
+        /// The address that the sender uses. A node ignores what is sent to another one: it would be counted under two names.
         pub to: String,
         /// The table that the sender goes by. All but meetings and locks is refused by who goes by another.
         pub version: Option<Version>,
@@ -1989,10 +1992,10 @@ mod node {
         /// Take part in a change that makes this version; nothing comes of it any more.
         Lock(Version),
         Release(Version),
-        /// Under that lock: where would cuts leave so many of the highest keys above them?
+        /// Under that lock: for each of these counts, where to cut so that as many of the addressee's keys lie above.
         Survey(Version, Vec<usize>),
-        /// All that you have of the range that begins here is here: are you whole for it?
-        Taken(u64),
+        /// The sender has all that the addressee has of the range that begins here. Asks whether the addressee is whole for it.
+        Received(u64),
         /// Give the record of one key, if you are whole for it.
         GiveKey(ByteBuf),
         /// The digests of some spans.
@@ -2049,14 +2052,14 @@ mod node {
     pub const MAX_SPANS: usize = 1024;
     /// How long a lock keeps off other coordinators, and how long its own may use it.
     pub const LEASE: Duration = Duration::from_secs(10);
-    /// A node that did nothing for this long was asleep: a running one meets others several times a second. (They let it go no sooner:
-    /// its stream ends 1.25 s after a beat at the earliest, and then it does not answer a meeting for 0.7 s.)
+    /// A node that did nothing for this long was asleep: a running one meets others several times a second. Others remove a silent node
+    /// after 1.95 s at the earliest: its stream ends after 1.25 s, and a meeting fails after 0.7 s.
     const ASLEEP: Duration = Duration::from_millis(1500);
     /// For how long it tries to meet somebody before it answers.
     const WAKING: Duration = Duration::from_secs(1);
     /// For how many rounds all nodes of a first view must have been up before it counts: a second.
     const FIRST: u32 = 5;
-    /// For how long the digests of two replicas must differ until they reconcile: while clients write, they differ at most looks.
+    /// For how long the digests of two replicas must differ until they reconcile: while clients write, they differ in most meetings.
     const DIFFERING: Duration = Duration::from_secs(3);
 
     /// Who may answer for a key.
@@ -2076,7 +2079,7 @@ mod node {
         /// The nodes of which a whole one has all of it; without this one.
         pub group: Vec<String>,
         /// Those of which this node has got all that they have of it, and which get nothing more.
-        heard: BTreeSet<String>,
+        received: BTreeSet<String>,
         /// A whole one is among these.
         is_answerable: bool,
         /// How often each of the others was found not to be whole.
@@ -2088,7 +2091,7 @@ mod node {
     impl Pull {
         /// The nodes that it waits for.
         pub fn awaited(&self) -> impl Iterator<Item = &String> {
-            self.group.iter().filter(|node| !self.heard.contains(*node))
+            self.group.iter().filter(|node| !self.received.contains(*node))
         }
 
         /// Whether it waits for nobody, or only for nodes that have been found not to be whole twice, one after the other: then there was a
@@ -2160,7 +2163,7 @@ mod node {
         /// The table is settled (R8), and this node has no records but what it owns.
         settled: bool,
         /// The nodes that have said that they go by this table and have no pulls.
-        done: BTreeSet<String>,
+        finished: BTreeSet<String>,
         /// The newest table that a blank node has heard of.
         heard_of: Option<Arc<Table>>,
         promise: Promise,
@@ -2172,12 +2175,12 @@ mod node {
         /// The highest stamp given or seen.
         clock: u64,
         pulls: Vec<Pull>,
-        /// The spans that it had not got when it adopted its table. As long as that is not settled, it may be asked for what it owns no
-        /// more.
+        /// The spans whose pulls were not answerable when it adopted its table. Until that is settled, this node is not whole for them,
+        /// unless it owns them and has pulled them again.
         lacks: Vec<Span>,
         is_pulling: bool,
         /// By where a range begins, who has all that this node had of it.
-        taken: BTreeSet<(u64, String)>,
+        received_by: BTreeSet<(u64, String)>,
         /// The other replicas that may lack something: the lowest stamp of what they may lack.
         pub lagging: BTreeMap<String, u64>,
         /// The stamps of its own writes that are not acknowledged yet.
@@ -2187,8 +2190,8 @@ mod node {
         watermark: u64,
         peers: BTreeMap<String, Peer>,
         /// When the last meeting that another node has answered began, and when this node last woke from a sleep.
-        met: Duration,
-        woke: Duration,
+        last_met: Duration,
+        last_woke: Duration,
         /// How many rounds of meetings it has begun.
         rounds: u32,
     }
@@ -2298,13 +2301,13 @@ mod node {
         /// R11: a node that has just woken up does not answer before it has met somebody: it may have been let go.
         fn is_waking(&self) -> bool {
             let has_others = self.table.as_ref().is_some_and(|table| table.view.len() > 1);
-            has_others && self.met < self.woke && self.now < self.woke + WAKING
+            has_others && self.last_met < self.last_woke && self.now < self.last_woke + WAKING
         }
 
         /// To be called whenever the time is known anew.
         pub fn look_at_clock(&mut self, now: Duration) {
             if now > self.now + ASLEEP {
-                self.woke = now;
+                self.last_woke = now;
             }
             self.now = self.now.max(now);
         }
@@ -2312,7 +2315,7 @@ mod node {
         /// Another node has answered what was asked at a moment.
         pub fn note_meeting(&mut self, node: &str, began: Duration) {
             if node != self.own {
-                self.met = self.met.max(began);
+                self.last_met = self.last_met.max(began);
             }
         }
 
@@ -2326,16 +2329,17 @@ mod node {
         }
 
         /// R2: another node has all that this one has of a range. What all owners have is dropped here: one that is killed then comes back
-        /// without it, and not with what it was before. Says whether this node was whole for it.
-        fn note_taken(&mut self, by: String, range: u64) -> Reply {
+        /// without it, and not with what it was before; and no source that has left the view, and is not counted in the watermark, keeps a
+        /// record whose tombstone is gone elsewhere. Says whether this node was whole for it.
+        fn note_received_by(&mut self, by: String, range: u64) -> Reply {
             let Some(table) = self.table.clone() else { return Reply::Refused };
             let Some((span, owned)) = table.spans().find(|(span, _)| span.first == range) else {
                 return Reply::Refused;
             };
             let is_whole = self.is_whole_for(span);
             if Some(owned.shard) != self.shard {
-                self.taken.insert((range, by));
-                let has_it = |owner: &String| self.taken.contains(&(range, owner.clone()));
+                self.received_by.insert((range, by));
+                let has_it = |owner: &String| self.received_by.contains(&(range, owner.clone()));
                 if table.owners(range).iter().all(has_it) {
                     self.drop_records(span);
                 }
@@ -2374,24 +2378,24 @@ mod node {
         }
 
         /// Notes that this node has all that another one of a group has, by a table.
-        pub fn note_heard(&mut self, version: Version, pull: &Pull, node: &str, found: Found) {
+        pub fn note_received(&mut self, version: Version, pull: &Pull, node: &str, found: Found) {
             if self.version() == Some(version) {
                 let same = self.pulls.iter_mut().filter(|it| (it.span, &it.group) == (pull.span, &pull.group));
                 for it in same {
                     match found {
                         Found::Incomplete => *it.incomplete.entry(node.to_owned()).or_default() += 1,
-                        Found::Whole | Found::Nothing => it.heard.extend([node.to_owned()]),
+                        Found::Whole | Found::Nothing => it.received.extend([node.to_owned()]),
                     }
                     it.is_answerable |= found == Found::Whole;
                 }
-                self.drop_done_pulls();
+                self.drop_pulls(Pull::is_done);
             }
         }
 
-        fn drop_done_pulls(&mut self) {
-            let before = self.pulls.len();
-            self.pulls.retain(|pull| !pull.is_done());
-            if before > 0 && self.pulls.is_empty() {
+        fn drop_pulls(&mut self, is_done: impl Fn(&Pull) -> bool) {
+            let had_some = !self.pulls.is_empty();
+            self.pulls.retain(|pull| !is_done(pull));
+            if had_some && self.pulls.is_empty() {
                 self.say(format!("has everything of table {}", self.version().unwrap_or_default()));
             }
         }
@@ -2403,8 +2407,9 @@ mod node {
 
         // -- R3 adopt
 
-        /// R3: goes by a newer table from now on, in one step. A node that went by its base keeps what it has, and is in the view or a
-        /// source; any other drops it: what it has is not what the others count on. True if it does.
+        /// R3: goes by a newer table from now on, in one step. It keeps its records if it went by the table's base and is in the view or a
+        /// source. Otherwise it drops them: the new table does not count on them. What the other replicas have, and what is stable, is to
+        /// be found out anew. True if it goes by the table.
         pub fn adopt(&mut self, table: Arc<Table>) -> bool {
             let is_fresh = self.promise.granted.is_some_and(|granted| self.now < granted + self.lease);
             let other = table.version.coordinator != self.promise.version.coordinator;
@@ -2424,7 +2429,6 @@ mod node {
             self.shard = table.shard_of(&self.own);
             self.table = Some(table.clone());
             self.pulls = self.pulls_by(&table);
-            // What the other replicas have is to be found out.
             self.lagging = self.others().into_iter().map(|node| (node, 0)).collect();
             self.stable_at = vec![0; table.view.len()];
             (self.watermark, self.settled, self.heard_of) = (0, false, None);
@@ -2433,8 +2437,8 @@ mod node {
                 // What the lock was for has come about.
                 self.promise.granted = None;
             }
-            self.taken.clear();
-            self.done.clear();
+            self.received_by.clear();
+            self.finished.clear();
             let incoming = self.incoming();
             let from = if incoming.is_empty() { "nobody".into() } else { Vec::from_iter(incoming).join(", ") };
             let (version, count) = (table.version, table.view.len());
@@ -2453,7 +2457,7 @@ mod node {
                 let pull = |group: Vec<String>, has_it, is_source| Pull {
                     span,
                     group: group.into_iter().filter(|node| *node != self.own).collect(),
-                    heard: BTreeSet::new(),
+                    received: BTreeSet::new(),
                     is_answerable: has_it,
                     incomplete: BTreeMap::new(),
                     is_source,
@@ -2632,7 +2636,7 @@ mod node {
                     return false;
                 };
                 let (stamp, (hash, _)) = entry.remove_entry();
-                self.records.bury(hash, stamp);
+                self.records.remove_tombstone(hash, stamp);
             }
             true
         }
@@ -2717,13 +2721,14 @@ mod node {
 
         // -- R8 settled
 
-        /// R8: all nodes of the view go by this table and have no pulls, which they end when they have heard every source. So sources mean
-        /// nothing any more, and what this node does not own, it drops, so that none of it comes back by a later table.
+        /// R8: all nodes of the view go by this table and have no pulls. A pull ends only when each of its sources has answered by this
+        /// version, or has nothing; so sources mean nothing any more. What this node does not own it drops, so that none of it comes back
+        /// by a later table.
         pub fn settle(&mut self) {
             if std::mem::replace(&mut self.settled, true) {
                 return;
             }
-            self.pulls.retain(|pull| !pull.is_source);
+            self.drop_pulls(|pull| pull.is_source);
             self.lacks.clear();
             let (Some(table), own) = (self.table.clone(), self.shard) else { return };
             table.spans().filter(|(_, range)| Some(range.shard) != own).for_each(|(span, _)| self.drop_records(span));
@@ -2731,7 +2736,7 @@ mod node {
 
         fn look_whether_settled(&mut self) {
             let Some(table) = self.table.as_ref().filter(|_| !self.settled && self.pulls.is_empty()) else { return };
-            if table.view.iter().all(|node| *node == self.own || self.done.contains(node)) {
+            if table.view.iter().all(|node| *node == self.own || self.finished.contains(node)) {
                 self.settle();
             }
         }
@@ -2800,7 +2805,7 @@ mod node {
                     Reply::Done
                 }
                 Message::Survey(version, counts) if self.promise.version == version => self.survey(&counts),
-                Message::Taken(range) if is_same => self.note_taken(from, range),
+                Message::Received(range) if is_same => self.note_received_by(from, range),
                 Message::GiveKey(key) if is_same => self.give_key(&key),
                 Message::Digests(spans) if is_same && spans.len() <= MAX_SPANS => {
                     // What is written from now on is to reach who asks, even if it was silent until now.
@@ -2830,7 +2835,7 @@ mod node {
                     *known = (*known).max(*told);
                 }
                 if status.incoming.is_empty() {
-                    self.done.insert(from.to_owned());
+                    self.finished.insert(from.to_owned());
                 }
                 if status.settled {
                     self.settle();
@@ -2852,7 +2857,6 @@ mod node {
             if has_restarted && is_replica {
                 self.note_lagging(from, 0);
             }
-            self.drop_done_pulls();
             self.refresh_stable();
         }
 
@@ -3054,8 +3058,8 @@ mod node {
 // ---- Replication: what a node does over time with records -----------------------------------------------------------
 
 mod replication {
-    //! These are async functions for one reason only: the simulation runs many of them at once, and decides what each message
-    //! meets. In the program every wait blocks the coroutine or thread that it is in, and `block_on` polls once.
+    //! These are async functions for one reason only: the simulation runs many of them at once, and decides the fate of each
+    //! message. In the program every wait blocks the coroutine or thread that it is in, and `block_on` polls once.
 
     use std::collections::{BTreeMap, BTreeSet};
     use std::sync::Arc;
@@ -3145,9 +3149,9 @@ mod replication {
 
     // -- R4 write
 
-    /// R4: has the other replicas store what was written here: all that can be reached, and whoever is to have it by a table that comes
-    /// meanwhile. Only then may it be acknowledged: so it is on every replica that may answer next. The error is a node that did not
-    /// take it in time: the write is not undone, but its client is not told that it was done.
+    /// R4: has the other replicas store what was written here: all that this node does not take for silent, and whoever is to have it by a
+    /// table that comes meanwhile. Only then may it be acknowledged. Silent ones are lagging from then on, until they are reconciled with.
+    /// The error is a node that did not take it in time: the write is not undone, but its client is not told that it was done.
     pub async fn replicate(world: &impl World, record: &Record, deadline: Duration) -> Result<(), String> {
         let (mut stored, mut blank) = (BTreeMap::new(), Vec::new());
         loop {
@@ -3203,7 +3207,7 @@ mod replication {
     /// Gets what a node has of a span. True if it is whole for it, or has nothing.
     async fn pull_from(world: &impl World, version: Version, pull: &Pull, node: &str) -> bool {
         let found = if reconcile(world, node, version, &[pull.span], true).await.is_some() {
-            match ask_by(world, node, version, Message::Taken(pull.span.first)).await {
+            match ask_by(world, node, version, Message::Received(pull.span.first)).await {
                 Some(Reply::Whole(true)) => Found::Whole,
                 Some(Reply::Whole(false)) => Found::Incomplete,
                 _ => return false,
@@ -3215,7 +3219,7 @@ mod replication {
                 _ => return false,
             }
         };
-        world.with(|own| own.note_heard(version, pull, node, found));
+        world.with(|own| own.note_received(version, pull, node, found));
         found != Found::Incomplete
     }
 
@@ -3479,7 +3483,7 @@ mod membership {
         let others: Vec<String> = others.iter().filter(|node| **node != own).cloned().collect();
         let replies = meet_all(world, &others).await;
         let fits = |it: &Status| {
-            // (One that has left this node's own store knows no better.)
+            // (A node that left this node's own store cannot coordinate for it.)
             let has_left_another = it.version.is_some() && !it.is_member && it.store != table.store;
             !status.is_member || it.keys > 0 || it.members > 1 || has_left_another
         };
@@ -3606,11 +3610,11 @@ mod membership {
             self.check_silent(&granted, &silent)?;
             let settled = self.check_granted(&granted, &silent)?;
             let change = Change::new(&self.base, &self.wanted.view, self.wanted.factor.unwrap_or(self.base.factor));
-            let speakers = self.speakers(&granted);
+            let representatives = self.representatives(&granted);
             let mut held = vec![0; self.base.shards.len()];
-            speakers.iter().for_each(|(shard, node)| held[*shard] = granted[node].keys);
+            representatives.iter().for_each(|(shard, node)| held[*shard] = granted[node].keys);
             let (moves, counts) = change.plan(&held);
-            let cuts = self.survey(&change, &moves, &speakers).await?;
+            let cuts = self.survey(&change, &moves, &representatives).await?;
             let mut table = self.base.next(self.version, &change, &cuts, &silent, settled);
             (table.moved, table.counts) = (moves.iter().map(|(.., count)| count).sum(), counts);
             let table = Arc::new(table);
@@ -3620,7 +3624,7 @@ mod membership {
             }
         }
 
-        /// Locks the nodes, the lowest address first: of two coordinators one fails there, and does not hold what the other needs.
+        /// Locks the nodes, the lowest address first: two coordinators contend for that one, so they do not block each other.
         async fn lock(&self, nodes: &[String]) -> Result<Granted, Failure> {
             let mut granted = Granted::new();
             let (lowest, rest) = nodes.split_at(1);
@@ -3715,14 +3719,14 @@ mod membership {
 
         /// For each shard of which a replica has granted the lock, the one that tells what the shard has and where its cuts are: a whole
         /// one, if there is one.
-        fn speakers(&self, granted: &Granted) -> Vec<(usize, String)> {
-            let mut speakers = Vec::new();
+        fn representatives(&self, granted: &Granted) -> Vec<(usize, String)> {
+            let mut representatives = Vec::new();
             for shard in 0..self.base.shards.len() {
                 let answering = self.base.shards[shard].iter().filter(|node| granted.contains_key(*node));
                 let best = answering.min_by_key(|node| !is_whole_by(&self.base, &granted[*node]));
-                speakers.extend(best.map(|node| (shard, node.clone())));
+                representatives.extend(best.map(|node| (shard, node.clone())));
             }
-            speakers
+            representatives
         }
 
         /// Learns where the shards are to be cut, each from its speaker.
@@ -3730,11 +3734,11 @@ mod membership {
             &self,
             change: &Change,
             moves: &[Move],
-            speakers: &[(usize, String)],
+            representatives: &[(usize, String)],
         ) -> Result<Vec<Cut>, Failure> {
             let moves_of = |shard: usize| moves.iter().filter(move |(giver, ..)| *giver == shard);
             let mut messages = Vec::new();
-            for (shard, node) in speakers {
+            for (shard, node) in representatives {
                 let mut above = 0;
                 let counts = moves_of(*shard).map(|(.., count)| {
                     above += count;
@@ -3744,7 +3748,7 @@ mod membership {
             }
             let replies = ask_each(self.world, messages).await;
             let (mut cuts, mut keys) = (Vec::new(), vec![Some(Vec::new()); self.base.shards.len()]);
-            for ((shard, node), reply) in speakers.iter().zip(replies) {
+            for ((shard, node), reply) in representatives.iter().zip(replies) {
                 let (places, hashes) = match reply {
                     Some(Reply::Surveyed(places, hashes)) => (places, hashes),
                     Some(_) => return Err(self.again(Outcome::ChangeUnderWay)),
@@ -3790,7 +3794,7 @@ fn now() -> Duration {
 /// A view change that is passed on to a node of the store may take as long as it takes.
 const CHANGE_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
 
-// (Not inlined, as `let_go`: there are a hundred places that look at the node.)
+// (Not inlined, as `unlock_node`: there are a hundred places that look at the node.)
 #[inline(never)]
 fn lock_node() -> MutexGuard<'static, Node> {
     let mut node = lock(&NODE);
@@ -3800,7 +3804,7 @@ fn lock_node() -> MutexGuard<'static, Node> {
 
 /// Unlocks the node, and does what it left for later.
 #[inline(never)]
-fn let_go(mut node: MutexGuard<Node>) {
+fn unlock_node(mut node: MutexGuard<Node>) {
     let Later { lines, garbage, activities } = std::mem::take(&mut node.later);
     // Still locked, so that they stay in the order in which they came about.
     lines.iter().for_each(|line| say(line));
@@ -3857,7 +3861,7 @@ impl World for Live {
     fn with<T>(&self, action: impl FnOnce(&mut Node) -> T) -> T {
         let mut node = lock_node();
         let result = action(&mut node);
-        let_go(node);
+        unlock_node(node);
         result
     }
 
@@ -5653,8 +5657,9 @@ mod simulation {
             };
             let index = NAMES.iter().position(|name| name.as_bytes() == &*key).expect("one of the keys");
             let (hash, action, key) = (HASHES[index], Action::of(&key, &request, vocabulary), key.into_owned());
-            let (request, got) = (request.clone(), Vec::new());
-            let mut it = KeyRequest { hash, key, request, vocabulary, action, context, got, is_late: false };
+            let (request, fetched) = (request.clone(), Vec::new());
+            let mut it =
+                KeyRequest { hash, key, request, vocabulary, action, context, fetched, gave_up_on_context: false };
             let (tried, began) = self.with(|node| (it.perform(node), node.now));
             let answer = it.answer(self, tried, began).await.joined();
             // Who relayed it acknowledged nothing.
@@ -6428,7 +6433,7 @@ mod tests {
             let old = records.insert(hash, record).map(|old| (old.stamp(), old.is_tombstone()));
             assert_eq!(old, before);
             if let Some((hash, (stamp, true))) = model.iter().nth(round as usize % 7).map(|(hash, it)| (*hash, *it)) {
-                records.bury(hash, stamp);
+                records.remove_tombstone(hash, stamp);
                 model.remove(&hash);
             }
         }
