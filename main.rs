@@ -1,6 +1,6 @@
 //! kv-store: a distributed key-value store over HTTP, in one file.
 //!
-//! Whatever the role of an instance, a request travels one road:
+//! Every request takes the same path, whatever the role of the instance:
 //!
 //! ```text
 //! bytes -> Request -> route -> who owns it? -- this instance -> store -> Outcome -> Answer -> bytes
@@ -9,26 +9,26 @@
 //!
 //! A main instance has every key; a follower has none and relays to its main instance; a node has the keys that its table gives
 //! it, as far as it has fetched them. An `Outcome` (created, found, missing, refused because ...) knows nothing of HTTP; the
-//! contract's two vocabularies are two columns of one table, `Outcome::row`. The sections below follow the road:
+//! contract's two vocabularies are two columns of one table, `Outcome::row`. The sections below stand in the order in which a request
+//! meets them:
 //!
-//! - *Settings*: what the environment says. *Requests*: heads, routing, keys and values, all that is taken from a client.
-//!   *Outcomes*: every answer's text.
-//! - *Records*: keys and values, in buckets. *Owners*: who answers a request, and what this instance does if it has the key.
+//! - *Settings*: what the environment says. *Connections*: where bytes come in and answers go out, and what the server cannot do.
+//! - *Requests*: heads, routing, keys and values, all that is taken from a client. *Outcomes*: every answer's text.
+//! - *Owners*: who answers a request, and what this instance does if it has the key. *Records*: keys and values, in buckets.
 //! - *Tables*: which shard owns which hashes. *The node*: what it knows and decides, by the rules R1 to R12 that stand there.
-//!   *Replication* and *membership*: what it does over time. *The node in the world*: its lock, its clock, its messages.
+//!   *Replication* and *membership*: what it does over time.
 //! - *Peers*: streams to other instances, at both of their sides, and plain requests. This is the only place that asks other instances.
-//! - *Connections* and *the socket*: where bytes come from and go to, and what the server cannot do. *The start*: `main`.
+//! - *The node in the world*: its lock, its clock, its messages. *The start*: `main`.
 //!
-//! Who answers for a key is decided in `Node::place`. A key changes hands in `Node::adopt` (who gives it stops answering),
-//! `replication::pull_all` (who gets it asks for it) and `Node::note_received` (who gets it begins to answer). With REPL_FACTOR a shard lives on
-//! several nodes, and each of these answers: `replication::replicate` takes a write to the others before it is acknowledged.
+//! Who answers for a key is decided in `Node::place`. A key changes hands in `Node::adopt` (its former owner stops answering),
+//! `replication::pull_all` (the new one asks for it) and `Node::note_received` (the new one begins to answer). With REPL_FACTOR a shard
+//! lives on several nodes, and each of these answers: `replication::replicate` takes a write to the others before it is acknowledged.
 //!
 //! The library `may` runs each connection as a coroutine. All coroutines share one worker thread (`start_worker` says why), so none may
 //! block it or compute for long; one that waits for an answer holds nothing up. What blocks has a thread: the HTTP client (two for
 //! each stream that this instance asks on); looking a name up; and in a node meeting others, pulling, and reconciling. Large bodies and
 //! the messages of nodes are dealt with by two threads in the background (`in_background`). What is repeated has one thread each:
-//! watching connections, watching peers, signs of life on streams, waking sleepers, giving memory back, keeping in touch with other
-//! nodes.
+//! heartbeats on streams, waking sleepers, keeping in touch with other nodes.
 //!
 //! "The contract" in the comments is the section of this name in README.md, which says all that a client may see.
 
@@ -259,6 +259,494 @@ fn port_of(text: &str) -> Option<u16> {
     let url = Url::parse(&format!("http://{text}")).ok()?;
     let (host, port) = (url.host_str()?, url.port_or_known_default().filter(|port| *port > 0)?);
     (is_plain(text) && text.eq_ignore_ascii_case(&format!("{host}:{port}"))).then_some(port)
+}
+
+// ---- Connections: where bytes come in and answers go out ------------------------------------------------------------
+
+mod connections {
+    //! may_minihttp parses requests, and sends answers when it has dealt with all that it read. Much it cannot do: answer what it
+    //! refused to parse, answer without a body (HEAD) or with headers that are not known when it is compiled, answer before the next
+    //! request's body has come, close, and wait for a client that does not read. So a connection keeps its answers itself, as its
+    //! *output* (`write`). The server has an empty answer for each, and when it sends these, `send` sends the output in their place.
+    //!
+    //! Output leaves when the server sends, when there is much of it, and before anything that may wait: another instance, a body, a
+    //! large value (`flush`). A large value is not copied into the output but written straight from the record, while the coroutine
+    //! waits for the client (`write_waiting`): a client that does not read costs a pointer, and there is nothing to account for.
+    //!
+    //! A connection is closed (`close`)
+    //! - after the answer to `Connection: close` and HTTP/1.0 (`close_with`);
+    //! - after a refusal, since where the next request begins is not known, or not worth reading up to it (`refuse`);
+    //! - without an answer, when a body ends before its length (`serve`), or the stream that it carries ends (`serve_stream`);
+    //! - when its client has taken nothing of an answer for ten seconds (`write_waiting`), or sent nothing for 75 (`watch`);
+    //! - at once, when there are too many (`new_service`).
+    //!
+    //! All of this runs on the worker thread (`start_worker`), so the state of connections needs no locks.
+
+    use std::cell::{Cell, RefCell};
+    use std::io::{self, BufRead, IoSlice, Read, Write};
+    use std::mem::ManuallyDrop;
+    use std::net::{Shutdown, TcpStream};
+    use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
+    use std::rc::Rc;
+    use std::sync::LazyLock;
+    use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+    use std::thread;
+    use std::time::{Duration, Instant};
+
+    use may::io::WaitIo;
+    use may_minihttp::{BodyReader, HttpService, HttpServiceFactory, Request as Parsed, Response};
+    use nix::errno::Errno;
+
+    use crate::peers::{read_requests, write_answers};
+    use crate::{Action, Answer, CLOSE, LARGE_BODY, MAX_HEAD, Outcome, Request, Resource, VERBS, Vocabulary};
+    use crate::{answer_about, answer_or_defer, count_answer, knows_secret, pause, read_head};
+
+    /// The output of a connection is sent when it has more than so many bytes. A value that is longer is not copied to it.
+    const BATCH: usize = 32 << 10;
+    /// How many bytes a client may send or be sent, without a pause, before other clients have their turn.
+    const TURN: usize = 128 << 10;
+    /// How many bytes large bodies may have together: more are not read before there is room.
+    const MAX_BODIES: usize = 64 << 20;
+    /// What the server reads of a client before a request's head is whole, in bytes, at most. It reads ahead by as much as it has, and
+    /// the limit of a head is exact only where the whole head is there.
+    const MAX_READ: usize = 3 * MAX_HEAD;
+    /// A client that takes nothing of an answer for this long is given up. (The kernel asks for more when 16 KiB are gone, `BATCH`.)
+    pub const WRITE_LIMIT: Duration = Duration::from_secs(10);
+    /// A connection on which nothing happens for this long is closed. Load balancers do so after 60 s: the client's side should be
+    /// the first, or a request may meet a connection that is just being closed.
+    const IDLE_LIMIT: Duration = Duration::from_secs(75);
+
+    /// How many connections are open.
+    pub static CONNECTIONS: AtomicU64 = AtomicU64::new(0);
+    /// A third of the files that the system lets this process open, less some for everything else: a connection that is written to or
+    /// read from while its coroutine waits takes another one, and a stream a third (`waiting_stream`, `read_requests`). And less than
+    /// half the mappings that Linux lets a process have: a coroutine's stack takes two, and without one the server ends.
+    pub static MAX_CONNECTIONS: LazyLock<u64> = LazyLock::new(|| {
+        let files = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024);
+        (files.saturating_sub(OTHER_FILES) / 3).min(28_000)
+    });
+    /// The files that are left for all but connections.
+    pub const OTHER_FILES: u64 = 200;
+    /// How many bytes the large bodies have that are being read, or answered.
+    static BODIES: AtomicUsize = AtomicUsize::new(0);
+
+    thread_local! {
+        /// The clients, by the descriptors of their sockets. The worker has them; in any other thread there are none.
+        static CLIENTS: RefCell<Vec<Option<Rc<Client>>>> = const { RefCell::new(Vec::new()) };
+    }
+
+    /// A connection, as the service, the watch, and `recv` and `send` see it.
+    struct Client {
+        fd: RawFd,
+        phase: Cell<Phase>,
+        /// When something last happened.
+        active: Cell<Instant>,
+        /// How many bytes were read since a request was last dealt with: of the next one's head, or what the server read ahead.
+        head: Cell<usize>,
+        /// How many bytes were received and answered since other clients had their turn.
+        served: Cell<usize>,
+        /// How many bytes of `BODIES` belong to the request that is being answered.
+        room: Cell<usize>,
+        /// Answers that are still to be sent.
+        output: RefCell<Vec<u8>>,
+    }
+
+    #[derive(Clone, Copy, PartialEq)]
+    enum Phase {
+        /// The server reads the head of the next request.
+        Head,
+        /// As `Head`, but the client sends nothing more: with its next read, the server is told.
+        LastHead,
+        /// The client sends nothing more, and the server was told.
+        HalfClosed,
+        /// A request is being answered.
+        Request,
+        /// As `Request`, and some of its body is read from the socket, since not all of it came with the head.
+        Body,
+        /// Nothing more is answered or sent: the connection is being closed, or carries a stream.
+        Closing,
+    }
+
+    impl Client {
+        /// The client whose socket has this descriptor. None if it is something else's.
+        fn at(fd: RawFd) -> Option<Rc<Client>> {
+            CLIENTS.try_with(|clients| clients.borrow().get(fd as usize).cloned().flatten()).ok().flatten()
+        }
+
+        /// The socket, which the server owns, and closes after the service has taken the client out of `CLIENTS`.
+        fn socket(&self) -> ManuallyDrop<TcpStream> {
+            // SAFETY: whoever has a client got it from `CLIENTS` in a call of the server, which keeps the descriptor open until the call
+            // returns, or in the watch, which nothing interrupts; and ManuallyDrop never closes it.
+            ManuallyDrop::new(unsafe { TcpStream::from_raw_fd(self.fd) })
+        }
+
+        fn is_closing(&self) -> bool {
+            self.phase.get() == Phase::Closing
+        }
+
+        /// Closes the connection: nothing more is sent, and when the server finds that it cannot, it closes the socket.
+        fn close(&self, how: Shutdown) {
+            self.phase.set(Phase::Closing);
+            let _ = self.socket().shutdown(how);
+        }
+
+        fn serve(&self, parsed: Parsed) {
+            let (mut request, framing) = match read_head(&parsed) {
+                Ok(head) => head,
+                Err(refusal) => return self.refuse(refusal, parsed.method() == "HEAD"),
+            };
+            if let Some(id) = request.stream_id() {
+                return self.serve_stream(id, parsed);
+            }
+            let verb = VERBS.into_iter().find(|verb| *verb == request.verb).unwrap_or("other");
+            if request.oversized {
+                return self.close_with(refusal_of_oversized(request), verb, false);
+            }
+            let is_kept = framing.length > 0 && request.wants_body(framing.length);
+            if is_kept && framing.length > LARGE_BODY {
+                self.wait_for_room(framing.length);
+            }
+            if framing.expects_continue {
+                // (RFC 9110 section 10.1.1)
+                self.output.borrow_mut().extend(b"HTTP/1.1 100 Continue\r\n\r\n");
+            }
+            let body = is_kept.then_some(&mut request.body);
+            if framing.length > 0 && !self.read_body(parsed.body(), framing.length, body) {
+                // What it sent before is answered.
+                self.flush();
+                return self.close(Shutdown::Write);
+            }
+            let answer = answer_or_defer(request).unwrap_or_else(|work| {
+                // That may take long, and what was asked before is answered.
+                self.flush();
+                work()
+            });
+            if framing.closing {
+                return self.close_with(answer, verb, framing.is_head);
+            }
+            self.write(answer, verb, "", framing.is_head);
+        }
+
+        /// Becomes one half of a stream, as long as that lives.
+        fn serve_stream(&self, id: &str, parsed: Parsed) {
+            let knows_secret = match knows_secret(&parsed, id) {
+                Ok(knows) => knows,
+                Err(refusal) => return self.refuse(refusal, false),
+            };
+            self.flush();
+            self.phase.set(Phase::Closing);
+            match parsed.method() {
+                "GET" => drop(write_answers(id, &self.socket(), knows_secret)),
+                _ => read_requests(id, parsed.body(), &self.socket(), knows_secret),
+            }
+            self.close(Shutdown::Write);
+        }
+
+        /// Waits until another large body may be read.
+        fn wait_for_room(&self, length: usize) {
+            self.flush();
+            while BODIES.load(Relaxed) + length > MAX_BODIES {
+                pause(Duration::from_millis(5));
+            }
+            BODIES.fetch_add(length, Relaxed);
+            self.room.set(length);
+        }
+
+        /// Reads a whole body, to keep it or not. False is a client that left before it was complete: its request never happened.
+        fn read_body(&self, mut reader: BodyReader, length: usize, mut body: Option<&mut Vec<u8>>) -> bool {
+            let mut taken = 0;
+            while taken < length {
+                self.active.set(Instant::now());
+                let Ok(arrived @ [_, ..]) = reader.fill_buf() else { return false };
+                let count = arrived.len();
+                if let Some(body) = &mut body {
+                    body.extend(arrived);
+                }
+                reader.consume(count);
+                taken += count;
+                self.take_turn(count);
+            }
+            if self.phase.get() == Phase::Body {
+                // The server waits for a signal that comes once an arrival, and reading the body has used it up: a request that came
+                // with the body's end would be left lying.
+                self.phase.set(Phase::Request);
+                signal_again(&self.socket());
+            }
+            true
+        }
+
+        /// Writes an answer to the output, and a large value to the socket. `connection` is what its head says of the connection.
+        fn write(&self, answer: Answer, verb: &str, connection: &str, is_head: bool) {
+            count_answer(verb, answer.status);
+            answer.write_head(&mut self.output.borrow_mut(), connection);
+            for piece in answer.pieces().into_iter().filter(|_| !is_head) {
+                if piece.len() > BATCH {
+                    self.flush();
+                    self.write_waiting(piece);
+                } else {
+                    self.output.borrow_mut().extend(piece);
+                }
+            }
+            if self.output.borrow().len() > BATCH {
+                self.flush();
+            }
+            self.take_turn(answer.length());
+        }
+
+        /// Sends the output, however long the client takes to read it.
+        fn flush(&self) {
+            let mut output = self.output.take();
+            // (With `writev`: `write` calls `send`, which comes here.)
+            let count = self.socket().write_vectored(&[IoSlice::new(&output)]).unwrap_or(0);
+            if count < output.len() {
+                self.write_waiting(&output[count..]);
+            }
+            output.clear();
+            // (Idle connections keep little.)
+            output.shrink_to(4 << 10);
+            self.output.replace(output);
+        }
+
+        /// Writes bytes on the socket, and makes the coroutine wait for the client to read. One that takes none for long is given up.
+        fn write_waiting(&self, bytes: &[u8]) {
+            let stream = waiting_stream(&self.socket(), Some(WRITE_LIMIT));
+            if self.is_closing() || stream.and_then(|mut stream| stream.write_all(bytes)).is_err() {
+                self.close(Shutdown::Write);
+            }
+        }
+
+        /// Answers a request whose end is not known or not worth reading up to it.
+        fn refuse(&self, refusal: Outcome, is_head: bool) {
+            self.close_with(refusal.answer(Vocabulary::Form, "GET"), "other", is_head);
+        }
+
+        /// Sends a last answer and closes the connection.
+        fn close_with(&self, answer: Answer, verb: &str, is_head: bool) {
+            // The last packet is held back until the stream ends, so that a client that has the whole answer has its end as well. So this
+            // side, and not a relaying one, is the first to close and has its port in TIME_WAIT (RFC 9293 section 3.6.1): 28,000
+            // relays in a minute would use up the other side's ports.
+            set_option(&self.socket(), libc::IPPROTO_TCP, libc::TCP_CORK, 1);
+            self.write(answer, verb, CLOSE, is_head);
+            self.flush();
+            self.close(Shutdown::Write);
+            self.linger();
+        }
+
+        /// Reads and drops what a client still sends, for up to 5 seconds: to close a socket with unread input resets the connection, and the
+        /// reset may reach the client before it has read its answer.
+        fn linger(&self) {
+            let Ok(mut stream) = waiting_stream(&self.socket(), Some(Duration::from_secs(1))) else { return };
+            let (deadline, mut buffer) = (Instant::now() + Duration::from_secs(5), vec![0; BATCH]);
+            while Instant::now() < deadline
+                && let Ok(count @ 1..) = stream.read(&mut buffer)
+            {
+                self.take_turn(count);
+            }
+        }
+
+        /// Counts bytes that were received or answered, and lets others have their turn when they are many.
+        fn take_turn(&self, count: usize) {
+            let mut served = self.served.get() + count;
+            take_turn(&self.socket(), &mut served, TURN);
+            self.served.set(served);
+        }
+
+        /// Notes that `recv` has returned `count` to the server. Returns what it is to return instead.
+        fn after_read(&self, count: isize) -> isize {
+            match (self.phase.get(), count) {
+                (Phase::Request | Phase::Body, _) => self.phase.set(Phase::Body),
+                (Phase::Head, 0) => {
+                    // The kernel has to signal the end once more, or there is no next read.
+                    self.phase.set(Phase::LastHead);
+                    signal_again(&self.socket());
+                    return fail_with(libc::EAGAIN);
+                }
+                (Phase::LastHead, 0) => self.phase.set(Phase::HalfClosed),
+                (Phase::Head | Phase::LastHead, 1..) => {
+                    self.head.set(self.head.get() + count as usize);
+                    if self.head.get() > MAX_READ {
+                        return fail_with(libc::ECONNABORTED);
+                    }
+                }
+                (_, ..0) if Errno::last() != Errno::EAGAIN => self.phase.set(Phase::Closing),
+                _ => {}
+            }
+            count
+        }
+    }
+
+    /// The answer to a PUT or POST whose body is too large to be read.
+    fn refusal_of_oversized(request: Request) -> Answer {
+        let (resource, vocabulary) = request.route();
+        if let Resource::Key(key) = resource
+            && let Action::Refuse(refusal) = Action::of(&key, &request, vocabulary)
+        {
+            return refusal.answer(vocabulary, &request.verb);
+        }
+        answer_about(request)
+    }
+
+    /// Closes connections on whose clients the server waits in vain. To be repeated every second by a coroutine, which the worker runs.
+    pub fn watch() {
+        let now = Instant::now();
+        CLIENTS.with_borrow(|clients| {
+            for client in clients.iter().flatten() {
+                let is_waited_for = matches!(client.phase.get(), Phase::Head | Phase::LastHead | Phase::Body);
+                if is_waited_for && now - client.active.get() > IDLE_LIMIT {
+                    client.close(Shutdown::Both);
+                }
+            }
+        });
+    }
+
+    // -- The service
+
+    pub struct Server;
+
+    /// The server's service for one connection, by the descriptor of its socket.
+    pub struct Connection(RawFd);
+
+    impl HttpServiceFactory for Server {
+        type Service = Connection;
+
+        /// Called once for each connection. `id` is the descriptor of its socket, open until after the service is dropped.
+        fn new_service(&self, id: usize) -> Connection {
+            let fd = id as RawFd;
+            let (phase, active, output) = (Cell::new(Phase::Head), Cell::new(Instant::now()), RefCell::default());
+            let [head, served, room] = [const { Cell::new(0) }; 3];
+            let client = Rc::new(Client { fd, phase, active, head, served, room, output });
+            let socket = client.socket();
+            // Without this, an answer that leaves in two writes waits 40 ms for the client's delayed acknowledgement.
+            let _ = socket.set_nodelay(true);
+            // The kernel asks for more when it has sent most of what it has, and not when a third of its buffer is free, which may take
+            // a slow reader a minute.
+            set_option(&socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, BATCH as libc::c_int);
+            // The accept loop would spin without end if descriptors ran out: the last ones are never used.
+            if CONNECTIONS.fetch_add(1, Relaxed) >= *MAX_CONNECTIONS {
+                client.close(Shutdown::Both);
+            }
+            CLIENTS.with_borrow_mut(|clients| {
+                clients.resize(clients.len().max(id + 1), None);
+                clients[id] = Some(client);
+            });
+            Connection(fd)
+        }
+    }
+
+    impl HttpService for Connection {
+        fn call(&mut self, parsed: Parsed, _: &mut Response) -> io::Result<()> {
+            if let Some(client) = Client::at(self.0).filter(|client| !client.is_closing()) {
+                client.phase.set(Phase::Request);
+                client.head.set(0);
+                client.serve(parsed);
+                BODIES.fetch_sub(client.room.take(), Relaxed);
+                client.active.set(Instant::now());
+                if !client.is_closing() {
+                    client.phase.set(Phase::Head);
+                }
+            }
+            Ok(())
+        }
+    }
+
+    /// The server is done with the connection: the client left, or sent something that is not HTTP or has too many headers. To
+    /// that, the server says nothing; this does, after the answers that are still to be sent.
+    impl Drop for Connection {
+        fn drop(&mut self) {
+            let Some(client) = Client::at(self.0) else { return };
+            let (phase, head) = (client.phase.get(), client.head.get());
+            if phase == Phase::Closing || thread::panicking() {
+                // Nothing can be sent any more. (A coroutine that panics cannot wait.)
+            } else if head > MAX_READ || phase == Phase::HalfClosed && head > "\r\n".len() {
+                // A head that does not end, or ended with the stream. (After a request, a line's end may follow that is nothing.)
+                client.refuse(Outcome::BadRequest, false);
+            } else if phase == Phase::HalfClosed {
+                // The client sends nothing more, but may still be reading.
+                client.flush();
+            } else {
+                client.refuse(Outcome::Unparsed, false);
+            }
+            BODIES.fetch_sub(client.room.take(), Relaxed);
+            CLIENTS.with_borrow_mut(|clients| clients[self.0 as usize] = None);
+            CONNECTIONS.fetch_sub(1, Relaxed);
+        }
+    }
+
+    // -- The socket, behind the server's back. Both functions are called in the coroutine of the connection, so they may wait.
+
+    /// Takes the place of the C library's function of this name, with which the server, as the whole standard library, reads from
+    /// sockets. Without it, a request that comes together with the end of the stream is lost, since the server throws away what it has
+    /// read then: here the end comes one read later. And an endless head, of which the server collects hundreds of megabytes a
+    /// second, ends here. (A coroutine that has waited for input then reads with `read`, which is not seen here.)
+    // SAFETY: it has the type of the function of that name, and does what recv(2) says that may happen.
+    #[unsafe(no_mangle)]
+    unsafe extern "C" fn recv(fd: RawFd, buffer: *mut libc::c_void, size: usize, flags: libc::c_int) -> isize {
+        let client = Client::at(fd);
+        if let Some(client) = &client
+            && matches!(client.phase.get(), Phase::Request | Phase::Body)
+        {
+            // Before it sends the rest of a body, the client may wait for answers to what came before.
+            client.flush();
+        }
+        // SAFETY: this is what recv is (recv(2)), and the caller answers for the rest.
+        let count = unsafe { libc::recvfrom(fd, buffer, size, flags, std::ptr::null_mut(), std::ptr::null_mut()) };
+        client.map_or(count, |client| client.after_read(count))
+    }
+
+    /// Takes the place of the C library's function of this name, with which the server sends. What it sends is empty answers: these
+    /// never leave, and count as sent when the connection's output is.
+    // SAFETY: as `recv`.
+    #[unsafe(no_mangle)]
+    unsafe extern "C" fn send(fd: RawFd, buffer: *const libc::c_void, size: usize, flags: libc::c_int) -> isize {
+        match Client::at(fd) {
+            // SAFETY: as in `recv`.
+            None => unsafe { libc::sendto(fd, buffer, size, flags, std::ptr::null(), 0) },
+            Some(client) => {
+                client.flush();
+                if client.is_closing() { fail_with(libc::EPIPE) } else { size as isize }
+            }
+        }
+    }
+
+    /// What a function of the C library returns when it fails.
+    fn fail_with(error: libc::c_int) -> isize {
+        Errno::set_raw(error);
+        -1
+    }
+
+    /// A socket as a stream that makes the coroutine wait, and not its worker: for `limit` at most, if there is one.
+    pub fn waiting_stream(socket: &TcpStream, limit: Option<Duration>) -> io::Result<may::net::TcpStream> {
+        // (`may::io::CoIo` would be safe to make, but closes its descriptor before it takes it out of epoll, which then reports events
+        // of the socket to memory that was freed.)
+        // SAFETY: the descriptor is a fresh one, and the stream becomes its only owner.
+        let stream = unsafe { may::net::TcpStream::from_raw_fd(socket.try_clone()?.into_raw_fd()) };
+        stream.set_read_timeout(limit)?;
+        stream.set_write_timeout(limit)?;
+        Ok(stream)
+    }
+
+    /// Lets others have their turn, if more than `most` bytes were dealt with since they last had. To yield would not do: the worker
+    /// polls only when no coroutine is ready, and of two clients that send without end one always is. But the poll signals a socket
+    /// that it was just told of, so whoever waits for that comes after all others.
+    pub fn take_turn(socket: &TcpStream, served: &mut usize, most: usize) {
+        if *served > most {
+            *served = 0;
+            if let Ok(stream) = waiting_stream(socket, None) {
+                stream.wait_io();
+            }
+        }
+    }
+
+    /// Has the kernel signal input once more, if there is any or the client has sent its end: setting SO_RCVLOWAT does.
+    fn signal_again(socket: &TcpStream) {
+        set_option(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, 1);
+    }
+
+    pub fn set_option(socket: &TcpStream, level: libc::c_int, name: libc::c_int, value: libc::c_int) {
+        let (value, size) = (&value as *const libc::c_int, size_of::<libc::c_int>() as libc::socklen_t);
+        // SAFETY: setsockopt reads an int, which outlives the call.
+        unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, value.cast(), size) };
+    }
 }
 
 // ---- Requests: what a client asks for -------------------------------------------------------------------------------
@@ -768,352 +1256,6 @@ impl Answer {
     }
 }
 
-// ---- Records: keys and values, in buckets ---------------------------------------------------------------------------
-
-mod records {
-    //! The keys of a store have an order, that of their hashes, and a span is a stretch of it. (Two keys with one hash are never
-    //! parted.) Records stand in a fixed row of buckets by the upper bits of the hash, each a small hash table of its own: whatever
-    //! is done for many records goes bucket by bucket, with the lock released in between, and no big table ever has to double.
-
-    use hashbrown::hash_table::{Entry, HashTable};
-    use serde::de::Error;
-    use serde::{Deserialize, Deserializer, Serialize, Serializer};
-    use serde_bytes::Bytes;
-    use siphasher::sip::SipHasher24;
-    use triomphe::ThinArc;
-
-    /// SipHash-2-4 with a key of zeros (Aumasson and Bernstein, 2012): the same in every build.
-    pub fn hash_of(key: &[u8]) -> u64 {
-        SipHasher24::new().hash(key)
-    }
-
-    /// The hashes from `first` to `last`, both included.
-    #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-    pub struct Span {
-        pub first: u64,
-        pub last: u64,
-    }
-
-    pub const ALL: Span = Span { first: 0, last: u64::MAX };
-
-    impl Span {
-        pub fn contains(&self, hash: u64) -> bool {
-            (self.first..=self.last).contains(&hash)
-        }
-
-        pub fn overlaps(&self, other: &Span) -> bool {
-            self.first <= other.last && other.first <= self.last
-        }
-
-        /// How many hashes it has, less one.
-        pub fn width(&self) -> u64 {
-            self.last - self.first
-        }
-
-        /// Cuts it where buckets begin: each part lies in one bucket.
-        pub fn by_bucket(self) -> impl DoubleEndedIterator<Item = Span> {
-            self.by_bits(BUCKET_BITS)
-        }
-
-        /// Cuts it into rows of a hundred buckets or so.
-        pub fn by_row(self) -> impl DoubleEndedIterator<Item = Span> {
-            self.by_bits(BUCKET_BITS / 2)
-        }
-
-        pub fn is_in_row_of(&self, other: &Span) -> bool {
-            (self.first ^ other.first) >> (u64::BITS - BUCKET_BITS / 2) == 0
-        }
-
-        /// Cuts it where the upper bits of the hashes change.
-        fn by_bits(self, bits: u32) -> impl DoubleEndedIterator<Item = Span> {
-            let shift = u64::BITS - bits;
-            (self.first >> shift..=self.last >> shift).map(move |upper| {
-                let first = upper << shift;
-                Span { first: self.first.max(first), last: self.last.min(first | u64::MAX >> bits) }
-            })
-        }
-    }
-
-    /// A key and its value in one allocation: a stamp, a byte with the key's length, the key, and the value as JSON text, as it
-    /// goes back. Cloning one copies a pointer, so that an answer is made of it after the lock on the store is gone.
-    #[derive(Clone, Debug)]
-    pub struct Record(ThinArc<u64, u8>);
-
-    impl Record {
-        /// The key must be valid, which keeps it to 200 bytes in either vocabulary. The stamp comes when it is stored.
-        pub fn new(key: &[u8], value: &str) -> Record {
-            Record::from_parts(0, &[&[key.len() as u8], key, value.as_bytes()].concat())
-        }
-
-        fn from_parts(stamp: u64, bytes: &[u8]) -> Record {
-            Record(ThinArc::from_header_and_slice(stamp, bytes))
-        }
-
-        /// What stays of a deleted key where another copy of it may still exist: it has no value.
-        pub fn tombstone(key: &[u8]) -> Record {
-            Record::new(key, "")
-        }
-
-        pub fn is_tombstone(&self) -> bool {
-            self.value().is_empty()
-        }
-
-        pub fn stamp(&self) -> u64 {
-            self.0.header.header
-        }
-
-        /// Stamps a record that was just made, and that nobody else has yet.
-        pub fn set_stamp(&mut self, stamp: u64) {
-            self.0.with_arc_mut(|arc| {
-                if let Some(record) = triomphe::Arc::get_mut(arc) {
-                    *record.header_mut() = stamp;
-                }
-            });
-        }
-
-        pub fn key(&self) -> &[u8] {
-            &self.0.slice[1..1 + self.0.slice[0] as usize]
-        }
-
-        pub fn value(&self) -> &[u8] {
-            &self.0.slice[1 + self.0.slice[0] as usize..]
-        }
-
-        pub fn hash(&self) -> u64 {
-            hash_of(self.key())
-        }
-
-        /// Last-writer-wins: the higher stamp. (Two nodes whose names share their 12 bits may give one stamp twice.)
-        pub fn beats(&self, other: &Record) -> bool {
-            (self.stamp(), self.value()) > (other.stamp(), other.value())
-        }
-
-        /// About what it takes in a message, in bytes.
-        pub fn weight(&self) -> usize {
-            self.0.slice.len() + 32
-        }
-    }
-
-    /// A record travels between nodes as its stamp and its bytes.
-    impl Serialize for Record {
-        fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-            (self.stamp(), Bytes::new(&self.0.slice)).serialize(to)
-        }
-    }
-
-    /// Whether the value is JSON was checked by the node that took it from a client. To check it again would hold everybody up for 5 ms
-    /// where it has 1 MiB.
-    impl<'de> Deserialize<'de> for Record {
-        fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Record, D::Error> {
-            let (stamp, bytes) = <(u64, &Bytes)>::deserialize(from)?;
-            match bytes.split_first().is_some_and(|(length, rest)| rest.len() >= *length as usize) {
-                true => Ok(Record::from_parts(stamp, bytes)),
-                false => Err(D::Error::custom("not a key and a value")),
-            }
-        }
-    }
-
-    /// What some records add up to.
-    #[derive(Clone, Copy, Debug, Default, PartialEq)]
-    pub struct Sums {
-        /// How many are keys, and no tombstones.
-        pub count: usize,
-        /// The length of all values, as JSON text.
-        pub bytes: usize,
-        /// The XOR of a mix of hash and stamp of each record, tombstones included.
-        pub digest: u64,
-    }
-
-    impl Sums {
-        fn of(hash: u64, record: &Record) -> Sums {
-            // A multiplication spreads each bit upwards (Knuth, TAOCP 6.4), and the shift brings the upper ones down.
-            let mixed = (hash ^ record.stamp().rotate_left(32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            let count = usize::from(!record.is_tombstone());
-            Sums { count, bytes: record.value().len(), digest: mixed ^ mixed >> 29 }
-        }
-
-        pub fn add(&mut self, more: Sums) {
-            self.count += more.count;
-            self.bytes += more.bytes;
-            self.digest ^= more.digest;
-        }
-
-        fn subtract(&mut self, less: Sums) {
-            self.count -= less.count;
-            self.bytes -= less.bytes;
-            self.digest ^= less.digest;
-        }
-    }
-
-    /// Some records.
-    #[derive(Default)]
-    pub struct Bucket {
-        table: HashTable<Record>,
-        sums: Sums,
-    }
-
-    /// How many of a hash's upper bits choose the bucket. (The simulation starts a hundred thousand nodes, each with its buckets.)
-    const BUCKET_BITS: u32 = if cfg!(test) { 8 } else { 14 };
-
-    fn bucket_of(hash: u64) -> usize {
-        (hash >> (u64::BITS - BUCKET_BITS)) as usize
-    }
-
-    fn span_of(bucket: usize) -> Span {
-        let first = (bucket as u64) << (u64::BITS - BUCKET_BITS);
-        Span { first, last: first | u64::MAX >> BUCKET_BITS }
-    }
-
-    /// The records of an instance.
-    pub struct Records {
-        buckets: Vec<Bucket>,
-        sums: Sums,
-    }
-
-    impl Default for Records {
-        fn default() -> Records {
-            Records { buckets: (0..1 << BUCKET_BITS).map(|_| Bucket::default()).collect(), sums: Sums::default() }
-        }
-    }
-
-    impl Bucket {
-        /// Takes out the records of a part of it.
-        fn split_off(&mut self, part: Span) -> Bucket {
-            let mut gone = Bucket::default();
-            for record in self.table.extract_if(|record| part.contains(record.hash())) {
-                gone.sums.add(Sums::of(record.hash(), &record));
-                gone.table.insert_unique(record.hash(), record, Record::hash);
-            }
-            self.sums.subtract(gone.sums);
-            self.table.shrink_to(self.table.len(), Record::hash);
-            gone
-        }
-    }
-
-    impl Records {
-        /// The sums of all records.
-        pub fn total(&self) -> Sums {
-            self.sums
-        }
-
-        pub fn get(&self, hash: u64, key: &[u8]) -> Option<&Record> {
-            self.buckets[bucket_of(hash)].table.find(hash, |record| record.key() == key)
-        }
-
-        /// Stores a record; returns the one that it replaced.
-        pub fn insert(&mut self, hash: u64, record: Record) -> Option<Record> {
-            let bucket = &mut self.buckets[bucket_of(hash)];
-            let came = Sums::of(hash, &record);
-            let old = match bucket.table.entry(hash, |it| it.key() == record.key(), Record::hash) {
-                Entry::Occupied(mut old) => Some(std::mem::replace(old.get_mut(), record)),
-                Entry::Vacant(place) => {
-                    place.insert(record);
-                    None
-                }
-            };
-            bucket.sums.add(came);
-            self.sums.add(came);
-            if let Some(old) = &old {
-                bucket.sums.subtract(Sums::of(hash, old));
-                self.sums.subtract(Sums::of(hash, old));
-            }
-            old
-        }
-
-        /// Removes the record with this hash and stamp, if it is a tombstone.
-        pub fn remove_tombstone(&mut self, hash: u64, stamp: u64) {
-            let bucket = &mut self.buckets[bucket_of(hash)];
-            let is_it = |record: &Record| record.stamp() == stamp && record.is_tombstone();
-            if let Ok(place) = bucket.table.find_entry(hash, is_it) {
-                let gone = Sums::of(hash, &place.remove().0);
-                bucket.sums.subtract(gone);
-                self.sums.subtract(gone);
-            }
-        }
-
-        /// Removes the records of a span: whole buckets at once, and of those that it cuts one by one. They are to be dropped by whoever
-        /// has released the lock, since that may take a while.
-        pub fn remove(&mut self, span: Span) -> Vec<Bucket> {
-            let mut removed = Vec::new();
-            for part in span.by_bucket() {
-                let bucket = &mut self.buckets[bucket_of(part.first)];
-                if !bucket.table.is_empty() {
-                    let is_whole = part == span_of(bucket_of(part.first));
-                    let gone = if is_whole { std::mem::take(bucket) } else { bucket.split_off(part) };
-                    self.sums.subtract(gone.sums);
-                    removed.push(gone);
-                }
-            }
-            removed
-        }
-
-        /// Looks at the records of a part of one bucket.
-        fn of_part(&self, part: Span) -> impl Iterator<Item = &Record> {
-            let table = &self.buckets[bucket_of(part.first)].table;
-            table.iter().filter(move |record| part.contains(record.hash()))
-        }
-
-        /// The sums of a span. Looks only at the records of buckets that are cut by it.
-        pub fn sums_of(&self, span: Span) -> Sums {
-            let mut sums = Sums::default();
-            for part in span.by_bucket() {
-                let index = bucket_of(part.first);
-                if part == span_of(index) {
-                    sums.add(self.buckets[index].sums);
-                } else {
-                    self.of_part(part).for_each(|record| sums.add(Sums::of(record.hash(), record)));
-                }
-            }
-            sums
-        }
-
-        /// The records of a span from its beginning on, of about `limit` bytes, and up to which hash these are all that there is.
-        pub fn first_of(&self, span: Span, limit: usize) -> (Vec<Record>, u64) {
-            let (mut found, mut weight): (Vec<Record>, usize) = (Vec::new(), 0);
-            for part in span.by_bucket() {
-                let mut records: Vec<(u64, &Record)> = self.of_part(part).map(|it| (it.hash(), it)).collect();
-                records.sort_unstable_by_key(|(hash, _)| *hash);
-                for (index, (hash, record)) in records.iter().enumerate() {
-                    // Where two have one hash, both go.
-                    if weight > limit && *hash > part.first && (index == 0 || records[index - 1].0 < *hash) {
-                        return (found, hash - 1);
-                    }
-                    weight += record.weight();
-                    found.push((*record).clone());
-                }
-            }
-            (found, span.last)
-        }
-
-        /// The hashes of the keys of a span, in order. To be used where they are few, or in a part of one bucket.
-        pub fn hashes_of(&self, span: Span) -> Vec<u64> {
-            let records = self.first_of(span, usize::MAX).0;
-            records.iter().filter(|record| !record.is_tombstone()).map(Record::hash).collect()
-        }
-
-        /// Where to cut some spans, which stand in order, so that `n` of their keys (one at least) lie at the cut or above: in the
-        /// middle between two keys. Zero if there are no more keys than that.
-        pub fn cut_above(&self, spans: &[Span], mut n: usize) -> u64 {
-            let mut above = 0;
-            for part in spans.iter().rev().flat_map(|span| span.by_bucket().rev()) {
-                let count = self.sums_of(part).count;
-                if count < n {
-                    n -= count;
-                    continue;
-                }
-                for hash in self.hashes_of(part).into_iter().rev() {
-                    if n == 0 {
-                        return hash + (above - hash) / 2 + 1;
-                    }
-                    above = hash;
-                    n -= 1;
-                }
-            }
-            0
-        }
-    }
-}
-
 // ---- Owners: who answers a request ----------------------------------------------------------------------------------
 
 /// What this instance is. A follower has its main instance's address, a node its own.
@@ -1560,6 +1702,352 @@ fn metrics() -> String {
         text += &format!("{}kv_store_{name} {value}\n", head(name, kind, help));
     }
     text.trim_end().to_owned()
+}
+
+// ---- Records: keys and values, in buckets ---------------------------------------------------------------------------
+
+mod records {
+    //! The keys of a store have an order, that of their hashes, and a span is a stretch of it. (Two keys with one hash are never
+    //! parted.) Records stand in a fixed row of buckets by the upper bits of the hash, each a small hash table of its own: whatever
+    //! is done for many records goes bucket by bucket, with the lock released in between, and no big table ever has to double.
+
+    use hashbrown::hash_table::{Entry, HashTable};
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use serde_bytes::Bytes;
+    use siphasher::sip::SipHasher24;
+    use triomphe::ThinArc;
+
+    /// SipHash-2-4 with a key of zeros (Aumasson and Bernstein, 2012): the same in every build.
+    pub fn hash_of(key: &[u8]) -> u64 {
+        SipHasher24::new().hash(key)
+    }
+
+    /// The hashes from `first` to `last`, both included.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+    pub struct Span {
+        pub first: u64,
+        pub last: u64,
+    }
+
+    pub const ALL: Span = Span { first: 0, last: u64::MAX };
+
+    impl Span {
+        pub fn contains(&self, hash: u64) -> bool {
+            (self.first..=self.last).contains(&hash)
+        }
+
+        pub fn overlaps(&self, other: &Span) -> bool {
+            self.first <= other.last && other.first <= self.last
+        }
+
+        /// How many hashes it has, less one.
+        pub fn width(&self) -> u64 {
+            self.last - self.first
+        }
+
+        /// Cuts it where buckets begin: each part lies in one bucket.
+        pub fn by_bucket(self) -> impl DoubleEndedIterator<Item = Span> {
+            self.by_bits(BUCKET_BITS)
+        }
+
+        /// Cuts it into rows of a hundred buckets or so.
+        pub fn by_row(self) -> impl DoubleEndedIterator<Item = Span> {
+            self.by_bits(BUCKET_BITS / 2)
+        }
+
+        pub fn is_in_row_of(&self, other: &Span) -> bool {
+            (self.first ^ other.first) >> (u64::BITS - BUCKET_BITS / 2) == 0
+        }
+
+        /// Cuts it where the upper bits of the hashes change.
+        fn by_bits(self, bits: u32) -> impl DoubleEndedIterator<Item = Span> {
+            let shift = u64::BITS - bits;
+            (self.first >> shift..=self.last >> shift).map(move |upper| {
+                let first = upper << shift;
+                Span { first: self.first.max(first), last: self.last.min(first | u64::MAX >> bits) }
+            })
+        }
+    }
+
+    /// A key and its value in one allocation: a stamp, a byte with the key's length, the key, and the value as JSON text, as it
+    /// goes back. Cloning one copies a pointer, so that an answer is made of it after the lock on the store is gone.
+    #[derive(Clone, Debug)]
+    pub struct Record(ThinArc<u64, u8>);
+
+    impl Record {
+        /// The key must be valid, which keeps it to 200 bytes in either vocabulary. The stamp comes when it is stored.
+        pub fn new(key: &[u8], value: &str) -> Record {
+            Record::from_parts(0, &[&[key.len() as u8], key, value.as_bytes()].concat())
+        }
+
+        fn from_parts(stamp: u64, bytes: &[u8]) -> Record {
+            Record(ThinArc::from_header_and_slice(stamp, bytes))
+        }
+
+        /// What stays of a deleted key where another copy of it may still exist: it has no value.
+        pub fn tombstone(key: &[u8]) -> Record {
+            Record::new(key, "")
+        }
+
+        pub fn is_tombstone(&self) -> bool {
+            self.value().is_empty()
+        }
+
+        pub fn stamp(&self) -> u64 {
+            self.0.header.header
+        }
+
+        /// Stamps a record that was just made, and that nobody else has yet.
+        pub fn set_stamp(&mut self, stamp: u64) {
+            self.0.with_arc_mut(|arc| {
+                if let Some(record) = triomphe::Arc::get_mut(arc) {
+                    *record.header_mut() = stamp;
+                }
+            });
+        }
+
+        pub fn key(&self) -> &[u8] {
+            &self.0.slice[1..1 + self.0.slice[0] as usize]
+        }
+
+        pub fn value(&self) -> &[u8] {
+            &self.0.slice[1 + self.0.slice[0] as usize..]
+        }
+
+        pub fn hash(&self) -> u64 {
+            hash_of(self.key())
+        }
+
+        /// Last-writer-wins: the higher stamp. (Two nodes whose names share their 12 bits may give one stamp twice.)
+        pub fn beats(&self, other: &Record) -> bool {
+            (self.stamp(), self.value()) > (other.stamp(), other.value())
+        }
+
+        /// About what it takes in a message, in bytes.
+        pub fn weight(&self) -> usize {
+            self.0.slice.len() + 32
+        }
+    }
+
+    /// A record travels between nodes as its stamp and its bytes.
+    impl Serialize for Record {
+        fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+            (self.stamp(), Bytes::new(&self.0.slice)).serialize(to)
+        }
+    }
+
+    /// Whether the value is JSON was checked by the node that took it from a client. To check it again would hold everybody up for 5 ms
+    /// where it has 1 MiB.
+    impl<'de> Deserialize<'de> for Record {
+        fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Record, D::Error> {
+            let (stamp, bytes) = <(u64, &Bytes)>::deserialize(from)?;
+            match bytes.split_first().is_some_and(|(length, rest)| rest.len() >= *length as usize) {
+                true => Ok(Record::from_parts(stamp, bytes)),
+                false => Err(D::Error::custom("not a key and a value")),
+            }
+        }
+    }
+
+    /// What some records add up to.
+    #[derive(Clone, Copy, Debug, Default, PartialEq)]
+    pub struct Sums {
+        /// How many are keys, and no tombstones.
+        pub count: usize,
+        /// The length of all values, as JSON text.
+        pub bytes: usize,
+        /// The XOR of a mix of hash and stamp of each record, tombstones included.
+        pub digest: u64,
+    }
+
+    impl Sums {
+        fn of(hash: u64, record: &Record) -> Sums {
+            // A multiplication spreads each bit upwards (Knuth, TAOCP 6.4), and the shift brings the upper ones down.
+            let mixed = (hash ^ record.stamp().rotate_left(32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            let count = usize::from(!record.is_tombstone());
+            Sums { count, bytes: record.value().len(), digest: mixed ^ mixed >> 29 }
+        }
+
+        pub fn add(&mut self, more: Sums) {
+            self.count += more.count;
+            self.bytes += more.bytes;
+            self.digest ^= more.digest;
+        }
+
+        fn subtract(&mut self, less: Sums) {
+            self.count -= less.count;
+            self.bytes -= less.bytes;
+            self.digest ^= less.digest;
+        }
+    }
+
+    /// Some records.
+    #[derive(Default)]
+    pub struct Bucket {
+        table: HashTable<Record>,
+        sums: Sums,
+    }
+
+    /// How many of a hash's upper bits choose the bucket. (The simulation starts a hundred thousand nodes, each with its buckets.)
+    const BUCKET_BITS: u32 = if cfg!(test) { 8 } else { 14 };
+
+    fn bucket_of(hash: u64) -> usize {
+        (hash >> (u64::BITS - BUCKET_BITS)) as usize
+    }
+
+    fn span_of(bucket: usize) -> Span {
+        let first = (bucket as u64) << (u64::BITS - BUCKET_BITS);
+        Span { first, last: first | u64::MAX >> BUCKET_BITS }
+    }
+
+    /// The records of an instance.
+    pub struct Records {
+        buckets: Vec<Bucket>,
+        sums: Sums,
+    }
+
+    impl Default for Records {
+        fn default() -> Records {
+            Records { buckets: (0..1 << BUCKET_BITS).map(|_| Bucket::default()).collect(), sums: Sums::default() }
+        }
+    }
+
+    impl Bucket {
+        /// Takes out the records of a part of it.
+        fn split_off(&mut self, part: Span) -> Bucket {
+            let mut gone = Bucket::default();
+            for record in self.table.extract_if(|record| part.contains(record.hash())) {
+                gone.sums.add(Sums::of(record.hash(), &record));
+                gone.table.insert_unique(record.hash(), record, Record::hash);
+            }
+            self.sums.subtract(gone.sums);
+            self.table.shrink_to(self.table.len(), Record::hash);
+            gone
+        }
+    }
+
+    impl Records {
+        /// The sums of all records.
+        pub fn total(&self) -> Sums {
+            self.sums
+        }
+
+        pub fn get(&self, hash: u64, key: &[u8]) -> Option<&Record> {
+            self.buckets[bucket_of(hash)].table.find(hash, |record| record.key() == key)
+        }
+
+        /// Stores a record; returns the one that it replaced.
+        pub fn insert(&mut self, hash: u64, record: Record) -> Option<Record> {
+            let bucket = &mut self.buckets[bucket_of(hash)];
+            let came = Sums::of(hash, &record);
+            let old = match bucket.table.entry(hash, |it| it.key() == record.key(), Record::hash) {
+                Entry::Occupied(mut old) => Some(std::mem::replace(old.get_mut(), record)),
+                Entry::Vacant(place) => {
+                    place.insert(record);
+                    None
+                }
+            };
+            bucket.sums.add(came);
+            self.sums.add(came);
+            if let Some(old) = &old {
+                bucket.sums.subtract(Sums::of(hash, old));
+                self.sums.subtract(Sums::of(hash, old));
+            }
+            old
+        }
+
+        /// Removes the record with this hash and stamp, if it is a tombstone.
+        pub fn remove_tombstone(&mut self, hash: u64, stamp: u64) {
+            let bucket = &mut self.buckets[bucket_of(hash)];
+            let is_it = |record: &Record| record.stamp() == stamp && record.is_tombstone();
+            if let Ok(place) = bucket.table.find_entry(hash, is_it) {
+                let gone = Sums::of(hash, &place.remove().0);
+                bucket.sums.subtract(gone);
+                self.sums.subtract(gone);
+            }
+        }
+
+        /// Removes the records of a span: whole buckets at once, and of those that it cuts one by one. They are to be dropped by whoever
+        /// has released the lock, since that may take a while.
+        pub fn remove(&mut self, span: Span) -> Vec<Bucket> {
+            let mut removed = Vec::new();
+            for part in span.by_bucket() {
+                let bucket = &mut self.buckets[bucket_of(part.first)];
+                if !bucket.table.is_empty() {
+                    let is_whole = part == span_of(bucket_of(part.first));
+                    let gone = if is_whole { std::mem::take(bucket) } else { bucket.split_off(part) };
+                    self.sums.subtract(gone.sums);
+                    removed.push(gone);
+                }
+            }
+            removed
+        }
+
+        /// Looks at the records of a part of one bucket.
+        fn of_part(&self, part: Span) -> impl Iterator<Item = &Record> {
+            let table = &self.buckets[bucket_of(part.first)].table;
+            table.iter().filter(move |record| part.contains(record.hash()))
+        }
+
+        /// The sums of a span. Looks only at the records of buckets that are cut by it.
+        pub fn sums_of(&self, span: Span) -> Sums {
+            let mut sums = Sums::default();
+            for part in span.by_bucket() {
+                let index = bucket_of(part.first);
+                if part == span_of(index) {
+                    sums.add(self.buckets[index].sums);
+                } else {
+                    self.of_part(part).for_each(|record| sums.add(Sums::of(record.hash(), record)));
+                }
+            }
+            sums
+        }
+
+        /// The records of a span from its beginning on, of about `limit` bytes, and up to which hash these are all that there is.
+        pub fn first_of(&self, span: Span, limit: usize) -> (Vec<Record>, u64) {
+            let (mut found, mut weight): (Vec<Record>, usize) = (Vec::new(), 0);
+            for part in span.by_bucket() {
+                let mut records: Vec<(u64, &Record)> = self.of_part(part).map(|it| (it.hash(), it)).collect();
+                records.sort_unstable_by_key(|(hash, _)| *hash);
+                for (index, (hash, record)) in records.iter().enumerate() {
+                    // Where two have one hash, both go.
+                    if weight > limit && *hash > part.first && (index == 0 || records[index - 1].0 < *hash) {
+                        return (found, hash - 1);
+                    }
+                    weight += record.weight();
+                    found.push((*record).clone());
+                }
+            }
+            (found, span.last)
+        }
+
+        /// The hashes of the keys of a span, in order. To be used where they are few, or in a part of one bucket.
+        pub fn hashes_of(&self, span: Span) -> Vec<u64> {
+            let records = self.first_of(span, usize::MAX).0;
+            records.iter().filter(|record| !record.is_tombstone()).map(Record::hash).collect()
+        }
+
+        /// Where to cut some spans, which stand in order, so that `n` of their keys (one at least) lie at the cut or above: in the
+        /// middle between two keys. Zero if there are no more keys than that.
+        pub fn cut_above(&self, spans: &[Span], mut n: usize) -> u64 {
+            let mut above = 0;
+            for part in spans.iter().rev().flat_map(|span| span.by_bucket().rev()) {
+                let count = self.sums_of(part).count;
+                if count < n {
+                    n -= count;
+                    continue;
+                }
+                for hash in self.hashes_of(part).into_iter().rev() {
+                    if n == 0 {
+                        return hash + (above - hash) / 2 + 1;
+                    }
+                    above = hash;
+                    n -= 1;
+                }
+            }
+            0
+        }
+    }
 }
 
 // ---- Tables: which shard owns which hashes --------------------------------------------------------------------------
@@ -3768,165 +4256,6 @@ mod membership {
     }
 }
 
-// ---- The node in the world: its lock, its clock, its messages -------------------------------------------------------
-
-/// What this instance holds, and what it knows of the other nodes. A std Mutex and not a coroutine's: nobody waits for
-/// anything while holding it.
-static NODE: LazyLock<Mutex<Node>> = LazyLock::new(|| {
-    // A main instance is a store of one that nobody else knows.
-    let (own, view) = own().map_or((String::new(), vec![String::new()]), |own| (own.to_owned(), SETTINGS.view.clone()));
-    let mut node = Node::new(own.clone(), view.clone(), SETTINGS.factor, random(), now());
-    if own.is_empty() {
-        node.adopt(Arc::new(Table::first(view, 1)));
-        node.later = Later::default();
-    }
-    Mutex::new(node)
-});
-
-/// The time since 1970 at the start, and since then by a clock that nobody sets.
-fn now() -> Duration {
-    static START: LazyLock<(Instant, Duration)> = LazyLock::new(|| {
-        (Instant::now(), SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default())
-    });
-    START.1 + START.0.elapsed()
-}
-
-/// A view change that is passed on to a node of the store may take as long as it takes.
-const CHANGE_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
-
-// (Not inlined, as `unlock_node`: there are a hundred places that look at the node.)
-#[inline(never)]
-fn lock_node() -> MutexGuard<'static, Node> {
-    let mut node = lock(&NODE);
-    node.look_at_clock(now());
-    node
-}
-
-/// Unlocks the node, and does what it left for later.
-#[inline(never)]
-fn unlock_node(mut node: MutexGuard<Node>) {
-    let Later { lines, garbage, activities } = std::mem::take(&mut node.later);
-    // Still locked, so that they stay in the order in which they came about.
-    lines.iter().for_each(|line| say(line));
-    drop(node);
-    if !garbage.is_empty() {
-        // To drop many records takes a while. (Without a thread, they are dropped here.)
-        let _ = thread::Builder::new().spawn(move || drop(garbage));
-    }
-    for activity in activities {
-        let spawn = || {
-            thread::Builder::new().spawn({
-                let activity = activity.clone();
-                move || block_on(run(Live, activity))
-            })
-        };
-        while spawn().is_err() {
-            // The system has no room for another thread now.
-            pause(Duration::from_millis(100));
-        }
-    }
-}
-
-/// To the threads that do what would hold up all coroutines. They are few: many would compete with the worker.
-static BACKGROUND: LazyLock<mpsc::Sender<Box<dyn FnOnce() + Send>>> = LazyLock::new(|| {
-    let (sender, receiver) = mpsc::channel::<Box<dyn FnOnce() + Send>>();
-    let receiver = Arc::new(Mutex::new(receiver));
-    for _ in 0..2 {
-        let receiver = receiver.clone();
-        repeat(Duration::ZERO, move || {
-            let work = lock(&receiver).recv();
-            work.into_iter().for_each(|work| work());
-        });
-    }
-    sender
-});
-
-/// Has a thread do something while the calling coroutine waits. Work that waits for others comes back, for the coroutine to do: the
-/// threads only compute. A panic there is one here.
-fn in_background(work: impl FnOnce() -> Result<Answer, Work> + Send + 'static) -> Answer {
-    let (question, waiting) = Question::new(CHANGE_LIMIT);
-    // However this ends, `waiting` is dropped then.
-    let _ = BACKGROUND.send(Box::new(move || waiting.deliver(work())));
-    match question.answer() {
-        Some(done) => done.unwrap_or_else(|work| work()),
-        None => panic!("what was to be done in the background panicked"),
-    }
-}
-
-/// The world that this program runs in, as opposed to the one of the simulation.
-#[derive(Clone, Copy)]
-struct Live;
-
-impl World for Live {
-    fn with<T>(&self, action: impl FnOnce(&mut Node) -> T) -> T {
-        let mut node = lock_node();
-        let result = action(&mut node);
-        unlock_node(node);
-        result
-    }
-
-    async fn deliver(&self, envelopes: Vec<Envelope>) -> Vec<Option<Reply>> {
-        // All are asked before the first is waited for.
-        let questions: Vec<Option<Question>> = envelopes.iter().map(begin_to_deliver).collect();
-        let answers = envelopes.into_iter().zip(questions).map(|(envelope, question)| match question {
-            None if own() == Some(&envelope.to) => Some(self.with(|node| node.receive(envelope))),
-            question => read_reply(&question?.answer()?.ok()?),
-        });
-        answers.collect()
-    }
-
-    async fn relay(&self, node: &str, request: Request, patience: Duration) -> Result<Answer, Lost> {
-        Peer::at(node).relay(request, patience)
-    }
-
-    async fn sleep(&self, time: Duration) {
-        pause(time);
-    }
-}
-
-/// Runs a future whose waits all block: it is ready when it is polled once.
-fn block_on<T>(future: impl Future<Output = T>) -> T {
-    // (Not in a Box: large allocations are slow.)
-    let mut future = pin!(future);
-    loop {
-        if let Poll::Ready(result) = future.as_mut().poll(&mut task::Context::from_waker(Waker::noop())) {
-            return result;
-        }
-    }
-}
-
-/// Asks another node. None if it cannot be asked, or is this one.
-fn begin_to_deliver(envelope: &Envelope) -> Option<Question> {
-    if own() == Some(&envelope.to) {
-        return None;
-    }
-    let body = postcard::to_stdvec(envelope).ok()?;
-    let message = Request { origin: Origin::Message, body, ..Request::default() };
-    let mut limit = envelope.message.limit();
-    if matches!(envelope.message, Message::Meet(_)) {
-        // In a large store that starts, all ask all.
-        limit = limit.max(Duration::from_millis(40) * SETTINGS.view.len() as u32);
-    }
-    Peer::at(&envelope.to).begin(message, limit).ok()
-}
-
-fn read_reply(answer: &Answer) -> Option<Reply> {
-    postcard::from_bytes(&answer.body).ok()
-}
-
-/// Answers a message, if it is one and for this node: in the background, unless that is short. (Not inlined, as `answer_about`.)
-#[inline(never)]
-fn answer_message(body: &[u8]) -> Result<Answer, Work> {
-    match postcard::from_bytes::<Envelope>(body) {
-        Ok(envelope) if own() == Some(&envelope.to) && port_of(&envelope.from).is_some() => {
-            let is_short = envelope.message.is_short();
-            let work = move || Answer::message(&Live.with(|node| node.receive(envelope)));
-            if is_short { Ok(work()) } else { Err(Box::new(move || in_background(move || Ok(work())))) }
-        }
-        _ => Ok(Outcome::BadRequest.answer(Vocabulary::Form, "POST")),
-    }
-}
-
 // ---- Peers: what one instance asks another --------------------------------------------------------------------------
 
 mod peers {
@@ -4687,491 +5016,162 @@ mod peers {
     }
 }
 
-// ---- Connections: where bytes come in and answers go out ------------------------------------------------------------
+// ---- The node in the world: its lock, its clock, its messages -------------------------------------------------------
 
-mod connections {
-    //! may_minihttp parses requests, and sends answers when it has dealt with all that it read. Much it cannot do: answer what it
-    //! refused to parse, answer without a body (HEAD) or with headers that are not known when it is compiled, answer before the next
-    //! request's body has come, close, and wait for a client that does not read. So a connection keeps its answers itself, as its
-    //! *output* (`write`). The server has an empty answer for each, and when it sends these, `send` sends the output in their place.
-    //!
-    //! Output leaves when the server sends, when there is much of it, and before anything that may wait: another instance, a body, a
-    //! large value (`flush`). A large value is not copied into the output but written straight from the record, while the coroutine
-    //! waits for the client (`write_waiting`): a client that does not read costs a pointer, and there is nothing to account for.
-    //!
-    //! A connection is closed (`close`)
-    //! - after the answer to `Connection: close` and HTTP/1.0 (`close_with`);
-    //! - after a refusal, since where the next request begins is not known, or not worth reading up to it (`refuse`);
-    //! - without an answer, when a body ends before its length (`serve`), or the stream that it carries ends (`serve_stream`);
-    //! - when its client has taken nothing of an answer for ten seconds (`write_waiting`), or sent nothing for 75 (`watch`);
-    //! - at once, when there are too many (`new_service`).
-    //!
-    //! All of this runs on the worker thread (`start_worker`), so the state of connections needs no locks.
+/// What this instance holds, and what it knows of the other nodes. A std Mutex and not a coroutine's: nobody waits for
+/// anything while holding it.
+static NODE: LazyLock<Mutex<Node>> = LazyLock::new(|| {
+    // A main instance is a store of one that nobody else knows.
+    let (own, view) = own().map_or((String::new(), vec![String::new()]), |own| (own.to_owned(), SETTINGS.view.clone()));
+    let mut node = Node::new(own.clone(), view.clone(), SETTINGS.factor, random(), now());
+    if own.is_empty() {
+        node.adopt(Arc::new(Table::first(view, 1)));
+        node.later = Later::default();
+    }
+    Mutex::new(node)
+});
 
-    use std::cell::{Cell, RefCell};
-    use std::io::{self, BufRead, IoSlice, Read, Write};
-    use std::mem::ManuallyDrop;
-    use std::net::{Shutdown, TcpStream};
-    use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
-    use std::rc::Rc;
-    use std::sync::LazyLock;
-    use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
-    use std::thread;
-    use std::time::{Duration, Instant};
-
-    use may::io::WaitIo;
-    use may_minihttp::{BodyReader, HttpService, HttpServiceFactory, Request as Parsed, Response};
-    use nix::errno::Errno;
-
-    use crate::peers::{read_requests, write_answers};
-    use crate::{Action, Answer, CLOSE, LARGE_BODY, MAX_HEAD, Outcome, Request, Resource, VERBS, Vocabulary};
-    use crate::{answer_about, answer_or_defer, count_answer, knows_secret, pause, read_head};
-
-    /// The output of a connection is sent when it has more than so many bytes. A value that is longer is not copied to it.
-    const BATCH: usize = 32 << 10;
-    /// How many bytes a client may send or be sent, without a pause, before other clients have their turn.
-    const TURN: usize = 128 << 10;
-    /// How many bytes large bodies may have together: more are not read before there is room.
-    const MAX_BODIES: usize = 64 << 20;
-    /// What the server reads of a client before a request's head is whole, in bytes, at most. It reads ahead by as much as it has, and
-    /// the limit of a head is exact only where the whole head is there.
-    const MAX_READ: usize = 3 * MAX_HEAD;
-    /// A client that takes nothing of an answer for this long is given up. (The kernel asks for more when 16 KiB are gone, `BATCH`.)
-    pub const WRITE_LIMIT: Duration = Duration::from_secs(10);
-    /// A connection on which nothing happens for this long is closed. Load balancers do so after 60 s: the client's side should be
-    /// the first, or a request may meet a connection that is just being closed.
-    const IDLE_LIMIT: Duration = Duration::from_secs(75);
-
-    /// How many connections are open.
-    pub static CONNECTIONS: AtomicU64 = AtomicU64::new(0);
-    /// A third of the files that the system lets this process open, less some for everything else: a connection that is written to or
-    /// read from while its coroutine waits takes another one, and a stream a third (`waiting_stream`, `read_requests`). And less than
-    /// half the mappings that Linux lets a process have: a coroutine's stack takes two, and without one the server ends.
-    pub static MAX_CONNECTIONS: LazyLock<u64> = LazyLock::new(|| {
-        let files = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024);
-        (files.saturating_sub(OTHER_FILES) / 3).min(28_000)
+/// The time since 1970 at the start, and since then by a clock that nobody sets.
+fn now() -> Duration {
+    static START: LazyLock<(Instant, Duration)> = LazyLock::new(|| {
+        (Instant::now(), SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default())
     });
-    /// The files that are left for all but connections.
-    pub const OTHER_FILES: u64 = 200;
-    /// How many bytes the large bodies have that are being read, or answered.
-    static BODIES: AtomicUsize = AtomicUsize::new(0);
+    START.1 + START.0.elapsed()
+}
 
-    thread_local! {
-        /// The clients, by the descriptors of their sockets. The worker has them; in any other thread there are none.
-        static CLIENTS: RefCell<Vec<Option<Rc<Client>>>> = const { RefCell::new(Vec::new()) };
+/// A view change that is passed on to a node of the store may take as long as it takes.
+const CHANGE_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
+
+// (Not inlined, as `unlock_node`: there are a hundred places that look at the node.)
+#[inline(never)]
+fn lock_node() -> MutexGuard<'static, Node> {
+    let mut node = lock(&NODE);
+    node.look_at_clock(now());
+    node
+}
+
+/// Unlocks the node, and does what it left for later.
+#[inline(never)]
+fn unlock_node(mut node: MutexGuard<Node>) {
+    let Later { lines, garbage, activities } = std::mem::take(&mut node.later);
+    // Still locked, so that they stay in the order in which they came about.
+    lines.iter().for_each(|line| say(line));
+    drop(node);
+    if !garbage.is_empty() {
+        // To drop many records takes a while. (Without a thread, they are dropped here.)
+        let _ = thread::Builder::new().spawn(move || drop(garbage));
     }
-
-    /// A connection, as the service, the watch, and `recv` and `send` see it.
-    struct Client {
-        fd: RawFd,
-        phase: Cell<Phase>,
-        /// When something last happened.
-        active: Cell<Instant>,
-        /// How many bytes were read since a request was last dealt with: of the next one's head, or what the server read ahead.
-        head: Cell<usize>,
-        /// How many bytes were received and answered since other clients had their turn.
-        served: Cell<usize>,
-        /// How many bytes of `BODIES` belong to the request that is being answered.
-        room: Cell<usize>,
-        /// Answers that are still to be sent.
-        output: RefCell<Vec<u8>>,
-    }
-
-    #[derive(Clone, Copy, PartialEq)]
-    enum Phase {
-        /// The server reads the head of the next request.
-        Head,
-        /// As `Head`, but the client sends nothing more: with its next read, the server is told.
-        LastHead,
-        /// The client sends nothing more, and the server was told.
-        HalfClosed,
-        /// A request is being answered.
-        Request,
-        /// As `Request`, and some of its body is read from the socket, since not all of it came with the head.
-        Body,
-        /// Nothing more is answered or sent: the connection is being closed, or carries a stream.
-        Closing,
-    }
-
-    impl Client {
-        /// The client whose socket has this descriptor. None if it is something else's.
-        fn at(fd: RawFd) -> Option<Rc<Client>> {
-            CLIENTS.try_with(|clients| clients.borrow().get(fd as usize).cloned().flatten()).ok().flatten()
-        }
-
-        /// The socket, which the server owns, and closes after the service has taken the client out of `CLIENTS`.
-        fn socket(&self) -> ManuallyDrop<TcpStream> {
-            // SAFETY: whoever has a client got it from `CLIENTS` in a call of the server, which keeps the descriptor open until the call
-            // returns, or in the watch, which nothing interrupts; and ManuallyDrop never closes it.
-            ManuallyDrop::new(unsafe { TcpStream::from_raw_fd(self.fd) })
-        }
-
-        fn is_closing(&self) -> bool {
-            self.phase.get() == Phase::Closing
-        }
-
-        /// Closes the connection: nothing more is sent, and when the server finds that it cannot, it closes the socket.
-        fn close(&self, how: Shutdown) {
-            self.phase.set(Phase::Closing);
-            let _ = self.socket().shutdown(how);
-        }
-
-        fn serve(&self, parsed: Parsed) {
-            let (mut request, framing) = match read_head(&parsed) {
-                Ok(head) => head,
-                Err(refusal) => return self.refuse(refusal, parsed.method() == "HEAD"),
-            };
-            if let Some(id) = request.stream_id() {
-                return self.serve_stream(id, parsed);
-            }
-            let verb = VERBS.into_iter().find(|verb| *verb == request.verb).unwrap_or("other");
-            if request.oversized {
-                return self.close_with(refusal_of_oversized(request), verb, false);
-            }
-            let is_kept = framing.length > 0 && request.wants_body(framing.length);
-            if is_kept && framing.length > LARGE_BODY {
-                self.wait_for_room(framing.length);
-            }
-            if framing.expects_continue {
-                // (RFC 9110 section 10.1.1)
-                self.output.borrow_mut().extend(b"HTTP/1.1 100 Continue\r\n\r\n");
-            }
-            let body = is_kept.then_some(&mut request.body);
-            if framing.length > 0 && !self.read_body(parsed.body(), framing.length, body) {
-                // What it sent before is answered.
-                self.flush();
-                return self.close(Shutdown::Write);
-            }
-            let answer = answer_or_defer(request).unwrap_or_else(|work| {
-                // That may take long, and what was asked before is answered.
-                self.flush();
-                work()
-            });
-            if framing.closing {
-                return self.close_with(answer, verb, framing.is_head);
-            }
-            self.write(answer, verb, "", framing.is_head);
-        }
-
-        /// Becomes one half of a stream, as long as that lives.
-        fn serve_stream(&self, id: &str, parsed: Parsed) {
-            let knows_secret = match knows_secret(&parsed, id) {
-                Ok(knows) => knows,
-                Err(refusal) => return self.refuse(refusal, false),
-            };
-            self.flush();
-            self.phase.set(Phase::Closing);
-            match parsed.method() {
-                "GET" => drop(write_answers(id, &self.socket(), knows_secret)),
-                _ => read_requests(id, parsed.body(), &self.socket(), knows_secret),
-            }
-            self.close(Shutdown::Write);
-        }
-
-        /// Waits until another large body may be read.
-        fn wait_for_room(&self, length: usize) {
-            self.flush();
-            while BODIES.load(Relaxed) + length > MAX_BODIES {
-                pause(Duration::from_millis(5));
-            }
-            BODIES.fetch_add(length, Relaxed);
-            self.room.set(length);
-        }
-
-        /// Reads a whole body, to keep it or not. False is a client that left before it was complete: its request never happened.
-        fn read_body(&self, mut reader: BodyReader, length: usize, mut body: Option<&mut Vec<u8>>) -> bool {
-            let mut taken = 0;
-            while taken < length {
-                self.active.set(Instant::now());
-                let Ok(arrived @ [_, ..]) = reader.fill_buf() else { return false };
-                let count = arrived.len();
-                if let Some(body) = &mut body {
-                    body.extend(arrived);
-                }
-                reader.consume(count);
-                taken += count;
-                self.take_turn(count);
-            }
-            if self.phase.get() == Phase::Body {
-                // The server waits for a signal that comes once an arrival, and reading the body has used it up: a request that came
-                // with the body's end would be left lying.
-                self.phase.set(Phase::Request);
-                signal_again(&self.socket());
-            }
-            true
-        }
-
-        /// Writes an answer to the output, and a large value to the socket. `connection` is what its head says of the connection.
-        fn write(&self, answer: Answer, verb: &str, connection: &str, is_head: bool) {
-            count_answer(verb, answer.status);
-            answer.write_head(&mut self.output.borrow_mut(), connection);
-            for piece in answer.pieces().into_iter().filter(|_| !is_head) {
-                if piece.len() > BATCH {
-                    self.flush();
-                    self.write_waiting(piece);
-                } else {
-                    self.output.borrow_mut().extend(piece);
-                }
-            }
-            if self.output.borrow().len() > BATCH {
-                self.flush();
-            }
-            self.take_turn(answer.length());
-        }
-
-        /// Sends the output, however long the client takes to read it.
-        fn flush(&self) {
-            let mut output = self.output.take();
-            // (With `writev`: `write` calls `send`, which comes here.)
-            let count = self.socket().write_vectored(&[IoSlice::new(&output)]).unwrap_or(0);
-            if count < output.len() {
-                self.write_waiting(&output[count..]);
-            }
-            output.clear();
-            // (Idle connections keep little.)
-            output.shrink_to(4 << 10);
-            self.output.replace(output);
-        }
-
-        /// Writes bytes on the socket, and makes the coroutine wait for the client to read. One that takes none for long is given up.
-        fn write_waiting(&self, bytes: &[u8]) {
-            let stream = waiting_stream(&self.socket(), Some(WRITE_LIMIT));
-            if self.is_closing() || stream.and_then(|mut stream| stream.write_all(bytes)).is_err() {
-                self.close(Shutdown::Write);
-            }
-        }
-
-        /// Answers a request whose end is not known or not worth reading up to it.
-        fn refuse(&self, refusal: Outcome, is_head: bool) {
-            self.close_with(refusal.answer(Vocabulary::Form, "GET"), "other", is_head);
-        }
-
-        /// Sends a last answer and closes the connection.
-        fn close_with(&self, answer: Answer, verb: &str, is_head: bool) {
-            // The last packet is held back until the stream ends, so that a client that has the whole answer has its end as well. So this
-            // side, and not a relaying one, is the first to close and has its port in TIME_WAIT (RFC 9293 section 3.6.1): 28,000
-            // relays in a minute would use up the other side's ports.
-            set_option(&self.socket(), libc::IPPROTO_TCP, libc::TCP_CORK, 1);
-            self.write(answer, verb, CLOSE, is_head);
-            self.flush();
-            self.close(Shutdown::Write);
-            self.linger();
-        }
-
-        /// Reads and drops what a client still sends, for up to 5 seconds: to close a socket with unread input resets the connection, and the
-        /// reset may reach the client before it has read its answer.
-        fn linger(&self) {
-            let Ok(mut stream) = waiting_stream(&self.socket(), Some(Duration::from_secs(1))) else { return };
-            let (deadline, mut buffer) = (Instant::now() + Duration::from_secs(5), vec![0; BATCH]);
-            while Instant::now() < deadline
-                && let Ok(count @ 1..) = stream.read(&mut buffer)
-            {
-                self.take_turn(count);
-            }
-        }
-
-        /// Counts bytes that were received or answered, and lets others have their turn when they are many.
-        fn take_turn(&self, count: usize) {
-            let mut served = self.served.get() + count;
-            take_turn(&self.socket(), &mut served, TURN);
-            self.served.set(served);
-        }
-
-        /// Notes that `recv` has returned `count` to the server. Returns what it is to return instead.
-        fn after_read(&self, count: isize) -> isize {
-            match (self.phase.get(), count) {
-                (Phase::Request | Phase::Body, _) => self.phase.set(Phase::Body),
-                (Phase::Head, 0) => {
-                    // The kernel has to signal the end once more, or there is no next read.
-                    self.phase.set(Phase::LastHead);
-                    signal_again(&self.socket());
-                    return fail_with(libc::EAGAIN);
-                }
-                (Phase::LastHead, 0) => self.phase.set(Phase::HalfClosed),
-                (Phase::Head | Phase::LastHead, 1..) => {
-                    self.head.set(self.head.get() + count as usize);
-                    if self.head.get() > MAX_READ {
-                        return fail_with(libc::ECONNABORTED);
-                    }
-                }
-                (_, ..0) if Errno::last() != Errno::EAGAIN => self.phase.set(Phase::Closing),
-                _ => {}
-            }
-            count
+    for activity in activities {
+        let spawn = || {
+            thread::Builder::new().spawn({
+                let activity = activity.clone();
+                move || block_on(run(Live, activity))
+            })
+        };
+        while spawn().is_err() {
+            // The system has no room for another thread now.
+            pause(Duration::from_millis(100));
         }
     }
+}
 
-    /// The answer to a PUT or POST whose body is too large to be read.
-    fn refusal_of_oversized(request: Request) -> Answer {
-        let (resource, vocabulary) = request.route();
-        if let Resource::Key(key) = resource
-            && let Action::Refuse(refusal) = Action::of(&key, &request, vocabulary)
-        {
-            return refusal.answer(vocabulary, &request.verb);
-        }
-        answer_about(request)
-    }
-
-    /// Closes connections on whose clients the server waits in vain. To be repeated every second by a coroutine, which the worker runs.
-    pub fn watch() {
-        let now = Instant::now();
-        CLIENTS.with_borrow(|clients| {
-            for client in clients.iter().flatten() {
-                let is_waited_for = matches!(client.phase.get(), Phase::Head | Phase::LastHead | Phase::Body);
-                if is_waited_for && now - client.active.get() > IDLE_LIMIT {
-                    client.close(Shutdown::Both);
-                }
-            }
+/// To the threads that do what would hold up all coroutines. They are few: many would compete with the worker.
+static BACKGROUND: LazyLock<mpsc::Sender<Box<dyn FnOnce() + Send>>> = LazyLock::new(|| {
+    let (sender, receiver) = mpsc::channel::<Box<dyn FnOnce() + Send>>();
+    let receiver = Arc::new(Mutex::new(receiver));
+    for _ in 0..2 {
+        let receiver = receiver.clone();
+        repeat(Duration::ZERO, move || {
+            let work = lock(&receiver).recv();
+            work.into_iter().for_each(|work| work());
         });
     }
+    sender
+});
 
-    // -- The service
+/// Has a thread do something while the calling coroutine waits. Work that waits for others comes back, for the coroutine to do: the
+/// threads only compute. A panic there is one here.
+fn in_background(work: impl FnOnce() -> Result<Answer, Work> + Send + 'static) -> Answer {
+    let (question, waiting) = Question::new(CHANGE_LIMIT);
+    // However this ends, `waiting` is dropped then.
+    let _ = BACKGROUND.send(Box::new(move || waiting.deliver(work())));
+    match question.answer() {
+        Some(done) => done.unwrap_or_else(|work| work()),
+        None => panic!("what was to be done in the background panicked"),
+    }
+}
 
-    pub struct Server;
+/// The world that this program runs in, as opposed to the one of the simulation.
+#[derive(Clone, Copy)]
+struct Live;
 
-    /// The server's service for one connection, by the descriptor of its socket.
-    pub struct Connection(RawFd);
+impl World for Live {
+    fn with<T>(&self, action: impl FnOnce(&mut Node) -> T) -> T {
+        let mut node = lock_node();
+        let result = action(&mut node);
+        unlock_node(node);
+        result
+    }
 
-    impl HttpServiceFactory for Server {
-        type Service = Connection;
+    async fn deliver(&self, envelopes: Vec<Envelope>) -> Vec<Option<Reply>> {
+        // All are asked before the first is waited for.
+        let questions: Vec<Option<Question>> = envelopes.iter().map(begin_to_deliver).collect();
+        let answers = envelopes.into_iter().zip(questions).map(|(envelope, question)| match question {
+            None if own() == Some(&envelope.to) => Some(self.with(|node| node.receive(envelope))),
+            question => read_reply(&question?.answer()?.ok()?),
+        });
+        answers.collect()
+    }
 
-        /// Called once for each connection. `id` is the descriptor of its socket, open until after the service is dropped.
-        fn new_service(&self, id: usize) -> Connection {
-            let fd = id as RawFd;
-            let (phase, active, output) = (Cell::new(Phase::Head), Cell::new(Instant::now()), RefCell::default());
-            let [head, served, room] = [const { Cell::new(0) }; 3];
-            let client = Rc::new(Client { fd, phase, active, head, served, room, output });
-            let socket = client.socket();
-            // Without this, an answer that leaves in two writes waits 40 ms for the client's delayed acknowledgement.
-            let _ = socket.set_nodelay(true);
-            // The kernel asks for more when it has sent most of what it has, and not when a third of its buffer is free, which may take
-            // a slow reader a minute.
-            set_option(&socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, BATCH as libc::c_int);
-            // The accept loop would spin without end if descriptors ran out: the last ones are never used.
-            if CONNECTIONS.fetch_add(1, Relaxed) >= *MAX_CONNECTIONS {
-                client.close(Shutdown::Both);
-            }
-            CLIENTS.with_borrow_mut(|clients| {
-                clients.resize(clients.len().max(id + 1), None);
-                clients[id] = Some(client);
-            });
-            Connection(fd)
+    async fn relay(&self, node: &str, request: Request, patience: Duration) -> Result<Answer, Lost> {
+        Peer::at(node).relay(request, patience)
+    }
+
+    async fn sleep(&self, time: Duration) {
+        pause(time);
+    }
+}
+
+/// Runs a future whose waits all block: it is ready when it is polled once.
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    // (Not in a Box: large allocations are slow.)
+    let mut future = pin!(future);
+    loop {
+        if let Poll::Ready(result) = future.as_mut().poll(&mut task::Context::from_waker(Waker::noop())) {
+            return result;
         }
     }
+}
 
-    impl HttpService for Connection {
-        fn call(&mut self, parsed: Parsed, _: &mut Response) -> io::Result<()> {
-            if let Some(client) = Client::at(self.0).filter(|client| !client.is_closing()) {
-                client.phase.set(Phase::Request);
-                client.head.set(0);
-                client.serve(parsed);
-                BODIES.fetch_sub(client.room.take(), Relaxed);
-                client.active.set(Instant::now());
-                if !client.is_closing() {
-                    client.phase.set(Phase::Head);
-                }
-            }
-            Ok(())
+/// Asks another node. None if it cannot be asked, or is this one.
+fn begin_to_deliver(envelope: &Envelope) -> Option<Question> {
+    if own() == Some(&envelope.to) {
+        return None;
+    }
+    let body = postcard::to_stdvec(envelope).ok()?;
+    let message = Request { origin: Origin::Message, body, ..Request::default() };
+    let mut limit = envelope.message.limit();
+    if matches!(envelope.message, Message::Meet(_)) {
+        // In a large store that starts, all ask all.
+        limit = limit.max(Duration::from_millis(40) * SETTINGS.view.len() as u32);
+    }
+    Peer::at(&envelope.to).begin(message, limit).ok()
+}
+
+fn read_reply(answer: &Answer) -> Option<Reply> {
+    postcard::from_bytes(&answer.body).ok()
+}
+
+/// Answers a message, if it is one and for this node: in the background, unless that is short. (Not inlined, as `answer_about`.)
+#[inline(never)]
+fn answer_message(body: &[u8]) -> Result<Answer, Work> {
+    match postcard::from_bytes::<Envelope>(body) {
+        Ok(envelope) if own() == Some(&envelope.to) && port_of(&envelope.from).is_some() => {
+            let is_short = envelope.message.is_short();
+            let work = move || Answer::message(&Live.with(|node| node.receive(envelope)));
+            if is_short { Ok(work()) } else { Err(Box::new(move || in_background(move || Ok(work())))) }
         }
-    }
-
-    /// The server is done with the connection: the client left, or sent something that is not HTTP or has too many headers. To
-    /// that, the server says nothing; this does, after the answers that are still to be sent.
-    impl Drop for Connection {
-        fn drop(&mut self) {
-            let Some(client) = Client::at(self.0) else { return };
-            let (phase, head) = (client.phase.get(), client.head.get());
-            if phase == Phase::Closing || thread::panicking() {
-                // Nothing can be sent any more. (A coroutine that panics cannot wait.)
-            } else if head > MAX_READ || phase == Phase::HalfClosed && head > "\r\n".len() {
-                // A head that does not end, or ended with the stream. (After a request, a line's end may follow that is nothing.)
-                client.refuse(Outcome::BadRequest, false);
-            } else if phase == Phase::HalfClosed {
-                // The client sends nothing more, but may still be reading.
-                client.flush();
-            } else {
-                client.refuse(Outcome::Unparsed, false);
-            }
-            BODIES.fetch_sub(client.room.take(), Relaxed);
-            CLIENTS.with_borrow_mut(|clients| clients[self.0 as usize] = None);
-            CONNECTIONS.fetch_sub(1, Relaxed);
-        }
-    }
-
-    // -- The socket, behind the server's back. Both functions are called in the coroutine of the connection, so they may wait.
-
-    /// Takes the place of the C library's function of this name, with which the server, as the whole standard library, reads from
-    /// sockets. Without it, a request that comes together with the end of the stream is lost, since the server throws away what it has
-    /// read then: here the end comes one read later. And an endless head, of which the server collects hundreds of megabytes a
-    /// second, ends here. (A coroutine that has waited for input then reads with `read`, which is not seen here.)
-    // SAFETY: it has the type of the function of that name, and does what recv(2) says that may happen.
-    #[unsafe(no_mangle)]
-    unsafe extern "C" fn recv(fd: RawFd, buffer: *mut libc::c_void, size: usize, flags: libc::c_int) -> isize {
-        let client = Client::at(fd);
-        if let Some(client) = &client
-            && matches!(client.phase.get(), Phase::Request | Phase::Body)
-        {
-            // Before it sends the rest of a body, the client may wait for answers to what came before.
-            client.flush();
-        }
-        // SAFETY: this is what recv is (recv(2)), and the caller answers for the rest.
-        let count = unsafe { libc::recvfrom(fd, buffer, size, flags, std::ptr::null_mut(), std::ptr::null_mut()) };
-        client.map_or(count, |client| client.after_read(count))
-    }
-
-    /// Takes the place of the C library's function of this name, with which the server sends. What it sends is empty answers: these
-    /// never leave, and count as sent when the connection's output is.
-    // SAFETY: as `recv`.
-    #[unsafe(no_mangle)]
-    unsafe extern "C" fn send(fd: RawFd, buffer: *const libc::c_void, size: usize, flags: libc::c_int) -> isize {
-        match Client::at(fd) {
-            // SAFETY: as in `recv`.
-            None => unsafe { libc::sendto(fd, buffer, size, flags, std::ptr::null(), 0) },
-            Some(client) => {
-                client.flush();
-                if client.is_closing() { fail_with(libc::EPIPE) } else { size as isize }
-            }
-        }
-    }
-
-    /// What a function of the C library returns when it fails.
-    fn fail_with(error: libc::c_int) -> isize {
-        Errno::set_raw(error);
-        -1
-    }
-
-    /// A socket as a stream that makes the coroutine wait, and not its worker: for `limit` at most, if there is one.
-    pub fn waiting_stream(socket: &TcpStream, limit: Option<Duration>) -> io::Result<may::net::TcpStream> {
-        // (`may::io::CoIo` would be safe to make, but closes its descriptor before it takes it out of epoll, which then reports events
-        // of the socket to memory that was freed.)
-        // SAFETY: the descriptor is a fresh one, and the stream becomes its only owner.
-        let stream = unsafe { may::net::TcpStream::from_raw_fd(socket.try_clone()?.into_raw_fd()) };
-        stream.set_read_timeout(limit)?;
-        stream.set_write_timeout(limit)?;
-        Ok(stream)
-    }
-
-    /// Lets others have their turn, if more than `most` bytes were dealt with since they last had. To yield would not do: the worker
-    /// polls only when no coroutine is ready, and of two clients that send without end one always is. But the poll signals a socket
-    /// that it was just told of, so whoever waits for that comes after all others.
-    pub fn take_turn(socket: &TcpStream, served: &mut usize, most: usize) {
-        if *served > most {
-            *served = 0;
-            if let Ok(stream) = waiting_stream(socket, None) {
-                stream.wait_io();
-            }
-        }
-    }
-
-    /// Has the kernel signal input once more, if there is any or the client has sent its end: setting SO_RCVLOWAT does.
-    fn signal_again(socket: &TcpStream) {
-        set_option(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, 1);
-    }
-
-    pub fn set_option(socket: &TcpStream, level: libc::c_int, name: libc::c_int, value: libc::c_int) {
-        let (value, size) = (&value as *const libc::c_int, size_of::<libc::c_int>() as libc::socklen_t);
-        // SAFETY: setsockopt reads an int, which outlives the call.
-        unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, value.cast(), size) };
+        _ => Ok(Outcome::BadRequest.answer(Vocabulary::Form, "POST")),
     }
 }
 
