@@ -1277,7 +1277,7 @@ type Work = Box<dyn FnOnce() -> Answer + Send>;
 /// other instances is returned as work.
 fn answer_or_defer(request: Request) -> Result<Answer, Work> {
     match request.origin {
-        Origin::Message => return answer_message(&request.body),
+        Origin::Message => return answer_message(&request),
         Origin::Client | Origin::Node(_) => {}
     }
     let (resource, vocabulary) = request.route();
@@ -1607,6 +1607,12 @@ struct WantedView {
     /// The factor stays as it is if none is named.
     factor: Option<usize>,
     force: bool,
+}
+
+impl WantedView {
+    fn is_met_by(&self, table: &Table) -> bool {
+        table.view == self.view && self.factor.is_none_or(|factor| factor == table.factor)
+    }
 }
 
 fn wanted_view(body: &[u8]) -> Result<WantedView, Outcome> {
@@ -3517,12 +3523,6 @@ mod node {
             Some((table, Version { epoch, number: newest.number + 1, coordinator: self.incarnation }))
         }
 
-        /// This node's table, if it is what a change asks for, and not settled yet.
-        pub fn change_in_force(&self, view: &[String], factor: Option<usize>) -> Option<Arc<Table>> {
-            let is_it = |it: &Arc<Table>| it.view == view && factor.is_none_or(|factor| factor == it.factor);
-            self.table.clone().filter(|table| !self.settled && is_it(table))
-        }
-
         pub fn end_change(&mut self) {
             self.coordinating = false;
         }
@@ -3936,17 +3936,20 @@ mod membership {
     // -- R9 view change
 
     /// Answers a PUT of a view: changes it, or passes the request on to a node that can. One that does not answer may have changed the view
-    /// before it fell silent: to ask for the same once more does no harm.
+    /// before it fell silent. If that is not known, to ask for the same once more does no harm.
     pub async fn answer_view_change(world: &impl World, request: &Request, wanted: &WantedView) -> Answer {
         let render = |outcome: Outcome| outcome.answer(Vocabulary::Json, &request.verb);
         if let Err(outcome) = await_table(world).await {
             return render(outcome);
         }
-        let mut silent = String::new();
+        let (before, mut silent) = (world.with(|node| node.version()), String::new());
         for _ in 0..2 {
-            let Some(node) = better_coordinator(world, &wanted.view).await else {
-                return render(change_view(world, wanted).await);
-            };
+            let better = better_coordinator(world, &wanted.view).await;
+            let is_made = |table: &Arc<Table>| Some(table.version) > before && wanted.is_met_by(table);
+            if let Some(table) = world.with(|node| node.table()).filter(is_made) {
+                return render(describe_change(world, &table).await);
+            }
+            let Some(node) = better else { return render(change_view(world, wanted).await) };
             let origin = Origin::Node(world.with(|node| node.store()));
             // A change may take long before this.
             let passed_on = Request { origin, began: None, ..request.clone() };
@@ -3996,10 +3999,6 @@ mod membership {
         let deadline = world.with(|node| node.now) + TRIES;
         let mut least = Version::default();
         loop {
-            if let Some(table) = world.with(|node| node.change_in_force(&wanted.view, wanted.factor)) {
-                // Another coordinator made it, and could not answer.
-                return describe_change(world, &table).await;
-            }
             let begun = world.with(|node| node.begin_change(&wanted.view, wanted.force, least));
             let Some((base, version)) = begun else { return Outcome::ChangeUnderWay };
             let attempt = Attempt { world, base, version, wanted };
@@ -4508,9 +4507,7 @@ mod peers {
                 set_option(socket, libc::IPPROTO_TCP, libc::TCP_QUICKACK, 1);
                 let Message { number, time, content } = Message::<Request>::read(&mut reader)?;
                 let Some(mut request) = content else { continue };
-                if request.origin != Origin::Message {
-                    request.began = Some(self.opened.saturating_add(time));
-                }
+                request.began = Some(self.opened.saturating_add(time));
                 while self.is_full(&request)? {
                     pause(Duration::from_millis(1));
                 }
@@ -4531,7 +4528,12 @@ mod peers {
         /// Answers a request, now or later. What nodes say to one another is taken only from who knows the store's secret.
         fn answer(self: &Arc<Asked>, number: u64, request: Request) {
             let is_allowed = request.origin == Origin::Client || self.knows_secret;
-            let refusal = if is_allowed { request.refusal_if_late() } else { Some(Outcome::NotOfStore) };
+            let refusal = match request.origin {
+                _ if !is_allowed => Some(Outcome::NotOfStore),
+                // (What may be late of these, `answer_message` knows.)
+                Origin::Message => None,
+                _ => request.refusal_if_late(),
+            };
             if let Some(refusal) = refusal {
                 return self.push(number, Some(refusal.answer(request.route().1, &request.verb)));
             }
@@ -5162,11 +5164,16 @@ fn read_reply(answer: &Answer) -> Option<Reply> {
     postcard::from_bytes(&answer.body).ok()
 }
 
-/// Answers a message, if it is one and for this node: in the background, unless that is short. (Not inlined, as `answer_about`.)
+/// Answers a message, if it is one and for this node: in the background, unless that is short. One that has waited in a buffer while this
+/// process was stopped is refused: a lock that nobody waits for any more would keep off others. (A meeting is not: in a large store that
+/// starts, it may take longer. Not inlined, as `answer_about`.)
 #[inline(never)]
-fn answer_message(body: &[u8]) -> Result<Answer, Work> {
-    match postcard::from_bytes::<Envelope>(body) {
+fn answer_message(request: &Request) -> Result<Answer, Work> {
+    match postcard::from_bytes::<Envelope>(&request.body) {
         Ok(envelope) if own() == Some(&envelope.to) && port_of(&envelope.from).is_some() => {
+            if request.patience().is_zero() && !matches!(envelope.message, Message::Meet(_)) {
+                return Ok(Answer::message(&Reply::Refused));
+            }
             let is_short = envelope.message.is_short();
             let work = move || Answer::message(&Live.with(|node| node.receive(envelope)));
             if is_short { Ok(work()) } else { Err(Box::new(move || in_background(move || Ok(work())))) }
@@ -5737,11 +5744,11 @@ mod simulation {
 
         /// Goes on until something holds, which is to be soon.
         fn pass_until(self: &Rc<Self>, seconds: usize, what: &str, holds: impl Fn() -> bool) {
-            for _ in 0..seconds * 50 {
+            for _ in 0..seconds * 1000 {
                 if holds() {
                     return;
                 }
-                self.pass(20);
+                self.pass(1);
             }
             self.check(holds(), || what.to_owned());
         }
@@ -6288,6 +6295,29 @@ mod simulation {
         let life = it.there(1).with(|node| node.status().incarnation);
         let reply = it.there(1).with(|node| node.receive(Envelope { life, ..question }));
         assert!(matches!(reply, Reply::Refused), "{reply:?}");
+    }
+
+    #[test]
+    fn a_replica_that_is_filled_again_asks_one_again_that_was_not_whole() {
+        let it = play(4, "kill 3, kill 1, start 1");
+        it.pass_until(5, "n1 has no table", || it.table(1).is_some());
+        // n1 has nothing yet when n0 asks it, and has all when n2, the only one that had it, is killed.
+        it.play("cut 1-2, kill 0, start 0");
+        it.pass_until(5, "n0 has no table", || it.table(0).is_some());
+        it.play("cut 0-2 1-2, pass 500, cut 0-2, pass 1500, kill 2, start 2, cut");
+        for _ in 0..2000 {
+            it.pass(1);
+            assert!((0..KEYS).all(|key| !it.there(0).with(|node| answers(node, key)) || it.value_stamp(0, key) > 0));
+        }
+    }
+
+    #[test]
+    fn a_node_that_starts_waits_for_a_newer_table_that_others_have_granted_a_lock_for() {
+        let it = play(1, "change 0 0 2 3");
+        it.pass_until(5, "n0 has no new table", || it.table(0).is_some_and(|table| table.version.number > 0));
+        // Only n0 and n1 know it, and n1 has given its keys away when it is killed.
+        it.play("cut 0-2 0-3 1-2 1-3, pass 500, kill 1, start 1, cut 0-1 0-2 0-3, pass 3000");
+        assert!(it.table(1).is_none());
     }
 
     #[test]
