@@ -1244,7 +1244,8 @@ impl Answer {
         if context.is_empty() {
             return self.with_member(r#""causal-context":{}"#);
         }
-        self.with_member(&format!(r#""causal-context":{{"bytes":{:?}}}"#, Answer::message(context).body))
+        let bytes = serde_json::to_string(&Answer::message(context).body).unwrap_or_default();
+        self.with_member(&format!(r#""causal-context":{{"bytes":{bytes}}}"#))
     }
 
     fn with_member(mut self, member: &str) -> Answer {
@@ -2576,8 +2577,8 @@ mod node {
         received: BTreeSet<String>,
         /// A whole one is among these.
         is_answerable: bool,
-        /// How often each of the others was found not to be whole.
-        incomplete: BTreeMap<String, u32>,
+        /// In how many rounds in a row all others were asked, and none was whole.
+        hollow_rounds: u32,
         /// The table names the group as a source. (Otherwise it is the other replicas of the shard, since this node has kept nothing.)
         is_source: bool,
     }
@@ -2588,10 +2589,10 @@ mod node {
             self.group.iter().filter(|node| !self.received.contains(*node))
         }
 
-        /// Whether it waits for nobody, or only for nodes that have been found not to be whole twice, one after the other: then there was a
-        /// moment at which none of them was, and they may wait for this one as well.
+        /// Whether it waits for nobody, or only for nodes that have all been found not to be whole in two rounds: then there was a moment
+        /// at which none of them was, and they may wait for this one as well.
         fn is_done(&self) -> bool {
-            self.awaited().all(|node| self.incomplete.get(node).is_some_and(|count| *count > 1))
+            self.hollow_rounds > 1 || self.awaited().next().is_none()
         }
     }
 
@@ -2871,19 +2872,24 @@ mod node {
             self.pulls.clone()
         }
 
-        /// Notes that this node has all that another one of a group has, by a table.
-        pub fn note_received(&mut self, version: Version, pull: &Pull, node: &str, found: Found) {
-            if self.version() == Some(version) {
-                let same = self.pulls.iter_mut().filter(|it| (it.span, &it.group) == (pull.span, &pull.group));
-                for it in same {
-                    match found {
-                        Found::Incomplete => *it.incomplete.entry(node.to_owned()).or_default() += 1,
-                        Found::Whole | Found::Nothing => it.received.extend([node.to_owned()]),
-                    }
-                    it.is_answerable |= found == Found::Whole;
-                }
-                self.drop_pulls(Pull::is_done);
+        /// Notes what the awaited nodes of a pull were in a round of asking, by a table; None for one that did not answer. This node has all
+        /// that those have that are whole.
+        pub fn note_received(&mut self, version: Version, pull: &Pull, found: &[(String, Option<Found>)]) {
+            if self.version() != Some(version) {
+                return;
             }
+            let is_hollow = found.iter().all(|(_, found)| *found == Some(Found::Incomplete));
+            let is_it = |it: &&mut Pull| (it.span, &it.group) == (pull.span, &pull.group);
+            for it in self.pulls.iter_mut().filter(is_it) {
+                it.hollow_rounds = if is_hollow { it.hollow_rounds + 1 } else { 0 };
+                for (node, found) in found {
+                    if let Some(Found::Whole | Found::Nothing) = found {
+                        it.received.insert(node.clone());
+                    }
+                    it.is_answerable |= *found == Some(Found::Whole);
+                }
+            }
+            self.drop_pulls(Pull::is_done);
         }
 
         fn drop_pulls(&mut self, is_done: impl Fn(&Pull) -> bool) {
@@ -2953,7 +2959,7 @@ mod node {
                     group: group.into_iter().filter(|node| *node != self.own).collect(),
                     received: BTreeSet::new(),
                     is_answerable: has_it,
-                    incomplete: BTreeMap::new(),
+                    hollow_rounds: 0,
                     is_source,
                 };
                 for group in &range.sources {
@@ -3654,12 +3660,11 @@ mod replication {
             }
             blank.clear();
             let copies = vec![world.with(|node| node.copy_of(record))];
-            let lives: Vec<u64> = world.with(|node| lacking.iter().map(|it| node.incarnation_of(it)).collect());
             let replies = ask(world, &lacking, Message::Push(copies)).await;
             let refused = replies.iter().any(|reply| matches!(reply, Some(Reply::Refused)));
-            for ((node, reply), life) in lacking.iter().zip(replies).zip(lives) {
+            for (node, reply) in lacking.iter().zip(replies) {
                 if let Some(Reply::Done) = reply {
-                    stored.insert(node.clone(), (life, version));
+                    stored.insert(node.clone(), (world.with(|own| own.incarnation_of(node)), version));
                 } else if reply.is_some() && meet(world, node).await.is_some_and(|status| status.version.is_none()) {
                     blank.push(node.clone());
                 }
@@ -3682,9 +3687,16 @@ mod replication {
             let Some(version) = version.filter(|_| !pulls.is_empty()) else { return };
             let mut progress = false;
             for pull in pulls {
-                for node in pull.awaited().filter(|node| !world.with(|own| own.is_silent(node))) {
-                    progress |= pull_from(world, version, &pull, node).await;
+                let mut round = Vec::new();
+                for node in pull.awaited() {
+                    let found = match world.with(|own| own.is_silent(node)) {
+                        true => None,
+                        false => pull_from(world, version, &pull, node).await,
+                    };
+                    progress |= matches!(found, Some(Found::Whole | Found::Nothing));
+                    round.push((node.clone(), found));
                 }
+                world.with(|own| own.note_received(version, &pull, &round));
             }
             if !progress {
                 world.sleep(Duration::from_millis(100)).await;
@@ -3692,23 +3704,17 @@ mod replication {
         }
     }
 
-    /// Gets what a node has of a span. True if it is whole for it, or has nothing.
-    async fn pull_from(world: &impl World, version: Version, pull: &Pull, node: &str) -> bool {
-        let found = if reconcile(world, node, version, &[pull.span], true).await.is_some() {
-            match ask_by(world, node, version, Message::Received(pull.span.first)).await {
-                Some(Reply::Whole(true)) => Found::Whole,
-                Some(Reply::Whole(false)) => Found::Incomplete,
-                _ => return false,
-            }
-        } else {
-            let store = world.with(|own| own.store());
-            match meet(world, node).await {
-                Some(status) if status.version.is_none() || status.store != store => Found::Nothing,
-                _ => return false,
-            }
-        };
-        world.with(|own| own.note_received(version, pull, node, found));
-        found != Found::Incomplete
+    /// Gets what a node has of a span, and learns what it is. None if it does not answer.
+    async fn pull_from(world: &impl World, version: Version, pull: &Pull, node: &str) -> Option<Found> {
+        if reconcile(world, node, version, &[pull.span], true).await.is_some() {
+            return match ask_by(world, node, version, Message::Received(pull.span.first)).await? {
+                Reply::Whole(true) => Some(Found::Whole),
+                Reply::Whole(false) => Some(Found::Incomplete),
+                _ => None,
+            };
+        }
+        let store = world.with(|own| own.store());
+        meet(world, node).await.filter(|status| status.store != store).map(|_| Found::Nothing)
     }
 
     /// Gets one key from a whole node of a group, and merges it. Returns the version by which it did; None if no such node answers.
@@ -4314,7 +4320,7 @@ mod peers {
     /// How long a client's request may take in all, on its way through other instances and back.
     pub const PATIENCE: Duration = Duration::from_millis(4400);
     /// A request from another instance takes effect within this time of its beginning, or never: the contract says 3 s.
-    const RELAYED_LIMIT: i64 = 2900;
+    const RELAYED_LIMIT: Duration = Duration::from_millis(2900);
     /// How often each side of a stream sends something, and after what silence it ends.
     pub const BEAT: Duration = Duration::from_millis(250);
     const SILENCE: Duration = Duration::from_millis(1500);
@@ -4333,10 +4339,15 @@ mod peers {
     }
 
     impl Request {
+        /// How long ago it began, if it comes from another instance.
+        pub fn age(&self) -> Duration {
+            let age = self.began.map_or(0, |began| clock().saturating_sub(began));
+            Duration::from_millis(age.try_into().unwrap_or(0))
+        }
+
         /// How long it may still take.
         pub fn patience(&self) -> Duration {
-            let left = |began: i64| began.saturating_add(RELAYED_LIMIT).saturating_sub(clock()).clamp(0, RELAYED_LIMIT);
-            self.began.map_or(PATIENCE, |began| Duration::from_millis(left(began) as u64))
+            if self.began.is_some() { RELAYED_LIMIT.saturating_sub(self.age()) } else { PATIENCE }
         }
 
         /// The refusal of a request that must not take effect any more, since its client may have got the error long ago.
@@ -5164,14 +5175,14 @@ fn read_reply(answer: &Answer) -> Option<Reply> {
     postcard::from_bytes(&answer.body).ok()
 }
 
-/// Answers a message, if it is one and for this node: in the background, unless that is short. One that has waited in a buffer while this
-/// process was stopped is refused: a lock that nobody waits for any more would keep off others. (A meeting is not: in a large store that
-/// starts, it may take longer. Not inlined, as `answer_about`.)
+/// Answers a message, if it is one and for this node: in the background, unless that is short. One that nobody waits for any more, since
+/// this process was stopped meanwhile, is refused: a lock would keep off others. (A meeting is not: in a large store that starts, it may
+/// take longer. Not inlined, as `answer_about`.)
 #[inline(never)]
 fn answer_message(request: &Request) -> Result<Answer, Work> {
     match postcard::from_bytes::<Envelope>(&request.body) {
         Ok(envelope) if own() == Some(&envelope.to) && port_of(&envelope.from).is_some() => {
-            if request.patience().is_zero() && !matches!(envelope.message, Message::Meet(_)) {
+            if request.age() > envelope.message.limit() && !matches!(envelope.message, Message::Meet(_)) {
                 return Ok(Answer::message(&Reply::Refused));
             }
             let is_short = envelope.message.is_short();
@@ -6225,6 +6236,7 @@ mod simulation {
                         self.cut.replace(pairs.chunks(2).flat_map(|it| [(it[0], it[1]), (it[1], it[0])]).collect()),
                     ),
                     ("kill", [machine]) => self.kill(*machine),
+                    ("adopted", [machine]) => self.pass_until(5, step, || self.table(*machine).is_some()),
                     ("start", [machine]) => self.start(*machine, &[0, 1, 2, 3]),
                     ("sleep", [machine]) => drop(self.machines[*machine].backlog.replace(Some(Vec::new()))),
                     ("wake", [machine]) => self.wake(*machine),
@@ -6298,23 +6310,29 @@ mod simulation {
     }
 
     #[test]
-    fn a_replica_that_is_filled_again_asks_one_again_that_was_not_whole() {
-        let it = play(4, "kill 3, kill 1, start 1");
-        it.pass_until(5, "n1 has no table", || it.table(1).is_some());
-        // n1 has nothing yet when n0 asks it, and has all when n2, the only one that had it, is killed.
-        it.play("cut 1-2, kill 0, start 0");
-        it.pass_until(5, "n0 has no table", || it.table(0).is_some());
-        it.play("cut 0-2 1-2, pass 500, cut 0-2, pass 1500, kill 2, start 2, cut");
-        for _ in 0..2000 {
-            it.pass(1);
-            assert!((0..KEYS).all(|key| !it.there(0).with(|node| answers(node, key)) || it.value_stamp(0, key) > 0));
+    fn a_replica_is_ready_when_it_has_all_that_a_whole_one_has() {
+        // n1 is filled from nobody, and n0 from n1 alone; then n1 gets all from n2, the last one that has it, which is killed.
+        let hollow = "change 0 0 1 2, pass 3000, kill 1, start 1, adopted 1, cut 1-0 1-2 1-3, pass 3000, kill 0, cut 1-2, start 0, \
+                      adopted 0, cut 0-2 1-2 0-3, pass 2500";
+        let filled = format!(
+            "{hollow}, cut 0-1 0-2 0-3, pass 3000, kill 2, cut 0-1, start 2, adopted 2, cut 0-1 1-2, pass 3000"
+        );
+        for (factor, script, machine, is_ready) in [
+            (3, hollow, 0, false),
+            (3, &filled, 0, false),
+            (4, "kill 3, kill 0, start 0, pass 3000", 0, true),
+            (4, "kill 3, kill 0, cut 3-1 3-2, start 3, start 0, adopted 0, cut 3-1 3-2 0-1 0-2, pass 3000", 0, false),
+            (2, "cut 0-1, kill 1, start 1, pass 3000, change 2 2 3, pass 16, cut 0-1 0-2 0-3, pass 3000", 2, false),
+        ] {
+            let it = play(factor, script);
+            assert_eq!(it.there(machine).with(|node| node.is_ready()), is_ready, "{script}");
         }
     }
 
     #[test]
     fn a_node_that_starts_waits_for_a_newer_table_that_others_have_granted_a_lock_for() {
         let it = play(1, "change 0 0 2 3");
-        it.pass_until(5, "n0 has no new table", || it.table(0).is_some_and(|table| table.version.number > 0));
+        it.pass_until(5, "n0 has the old table", || it.table(0).is_some_and(|table| table.version.number > 0));
         // Only n0 and n1 know it, and n1 has given its keys away when it is killed.
         it.play("cut 0-2 0-3 1-2 1-3, pass 500, kill 1, start 1, cut 0-1 0-2 0-3, pass 3000");
         assert!(it.table(1).is_none());

@@ -184,7 +184,7 @@ restart() {
   local instance
   for instance in "$@"; do act launch "$instance"; done
   for instance in "$@"; do
-    poll "$COMES_UP_WITHIN" has_come_up "$instance" || given_up ||
+    given_up || poll "$COMES_UP_WITHIN" has_come_up "$instance" || given_up ||
       hopeless="$instance gave no HTTP answer on port ${address[$instance]##*:} within $COMES_UP_WITHIN s of its start"
   done
   settle
