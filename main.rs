@@ -5639,7 +5639,11 @@ mod simulation {
             if is_missing && known[key] > 0 {
                 let deletion = written.range(known[key]..).find(|(_, value)| value.is_none());
                 simulation.check(deletion.is_some(), || format!("{name} is not there: {body}"));
+                // (Who answered may have died since, and the deletion with it.)
                 known[key] = deletion.map_or(0, |(stamp, _)| *stamp);
+                if known[key] <= simulation.lost.borrow()[key] {
+                    known[key] = 0;
+                }
             }
             let value = number_in(body["value"].as_str());
             let read = written.iter().find(|(_, it)| value.is_some() && **it == value).map_or(0, |(stamp, _)| *stamp);
