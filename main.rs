@@ -76,13 +76,13 @@ const MAX_VALUE: usize = 1 << 20;
 const MAX_BODY: usize = 4 << 20;
 /// The limit of a request's head. The server has none of its own and would collect an endless head in memory.
 const MAX_HEAD: usize = 64 << 10;
+
 /// Locks a mutex, also after a panic elsewhere: what is guarded here is whole between any two statements.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The indices of some numbers, in the order of the numbers; of equals, the first comes first. (One sort for all who need one,
-/// for the same reason.)
+/// The indices of some numbers, in the order of the numbers; of equals, the first comes first.
 fn in_order(numbers: impl Iterator<Item = u64>) -> Vec<usize> {
     let mut numbers: Vec<(u64, usize)> = numbers.zip(0..).collect();
     numbers.sort_unstable();
@@ -1244,7 +1244,9 @@ impl Answer {
         if context.is_empty() {
             return self.with_member(r#""causal-context":{}"#);
         }
-        let bytes = serde_json::to_string(&Answer::message(context).body).unwrap_or_default();
+        // Writing to a Vec or a String cannot fail.
+        let bytes = postcard::to_stdvec(context).unwrap_or_default();
+        let bytes = serde_json::to_string(&bytes).unwrap_or_default();
         self.with_member(&format!(r#""causal-context":{{"bytes":{bytes}}}"#))
     }
 
@@ -1277,11 +1279,13 @@ type Work = Box<dyn FnOnce() -> Answer + Send>;
 /// The whole road of a request, from its owner to its answer. Answers it at once if this instance can do so alone. What has to ask
 /// other instances is returned as work.
 fn answer_or_defer(request: Request) -> Result<Answer, Work> {
-    match request.origin {
-        Origin::Message => return answer_message(&request),
-        Origin::Client | Origin::Node(_) => {}
+    if request.origin == Origin::Message {
+        return answer_message(&request);
     }
     let (resource, vocabulary) = request.route();
+    if let Some(refusal) = request.refusal_if_late() {
+        return Ok(refusal.answer(vocabulary, &request.verb));
+    }
     match (&SETTINGS.role, &resource) {
         // What an instance is, only that instance can say.
         (Role::Follower(main), resource) if !is_about_this_instance(resource, &request) => {
@@ -2173,6 +2177,11 @@ mod table {
             self.view.iter().any(|it| it == node)
         }
 
+        /// Whether a node is in the view, or a source.
+        pub fn names(&self, node: &String) -> bool {
+            self.lists(node) || self.sources().contains(node)
+        }
+
         pub fn sources(&self) -> BTreeSet<&String> {
             self.ranges.iter().flat_map(|range| range.sources.iter().flatten()).collect()
         }
@@ -2872,8 +2881,8 @@ mod node {
             self.pulls.clone()
         }
 
-        /// Notes what the awaited nodes of a pull were in a round of asking, by a table; None for one that did not answer. This node has all
-        /// that those have that are whole.
+        /// Ends a round of asking, by a table: notes what each awaited node of a pull was found to be, after this node got all that it has.
+        /// None is one that did not answer.
         pub fn note_received(&mut self, version: Version, pull: &Pull, found: &[(String, Option<Found>)]) {
             if self.version() != Some(version) {
                 return;
@@ -2911,13 +2920,12 @@ mod node {
         /// source. Otherwise it drops them: the new table does not count on them. What the other replicas have, and what is stable, is to
         /// be found out anew. True if it goes by the table.
         pub fn adopt(&mut self, table: Arc<Table>) -> bool {
-            let is_fresh = self.promise.granted.is_some_and(|granted| self.now < granted + self.lease);
             let other = table.version.coordinator != self.promise.version.coordinator;
-            if Some(table.version) <= self.version() || is_fresh && other && table.version < self.promise.version {
+            let is_forbidden = self.is_locked() && other && table.version < self.promise.version;
+            if Some(table.version) <= self.version() || is_forbidden {
                 return false;
             }
-            let named = table.lists(&self.own) || table.sources().contains(&self.own);
-            let keeps = named && self.version() == Some(table.base);
+            let keeps = table.names(&self.own) && self.version() == Some(table.base);
             if !keeps {
                 // (These writes are answered with 503: `lacking`.)
                 self.in_flight.clear();
@@ -2931,7 +2939,7 @@ mod node {
             self.pulls = self.pulls_by(&table);
             self.lagging = self.others().into_iter().map(|node| (node, 0)).collect();
             self.stable_at = vec![0; table.view.len()];
-            (self.watermark, self.settled, self.heard_of) = (0, false, None);
+            (self.watermark, self.settled) = (0, false);
             self.promise.joining = None;
             if self.promise.version <= table.version {
                 // What the lock was for has come about.
@@ -3391,8 +3399,7 @@ mod node {
                 return;
             }
             let Some(mine) = &self.table else {
-                let named = table.lists(&self.own) || table.sources().contains(&self.own);
-                let is_ours = named || self.first_view.iter().any(|node| node == from);
+                let is_ours = table.names(&self.own) || self.first_view.iter().any(|node| node == from);
                 if is_ours && self.heard_of.as_ref().is_none_or(|it| it.version < table.version) {
                     self.heard_of = Some(table);
                 }
@@ -3677,10 +3684,10 @@ mod replication {
 
     // -- R2 pull
 
-    /// R2: gets all that this node owns and has not got: what each node of a group has, which is to reconcile in one direction. It may
-    /// answer for the span once it has heard a whole one, and goes on until it has heard them all, since another may have had a write
-    /// that a whole one lacks. One that is not whole yet is asked again, unless none is. (There is one way to move records, then, and a
-    /// pull that was interrupted goes on where digests differ.)
+    /// R2: gets all that this node owns and has not got, by reconciling in one direction with each node of a group. So there is one way to
+    /// move records, and a pull that was interrupted goes on where digests differ. This node may answer for the span once it has got what
+    /// a whole one has. It goes on with the others, which may have had a write that a whole one lacks; one that is not whole yet is asked
+    /// again, unless none of them is whole (`Pull::is_done`).
     pub async fn pull_all(world: &impl World) {
         loop {
             let (version, pulls) = world.with(|node| (node.version(), node.pulls_left()));
@@ -3720,10 +3727,12 @@ mod replication {
     /// Gets one key from a whole node of a group, and merges it. Returns the version by which it did; None if no such node answers.
     pub async fn get_key(world: &impl World, key: &[u8], group: &[String]) -> Option<Version> {
         let version = world.with(|node| node.version())?;
-        let mut nodes = group.to_vec();
-        world.with(|own| nodes.sort_by_key(|node| own.is_silent(node)));
-        // Of the silent ones, only one, and only if all are.
-        nodes.truncate(world.with(|own| nodes.iter().filter(|node| !own.is_silent(node)).count().max(1)));
+        let (silent, mut nodes): (Vec<String>, Vec<String>) =
+            world.with(|own| group.iter().cloned().partition(|node| own.is_silent(node)));
+        if nodes.is_empty() {
+            // One may just be back; to try them all would take too long.
+            nodes.extend(silent.into_iter().take(1));
+        }
         for node in nodes {
             let message = Message::GiveKey(ByteBuf::from(key));
             if let Some(Reply::Key(copy)) = ask_by(world, &node, version, message).await {
@@ -4538,15 +4547,8 @@ mod peers {
 
         /// Answers a request, now or later. What nodes say to one another is taken only from who knows the store's secret.
         fn answer(self: &Arc<Asked>, number: u64, request: Request) {
-            let is_allowed = request.origin == Origin::Client || self.knows_secret;
-            let refusal = match request.origin {
-                _ if !is_allowed => Some(Outcome::NotOfStore),
-                // (What may be late of these, `answer_message` knows.)
-                Origin::Message => None,
-                _ => request.refusal_if_late(),
-            };
-            if let Some(refusal) = refusal {
-                return self.push(number, Some(refusal.answer(request.route().1, &request.verb)));
+            if request.origin != Origin::Client && !self.knows_secret {
+                return self.push(number, Some(Outcome::NotOfStore.answer(request.route().1, &request.verb)));
             }
             let size = request.size() + STACK;
             let work = match answer_or_defer(request) {
