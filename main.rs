@@ -1759,24 +1759,9 @@ mod records {
 
         /// Cuts it where buckets begin: each part lies in one bucket.
         pub fn by_bucket(self) -> impl DoubleEndedIterator<Item = Span> {
-            self.by_bits(BUCKET_BITS)
-        }
-
-        /// Cuts it into rows of a hundred buckets or so.
-        pub fn by_row(self) -> impl DoubleEndedIterator<Item = Span> {
-            self.by_bits(BUCKET_BITS / 2)
-        }
-
-        pub fn is_in_row_of(&self, other: &Span) -> bool {
-            (self.first ^ other.first) >> (u64::BITS - BUCKET_BITS / 2) == 0
-        }
-
-        /// Cuts it where the upper bits of the hashes change.
-        fn by_bits(self, bits: u32) -> impl DoubleEndedIterator<Item = Span> {
-            let shift = u64::BITS - bits;
-            (self.first >> shift..=self.last >> shift).map(move |upper| {
-                let first = upper << shift;
-                Span { first: self.first.max(first), last: self.last.min(first | u64::MAX >> bits) }
+            (bucket_of(self.first)..=bucket_of(self.last)).map(move |bucket| {
+                let whole = span_of(bucket);
+                Span { first: self.first.max(whole.first), last: self.last.min(whole.last) }
             })
         }
     }
@@ -2014,6 +1999,11 @@ mod records {
             sums
         }
 
+        /// The digests of a span, bucket by bucket.
+        pub fn digests_of(&self, span: Span) -> Vec<u64> {
+            span.by_bucket().map(|part| self.sums_of(part).digest).collect()
+        }
+
         /// The records of a span from its beginning on, of about `limit` bytes, and up to which hash these are all that there is.
         pub fn first_of(&self, span: Span, limit: usize) -> (Vec<Record>, u64) {
             let (mut found, mut weight): (Vec<Record>, usize) = (Vec::new(), 0);
@@ -2177,13 +2167,10 @@ mod table {
             self.view.iter().any(|it| it == node)
         }
 
-        /// Whether a node is in the view, or a source.
-        pub fn names(&self, node: &String) -> bool {
-            self.lists(node) || self.sources().contains(node)
-        }
-
-        pub fn sources(&self) -> BTreeSet<&String> {
-            self.ranges.iter().flat_map(|range| range.sources.iter().flatten()).collect()
+        /// The nodes of the view and, unless it is settled, the sources.
+        pub fn nodes(&self, settled: bool) -> BTreeSet<&String> {
+            let sources = self.ranges.iter().filter(|_| !settled).flat_map(|range| range.sources.iter().flatten());
+            self.view.iter().chain(sources).collect()
         }
 
         /// Each range with its span.
@@ -2476,6 +2463,13 @@ mod node {
         pub rounds: u32,
     }
 
+    impl Status {
+        /// Whether it goes by a table and has no pulls.
+        pub fn is_whole_by(&self, version: Version) -> bool {
+            self.version == Some(version) && self.incoming.is_empty()
+        }
+    }
+
     /// What a node says to another.
     #[derive(Clone, Debug, Serialize, Deserialize)]
     pub struct Envelope {
@@ -2502,8 +2496,8 @@ mod node {
         Received(u64),
         /// Give the record of one key, if you are whole for it.
         GiveKey(ByteBuf),
-        /// The digests of some spans.
-        Digests(Vec<Span>),
+        /// Give the digests of a span, bucket by bucket.
+        Digests(Span),
         /// Compare a span with the records that the sender has of it, by hash and stamp.
         Compare(Span, Vec<(u64, u64)>),
         /// Store these records.
@@ -2552,8 +2546,6 @@ mod node {
 
     /// How many bytes of records a message has, about. (In the simulation, one record or two.)
     pub const MAX_BATCH: usize = if cfg!(test) { 40 } else { 256 << 10 };
-    /// How many digests are compared in one message.
-    pub const MAX_SPANS: usize = 1024;
     /// How long a lock keeps off other coordinators, and how long its own may use it.
     pub const LEASE: Duration = Duration::from_secs(10);
     /// A node that did nothing for this long was asleep: a running one meets others several times a second. Others remove a silent node
@@ -2666,8 +2658,6 @@ mod node {
         shard: Option<usize>,
         /// The table is settled (R8), and this node has no records but what it owns.
         settled: bool,
-        /// The nodes that have said that they go by this table and have no pulls.
-        finished: BTreeSet<String>,
         /// The newest table that a blank node has heard of.
         heard_of: Option<Arc<Table>>,
         promise: Promise,
@@ -2759,11 +2749,10 @@ mod node {
             self.others().iter().any(|it| it == node)
         }
 
-        /// The other nodes of its table; and its sources, as long as they mean something.
+        /// The other nodes of its table, in the order of their names; and its sources, as long as they mean something.
         fn members(&self) -> Vec<String> {
-            let Some(table) = &self.table else { return Vec::new() };
-            let sources = table.sources().into_iter().filter(|node| !self.settled && !table.lists(node));
-            table.view.iter().chain(sources).filter(|node| **node != self.own).cloned().collect()
+            let nodes = self.table.iter().flat_map(|table| table.nodes(self.settled));
+            nodes.filter(|node| **node != self.own).cloned().collect()
         }
 
         // -- R1 answering
@@ -2925,7 +2914,7 @@ mod node {
             if Some(table.version) <= self.version() || is_forbidden {
                 return false;
             }
-            let keeps = table.names(&self.own) && self.version() == Some(table.base);
+            let keeps = table.nodes(false).contains(&self.own) && self.version() == Some(table.base);
             if !keeps {
                 // (These writes are answered with 503: `lacking`.)
                 self.in_flight.clear();
@@ -2946,7 +2935,6 @@ mod node {
                 self.promise.granted = None;
             }
             self.received_by.clear();
-            self.finished.clear();
             let incoming = self.incoming();
             let from = if incoming.is_empty() { "nobody".into() } else { Vec::from_iter(incoming).join(", ") };
             let (version, count) = (table.version, table.view.len());
@@ -3176,10 +3164,8 @@ mod node {
 
         /// The nodes of the table, members and sources, whose names have these bits.
         fn nodes_with(&self, bits: u16) -> Vec<&String> {
-            let Some(table) = &self.table else { return Vec::new() };
-            let sources = if self.settled { BTreeSet::new() } else { table.sources() };
-            let names: BTreeSet<&String> = table.view.iter().chain(sources).collect();
-            names.into_iter().filter(|name| bits_of(name) == bits).collect()
+            let nodes = self.table.iter().flat_map(|table| table.nodes(self.settled));
+            nodes.filter(|name| bits_of(name) == bits).collect()
         }
 
         /// A client's context can only have stamps that some clock has given, and clocks differ by less than an hour.
@@ -3244,7 +3230,9 @@ mod node {
 
         fn look_whether_settled(&mut self) {
             let Some(table) = self.table.as_ref().filter(|_| !self.settled && self.pulls.is_empty()) else { return };
-            if table.view.iter().all(|node| *node == self.own || self.finished.contains(node)) {
+            let has_finished =
+                |node: &String| self.peers.get(node).is_some_and(|peer| peer.status.is_whole_by(table.version));
+            if table.view.iter().all(|node| *node == self.own || has_finished(node)) {
                 self.settle();
             }
         }
@@ -3315,10 +3303,10 @@ mod node {
                 Message::Survey(version, counts) if self.promise.version == version => self.survey(&counts),
                 Message::Received(range) if is_same => self.note_received_by(from, range),
                 Message::GiveKey(key) if is_same => self.give_key(&key),
-                Message::Digests(spans) if is_same && spans.len() <= MAX_SPANS => {
+                Message::Digests(span) if is_same && span.first <= span.last => {
                     // What is written from now on is to reach who asks, even if it was silent until now.
                     self.note_silent(&from, false);
-                    Reply::Digests(spans.iter().map(|span| self.records.sums_of(*span).digest).collect())
+                    Reply::Digests(self.records.digests_of(span))
                 }
                 Message::Compare(span, theirs) if is_same => self.compare(span, theirs),
                 Message::Push(copies) if is_same => {
@@ -3341,9 +3329,6 @@ mod node {
             if is_same {
                 for (known, told) in self.stable_at.iter_mut().zip(&status.stable_at) {
                     *known = (*known).max(*told);
-                }
-                if status.incoming.is_empty() {
-                    self.finished.insert(from.to_owned());
                 }
                 if status.settled {
                     self.settle();
@@ -3399,7 +3384,7 @@ mod node {
                 return;
             }
             let Some(mine) = &self.table else {
-                let is_ours = table.names(&self.own) || self.first_view.iter().any(|node| node == from);
+                let is_ours = table.nodes(false).contains(&self.own) || self.first_view.iter().any(|node| node == from);
                 if is_ours && self.heard_of.as_ref().is_none_or(|it| it.version < table.version) {
                     self.heard_of = Some(table);
                 }
@@ -3418,14 +3403,16 @@ mod node {
         /// ask instead: all that may know.
         pub fn begin_round(&mut self) -> Option<Vec<String>> {
             self.rounds = self.rounds.saturating_add(1);
-            let Some(table) = &self.table else { return Some(self.nodes_to_ask()) };
+            if self.table.is_none() {
+                return Some(self.nodes_to_ask());
+            }
             let members = self.members();
-            let own = table.view.iter().position(|it| *it == self.own).unwrap_or(0);
+            let neighbour = members.partition_point(|it| *it < self.own);
             let in_turn = |nodes: &[String], round: u32| nodes.get(round as usize % nodes.len().max(1)).cloned();
             let is_missed = |peer: &Peer| peer.silent || peer.status.version.is_none();
             let missed: Vec<String> =
                 members.iter().filter(|it| self.peers.get(*it).is_none_or(is_missed)).cloned().collect();
-            let mut chosen = BTreeSet::from_iter(in_turn(&members, own as u32));
+            let mut chosen = BTreeSet::from_iter(in_turn(&members, neighbour as u32));
             chosen.extend(in_turn(&self.others(), self.rounds));
             chosen.extend(in_turn(&missed, self.rounds));
             if !self.settled {
@@ -3445,7 +3432,7 @@ mod node {
             let mut all: BTreeSet<&String> = self.first_view.iter().collect();
             if let Some(table) = &self.heard_of {
                 let goes_by_it = |(_, peer): &(&String, &Peer)| peer.status.version == Some(table.version);
-                all.extend(table.view.iter().chain(table.sources()));
+                all.extend(table.nodes(false));
                 all.extend(self.peers.iter().filter(goes_by_it).map(|(node, _)| node));
             }
             all.into_iter().filter(|node| **node != self.own).cloned().collect()
@@ -3468,7 +3455,7 @@ mod node {
                         2 * answered > others.len() && answers.values().all(|it| it.promised <= table.version);
                     Some(table).filter(|_| is_enough || has_all)
                 }
-                None => self.first_table(answers).filter(|_| has_all),
+                None => self.first_table(answers),
             };
             let Some(table) = table else { return };
             self.say(format!("started blank, takes up table {}", table.version));
@@ -3569,7 +3556,7 @@ mod replication {
     use serde_bytes::ByteBuf;
 
     use crate::membership::meet;
-    use crate::node::{Envelope, Found, MAX_BATCH, MAX_SPANS, Message, Node, Pull, Reply};
+    use crate::node::{Envelope, Found, MAX_BATCH, Message, Node, Pull, Reply};
     use crate::records::{Record, Span};
     use crate::table::Version;
     use crate::{Answer, Request};
@@ -3595,6 +3582,9 @@ mod replication {
 
     /// How many nodes are asked at a time: a view of a thousand names costs no more than one of ten.
     const SIDE_BY_SIDE: usize = 16;
+
+    /// How many neighbouring buckets are compared as one span, at most: so that there are several to be compared side by side.
+    const BUCKETS_IN_PART: usize = 128;
 
     /// Says something to each of some nodes. Who does not answer is silent from then on.
     pub async fn ask_each(world: &impl World, messages: Vec<(String, Message)>) -> Vec<Option<Reply>> {
@@ -3713,7 +3703,7 @@ mod replication {
 
     /// Gets what a node has of a span, and learns what it is. None if it does not answer.
     async fn pull_from(world: &impl World, version: Version, pull: &Pull, node: &str) -> Option<Found> {
-        if reconcile(world, node, version, &[pull.span], true).await.is_some() {
+        if reconcile(world, node, version, pull.span, true).await.is_some() {
             return match ask_by(world, node, version, Message::Received(pull.span.first)).await? {
                 Reply::Whole(true) => Some(Found::Whole),
                 Reply::Whole(false) => Some(Found::Incomplete),
@@ -3754,51 +3744,32 @@ mod replication {
     pub async fn reconcile_if_due(world: &impl World, other: &str) {
         let Some(failures) = world.with(|node| node.begin_to_reconcile(other)) else { return };
         let (version, spans) = world.with(|node| (node.version().unwrap_or_default(), node.own_spans()));
-        let is_through = reconcile(world, other, version, &spans, false).await.is_some();
+        let mut is_through = true;
+        for span in spans {
+            is_through = is_through && reconcile(world, other, version, span, false).await.is_some();
+        }
         world.with(|node| node.reconciled(other, version, failures, is_through));
     }
 
-    /// Finds out by digests, and then by stamps, in which records of some spans this node and another one differ, and takes what is
-    /// newer there; gives what is newer here, unless this is part of a pull. Holds since of two records of a key the higher stamp
+    /// Finds out by the digests of buckets, and then by stamps, in which records of a span this node and another one differ, and takes
+    /// what is newer there; gives what is newer here, unless this is part of a pull. Holds since of two records of a key the higher stamp
     /// stays wherever they meet. None if it could not be finished.
-    async fn reconcile(world: &impl World, other: &str, version: Version, spans: &[Span], is_pull: bool) -> Option<()> {
-        let rows: Vec<Span> = spans.iter().flat_map(|span| span.by_row()).collect();
-        let rows = differing(world, other, version, &rows).await?;
-        let buckets: Vec<Span> = rows.iter().flat_map(|row| row.by_bucket()).collect();
-        let mut parts = joined(differing(world, other, version, &buckets).await?);
+    async fn reconcile(world: &impl World, other: &str, version: Version, span: Span, is_pull: bool) -> Option<()> {
+        let Reply::Digests(theirs) = ask_by(world, other, version, Message::Digests(span)).await? else { return None };
+        let ours = world.with(|node| node.records.digests_of(span));
+        let buckets = span.by_bucket().zip(ours.iter().zip(&theirs));
+        let differing: Vec<Span> = buckets.filter(|(_, (ours, theirs))| ours != theirs).map(|(span, _)| span).collect();
+        // Where buckets are small, a message has room for several neighbours.
+        let mut parts = Vec::new();
+        for neighbours in differing.chunk_by(|one, next| one.last + 1 == next.first) {
+            let span_of = |some: &[Span]| Span { first: some[0].first, last: some[some.len() - 1].last };
+            parts.extend(neighbours.chunks(BUCKETS_IN_PART).map(span_of));
+        }
         while !parts.is_empty() {
             let group = parts.split_off(parts.len().saturating_sub(SIDE_BY_SIDE));
             parts.extend(exchange(world, other, version, group, is_pull).await?);
         }
         Some(())
-    }
-
-    /// Neighbouring buckets of a row as one span: where they are small, a message has room for several.
-    fn joined(buckets: Vec<Span>) -> Vec<Span> {
-        let mut joined: Vec<Span> = Vec::new();
-        for bucket in buckets {
-            match joined.last_mut() {
-                Some(span) if span.last.checked_add(1) == Some(bucket.first) && span.is_in_row_of(&bucket) => {
-                    span.last = bucket.last;
-                }
-                _ => joined.push(bucket),
-            }
-        }
-        joined
-    }
-
-    /// Those of some spans whose digests differ at another node.
-    async fn differing(world: &impl World, other: &str, version: Version, spans: &[Span]) -> Option<Vec<Span>> {
-        let mut found = Vec::new();
-        for group in spans.chunks(MAX_SPANS) {
-            let message = Message::Digests(group.to_vec());
-            let Reply::Digests(theirs) = ask_by(world, other, version, message).await? else { return None };
-            let ours: Vec<u64> =
-                world.with(|node| group.iter().map(|span| node.records.sums_of(*span).digest).collect());
-            let pairs = group.iter().zip(ours.iter().zip(&theirs));
-            found.extend(pairs.filter(|(_, (ours, theirs))| ours != theirs).map(|(span, _)| *span));
-        }
-        Some(found)
     }
 
     /// Evens out some spans, side by side and as far as messages have room; returns what is left of them.
@@ -3839,7 +3810,7 @@ mod replication {
 // ---- Membership: starting, meeting, changing the view ---------------------------------------------------------------
 
 mod membership {
-    use std::collections::{BTreeMap, BTreeSet};
+    use std::collections::BTreeMap;
     use std::sync::Arc;
     use std::time::Duration;
 
@@ -3942,10 +3913,6 @@ mod membership {
             }
         }
         None
-    }
-
-    fn is_whole_by(table: &Table, status: &Status) -> bool {
-        status.version == Some(table.version) && status.incoming.is_empty()
     }
 
     // -- R9 view change
@@ -4056,8 +4023,7 @@ mod membership {
 
     /// Waits until a table is settled (R8). Returns the nodes that fall silent before that.
     async fn await_settled(world: &impl World, table: &Table) -> Vec<String> {
-        let nodes: BTreeSet<&String> = table.view.iter().chain(table.sources()).collect();
-        let nodes: Vec<String> = nodes.into_iter().cloned().collect();
+        let nodes: Vec<String> = table.nodes(false).into_iter().cloned().collect();
         let (mut silence, mut pause) = (vec![Duration::ZERO; nodes.len()], 2);
         loop {
             let began = world.with(|node| node.now);
@@ -4096,8 +4062,8 @@ mod membership {
     impl<W: World> Attempt<'_, W> {
         /// All whose lock is needed: the old view, the new one, and, unless the base is settled, its sources.
         fn nodes(&self) -> Vec<String> {
-            let sources = if self.world.with(|node| node.is_settled()) { BTreeSet::new() } else { self.base.sources() };
-            let nodes: BTreeSet<&String> = self.base.view.iter().chain(&self.wanted.view).chain(sources).collect();
+            let mut nodes = self.base.nodes(self.world.with(|node| node.is_settled()));
+            nodes.extend(&self.wanted.view);
             nodes.into_iter().cloned().collect()
         }
 
@@ -4164,7 +4130,7 @@ mod membership {
             let base = &self.base;
             let goes_by_it = |node: &&String| granted.get(*node).is_some_and(|it| it.version == Some(base.version));
             let is_majority = 2 * base.view.iter().filter(goes_by_it).count() > base.view.len();
-            let is_whole = |node: &String| granted.get(node).is_some_and(|status| is_whole_by(base, status));
+            let is_whole = |node: &String| granted.get(node).is_some_and(|status| status.is_whole_by(base.version));
             let has_other =
                 |node: &String| base.shard_of(node).is_some_and(|shard| base.shards[shard].iter().any(is_whole));
             let is_starting = |node: &String| granted.contains_key(node) && !is_whole(node);
@@ -4182,7 +4148,7 @@ mod membership {
         fn check_granted(&self, granted: &Granted, silent: &[String]) -> Result<bool, Failure> {
             let settled = self.world.with(|node| node.is_settled()) || granted.values().any(|it| self.says_settled(it));
             for (node, status) in granted {
-                let is_part = self.base.lists(node) || !settled && self.base.sources().contains(node);
+                let is_part = self.base.nodes(settled).contains(node);
                 let newer = status.store == self.base.store && status.version > Some(self.base.version);
                 if newer || is_part && status.version.is_some_and(|version| version != self.base.version) {
                     return Err(self.again(Outcome::ChangeUnderWay));
@@ -4225,7 +4191,7 @@ mod membership {
             let mut representatives = Vec::new();
             for shard in 0..self.base.shards.len() {
                 let answering = self.base.shards[shard].iter().filter(|node| granted.contains_key(*node));
-                let best = answering.min_by_key(|node| !is_whole_by(&self.base, &granted[*node]));
+                let best = answering.min_by_key(|node| !granted[*node].is_whole_by(self.base.version));
                 representatives.extend(best.map(|node| (shard, node.clone())));
             }
             representatives
@@ -5890,7 +5856,7 @@ mod simulation {
             for (number, machine) in self.machines.iter().enumerate() {
                 let (own, table) = (ADDRESSES[number].to_owned(), self.table(number));
                 let is_left_out = table.as_ref().is_some_and(|table| {
-                    let is_named = newest.lists(&own) || newest.sources().contains(&own);
+                    let is_named = newest.nodes(false).contains(&own);
                     table.version.epoch < newest.version.epoch && table.lists(&own) && !is_named
                 });
                 if machine.counts.replace(table.is_some() && !is_left_out) && is_left_out {
