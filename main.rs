@@ -35,38 +35,30 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt::{self, Formatter};
-use std::fs::File;
-use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener};
-use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::pin::pin;
+use std::panic::catch_unwind;
 use std::process::exit;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
-use std::task::{self, Poll, Waker};
-use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, LazyLock};
+use std::time::{Duration, SystemTime};
 
 use attohttpc::StatusCode;
 use httpdate::HttpDate;
-use may::sync::Blocker;
 use may_minihttp::{HttpServiceFactory, Request as Parsed};
 use percent_encoding::percent_decode;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use serde_json::value::RawValue;
 use url::Url;
 
-use connections::{CONNECTIONS, MAX_CONNECTIONS, OTHER_FILES, Server};
-use membership::{answer_view_change, count_keys, describe_shards, keep_in_touch, run};
-use node::{Context, Envelope, Later, Message, Node, Place, Reply, node_of};
-use peers::{PATIENCE, Peer, Question, STREAM, knows_secret};
-use records::{Record, hash_of};
-use replication::{Lost, World};
-use table::{Table, Version};
+use connections::{MAX_CONNECTIONS, OTHER_FILES, Server};
+use membership::keep_in_touch;
+use node::{Context, node_of};
+use peers::STREAM;
+use records::Record;
+use world::{BACKGROUND, Live, block_on, fail, keep_stderr, pause, repeat, say, wake_sleepers};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
@@ -76,65 +68,6 @@ const MAX_VALUE: usize = 1 << 20;
 const MAX_BODY: usize = 4 << 20;
 /// The limit of a request's head. The server has none of its own and would collect an endless head in memory.
 const MAX_HEAD: usize = 64 << 10;
-
-/// Locks a mutex, also after a panic elsewhere: what is guarded here is whole between any two statements.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The indices of some numbers, in the order of the numbers; of equals, the first comes first.
-fn in_order(numbers: impl Iterator<Item = u64>) -> Vec<usize> {
-    let mut numbers: Vec<(u64, usize)> = numbers.zip(0..).collect();
-    numbers.sort_unstable();
-    numbers.into_iter().map(|(_, index)| index).collect()
-}
-
-/// Who sleeps, by when they wake; the number tells apart those that wake at once.
-static SLEEPERS: Mutex<BTreeMap<(Instant, usize), Arc<Blocker>>> = Mutex::new(BTreeMap::new());
-static SLEEPER_CAME: Condvar = Condvar::new();
-/// How often the sleepers are looked at, in any case: so most deadlines of requests, which do not come about, wake nobody.
-const WAKE_INTERVAL: Duration = Duration::from_millis(100);
-
-/// Lets a coroutine, or a thread, sleep. (`may::coroutine::sleep` sets a timer and then writes to the coroutine once more: if it has
-/// woken and ended by then, it is gone, and the process crashes.)
-fn pause(time: Duration) {
-    park_until(&Blocker::current(), Instant::now() + time);
-}
-
-/// Parks the calling coroutine, or thread, until its blocker is unparked, at that time at the latest.
-fn park_until(blocker: &Arc<Blocker>, time: Instant) {
-    let key = (time, Arc::as_ptr(blocker) as usize);
-    let mut sleepers = lock(&SLEEPERS);
-    sleepers.insert(key, blocker.clone());
-    let is_first = sleepers.keys().next() == Some(&key);
-    drop(sleepers);
-    if is_first && time.saturating_duration_since(Instant::now()) < WAKE_INTERVAL {
-        SLEEPER_CAME.notify_one();
-    }
-    let _ = blocker.park(None);
-    lock(&SLEEPERS).remove(&key);
-}
-
-/// Wakes the coroutines whose time has come, or waits for one. To be repeated by a thread of its own.
-fn wake_sleepers() {
-    let mut sleepers = lock(&SLEEPERS);
-    let now = Instant::now();
-    let later = sleepers.split_off(&(now, usize::MAX));
-    let due = std::mem::replace(&mut *sleepers, later);
-    if due.is_empty() {
-        let next = sleepers.keys().next().map_or(WAKE_INTERVAL, |(due, _)| due.saturating_duration_since(now));
-        drop(SLEEPER_CAME.wait_timeout(sleepers, next.min(WAKE_INTERVAL)));
-    } else {
-        // Without the lock (`Waiting`).
-        drop(sleepers);
-        due.values().for_each(|sleeper| sleeper.unpark());
-    }
-}
-
-/// A number that nobody guesses: the standard library keys its hashes with such.
-fn random() -> u64 {
-    RandomState::new().hash_one(0)
-}
 
 // ---- Settings: what the environment says ----------------------------------------------------------------------------
 
@@ -154,6 +87,18 @@ environment (an empty variable is an unset one):
   REPL_FACTOR         how many nodes hold each shard, at least [1]
   SECRET              what the nodes of a store share: 1 to 200 visible ASCII characters [none]
 ";
+
+/// What this instance is. A follower has its main instance's address, a node its own.
+enum Role {
+    Main,
+    Follower(String),
+    Node(String),
+}
+
+/// This node's own address; None for a main instance and a follower.
+fn own() -> Option<&'static str> {
+    if let Role::Node(own) = &SETTINGS.role { Some(own) } else { None }
+}
 
 /// What the environment asks of this process.
 struct Settings {
@@ -297,9 +242,10 @@ mod connections {
     use may_minihttp::{BodyReader, HttpService, HttpServiceFactory, Request as Parsed, Response};
     use nix::errno::Errno;
 
-    use crate::peers::{read_requests, write_answers};
-    use crate::{Action, Answer, CLOSE, LARGE_BODY, MAX_HEAD, Outcome, Request, Resource, VERBS, Vocabulary};
-    use crate::{answer_about, answer_or_defer, count_answer, knows_secret, pause, read_head};
+    use crate::peers::{knows_secret, read_requests, write_answers};
+    use crate::service::{Action, LARGE_BODY, VERBS, answer_about, answer_or_defer, count_answer};
+    use crate::world::pause;
+    use crate::{Answer, CLOSE, MAX_HEAD, Outcome, Request, Resource, Vocabulary, read_head};
 
     /// The output of a connection is sent when it has more than so many bytes. A value that is longer is not copied to it.
     const BATCH: usize = 32 << 10;
@@ -339,7 +285,7 @@ mod connections {
     struct Client {
         fd: RawFd,
         phase: Cell<Phase>,
-        /// When something last happened.
+        /// When something last came, or the last answer was written.
         active: Cell<Instant>,
         /// How many bytes were read since a request was last dealt with: of the next one's head, or what the server read ahead.
         head: Cell<usize>,
@@ -477,7 +423,7 @@ mod connections {
 
         /// Writes an answer to the output, and a large value to the socket. `connection` is what its head says of the connection.
         fn write(&self, answer: Answer, verb: &str, connection: &str, is_head: bool) {
-            count_answer(verb, answer.status);
+            count_answer(verb, answer.status, self.active.get().elapsed());
             answer.write_head(&mut self.output.borrow_mut(), connection);
             for piece in answer.pieces().into_iter().filter(|_| !is_head) {
                 if piece.len() > BATCH {
@@ -637,6 +583,7 @@ mod connections {
         fn call(&mut self, parsed: Parsed, _: &mut Response) -> io::Result<()> {
             if let Some(client) = Client::at(self.0).filter(|client| !client.is_closing()) {
                 client.phase.set(Phase::Request);
+                client.active.set(Instant::now());
                 client.head.set(0);
                 client.serve(parsed);
                 BODIES.fetch_sub(client.room.take(), Relaxed);
@@ -1076,16 +1023,14 @@ enum Outcome {
     /// With the header that tells which verbs the path takes.
     VerbNotAllowed(&'static str),
     NoShard,
-    /// With the members that tell how many keys there are, that describe this instance, or a shard, or with the shards' ids.
-    KeyCount(String), Instance(String), Shard(String), Shards(String),
+    /// With an object that has the members beside those of the row.
+    KeyCount(Value), Instance(Value), Shard(Value), Shards(Value), ViewChanged(Value),
     /// With the text, but for its last line break.
     Metrics(String),
     /// With the address of the node.
     NodeDown(String), HoldsKeys(String),
     /// With the reason.
     ViewInvalid(String),
-    /// With the members that tell how many keys moved, and where the keys are.
-    ViewChanged(String),
 }
 
 impl Outcome {
@@ -1118,7 +1063,7 @@ impl Outcome {
             Unparsed          => [(400, "Bad request: not HTTP/1.1, or more than 16 headers"); 2],
             LengthRequired    => [(411, "Length required"); 2],
             KeyCount(_)       => [(200, r#"{"message":"Key count retrieved successfully",<text>}"#); 2],
-            Shards(_)         => [(200, r#"{"message":"Shard membership retrieved successfully","shards":[<text>]}"#); 2],
+            Shards(_)         => [(200, r#"{"message":"Shard membership retrieved successfully",<text>}"#); 2],
             Shard(_)          => [(200, r#"{"message":"Shard information retrieved successfully",<text>}"#); 2],
             NoShard           => [(404, "Shard does not exist"); 2],
             Instance(_)       => [(200, r#"{"result":"Success",<text>}"#); 2],
@@ -1138,12 +1083,15 @@ impl Outcome {
     }
 
     /// What goes in the place of `<text>`, unless it is a value.
-    fn text(&self) -> &str {
+    fn text(&self) -> Cow<'_, str> {
         use Outcome::*;
         match self {
-            KeyCount(text) | Instance(text) | Shard(text) | Shards(text) | Metrics(text) => text,
-            NodeDown(text) | HoldsKeys(text) | ViewInvalid(text) | ViewChanged(text) => text,
-            _ => "",
+            KeyCount(object) | Instance(object) | Shard(object) | Shards(object) | ViewChanged(object) => {
+                let text = object.to_string();
+                text[1..text.len() - 1].to_owned().into()
+            }
+            Metrics(text) | NodeDown(text) | HoldsKeys(text) | ViewInvalid(text) => text.into(),
+            _ => "".into(),
         }
     }
 
@@ -1158,9 +1106,9 @@ impl Outcome {
         };
         let (before, text, after) = match template.split_once("<text>") {
             Some((before, after)) => (before, self.text(), after),
-            None => (&*template, "", ""),
+            None => (&*template, "".into(), ""),
         };
-        let body = [before, text, after, "\n"].concat().into_bytes();
+        let body = [before, &text, after, "\n"].concat().into_bytes();
         let (header, value) = match self {
             Outcome::Found(record) => (JSON, Some((before.len(), record))),
             Outcome::VerbNotAllowed(header) => (header, None),
@@ -1259,460 +1207,539 @@ impl Answer {
     }
 }
 
-// ---- Owners: who answers a request ----------------------------------------------------------------------------------
+// ---- Service: who answers a request ---------------------------------------------------------------------------------
 
-/// What this instance is. A follower has its main instance's address, a node its own.
-enum Role {
-    Main,
-    Follower(String),
-    Node(String),
-}
+mod service {
+    //! The whole road of a request, from its owner to its answer: this instance answers it at once if it can do so alone
+    //! (`answer_or_defer`). A request for a key that another node owns is passed on (`KeyRequest`), and what is about no key is answered
+    //! by `answer_about`. Also what an instance tells of itself: its description and metrics.
 
-/// This node's own address; None for a main instance and a follower.
-fn own() -> Option<&'static str> {
-    if let Role::Node(own) = &SETTINGS.role { Some(own) } else { None }
-}
+    use std::collections::BTreeMap;
+    use std::fs;
+    use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+    use std::time::Duration;
 
-/// What is left to be done for an answer.
-type Work = Box<dyn FnOnce() -> Answer + Send>;
+    use serde_json::{Value, json};
 
-/// The whole road of a request, from its owner to its answer. Answers it at once if this instance can do so alone. What has to ask
-/// other instances is returned as work.
-fn answer_or_defer(request: Request) -> Result<Answer, Work> {
-    if request.origin == Origin::Message {
-        return answer_message(&request);
-    }
-    let (resource, vocabulary) = request.route();
-    if let Some(refusal) = request.refusal_if_late() {
-        return Ok(refusal.answer(vocabulary, &request.verb));
-    }
-    match (&SETTINGS.role, &resource) {
-        // What an instance is, only that instance can say.
-        (Role::Follower(main), resource) if !is_about_this_instance(resource, &request) => {
-            let patience = if let Resource::ViewChange = resource { CHANGE_LIMIT } else { request.patience() };
-            Err(Box::new(move || {
-                let verb = request.verb.clone();
-                let down = |_| Outcome::MainDown.answer(vocabulary, &verb);
-                Peer::at(main).relay(request, patience).unwrap_or_else(down)
-            }))
-        }
-        (_, Resource::Key(_)) if request.body.len() > LARGE_BODY => {
-            Err(Box::new(move || in_background(|| answer_key(request))))
-        }
-        (_, Resource::Key(_)) => answer_key(request),
-        _ => Err(Box::new(move || answer_about(request))),
-    }
-}
-
-/// Above this, in bytes, a body is parsed in the background: 4 MiB of JSON escapes take 30 ms.
-const LARGE_BODY: usize = 128 << 10;
-
-/// `answer_or_defer` for a request that is about a key.
-fn answer_key(request: Request) -> Result<Answer, Work> {
-    let (Resource::Key(key), vocabulary) = request.route() else { return Ok(answer_about(request)) };
-    let context = match causal_context(&request, vocabulary) {
-        Ok(context) => context,
-        Err(refusal) => return Ok(refusal.answer(vocabulary, &request.verb)),
+    use crate::connections::CONNECTIONS;
+    use crate::membership::{answer_view_change, count_keys, describe_shards, meet, meet_all};
+    use crate::node::{Context, Node, Place};
+    use crate::peers::{PATIENCE, Peer};
+    use crate::records::{Record, hash_of};
+    use crate::replication::{World, get_key, replicate};
+    use crate::table::{Table, Version};
+    use crate::world::{CHANGE_LIMIT, Live, answer_message, block_on, in_background, started};
+    use crate::{
+        Answer, GET_ONLY, KEY_VERBS, Origin, Outcome, PUT_ONLY, Request, Resource, Role, SETTINGS, VERSION, Vocabulary,
     };
-    let (hash, action, key) = (hash_of(&key), Action::of(&key, &request, vocabulary), key.into_owned());
-    let mut request =
-        KeyRequest { hash, key, request, vocabulary, action, context, fetched: Vec::new(), gave_up_on_context: false };
-    match Live.with(|node| (request.perform(node), node.now)) {
-        (Tried::Done(outcome, context), _) => Ok(request.render(outcome, &context)),
-        (tried, began) => Err(Box::new(move || block_on(request.answer(&Live, tried, began)))),
-    }
-}
+    use crate::{causal_context, member, own, parse_factor, parse_view, record_of};
 
-/// Whether only the instance that is asked can answer. (A verb that no instance takes there is left to the main instance.)
-fn is_about_this_instance(resource: &Resource, request: &Request) -> bool {
-    match resource {
-        Resource::Instance => request.verb == "GET",
-        Resource::Metrics => true,
-        _ => false,
-    }
-}
+    /// What is left to be done for an answer.
+    pub type Work = Box<dyn FnOnce() -> Answer + Send>;
 
-/// What a request wants done with the record of its key.
-enum Action {
-    Get,
-    Delete,
-    Put(Record),
-    Refuse(Outcome),
-}
-
-impl Action {
-    /// Whether what it finds depends on what the key has.
-    fn reads(&self) -> bool {
-        matches!(self, Action::Get | Action::Delete)
-    }
-
-    fn of(key: &[u8], request: &Request, vocabulary: Vocabulary) -> Action {
-        match request.verb.as_str() {
-            "GET" => Action::Get,
-            "DELETE" => Action::Delete,
-            "PUT" => record_of(key, request, vocabulary).map_or_else(Action::Refuse, Action::Put),
-            _ => Action::Refuse(Outcome::VerbNotAllowed(KEY_VERBS)),
+    /// The whole road of a request, from its owner to its answer. Answers it at once if this instance can do so alone. What has to ask
+    /// other instances is returned as work.
+    pub fn answer_or_defer(request: Request) -> Result<Answer, Work> {
+        if request.origin == Origin::Message {
+            return answer_message(&request);
         }
-    }
-}
-
-/// A request for a key on its way to whoever has the key.
-struct KeyRequest {
-    hash: u64,
-    key: Vec<u8>,
-    request: Request,
-    vocabulary: Vocabulary,
-    action: Action,
-    context: Option<Context>,
-    /// The groups of nodes that have given the key, each by the table of this version.
-    fetched: Vec<(Option<Version>, Vec<String>)>,
-    /// Its context is not waited for any longer.
-    gave_up_on_context: bool,
-}
-
-/// What became of a request at this instance so far.
-enum Tried {
-    Done(Outcome, Option<Context>),
-    /// A record was written, which the other replicas are to have before this is answered.
-    Written(Record, Outcome),
-    /// These nodes have the key; the first one is to be asked first.
-    Elsewhere(Vec<String>),
-    /// A node of each of these groups has to give the key first.
-    Needs(Vec<Vec<String>>),
-    /// The same, so that the answer is not older than the context; None: the context knows of a newer table.
-    NeedsForContext(Option<Vec<Vec<String>>>),
-    /// This node does not know yet who has the key.
-    Unknown,
-}
-
-impl KeyRequest {
-    /// Does what the request wants if this node may.
-    fn perform(&mut self, node: &mut Node) -> Tried {
-        if let Some(refusal) = self.request.refusal_if_late() {
-            return Tried::Done(refusal, self.context.clone());
+        let (resource, vocabulary) = request.route();
+        if let Some(refusal) = request.refusal_if_late() {
+            return Ok(refusal.answer(vocabulary, &request.verb));
         }
-        let is_passed_on = self.request.origin != Origin::Client;
-        if matches!(self.request.origin, Origin::Node(store) if node.table().is_some() && node.store() != store) {
-            return Tried::Done(Outcome::Elsewhere, None);
-        }
-        match node.place(self.hash) {
-            Place::Here => {}
-            // What another node passed on is not passed on again.
-            Place::There(_) | Place::Unknown if is_passed_on => return Tried::Done(Outcome::Elsewhere, None),
-            Place::There(nodes) => return Tried::Elsewhere(nodes),
-            Place::Unknown => return Tried::Unknown,
-        }
-        if let Some(context) = &mut self.context {
-            if !node.is_plausible(context) {
-                return Tried::Done(Outcome::ContextInvalid, None);
+        match (&SETTINGS.role, &resource) {
+            // What an instance is, only that instance can say.
+            (Role::Follower(main), resource) if !is_about_this_instance(resource, &request) => {
+                let patience = if let Resource::ViewChange = resource { CHANGE_LIMIT } else { request.patience() };
+                Err(Box::new(move || {
+                    let verb = request.verb.clone();
+                    let down = |_| Outcome::MainDown.answer(vocabulary, &verb);
+                    Peer::at(main).relay(request, patience).unwrap_or_else(down)
+                }))
             }
-            // However many members it came with: those that matter are few.
-            *context = node.unstable_part(context);
+            (_, Resource::Key(_)) if request.body.len() > LARGE_BODY => {
+                Err(Box::new(move || in_background(|| answer_key(request))))
+            }
+            (_, Resource::Key(_)) => answer_key(request),
+            _ => Err(Box::new(move || answer_about(request))),
         }
-        let mut needs = node.pull_needs(self.hash);
-        needs.retain(|group| !self.fetched.contains(&(node.version(), group.clone())));
-        if !needs.is_empty() {
-            return Tried::Needs(needs);
+    }
+
+    /// Above this, in bytes, a body is parsed in the background: 4 MiB of JSON escapes take 30 ms.
+    pub const LARGE_BODY: usize = 128 << 10;
+
+    /// `answer_or_defer` for a request that is about a key.
+    fn answer_key(request: Request) -> Result<Answer, Work> {
+        let mut request = match KeyRequest::new(request) {
+            Ok(request) => request,
+            Err(refusal) => return Ok(refusal),
+        };
+        match Live.with(|node| (request.perform(node), node.now)) {
+            (Tried::Done(outcome, context), _) => Ok(request.render(outcome, &context)),
+            (tried, began) => Err(Box::new(move || block_on(request.answer(&Live, tried, began)))),
         }
-        if let Some(context) = self.context.as_ref().filter(|_| self.action.reads() && !self.gave_up_on_context) {
-            let Some(mut needs) = node.context_needs(self.hash, &self.key, context) else {
-                return Tried::NeedsForContext(None);
-            };
+    }
+
+    /// Whether only the instance that is asked can answer. (A verb that no instance takes there is left to the main instance.)
+    fn is_about_this_instance(resource: &Resource, request: &Request) -> bool {
+        match resource {
+            Resource::Instance => request.verb == "GET",
+            Resource::Metrics => true,
+            _ => false,
+        }
+    }
+
+    /// What a request wants done with the record of its key.
+    pub enum Action {
+        Get,
+        Delete,
+        Put(Record),
+        Refuse(Outcome),
+    }
+
+    impl Action {
+        /// Whether what it finds depends on what the key has.
+        fn reads(&self) -> bool {
+            matches!(self, Action::Get | Action::Delete)
+        }
+
+        pub fn of(key: &[u8], request: &Request, vocabulary: Vocabulary) -> Action {
+            match request.verb.as_str() {
+                "GET" => Action::Get,
+                "DELETE" => Action::Delete,
+                "PUT" => record_of(key, request, vocabulary).map_or_else(Action::Refuse, Action::Put),
+                _ => Action::Refuse(Outcome::VerbNotAllowed(KEY_VERBS)),
+            }
+        }
+    }
+
+    /// A request for a key on its way to whoever has the key.
+    pub struct KeyRequest {
+        hash: u64,
+        key: Vec<u8>,
+        request: Request,
+        vocabulary: Vocabulary,
+        action: Action,
+        context: Option<Context>,
+        /// The groups of nodes that have given the key, each by the table of this version.
+        fetched: Vec<(Option<Version>, Vec<String>)>,
+        /// Its context is not waited for any longer.
+        gave_up_on_context: bool,
+    }
+
+    /// What became of a request at this instance so far.
+    pub enum Tried {
+        Done(Outcome, Option<Context>),
+        /// A record was written, which the other replicas are to have before this is answered.
+        Written(Record, Outcome),
+        /// These nodes have the key; the first one is to be asked first.
+        Elsewhere(Vec<String>),
+        /// A node of each of these groups has to give the key first.
+        Needs(Vec<Vec<String>>),
+        /// The same, so that the answer is not older than the context; None: the context knows of a newer table.
+        NeedsForContext(Option<Vec<Vec<String>>>),
+        /// This node does not know yet who has the key.
+        Unknown,
+    }
+
+    impl KeyRequest {
+        /// The error is the refusal of a request that is about no key, or whose context is not valid.
+        pub fn new(request: Request) -> Result<KeyRequest, Answer> {
+            let (resource, vocabulary) = request.route();
+            let Resource::Key(key) = resource else { return Err(Outcome::NotFound.answer(vocabulary, &request.verb)) };
+            let context = causal_context(&request, vocabulary);
+            let context = context.map_err(|refusal| refusal.answer(vocabulary, &request.verb))?;
+            let (hash, action, key) = (hash_of(&key), Action::of(&key, &request, vocabulary), key.into_owned());
+            let (fetched, gave_up_on_context) = (Vec::new(), false);
+            Ok(KeyRequest { hash, key, request, vocabulary, action, context, fetched, gave_up_on_context })
+        }
+
+        /// Does what the request wants if this node may.
+        pub fn perform(&mut self, node: &mut Node) -> Tried {
+            if let Some(refusal) = self.request.refusal_if_late() {
+                return Tried::Done(refusal, self.context.clone());
+            }
+            let is_passed_on = self.request.origin != Origin::Client;
+            if matches!(self.request.origin, Origin::Node(store) if node.table().is_some() && node.store() != store) {
+                return Tried::Done(Outcome::Elsewhere, None);
+            }
+            match node.place(self.hash) {
+                Place::Here => {}
+                // What another node passed on is not passed on again.
+                Place::There(_) | Place::Unknown if is_passed_on => return Tried::Done(Outcome::Elsewhere, None),
+                Place::There(nodes) => return Tried::Elsewhere(nodes),
+                Place::Unknown => return Tried::Unknown,
+            }
+            if let Some(context) = &mut self.context {
+                if !node.is_plausible(context) {
+                    return Tried::Done(Outcome::ContextInvalid, None);
+                }
+                // However many members it came with: those that matter are few.
+                *context = node.unstable_part(context);
+            }
+            let mut needs = node.pull_needs(self.hash);
             needs.retain(|group| !self.fetched.contains(&(node.version(), group.clone())));
             if !needs.is_empty() {
-                return Tried::NeedsForContext(Some(needs));
+                return Tried::Needs(needs);
             }
-        }
-        self.perform_here(node)
-    }
-
-    fn perform_here(&mut self, node: &mut Node) -> Tried {
-        let here = node.records.get(self.hash, &self.key).cloned();
-        let found = here.clone().filter(|record| !record.is_tombstone());
-        let known = self.context.clone().unwrap_or_default();
-        let (record, outcome) = match std::mem::replace(&mut self.action, Action::Get) {
-            Action::Refuse(outcome) => return Tried::Done(outcome, self.context.clone()),
-            Action::Put(record) => (record, if found.is_some() { Outcome::Replaced } else { Outcome::Created }),
-            // A key that the client may know of is deleted, also if this replica never saw it.
-            Action::Delete if found.is_some() || self.gave_up_on_context => {
-                (Record::tombstone(&self.key), Outcome::Deleted)
-            }
-            Action::Get | Action::Delete => {
-                let after = self.context.as_ref().map(|context| node.context_after(context, here.as_ref()));
-                return Tried::Done(found.map_or(Outcome::Missing, Outcome::Found), after);
-            }
-        };
-        let record = node.write(self.hash, record, &known);
-        match node.lacking(&record, &BTreeMap::new()) {
-            Ok(lacking) if lacking.is_empty() => {
-                let after = self.context.as_ref().map(|context| node.context_after(context, Some(&record)));
-                Tried::Done(outcome, after)
-            }
-            _ => Tried::Written(record, outcome),
-        }
-    }
-
-    fn render(&self, outcome: Outcome, context: &Option<Context>) -> Answer {
-        outcome.answer(self.vocabulary, &self.request.verb).with_context(context)
-    }
-
-    fn render_down(&self, node: &str) -> Answer {
-        let answer = Outcome::NodeDown(node.to_owned()).answer(self.vocabulary, &self.request.verb);
-        answer.with_address(node, self.vocabulary).with_context(&self.context)
-    }
-
-    /// Answers the request, of which `tried` is what came of it here so far, since it began.
-    async fn answer(mut self, world: &impl World, mut tried: Tried, began: Duration) -> Answer {
-        let deadline = began + self.request.patience();
-        loop {
-            let retry = match tried {
-                Tried::Done(outcome, context) => return self.render(outcome, &context),
-                Tried::Written(record, outcome) => return self.acknowledge(world, record, outcome, deadline).await,
-                Tried::Elsewhere(nodes) => match self.pass_on(world, nodes, deadline).await {
-                    // Its table is not ours: one of us learns which is newer.
-                    (owner, Some(answer)) if answer.status == 421 => {
-                        membership::meet(world, &owner).await;
-                        Duration::from_millis(1)
-                    }
-                    (owner, Some(answer)) => return answer.with_address(&owner, self.vocabulary),
-                    (owner, None) => return self.render_down(&owner),
-                },
-                Tried::Needs(groups) => match self.get(world, &groups).await {
-                    Some(group) if world.with(|node| node.now) > deadline => return self.render_down(&group[0]),
-                    missing => Duration::from_millis(if missing.is_some() { 5 } else { 0 }),
-                },
-                Tried::NeedsForContext(groups) => match self.get_for_context(world, groups, began).await {
-                    Some(pause) => pause,
-                    None => return self.render(Outcome::Unsatisfied, &self.context),
-                },
-                Tried::Unknown if world.with(|node| node.now) > deadline => {
-                    return self.render_down(&world.with(|node| node.missing()));
+            if let Some(context) = self.context.as_ref().filter(|_| self.action.reads() && !self.gave_up_on_context) {
+                let Some(mut needs) = node.context_needs(self.hash, &self.key, context) else {
+                    return Tried::NeedsForContext(None);
+                };
+                needs.retain(|group| !self.fetched.contains(&(node.version(), group.clone())));
+                if !needs.is_empty() {
+                    return Tried::NeedsForContext(Some(needs));
                 }
-                Tried::Unknown => Duration::from_millis(5),
-            };
-            if retry > Duration::ZERO {
-                world.sleep(retry).await;
             }
-            tried = world.with(|node| self.perform(node));
+            self.perform_here(node)
+        }
+
+        fn perform_here(&mut self, node: &mut Node) -> Tried {
+            let here = node.records.get(self.hash, &self.key).cloned();
+            let found = here.clone().filter(|record| !record.is_tombstone());
+            let known = self.context.clone().unwrap_or_default();
+            let (record, outcome) = match std::mem::replace(&mut self.action, Action::Get) {
+                Action::Refuse(outcome) => return Tried::Done(outcome, self.context.clone()),
+                Action::Put(record) => (record, if found.is_some() { Outcome::Replaced } else { Outcome::Created }),
+                // A key that the client may know of is deleted, also if this replica never saw it.
+                Action::Delete if found.is_some() || self.gave_up_on_context => {
+                    (Record::tombstone(&self.key), Outcome::Deleted)
+                }
+                Action::Get | Action::Delete => {
+                    let after = self.context.as_ref().map(|context| node.context_after(context, here.as_ref()));
+                    return Tried::Done(found.map_or(Outcome::Missing, Outcome::Found), after);
+                }
+            };
+            let record = node.write(self.hash, record, &known);
+            match node.lacking(&record, &BTreeMap::new()) {
+                Ok(lacking) if lacking.is_empty() => {
+                    let after = self.context.as_ref().map(|context| node.context_after(context, Some(&record)));
+                    Tried::Done(outcome, after)
+                }
+                _ => Tried::Written(record, outcome),
+            }
+        }
+
+        fn render(&self, outcome: Outcome, context: &Option<Context>) -> Answer {
+            outcome.answer(self.vocabulary, &self.request.verb).with_context(context)
+        }
+
+        fn render_down(&self, node: &str) -> Answer {
+            let answer = Outcome::NodeDown(node.to_owned()).answer(self.vocabulary, &self.request.verb);
+            answer.with_address(node, self.vocabulary).with_context(&self.context)
+        }
+
+        /// Answers the request, of which `tried` is what came of it here so far, since it began.
+        pub async fn answer(mut self, world: &impl World, mut tried: Tried, began: Duration) -> Answer {
+            let deadline = began + self.request.patience();
+            loop {
+                let retry = match tried {
+                    Tried::Done(outcome, context) => return self.render(outcome, &context),
+                    Tried::Written(record, outcome) => return self.acknowledge(world, record, outcome, deadline).await,
+                    Tried::Elsewhere(nodes) => match self.pass_on(world, nodes, deadline).await {
+                        // Its table is not ours: one of us learns which is newer.
+                        (owner, Some(answer)) if answer.status == 421 => {
+                            meet(world, &owner).await;
+                            Duration::from_millis(1)
+                        }
+                        (owner, Some(answer)) => return answer.with_address(&owner, self.vocabulary),
+                        (owner, None) => return self.render_down(&owner),
+                    },
+                    Tried::Needs(groups) => match self.get(world, &groups).await {
+                        Some(group) if world.with(|node| node.now) > deadline => return self.render_down(&group[0]),
+                        missing => Duration::from_millis(if missing.is_some() { 5 } else { 0 }),
+                    },
+                    Tried::NeedsForContext(groups) => match self.get_for_context(world, groups, began).await {
+                        Some(pause) => pause,
+                        None => return self.render(Outcome::Unsatisfied, &self.context),
+                    },
+                    Tried::Unknown if world.with(|node| node.now) > deadline => {
+                        return self.render_down(&world.with(|node| node.missing()));
+                    }
+                    Tried::Unknown => Duration::from_millis(5),
+                };
+                if retry > Duration::ZERO {
+                    world.sleep(retry).await;
+                }
+                tried = world.with(|node| self.perform(node));
+            }
+        }
+
+        /// Gets what the context asks for. Returns the pause before the request is tried again. None: a read gives up, within a second. (A
+        /// DELETE goes on without.)
+        async fn get_for_context(
+            &mut self,
+            world: &impl World,
+            groups: Option<Vec<Vec<String>>>,
+            began: Duration,
+        ) -> Option<Duration> {
+            let is_met = match groups {
+                Some(groups) => self.get(world, &groups).await.is_none(),
+                None => catch_up(world, self.context.as_mut()).await,
+            };
+            let is_late = world.with(|node| node.now) > began + CATCH_UP;
+            self.gave_up_on_context = !is_met && is_late;
+            if self.gave_up_on_context && matches!(self.action, Action::Get) {
+                return None;
+            }
+            Some(Duration::from_millis(if is_met || is_late { 0 } else { 50 }))
+        }
+
+        /// Gets the key from a node of each group. Some: a group of which none gave it.
+        async fn get(&mut self, world: &impl World, groups: &[Vec<String>]) -> Option<Vec<String>> {
+            for group in groups {
+                match get_key(world, &self.key, group).await {
+                    Some(version) => self.fetched.push((Some(version), group.clone())),
+                    None => return Some(group.clone()),
+                }
+            }
+            None
+        }
+
+        /// Answers for a record that was written here, as soon as the other replicas have it.
+        async fn acknowledge(
+            &self,
+            world: &impl World,
+            record: Record,
+            outcome: Outcome,
+            deadline: Duration,
+        ) -> Answer {
+            if let Err(missing) = replicate(world, &record, deadline).await {
+                return self.render_down(&missing);
+            }
+            let after =
+                self.context.as_ref().map(|context| world.with(|node| node.context_after(context, Some(&record))));
+            self.render(outcome, &after)
+        }
+
+        /// Takes a client's request to the nodes that have its key, one after the other as long as it cannot have taken effect. Returns who
+        /// answered, or who did not.
+        async fn pass_on(
+            &self,
+            world: &impl World,
+            mut nodes: Vec<String>,
+            deadline: Duration,
+        ) -> (String, Option<Answer>) {
+            let is_read = self.request.verb == "GET";
+            nodes.reverse();
+            let mut owner = nodes.pop().unwrap_or_default();
+            loop {
+                let (store, now) = world.with(|node| (node.store(), node.now));
+                let limit = if is_read && !nodes.is_empty() { NEXT_REPLICA } else { PATIENCE };
+                let passed_on = Request { origin: Origin::Node(store), ..self.request.clone() };
+                let lost = match world.relay(&owner, passed_on, deadline.saturating_sub(now).min(limit)).await {
+                    Ok(answer) => return (owner, Some(answer)),
+                    Err(lost) => lost,
+                };
+                world.with(|node| node.note_silent(&owner, true));
+                match nodes.pop().filter(|_| is_read || !lost.was_sent) {
+                    Some(next) => owner = next,
+                    None => return (owner, None),
+                }
+            }
         }
     }
 
-    /// Gets what the context asks for. Returns the pause before the request is tried again. None: a read gives up, within a second. (A
-    /// DELETE goes on without.)
-    async fn get_for_context(
-        &mut self,
-        world: &impl World,
-        groups: Option<Vec<Vec<String>>>,
-        began: Duration,
-    ) -> Option<Duration> {
-        let is_met = match groups {
-            Some(groups) => self.get(world, &groups).await.is_none(),
-            None => catch_up(world, self.context.as_mut()).await,
+    /// Meets all nodes of the view, to learn of the newer table that a context knows of. If all answer and none goes by it, it never came
+    /// to be. False if that is not known yet.
+    async fn catch_up(world: &impl World, context: Option<&mut Context>) -> bool {
+        let nodes = world.with(|node| node.table()).map_or(Vec::new(), |table| table.view.clone());
+        let all = meet_all(world, &nodes).await.iter().all(Option::is_some);
+        let own = world.with(|node| node.version());
+        match context {
+            Some(context) if context.table > own && all => context.table = None,
+            Some(context) => return context.table <= own,
+            None => {}
+        }
+        true
+    }
+
+    /// How long one replica has to answer a read before another one is asked.
+    const NEXT_REPLICA: Duration = Duration::from_millis(1200);
+    /// For how long other replicas are asked again for what a context asks for.
+    const CATCH_UP: Duration = Duration::from_millis(250);
+
+    /// Answers what is about no key. (Not inlined where every request passes: it would cost each connection a page of its stack.)
+    #[inline(never)]
+    pub fn answer_about(request: Request) -> Answer {
+        use Outcome::*;
+        let (resource, vocabulary) = request.route();
+        let outcome = match (&resource, request.verb.as_str()) {
+            (Resource::Instance, "GET") => Instance(describe_instance()),
+            (Resource::Metrics, "GET") => Metrics(metrics()),
+            (Resource::KeyCount, "GET") => block_on(count_keys(&Live)).unwrap_or_else(|failure| failure),
+            (Resource::ViewChange, "PUT") | (Resource::Shards(_), "GET") if own().is_none() => AddressNotSet,
+            (Resource::Shards(id), "GET") => block_on(describe_shards(&Live, *id)).unwrap_or_else(|failure| failure),
+            (Resource::ViewChange, "PUT") => match wanted_view(&request.body) {
+                Ok(wanted) => return block_on(answer_view_change(&Live, &request, &wanted)),
+                Err(refusal) => refusal,
+            },
+            (Resource::Unknown, _) => NotFound,
+            (Resource::ViewChange, _) => VerbNotAllowed(PUT_ONLY),
+            _ => VerbNotAllowed(GET_ONLY),
         };
-        let is_late = world.with(|node| node.now) > began + CATCH_UP;
-        self.gave_up_on_context = !is_met && is_late;
-        if self.gave_up_on_context && matches!(self.action, Action::Get) {
-            return None;
-        }
-        Some(Duration::from_millis(if is_met || is_late { 0 } else { 50 }))
+        outcome.answer(vocabulary, &request.verb)
     }
 
-    /// Gets the key from a node of each group. Some: a group of which none gave it.
-    async fn get(&mut self, world: &impl World, groups: &[Vec<String>]) -> Option<Vec<String>> {
-        for group in groups {
-            match replication::get_key(world, &self.key, group).await {
-                Some(version) => self.fetched.push((Some(version), group.clone())),
-                None => return Some(group.clone()),
+    /// What a view change asks for.
+    pub struct WantedView {
+        pub view: Vec<String>,
+        /// The factor stays as it is if none is named.
+        pub factor: Option<usize>,
+        pub force: bool,
+    }
+
+    impl WantedView {
+        pub fn is_met_by(&self, table: &Table) -> bool {
+            table.view == self.view && self.factor.is_none_or(|factor| factor == table.factor)
+        }
+    }
+
+    pub fn wanted_view(body: &[u8]) -> Result<WantedView, Outcome> {
+        // What a client sent is quoted, in so far as it can stand in an answer.
+        let is_unfit = |letter: char| letter == '"' || letter == '\\' || letter.is_control();
+        let invalid =
+            |reason: String| Outcome::ViewInvalid(reason.chars().take(400).collect::<String>().replace(is_unfit, "'"));
+        let view = member(body, "view")?;
+        let view = match (serde_json::from_str::<String>(view), serde_json::from_str::<Vec<String>>(view)) {
+            _ if view == "null" => return Err(Outcome::ViewMissing),
+            (Ok(text), _) => parse_view(text.split(',')),
+            (_, Ok(nodes)) => parse_view(nodes.iter().map(String::as_str)),
+            _ => Err("it is neither a string nor an array of strings".into()),
+        };
+        let view = view.map_err(invalid)?;
+        let force = match member(body, "force")? {
+            "true" => true,
+            "false" | "null" => false,
+            force => return Err(invalid(format!("force is {force}, neither true nor false"))),
+        };
+        let factor = match member(body, "repl-factor")? {
+            "null" => None,
+            text => match parse_factor(text, view.len()) {
+                Ok(factor) => Some(factor),
+                Err(expected) => return Err(invalid(format!("repl-factor is {text}, not {expected}"))),
+            },
+        };
+        Ok(WantedView { view, factor, force })
+    }
+
+    fn describe_instance() -> Value {
+        let (count, table, status, silent) =
+            Live.with(|node| (node.sums().count, node.table(), node.status(), node.silent()));
+        match &SETTINGS.role {
+            Role::Main => json!({"role": "main", "version": VERSION, "key-count": count}),
+            Role::Follower(main) => json!({"role": "follower", "version": VERSION, "forwarding-address": main}),
+            Role::Node(own) => {
+                let view = table.as_ref().map_or(&SETTINGS.view, |table| &table.view);
+                let mut it = json!({"role": "node", "version": VERSION, "address": own, "view": view, "key-count": count,
+                                "incoming": null, "silent": silent});
+                if let Some(table) = table {
+                    it["repl-factor"] = json!(table.factor);
+                    it["table-version"] = json!(table.version.to_string());
+                    it["incoming"] = json!(status.incoming);
+                    if let Some(shard) = table.shard_of(own) {
+                        it["shard-id"] = json!(id_of(shard));
+                    }
+                }
+                it
             }
         }
-        None
     }
 
-    /// Answers for a record that was written here, as soon as the other replicas have it.
-    async fn acknowledge(&self, world: &impl World, record: Record, outcome: Outcome, deadline: Duration) -> Answer {
-        if let Err(missing) = replication::replicate(world, &record, deadline).await {
-            return self.render_down(&missing);
+    /// The id of a shard by its index.
+    pub fn id_of(shard: usize) -> String {
+        (shard + 1).to_string()
+    }
+
+    pub const VERBS: [&str; 4] = ["GET", "PUT", "DELETE", "other"];
+    /// The upper limits of the histogram's buckets, in seconds; one without a limit follows.
+    const LIMITS: [f64; 6] = [0.0005, 0.001, 0.005, 0.025, 0.1, 1.0];
+
+    /// What clients were answered since the start with one verb.
+    struct Answered {
+        /// By the first digit of the status.
+        by_class: [AtomicU64; 6],
+        /// By the bucket of the time from the request's end to its answer.
+        by_time: [AtomicU64; LIMITS.len() + 1],
+        /// The sum of these times.
+        micros: AtomicU64,
+    }
+
+    static ANSWERED: [Answered; VERBS.len()] = [const {
+        Answered {
+            by_class: [const { AtomicU64::new(0) }; 6],
+            by_time: [const { AtomicU64::new(0) }; LIMITS.len() + 1],
+            micros: AtomicU64::new(0),
         }
-        let after = self.context.as_ref().map(|context| world.with(|node| node.context_after(context, Some(&record))));
-        self.render(outcome, &after)
+    }; VERBS.len()];
+    /// What was relayed to other instances since the start, and how often there was no answer.
+    pub static RELAYED: AtomicU64 = AtomicU64::new(0);
+    pub static RELAYED_IN_VAIN: AtomicU64 = AtomicU64::new(0);
+
+    pub fn count_answer(verb: &str, status: u16, time: Duration) {
+        let answered = &ANSWERED[VERBS.iter().position(|it| *it == verb).unwrap_or(3)];
+        if let Some(count) = answered.by_class.get(status as usize / 100) {
+            count.fetch_add(1, Relaxed);
+        }
+        let bucket = LIMITS.iter().position(|limit| time.as_secs_f64() <= *limit).unwrap_or(LIMITS.len());
+        answered.by_time[bucket].fetch_add(1, Relaxed);
+        answered.micros.fetch_add(time.as_micros() as u64, Relaxed);
     }
 
-    /// Takes a client's request to the nodes that have its key, one after the other as long as it cannot have taken effect. Returns who
-    /// answered, or who did not.
-    async fn pass_on(
-        &self,
-        world: &impl World,
-        mut nodes: Vec<String>,
-        deadline: Duration,
-    ) -> (String, Option<Answer>) {
-        let is_read = self.request.verb == "GET";
-        nodes.reverse();
-        let mut owner = nodes.pop().unwrap_or_default();
-        loop {
-            let (store, now) = world.with(|node| (node.store(), node.now));
-            let limit = if is_read && !nodes.is_empty() { NEXT_REPLICA } else { PATIENCE };
-            let passed_on = Request { origin: Origin::Node(store), ..self.request.clone() };
-            let lost = match world.relay(&owner, passed_on, deadline.saturating_sub(now).min(limit)).await {
-                Ok(answer) => return (owner, Some(answer)),
-                Err(lost) => lost,
-            };
-            world.with(|node| node.note_silent(&owner, true));
-            match nodes.pop().filter(|_| is_read || !lost.was_sent) {
-                Some(next) => owner = next,
-                None => return (owner, None),
+    /// What this instance counts, in the text format of Prometheus, version 0.0.4, without the last line break.
+    fn metrics() -> String {
+        let head = |name: &str, kind: &str, help: &str| format!("# HELP {name} {help}\n# TYPE {name} {kind}\n");
+        let mut text = head("kv_store_build_info", "gauge", "The version of the program.");
+        text += &format!("kv_store_build_info{{version=\"{VERSION}\"}} 1\n");
+        text += &head("kv_store_requests_total", "counter", "Answers to clients, by verb and class of status.");
+        for (verb, answered) in VERBS.iter().zip(&ANSWERED) {
+            for (class, count) in answered.by_class.iter().enumerate().skip(2) {
+                let count = count.load(Relaxed);
+                text += &format!("kv_store_requests_total{{verb=\"{verb}\",class=\"{class}xx\"}} {count}\n");
             }
         }
-    }
-}
-
-/// Meets all nodes of the view, to learn of the newer table that a context knows of. If all answer and none goes by it, it never came
-/// to be. False if that is not known yet.
-async fn catch_up(world: &impl World, context: Option<&mut Context>) -> bool {
-    let nodes = world.with(|node| node.table()).map_or(Vec::new(), |table| table.view.clone());
-    let all = membership::meet_all(world, &nodes).await.iter().all(Option::is_some);
-    let own = world.with(|node| node.version());
-    match context {
-        Some(context) if context.table > own && all => context.table = None,
-        Some(context) => return context.table <= own,
-        None => {}
-    }
-    true
-}
-
-/// How long one replica has to answer a read before another one is asked.
-const NEXT_REPLICA: Duration = Duration::from_millis(1200);
-/// For how long other replicas are asked again for what a context asks for.
-const CATCH_UP: Duration = Duration::from_millis(250);
-
-/// Answers what is about no key. (Not inlined where every request passes: it would cost each connection a page of its stack.)
-#[inline(never)]
-fn answer_about(request: Request) -> Answer {
-    use Outcome::*;
-    let (resource, vocabulary) = request.route();
-    let outcome = match (&resource, request.verb.as_str()) {
-        (Resource::Instance, "GET") => Instance(describe_instance()),
-        (Resource::Metrics, "GET") => Metrics(metrics()),
-        (Resource::KeyCount, "GET") => block_on(count_keys(&Live)).unwrap_or_else(|failure| failure),
-        (Resource::ViewChange, "PUT") | (Resource::Shards(_), "GET") if own().is_none() => AddressNotSet,
-        (Resource::Shards(id), "GET") => block_on(describe_shards(&Live, *id)).unwrap_or_else(|failure| failure),
-        (Resource::ViewChange, "PUT") => match wanted_view(&request.body) {
-            Ok(wanted) => return block_on(answer_view_change(&Live, &request, &wanted)),
-            Err(refusal) => refusal,
-        },
-        (Resource::Unknown, _) => NotFound,
-        (Resource::ViewChange, _) => VerbNotAllowed(PUT_ONLY),
-        _ => VerbNotAllowed(GET_ONLY),
-    };
-    outcome.answer(vocabulary, &request.verb)
-}
-
-/// What a view change asks for.
-struct WantedView {
-    view: Vec<String>,
-    /// The factor stays as it is if none is named.
-    factor: Option<usize>,
-    force: bool,
-}
-
-impl WantedView {
-    fn is_met_by(&self, table: &Table) -> bool {
-        table.view == self.view && self.factor.is_none_or(|factor| factor == table.factor)
-    }
-}
-
-fn wanted_view(body: &[u8]) -> Result<WantedView, Outcome> {
-    // What a client sent is quoted, in so far as it can stand in an answer.
-    let is_unfit = |letter: char| letter == '"' || letter == '\\' || letter.is_control();
-    let invalid =
-        |reason: String| Outcome::ViewInvalid(reason.chars().take(400).collect::<String>().replace(is_unfit, "'"));
-    let view = member(body, "view")?;
-    let view = match (serde_json::from_str::<String>(view), serde_json::from_str::<Vec<String>>(view)) {
-        _ if view == "null" => return Err(Outcome::ViewMissing),
-        (Ok(text), _) => parse_view(text.split(',')),
-        (_, Ok(nodes)) => parse_view(nodes.iter().map(String::as_str)),
-        _ => Err("it is neither a string nor an array of strings".into()),
-    };
-    let view = view.map_err(invalid)?;
-    let force = match member(body, "force")? {
-        "true" => true,
-        "false" | "null" => false,
-        force => return Err(invalid(format!("force is {force}, neither true nor false"))),
-    };
-    let factor = match member(body, "repl-factor")? {
-        "null" => None,
-        text => match parse_factor(text, view.len()) {
-            Ok(factor) => Some(factor),
-            Err(expected) => return Err(invalid(format!("repl-factor is {text}, not {expected}"))),
-        },
-    };
-    Ok(WantedView { view, factor, force })
-}
-
-fn describe_instance() -> String {
-    let (count, table, status, silent) =
-        Live.with(|node| (node.sums().count, node.table(), node.status(), node.silent()));
-    let list = |names: &[String]| names.iter().map(|name| format!(r#""{name}""#)).collect::<Vec<_>>().join(",");
-    match &SETTINGS.role {
-        Role::Main => format!(r#""role":"main","version":"{VERSION}","key-count":{count}"#),
-        Role::Follower(main) => format!(r#""role":"follower","version":"{VERSION}","forwarding-address":"{main}""#),
-        Role::Node(own) => {
-            let view = list(table.as_ref().map_or(&SETTINGS.view, |table| &table.view));
-            let table = table.map_or(r#","incoming":null"#.into(), |table| {
-                let shard = table.shard_of(own).map_or(String::new(), |it| format!(r#","shard-id":"{}""#, it + 1));
-                let (factor, version, incoming) = (table.factor, table.version, list(&status.incoming));
-                format!(r#"{shard},"repl-factor":{factor},"table-version":"{version}","incoming":[{incoming}]"#)
-            });
-            let (role, silent) = (r#""role":"node","version""#, list(&silent));
-            format!(
-                r#"{role}:"{VERSION}","address":"{own}","view":[{view}],"key-count":{count}{table},"silent":[{silent}]"#
-            )
+        text += &head("kv_store_request_duration_seconds", "histogram", "From a request's arrival to its answer.");
+        for (verb, answered) in VERBS.iter().zip(&ANSWERED).take(3) {
+            text += &histogram(verb, answered);
         }
-    }
-}
-
-/// What clients were answered since the start: by verb, and by the first digit of the status.
-static ANSWERED: [[AtomicU64; 6]; 4] = [const { [const { AtomicU64::new(0) }; 6] }; 4];
-const VERBS: [&str; 4] = ["GET", "PUT", "DELETE", "other"];
-/// What was relayed to other instances since the start, and how often there was no answer.
-static RELAYED: AtomicU64 = AtomicU64::new(0);
-static RELAYED_IN_VAIN: AtomicU64 = AtomicU64::new(0);
-
-fn count_answer(verb: &str, status: u16) {
-    let index = VERBS.iter().position(|it| *it == verb).unwrap_or(3);
-    if let Some(count) = ANSWERED[index].get(status as usize / 100) {
-        count.fetch_add(1, Relaxed);
-    }
-}
-
-/// What this instance counts, in the text format of Prometheus, version 0.0.4, without the last line break.
-fn metrics() -> String {
-    let mut text = String::new();
-    let head =
-        |name: &str, kind: &str, help: &str| format!("# HELP kv_store_{name} {help}\n# TYPE kv_store_{name} {kind}\n");
-    text += &head("requests_total", "counter", "Answers to clients, by verb and class of status.");
-    for (verb, counts) in VERBS.iter().zip(&ANSWERED) {
-        for (class, count) in counts.iter().enumerate().skip(2) {
-            let count = count.load(Relaxed);
-            text += &format!("kv_store_requests_total{{verb=\"{verb}\",class=\"{class}xx\"}} {count}\n");
+        let (sums, version, incoming, silent) =
+            Live.with(|node| (node.sums(), node.version().unwrap_or_default(), node.incoming(), node.silent()));
+        for (name, kind, help, value) in [
+            ("kv_store_relays_total", "counter", "Requests relayed to other instances.", RELAYED.load(Relaxed)),
+            ("kv_store_relay_failures_total", "counter", "Relays without an answer.", RELAYED_IN_VAIN.load(Relaxed)),
+            ("kv_store_keys", "gauge", "Keys held.", sums.count as u64),
+            ("kv_store_value_bytes", "gauge", "Bytes of the values held.", sums.bytes as u64),
+            ("kv_store_connections", "gauge", "Open connections.", CONNECTIONS.load(Relaxed)),
+            ("kv_store_table_epoch", "gauge", "Epoch of the table that this node goes by.", version.epoch),
+            ("kv_store_table_number", "gauge", "Number of that table within its epoch.", version.number),
+            ("kv_store_incoming_nodes", "gauge", "Nodes from which keys still come in.", incoming.len() as u64),
+            ("kv_store_silent_nodes", "gauge", "Nodes that do not answer this one.", silent.len() as u64),
+            ("process_start_time_seconds", "gauge", "When the process started, in Unix time.", started().as_secs()),
+            ("process_resident_memory_bytes", "gauge", "Resident memory.", resident_bytes()),
+        ] {
+            text += &format!("{}{name} {value}\n", head(name, kind, help));
         }
+        text.trim_end().to_owned()
     }
-    let (sums, version, incoming, silent) =
-        Live.with(|node| (node.sums(), node.version().unwrap_or_default(), node.incoming(), node.silent()));
-    let connections = CONNECTIONS.load(Relaxed);
-    for (name, kind, help, value) in [
-        ("relays_total", "counter", "Requests relayed to other instances.", RELAYED.load(Relaxed)),
-        ("relay_failures_total", "counter", "Relays without an answer.", RELAYED_IN_VAIN.load(Relaxed)),
-        ("keys", "gauge", "Keys held.", sums.count as u64),
-        ("value_bytes", "gauge", "Bytes of the values held.", sums.bytes as u64),
-        ("connections", "gauge", "Open connections.", connections),
-        ("table_epoch", "gauge", "Epoch of the table that this node goes by.", version.epoch),
-        ("table_number", "gauge", "Number of that table within its epoch.", version.number),
-        ("incoming_nodes", "gauge", "Nodes from which this one still gets keys that it owns.", incoming.len() as u64),
-        ("silent_nodes", "gauge", "Nodes that do not answer this one.", silent.len() as u64),
-    ] {
-        text += &format!("{}kv_store_{name} {value}\n", head(name, kind, help));
+
+    /// The lines of a histogram for one verb. Each bucket counts what is in those before it as well.
+    fn histogram(verb: &str, answered: &Answered) -> String {
+        let (name, mut text, mut count) = ("kv_store_request_duration_seconds", String::new(), 0);
+        let limits = LIMITS.iter().map(f64::to_string).chain(["+Inf".to_owned()]);
+        for (limit, in_bucket) in limits.zip(&answered.by_time) {
+            count += in_bucket.load(Relaxed);
+            text += &format!("{name}_bucket{{verb=\"{verb}\",le=\"{limit}\"}} {count}\n");
+        }
+        let sum = Duration::from_micros(answered.micros.load(Relaxed)).as_secs_f64();
+        text + &format!("{name}_sum{{verb=\"{verb}\"}} {sum}\n{name}_count{{verb=\"{verb}\"}} {count}\n")
     }
-    text.trim_end().to_owned()
+
+    /// The memory that this process has, as the system tells it (proc(5)).
+    fn resident_bytes() -> u64 {
+        let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let kilobytes = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));
+        kilobytes.and_then(|count| count.parse().ok()).unwrap_or(0) * 1024
+    }
 }
 
 // ---- Records: keys and values, in buckets ---------------------------------------------------------------------------
@@ -2063,7 +2090,7 @@ mod table {
     use serde::{Deserialize, Serialize};
 
     use crate::records::{Span, hash_of};
-    use crate::{in_order, parse_view, port_of};
+    use crate::{parse_view, port_of};
 
     /// Tables come in one order: by epoch, then by number, then by who made them. A new epoch begins when silent nodes are left out: it
     /// beats whatever these may have made.
@@ -2237,6 +2264,13 @@ mod table {
 
     /// A giver, a receiver, and how many keys.
     pub type Move = (usize, usize, usize);
+
+    /// The indices of some numbers, in the order of the numbers; of equals, the first comes first.
+    fn in_order(numbers: impl Iterator<Item = u64>) -> Vec<usize> {
+        let mut numbers: Vec<(u64, usize)> = numbers.zip(0..).collect();
+        numbers.sort_unstable();
+        numbers.into_iter().map(|(_, index)| index).collect()
+    }
 
     /// How many nodes each shard has.
     fn shard_sizes(nodes: usize, factor: usize) -> Vec<usize> {
@@ -3814,11 +3848,16 @@ mod membership {
     use std::sync::Arc;
     use std::time::Duration;
 
+    use serde_json::json;
+
     use crate::node::{Activity, Message, Reply, Status};
+    use crate::peers::PATIENCE;
     use crate::records::Span;
     use crate::replication::{World, ask, ask_each, pull_all, reconcile_if_due};
+    use crate::service::{WantedView, id_of};
     use crate::table::{Change, Cut, Move, Table, Version};
-    use crate::{Answer, CHANGE_LIMIT, Origin, Outcome, PATIENCE, Request, Vocabulary, WantedView};
+    use crate::world::CHANGE_LIMIT;
+    use crate::{Answer, Origin, Outcome, Request, Vocabulary};
 
     pub async fn run(world: impl World, activity: Activity) {
         match activity {
@@ -3882,8 +3921,10 @@ mod membership {
     pub async fn count_keys(world: &impl World) -> Result<Outcome, Outcome> {
         await_table(world).await?;
         let (count, shard) = world.with(|node| (node.sums().count, node.shard().filter(|_| !node.own().is_empty())));
-        let id = shard.map_or(String::new(), |shard| format!(r#","shard-id":"{}""#, shard + 1));
-        Ok(Outcome::KeyCount(format!(r#""key-count":{count}{id}"#)))
+        Ok(Outcome::KeyCount(match shard {
+            Some(shard) => json!({"key-count": count, "shard-id": id_of(shard)}),
+            None => json!({"key-count": count}),
+        }))
     }
 
     /// The ids of all shards; or, with an index, what one of them is.
@@ -3891,8 +3932,8 @@ mod membership {
         await_table(world).await?;
         let table = world.with(|node| node.table()).ok_or(Outcome::NoShard)?;
         let Some(index) = index else {
-            let ids: Vec<String> = (1..=table.shards.len()).map(|id| format!(r#""{id}""#)).collect();
-            return Ok(Outcome::Shards(ids.join(",")));
+            let ids: Vec<String> = (0..table.shards.len()).map(id_of).collect();
+            return Ok(Outcome::Shards(json!({"shards": ids})));
         };
         if index >= table.shards.len() {
             return Err(Outcome::NoShard);
@@ -3901,8 +3942,7 @@ mod membership {
         let Some(count) = count_of_shard(world, replicas).await else {
             return Err(Outcome::NodeDown(replicas[0].clone()));
         };
-        let (id, replicas) = (index + 1, replicas.join(r#"",""#));
-        Ok(Outcome::Shard(format!(r#""shard-id":"{id}","key-count":{count},"replicas":["{replicas}"]"#)))
+        Ok(Outcome::Shard(json!({"shard-id": id_of(index), "key-count": count, "replicas": replicas})))
     }
 
     /// How many keys a shard has, by the first of its replicas that answers.
@@ -4011,14 +4051,17 @@ mod membership {
         let unreached = await_settled(world, table).await;
         let mut shards = Vec::new();
         for (index, (nodes, count)) in table.shards.iter().zip(&table.counts).enumerate() {
-            let id = index + 1;
-            let replicas = nodes.join(r#"",""#);
-            let address = if nodes.len() == 1 { format!(r#""address":"{replicas}","#) } else { String::new() };
-            shards.push(format!(r#"{{"shard-id":"{id}",{address}"replicas":["{replicas}"],"key-count":{count}}}"#));
+            let mut shard = json!({"shard-id": id_of(index), "replicas": nodes, "key-count": count});
+            if let [only] = &nodes[..] {
+                shard["address"] = json!(only);
+            }
+            shards.push(shard);
         }
-        let (shards, nodes) = (shards.join(","), unreached.join(r#"",""#));
-        let unreached = if nodes.is_empty() { nodes } else { format!(r#","unreached":["{nodes}"]"#) };
-        Outcome::ViewChanged(format!(r#""moved":{},"shards":[{shards}]{unreached}"#, table.moved))
+        let mut change = json!({"moved": table.moved, "shards": shards});
+        if !unreached.is_empty() {
+            change["unreached"] = json!(unreached);
+        }
+        Outcome::ViewChanged(change)
     }
 
     /// Waits until a table is settled (R8). Returns the nodes that fall silent before that.
@@ -4285,8 +4328,9 @@ mod peers {
 
     use crate::connections::{WRITE_LIMIT, set_option, take_turn, waiting_stream};
     use crate::replication::Lost;
-    use crate::{Answer, CLOSE, Origin, Outcome, Parsed, RELAYED, RELAYED_IN_VAIN, Request, SETTINGS};
-    use crate::{answer_or_defer, lock, now, own, park_until, pause, random, say};
+    use crate::service::{RELAYED, RELAYED_IN_VAIN, answer_or_defer};
+    use crate::world::{lock, now, park_until, pause, random, say};
+    use crate::{Answer, CLOSE, Origin, Outcome, Parsed, Request, SETTINGS, own};
 
     /// A peer that is gone is reported within 2 s (the contract, "A follower"): a connection must come about before.
     const CONNECT_LIMIT: Duration = Duration::from_millis(1100);
@@ -4997,167 +5041,297 @@ mod peers {
     }
 }
 
-// ---- The node in the world: its lock, its clock, its messages -------------------------------------------------------
+// ---- World: the real lock, clock and network ------------------------------------------------------------------------
 
-/// What this instance holds, and what it knows of the other nodes. A std Mutex and not a coroutine's: nobody waits for
-/// anything while holding it.
-static NODE: LazyLock<Mutex<Node>> = LazyLock::new(|| {
-    // A main instance is a store of one that nobody else knows.
-    let (own, view) = own().map_or((String::new(), vec![String::new()]), |own| (own.to_owned(), SETTINGS.view.clone()));
-    let mut node = Node::new(own.clone(), view.clone(), SETTINGS.factor, random(), now());
-    if own.is_empty() {
-        node.adopt(Arc::new(Table::first(view, 1)));
-        node.later = Later::default();
-    }
-    Mutex::new(node)
-});
+mod world {
+    //! What the rooms before this one use of the system: the lock on the node, the clock, how messages go to other nodes (`Live`, in whose
+    //! place the simulation has a world of its own), sleeping, threads, and stderr.
 
-/// The time since 1970 at the start, and since then by a clock that nobody sets.
-fn now() -> Duration {
+    use std::collections::BTreeMap;
+    use std::fs::File;
+    use std::hash::{BuildHasher, RandomState};
+    use std::io::{self, Write};
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::OpenOptionsExt;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::pin::pin;
+    use std::process::exit;
+    use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
+    use std::task::{Context, Poll, Waker};
+    use std::thread;
+    use std::time::{Duration, Instant, SystemTime};
+
+    use may::sync::Blocker;
+
+    use crate::membership::run;
+    use crate::node::{Envelope, Later, Message, Node, Reply};
+    use crate::peers::{Peer, Question};
+    use crate::replication::{Lost, World};
+    use crate::service::Work;
+    use crate::table::Table;
+    use crate::{Answer, Origin, Outcome, Request, SETTINGS, Vocabulary, own, port_of};
+
+    // -- The node
+
+    /// What this instance holds, and what it knows of the other nodes. A std Mutex and not a coroutine's: nobody waits for
+    /// anything while holding it.
+    static NODE: LazyLock<Mutex<Node>> = LazyLock::new(|| {
+        // A main instance is a store of one that nobody else knows.
+        let (own, view) =
+            own().map_or((String::new(), vec![String::new()]), |own| (own.to_owned(), SETTINGS.view.clone()));
+        let mut node = Node::new(own.clone(), view.clone(), SETTINGS.factor, random(), now());
+        if own.is_empty() {
+            node.adopt(Arc::new(Table::first(view, 1)));
+            node.later = Later::default();
+        }
+        Mutex::new(node)
+    });
+
+    /// When this was first asked for, as an instant and as the time since 1970.
     static START: LazyLock<(Instant, Duration)> = LazyLock::new(|| {
         (Instant::now(), SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default())
     });
-    START.1 + START.0.elapsed()
-}
 
-/// A view change that is passed on to a node of the store may take as long as it takes.
-const CHANGE_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
-
-// (Not inlined, as `unlock_node`: there are a hundred places that look at the node.)
-#[inline(never)]
-fn lock_node() -> MutexGuard<'static, Node> {
-    let mut node = lock(&NODE);
-    node.look_at_clock(now());
-    node
-}
-
-/// Unlocks the node, and does what it left for later.
-#[inline(never)]
-fn unlock_node(mut node: MutexGuard<Node>) {
-    let Later { lines, garbage, activities } = std::mem::take(&mut node.later);
-    // Still locked, so that they stay in the order in which they came about.
-    lines.iter().for_each(|line| say(line));
-    drop(node);
-    if !garbage.is_empty() {
-        // To drop many records takes a while. (Without a thread, they are dropped here.)
-        let _ = thread::Builder::new().spawn(move || drop(garbage));
+    /// The time since 1970 at the start, and since then by a clock that nobody sets.
+    pub fn now() -> Duration {
+        START.1 + START.0.elapsed()
     }
-    for activity in activities {
-        let spawn = || {
-            thread::Builder::new().spawn({
-                let activity = activity.clone();
-                move || block_on(run(Live, activity))
-            })
-        };
-        while spawn().is_err() {
-            // The system has no room for another thread now.
-            pause(Duration::from_millis(100));
+
+    pub fn started() -> Duration {
+        START.1
+    }
+
+    /// A view change that is passed on to a node of the store may take as long as it takes.
+    pub const CHANGE_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
+
+    // (Not inlined, as `unlock_node`: there are a hundred places that look at the node.)
+    #[inline(never)]
+    fn lock_node() -> MutexGuard<'static, Node> {
+        let mut node = lock(&NODE);
+        node.look_at_clock(now());
+        node
+    }
+
+    /// Unlocks the node, and does what it left for later.
+    #[inline(never)]
+    fn unlock_node(mut node: MutexGuard<Node>) {
+        let Later { lines, garbage, activities } = std::mem::take(&mut node.later);
+        // Still locked, so that they stay in the order in which they came about.
+        lines.iter().for_each(|line| say(line));
+        drop(node);
+        if !garbage.is_empty() {
+            // To drop many records takes a while. (Without a thread, they are dropped here.)
+            let _ = thread::Builder::new().spawn(move || drop(garbage));
+        }
+        for activity in activities {
+            let spawn = || {
+                thread::Builder::new().spawn({
+                    let activity = activity.clone();
+                    move || block_on(run(Live, activity))
+                })
+            };
+            while spawn().is_err() {
+                // The system has no room for another thread now.
+                pause(Duration::from_millis(100));
+            }
         }
     }
-}
 
-/// To the threads that do what would hold up all coroutines. They are few: many would compete with the worker.
-static BACKGROUND: LazyLock<mpsc::Sender<Box<dyn FnOnce() + Send>>> = LazyLock::new(|| {
-    let (sender, receiver) = mpsc::channel::<Box<dyn FnOnce() + Send>>();
-    let receiver = Arc::new(Mutex::new(receiver));
-    for _ in 0..2 {
-        let receiver = receiver.clone();
+    /// To the thread that does what would hold up all coroutines. It is one: many would compete with the worker.
+    pub static BACKGROUND: LazyLock<mpsc::Sender<Box<dyn FnOnce() + Send>>> = LazyLock::new(|| {
+        let (sender, receiver) = mpsc::channel::<Box<dyn FnOnce() + Send>>();
         repeat(Duration::ZERO, move || {
-            let work = lock(&receiver).recv();
+            let work = receiver.recv();
             work.into_iter().for_each(|work| work());
         });
-    }
-    sender
-});
+        sender
+    });
 
-/// Has a thread do something while the calling coroutine waits. Work that waits for others comes back, for the coroutine to do: the
-/// threads only compute. A panic there is one here.
-fn in_background(work: impl FnOnce() -> Result<Answer, Work> + Send + 'static) -> Answer {
-    let (question, waiting) = Question::new(CHANGE_LIMIT);
-    // However this ends, `waiting` is dropped then.
-    let _ = BACKGROUND.send(Box::new(move || waiting.deliver(work())));
-    match question.answer() {
-        Some(done) => done.unwrap_or_else(|work| work()),
-        None => panic!("what was to be done in the background panicked"),
-    }
-}
-
-/// The world that this program runs in, as opposed to the one of the simulation.
-#[derive(Clone, Copy)]
-struct Live;
-
-impl World for Live {
-    fn with<T>(&self, action: impl FnOnce(&mut Node) -> T) -> T {
-        let mut node = lock_node();
-        let result = action(&mut node);
-        unlock_node(node);
-        result
-    }
-
-    async fn deliver(&self, envelopes: Vec<Envelope>) -> Vec<Option<Reply>> {
-        // All are asked before the first is waited for.
-        let questions: Vec<Option<Question>> = envelopes.iter().map(begin_to_deliver).collect();
-        let answers = envelopes.into_iter().zip(questions).map(|(envelope, question)| match question {
-            None if own() == Some(&envelope.to) => Some(self.with(|node| node.receive(envelope))),
-            question => read_reply(&question?.answer()?.ok()?),
-        });
-        answers.collect()
-    }
-
-    async fn relay(&self, node: &str, request: Request, patience: Duration) -> Result<Answer, Lost> {
-        Peer::at(node).relay(request, patience)
-    }
-
-    async fn sleep(&self, time: Duration) {
-        pause(time);
-    }
-}
-
-/// Runs a future whose waits all block: it is ready when it is polled once.
-fn block_on<T>(future: impl Future<Output = T>) -> T {
-    // (Not in a Box: large allocations are slow.)
-    let mut future = pin!(future);
-    loop {
-        if let Poll::Ready(result) = future.as_mut().poll(&mut task::Context::from_waker(Waker::noop())) {
-            return result;
+    /// Has the background thread do something while the calling coroutine waits. Work that waits for others comes back, for the coroutine to
+    /// do: the thread only computes. A panic there is one here.
+    pub fn in_background(work: impl FnOnce() -> Result<Answer, Work> + Send + 'static) -> Answer {
+        let (question, waiting) = Question::new(CHANGE_LIMIT);
+        // However this ends, `waiting` is dropped then.
+        let _ = BACKGROUND.send(Box::new(move || waiting.deliver(work())));
+        match question.answer() {
+            Some(done) => done.unwrap_or_else(|work| work()),
+            None => panic!("what was to be done in the background panicked"),
         }
     }
-}
 
-/// Asks another node. None if it cannot be asked, or is this one.
-fn begin_to_deliver(envelope: &Envelope) -> Option<Question> {
-    if own() == Some(&envelope.to) {
-        return None;
+    /// The world that this program runs in, as opposed to the one of the simulation.
+    #[derive(Clone, Copy)]
+    pub struct Live;
+
+    impl World for Live {
+        fn with<T>(&self, action: impl FnOnce(&mut Node) -> T) -> T {
+            let mut node = lock_node();
+            let result = action(&mut node);
+            unlock_node(node);
+            result
+        }
+
+        async fn deliver(&self, envelopes: Vec<Envelope>) -> Vec<Option<Reply>> {
+            // All are asked before the first is waited for.
+            let questions: Vec<Option<Question>> = envelopes.iter().map(begin_to_deliver).collect();
+            let answers = envelopes.into_iter().zip(questions).map(|(envelope, question)| match question {
+                None if own() == Some(&envelope.to) => Some(self.with(|node| node.receive(envelope))),
+                question => read_reply(&question?.answer()?.ok()?),
+            });
+            answers.collect()
+        }
+
+        async fn relay(&self, node: &str, request: Request, patience: Duration) -> Result<Answer, Lost> {
+            Peer::at(node).relay(request, patience)
+        }
+
+        async fn sleep(&self, time: Duration) {
+            pause(time);
+        }
     }
-    let body = postcard::to_stdvec(envelope).ok()?;
-    let message = Request { origin: Origin::Message, body, ..Request::default() };
-    let mut limit = envelope.message.limit();
-    if matches!(envelope.message, Message::Meet(_)) {
-        // In a large store that starts, all ask all.
-        limit = limit.max(Duration::from_millis(40) * SETTINGS.view.len() as u32);
-    }
-    Peer::at(&envelope.to).begin(message, limit).ok()
-}
 
-fn read_reply(answer: &Answer) -> Option<Reply> {
-    postcard::from_bytes(&answer.body).ok()
-}
-
-/// Answers a message, if it is one and for this node: in the background, unless that is short. One that nobody waits for any more, since
-/// this process was stopped meanwhile, is refused: a lock would keep off others. (A meeting is not: in a large store that starts, it may
-/// take longer. Not inlined, as `answer_about`.)
-#[inline(never)]
-fn answer_message(request: &Request) -> Result<Answer, Work> {
-    match postcard::from_bytes::<Envelope>(&request.body) {
-        Ok(envelope) if own() == Some(&envelope.to) && port_of(&envelope.from).is_some() => {
-            if request.age() > envelope.message.limit() && !matches!(envelope.message, Message::Meet(_)) {
-                return Ok(Answer::message(&Reply::Refused));
+    /// Runs a future whose waits all block: it is ready when it is polled once.
+    pub fn block_on<T>(future: impl Future<Output = T>) -> T {
+        // (Not in a Box: large allocations are slow.)
+        let mut future = pin!(future);
+        loop {
+            if let Poll::Ready(result) = future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+                return result;
             }
-            let is_short = envelope.message.is_short();
-            let work = move || Answer::message(&Live.with(|node| node.receive(envelope)));
-            if is_short { Ok(work()) } else { Err(Box::new(move || in_background(move || Ok(work())))) }
         }
-        _ => Ok(Outcome::BadRequest.answer(Vocabulary::Form, "POST")),
+    }
+
+    /// Asks another node. None if it cannot be asked, or is this one.
+    fn begin_to_deliver(envelope: &Envelope) -> Option<Question> {
+        if own() == Some(&envelope.to) {
+            return None;
+        }
+        let body = postcard::to_stdvec(envelope).ok()?;
+        let message = Request { origin: Origin::Message, body, ..Request::default() };
+        let mut limit = envelope.message.limit();
+        if matches!(envelope.message, Message::Meet(_)) {
+            // In a large store that starts, all ask all.
+            limit = limit.max(Duration::from_millis(40) * SETTINGS.view.len() as u32);
+        }
+        Peer::at(&envelope.to).begin(message, limit).ok()
+    }
+
+    fn read_reply(answer: &Answer) -> Option<Reply> {
+        postcard::from_bytes(&answer.body).ok()
+    }
+
+    /// Answers a message, if it is one and for this node: in the background, unless that is short. One that nobody waits for any more, since
+    /// this process was stopped meanwhile, is refused: a lock would keep off others. (A meeting is not: in a large store that starts, it may
+    /// take longer. Not inlined, as `answer_about`.)
+    #[inline(never)]
+    pub fn answer_message(request: &Request) -> Result<Answer, Work> {
+        match postcard::from_bytes::<Envelope>(&request.body) {
+            Ok(envelope) if own() == Some(&envelope.to) && port_of(&envelope.from).is_some() => {
+                if request.age() > envelope.message.limit() && !matches!(envelope.message, Message::Meet(_)) {
+                    return Ok(Answer::message(&Reply::Refused));
+                }
+                let is_short = envelope.message.is_short();
+                let work = move || Answer::message(&Live.with(|node| node.receive(envelope)));
+                if is_short { Ok(work()) } else { Err(Box::new(move || in_background(move || Ok(work())))) }
+            }
+            _ => Ok(Outcome::BadRequest.answer(Vocabulary::Form, "POST")),
+        }
+    }
+
+    // -- Locks, sleeping, threads
+
+    /// Locks a mutex, also after a panic elsewhere: what is guarded here is whole between any two statements.
+    pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+        mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A number that nobody guesses: the standard library keys its hashes with such.
+    pub fn random() -> u64 {
+        RandomState::new().hash_one(0)
+    }
+
+    /// Has a thread of its own do something again and again.
+    pub fn repeat(pause: Duration, work: impl Fn() + Send + 'static) {
+        thread::spawn(move || {
+            loop {
+                // What must go on for ever survives a panic, which the hook has printed.
+                let _ = catch_unwind(AssertUnwindSafe(&work));
+                thread::sleep(pause);
+            }
+        });
+    }
+
+    /// Who sleeps, by when they wake; the number tells apart those that wake at once.
+    static SLEEPERS: Mutex<BTreeMap<(Instant, usize), Arc<Blocker>>> = Mutex::new(BTreeMap::new());
+    static SLEEPER_CAME: Condvar = Condvar::new();
+    /// How often the sleepers are looked at, in any case: so most deadlines of requests, which do not come about, wake nobody.
+    const WAKE_INTERVAL: Duration = Duration::from_millis(100);
+
+    /// Lets a coroutine, or a thread, sleep. (`may::coroutine::sleep` sets a timer and then writes to the coroutine once more: if it has
+    /// woken and ended by then, it is gone, and the process crashes.)
+    pub fn pause(time: Duration) {
+        park_until(&Blocker::current(), Instant::now() + time);
+    }
+
+    /// Parks the calling coroutine, or thread, until its blocker is unparked, at that time at the latest.
+    pub fn park_until(blocker: &Arc<Blocker>, time: Instant) {
+        let key = (time, Arc::as_ptr(blocker) as usize);
+        let mut sleepers = lock(&SLEEPERS);
+        sleepers.insert(key, blocker.clone());
+        let is_first = sleepers.keys().next() == Some(&key);
+        drop(sleepers);
+        if is_first && time.saturating_duration_since(Instant::now()) < WAKE_INTERVAL {
+            SLEEPER_CAME.notify_one();
+        }
+        let _ = blocker.park(None);
+        lock(&SLEEPERS).remove(&key);
+    }
+
+    /// Wakes the coroutines whose time has come, or waits for one. To be repeated by a thread of its own.
+    pub fn wake_sleepers() {
+        let mut sleepers = lock(&SLEEPERS);
+        let now = Instant::now();
+        let later = sleepers.split_off(&(now, usize::MAX));
+        let due = std::mem::replace(&mut *sleepers, later);
+        if due.is_empty() {
+            let next = sleepers.keys().next().map_or(WAKE_INTERVAL, |(due, _)| due.saturating_duration_since(now));
+            drop(SLEEPER_CAME.wait_timeout(sleepers, next.min(WAKE_INTERVAL)));
+        } else {
+            // Without the lock (`Waiting`).
+            drop(sleepers);
+            due.values().for_each(|sleeper| sleeper.unpark());
+        }
+    }
+
+    // -- Stderr
+
+    /// What stderr was when the instance began to serve.
+    static STDERR: OnceLock<File> = OnceLock::new();
+
+    /// Writes a line to stderr. The program goes on if it cannot, where eprintln! would not.
+    pub fn say(line: &str) {
+        let line = format!("kv-store: {}\n", line.replace('\n', "\\n"));
+        let _ = match STDERR.get() {
+            Some(mut stderr) => stderr.write_all(line.as_bytes()),
+            None => io::stderr().write_all(line.as_bytes()),
+        };
+    }
+
+    /// Takes stderr away from the server, which writes a line there for each malformed request; and has what this program writes
+    /// there get lost where nobody reads it, or both would stand still. (To open it anew makes only our own writes give up.)
+    pub fn keep_stderr() -> io::Result<()> {
+        let nowhere = File::options().write(true).open("/dev/null")?;
+        let anew = File::options().append(true).custom_flags(libc::O_NONBLOCK).open("/proc/self/fd/2");
+        let stderr = anew.or_else(|_| io::stderr().as_fd().try_clone_to_owned().map(File::from))?;
+        STDERR.get_or_init(|| stderr);
+        nix::unistd::dup2_stderr(nowhere)?;
+        std::panic::set_hook(Box::new(|panic| say(&panic.to_string())));
+        Ok(())
+    }
+
+    pub fn fail(status: i32, line: &str) -> ! {
+        say(line);
+        exit(status)
     }
 }
 
@@ -5242,46 +5416,6 @@ fn check_files() {
     }
 }
 
-/// Has a thread of its own do something again and again.
-fn repeat(pause: Duration, work: impl Fn() + Send + 'static) {
-    thread::spawn(move || {
-        loop {
-            // What must go on for ever survives a panic, which the hook has printed.
-            let _ = catch_unwind(AssertUnwindSafe(&work));
-            thread::sleep(pause);
-        }
-    });
-}
-
-/// What stderr was when the instance began to serve.
-static STDERR: OnceLock<File> = OnceLock::new();
-
-/// Writes a line to stderr. The program goes on if it cannot, where eprintln! would not.
-fn say(line: &str) {
-    let line = format!("kv-store: {}\n", line.replace('\n', "\\n"));
-    let _ = match STDERR.get() {
-        Some(mut stderr) => stderr.write_all(line.as_bytes()),
-        None => io::stderr().write_all(line.as_bytes()),
-    };
-}
-
-/// Takes stderr away from the server, which writes a line there for each malformed request; and has what this program writes
-/// there get lost where nobody reads it, or both would stand still. (To open it anew makes only our own writes give up.)
-fn keep_stderr() -> io::Result<()> {
-    let nowhere = File::options().write(true).open("/dev/null")?;
-    let anew = File::options().append(true).custom_flags(libc::O_NONBLOCK).open("/proc/self/fd/2");
-    let stderr = anew.or_else(|_| io::stderr().as_fd().try_clone_to_owned().map(File::from))?;
-    STDERR.get_or_init(|| stderr);
-    nix::unistd::dup2_stderr(nowhere)?;
-    std::panic::set_hook(Box::new(|panic| say(&panic.to_string())));
-    Ok(())
-}
-
-fn fail(status: i32, line: &str) -> ! {
-    say(line);
-    exit(status)
-}
-
 /// Asks the instance on this machine whether it answers, as Docker's health check does. (A connection to 0.0.0.0 or [::] is one
 /// to this machine.)
 fn is_healthy(listen: SocketAddr) -> bool {
@@ -5311,11 +5445,20 @@ mod simulation {
     use std::cell::{Cell, RefCell};
     use std::collections::BTreeSet;
     use std::future::poll_fn;
+    use std::panic::AssertUnwindSafe;
     use std::pin::Pin;
     use std::rc::{Rc, Weak};
+    use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+    use std::task::{self, Poll, Waker};
+    use std::thread;
 
     use super::*;
-    use crate::records::Span;
+    use crate::membership::{answer_view_change, run};
+    use crate::node::{Envelope, Later, Message, Node, Place, Reply};
+    use crate::records::{Span, hash_of};
+    use crate::replication::{Lost, World};
+    use crate::service::{KeyRequest, wanted_view};
+    use crate::table::Table;
 
     const KEYS: usize = 6;
     const NAMES: [&str; KEYS] = ["k0", "k1", "k2", "k3", "k4", "k5"];
@@ -5634,22 +5777,17 @@ mod simulation {
 
         /// What the program does with a request.
         async fn serve(&self, request: Request) -> Answer {
-            let (resource, vocabulary) = request.route();
-            let Resource::Key(key) = resource else {
+            if let Resource::ViewChange = request.route().0 {
                 return match wanted_view(&request.body) {
                     Ok(wanted) => Box::pin(answer_view_change(self, &request, &wanted)).await,
                     Err(refusal) => refusal.answer(Vocabulary::Json, "PUT"),
                 };
+            }
+            let index = NAMES.iter().position(|name| request.target.ends_with(name)).expect("one of the keys");
+            let mut it = match KeyRequest::new(request) {
+                Ok(it) => it,
+                Err(refusal) => return refusal,
             };
-            let context = match causal_context(&request, vocabulary) {
-                Ok(context) => context,
-                Err(refusal) => return refusal.answer(vocabulary, &request.verb),
-            };
-            let index = NAMES.iter().position(|name| name.as_bytes() == &*key).expect("one of the keys");
-            let (hash, action, key) = (HASHES[index], Action::of(&key, &request, vocabulary), key.into_owned());
-            let (request, fetched) = (request.clone(), Vec::new());
-            let mut it =
-                KeyRequest { hash, key, request, vocabulary, action, context, fetched, gave_up_on_context: false };
             let (tried, began) = self.with(|node| (it.perform(node), node.now));
             let answer = it.answer(self, tried, began).await.joined();
             // Who relayed it acknowledged nothing.
@@ -6433,7 +6571,7 @@ mod tests {
     use std::net::{Shutdown, TcpStream};
 
     use super::*;
-    use crate::records::{Records, Span};
+    use crate::records::{Records, Span, hash_of};
 
     #[test]
     fn records_are_a_map_in_the_order_of_hashes() {
