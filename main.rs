@@ -1631,16 +1631,17 @@ mod service {
             Role::Follower(main) => json!({"role": "follower", "version": VERSION, "forwarding-address": main}),
             Role::Node(own) => {
                 let view = table.as_ref().map_or(&SETTINGS.view, |table| &table.view);
-                let mut it = json!({"role": "node", "version": VERSION, "address": own, "view": view, "key-count": count,
-                                "incoming": null, "silent": silent});
-                if let Some(table) = table {
+                let mut it =
+                    json!({"role": "node", "version": VERSION, "address": own, "view": view, "key-count": count});
+                if let Some(shard) = table.as_ref().and_then(|table| table.shard_of(own)) {
+                    it["shard-id"] = json!(id_of(shard));
+                }
+                if let Some(table) = &table {
                     it["repl-factor"] = json!(table.factor);
                     it["table-version"] = json!(table.version.to_string());
-                    it["incoming"] = json!(status.incoming);
-                    if let Some(shard) = table.shard_of(own) {
-                        it["shard-id"] = json!(id_of(shard));
-                    }
                 }
+                it["incoming"] = json!(table.map(|_| status.incoming));
+                it["silent"] = json!(silent);
                 it
             }
         }
@@ -4051,10 +4052,12 @@ mod membership {
         let unreached = await_settled(world, table).await;
         let mut shards = Vec::new();
         for (index, (nodes, count)) in table.shards.iter().zip(&table.counts).enumerate() {
-            let mut shard = json!({"shard-id": id_of(index), "replicas": nodes, "key-count": count});
+            let mut shard = json!({"shard-id": id_of(index)});
             if let [only] = &nodes[..] {
                 shard["address"] = json!(only);
             }
+            shard["replicas"] = json!(nodes);
+            shard["key-count"] = json!(count);
             shards.push(shard);
         }
         let mut change = json!({"moved": table.moved, "shards": shards});
