@@ -28,7 +28,7 @@
 //! block it or compute for long; one that waits for an answer holds nothing up. What blocks has a thread: the HTTP client (two for
 //! each stream that this instance asks on); looking a name up; and in a node meeting others, pulling, and reconciling. Large bodies and
 //! the messages of nodes are dealt with by two threads in the background (`in_background`). What is repeated has one thread each:
-//! heartbeats on streams, waking sleepers, keeping in touch with other nodes.
+//! waking sleepers, keeping in touch with other nodes.
 //!
 //! "The contract" in the comments is the section of this name in README.md, which says all that a client may see.
 
@@ -297,7 +297,7 @@ mod connections {
     use may_minihttp::{BodyReader, HttpService, HttpServiceFactory, Request as Parsed, Response};
     use nix::errno::Errno;
 
-    use crate::peers::{read_requests, write_answers};
+    use crate::peers::{carry_answers, read_requests};
     use crate::{Action, Answer, CLOSE, LARGE_BODY, MAX_HEAD, Outcome, Request, Resource, VERBS, Vocabulary};
     use crate::{answer_about, answer_or_defer, count_answer, knows_secret, pause, read_head};
 
@@ -436,7 +436,7 @@ mod connections {
             self.flush();
             self.phase.set(Phase::Closing);
             match parsed.method() {
-                "GET" => drop(write_answers(id, &self.socket(), knows_secret)),
+                "GET" => drop(carry_answers(id, &self.socket(), knows_secret)),
                 _ => read_requests(id, parsed.body(), &self.socket(), knows_secret),
             }
             self.close(Shutdown::Write);
@@ -4276,10 +4276,12 @@ mod peers {
     //! A *stream* carries requests to another instance, and their answers back in any order. It consists of two HTTP requests that share a
     //! random id and do not end: the body of a POST carries requests, and the body of the answer to a GET carries answers.
     //!
-    //! - On the asking side, one thread writes and one reads. A caller queues its request and waits; what is queued during one write goes
-    //!   out with the next. When the stream ends, every request that was sent on it fails at once, and the queue goes on a new stream.
-    //! - On the asked side, the two requests are connections like others: one coroutine reads requests and has them answered, the other
-    //!   writes answers.
+    //! - On the asking side, one thread reads, and starts one that writes. A caller queues its request and waits; what is queued during
+    //!   one write goes out with the next. The stream ends when there is nothing more to read: then every request that was sent on it
+    //!   fails at once, and what is still queued goes on a new stream.
+    //! - On the asked side, the two requests are connections like others. The coroutine of the POST reads requests, answers them, and sends
+    //!   the answers when it has dealt with all that it has read, as a connection of a client does. What has to wait for other instances is
+    //!   *deferred* to a coroutine of its own, which sends its answer itself. Whoever sends waits until the other side reads.
     //!
     //! Each side sends something every `BEAT`, and ends the stream if it reads nothing for `SILENCE`.
     //!
@@ -4298,16 +4300,17 @@ mod peers {
     //! gets plain requests, each from a thread that is blocked meanwhile.
 
     use std::collections::{HashMap, VecDeque};
-    use std::io::{self, BufRead, BufReader, Read, Write};
+    use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
     use std::net::{Shutdown, TcpStream, ToSocketAddrs};
     use std::panic::{AssertUnwindSafe, catch_unwind};
-    use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering::SeqCst};
-    use std::sync::{Arc, LazyLock, Mutex, mpsc};
+    use std::sync::atomic::{AtomicBool, AtomicIsize, Ordering::SeqCst};
+    use std::sync::{Arc, LazyLock, Mutex, Once, PoisonError, mpsc};
     use std::thread::{self, Thread};
     use std::time::{Duration, Instant};
 
     use attohttpc::body::{Body, BodyKind};
     use attohttpc::{Method, ProxySettings, RequestBuilder, StatusCode};
+    use may::coroutine::yield_now;
     use may::sync::Blocker;
     use may_minihttp::BodyReader;
     use percent_encoding::percent_decode;
@@ -4331,12 +4334,12 @@ mod peers {
     /// A request from another instance takes effect within this time of its beginning, or never: the contract says 3 s.
     const RELAYED_LIMIT: Duration = Duration::from_millis(2900);
     /// How often each side of a stream sends something, and after what silence it ends.
-    pub const BEAT: Duration = Duration::from_millis(250);
+    const BEAT: Duration = Duration::from_millis(250);
     const SILENCE: Duration = Duration::from_millis(1500);
     /// A stream is ended after this long without a request. Between neighbours, which meet more often, it stays.
     const REST: i64 = 400;
-    /// For how long without a request it is remembered that a peer takes no streams.
-    const PLAIN_REST: i64 = 60_000;
+    /// For how long it is remembered that a peer takes no streams.
+    const PLAIN_LIMIT: i64 = 60_000;
     /// How long it may take to look a name up.
     const LOOKUP_LIMIT: Duration = Duration::from_millis(700);
     /// How many threads may be waiting for answers of a peer that takes no streams.
@@ -4438,136 +4441,132 @@ mod peers {
 
     /// How many streams are taken. Half of them are for those who prove that they know the secret.
     const MAX_STREAMS: usize = 1000;
-    /// How many bytes *deferred* requests may take, which are answered in coroutines of their own (each with its stack, and perhaps a body
-    /// of 1 MiB): those of one stream, and those of clients on all streams. While there are more, no requests are read. So some 500
-    /// small requests of a stream can wait for an instance that does not answer before they hold up others.
-    const MAX_DEFERRED: usize = 8 << 20;
-    const MAX_DEFERRED_IN_ALL: usize = 64 << 20;
-    const STACK: usize = 16 << 10;
-    /// While more bytes of answers are unsent, no more requests of the stream are read.
-    const MAX_UNSENT: usize = 1 << 20;
-    /// Answers to deferred requests can still come then, up to 500 large ones. A stream with so many bytes unsent ends while all streams
-    /// together have too many.
-    const MAX_BACKLOG: usize = 8 << 20;
-    const MAX_BACKLOG_IN_ALL: usize = 128 << 20;
+    /// How many bytes a stream may hold for *deferred* requests, which are answered in coroutines of their own: each with its stack, perhaps
+    /// a body of 1 MiB, and its answer until that is written. While it holds more, no requests of it are read. So some 500 small
+    /// requests of a stream can wait for an instance that does not answer before they hold up others.
+    const MAX_HELD: isize = 4 << 20;
+    /// How many bytes all streams may hold, before no requests of clients are read: a process has mappings for some 4000 more stacks. A
+    /// stream of which an answer comes while they hold four times as much ends.
+    const MAX_HELD_IN_ALL: isize = 32 << 20;
+    /// What a deferred request takes, beside its size.
+    const STACK: usize = 8 << 10;
 
     /// The streams on which this instance is asked, by their ids.
     static ASKED: LazyLock<Mutex<HashMap<String, Arc<Asked>>>> = LazyLock::new(Default::default);
-    static DEFERRED: AtomicUsize = AtomicUsize::new(0);
-    /// When a node was last met that does not know the secret.
-    static STRANGER_MET: AtomicI64 = AtomicI64::new(0);
+    static HELD: AtomicIsize = AtomicIsize::new(0);
 
-    /// A stream on which this instance is asked.
+    /// A stream on which this instance is asked. It belongs to coroutines.
     struct Asked {
         /// Who opened it proves to know the secret, or there is none.
         knows_secret: bool,
         /// When it was opened, by this side's clock.
         opened: i64,
-        state: Mutex<AskedState>,
-        /// Wakes the coroutine that writes the answers.
-        writer: Blocker,
-    }
-
-    struct AskedState {
-        /// Answers that are to be written. None: the stream has ended.
-        unsent: Option<Vec<u8>>,
-        /// The connection on which the requests come.
-        requests: Option<TcpStream>,
-        /// Something has come on it.
-        has_begun: bool,
-        /// How many bytes the deferred requests take.
-        deferred: usize,
+        /// Requests have come.
+        has_begun: AtomicBool,
+        held: AtomicIsize,
+        /// The connection of the answers, also while a coroutine has locked `output` and waits until the other side reads.
+        socket: TcpStream,
+        output: may::sync::Mutex<BufWriter<may::net::TcpStream>>,
     }
 
     impl Asked {
-        /// Queues an answer, or a heartbeat.
-        fn push(&self, number: u64, answer: Option<Answer>) {
+        /// Writes an answer, or a heartbeat, to the output.
+        fn write(&self, number: u64, answer: Option<Answer>) -> io::Result<()> {
             let message = Message { number, time: clock() - self.opened, content: answer.map(Answer::joined) };
-            if let Some(unsent) = &mut lock(&self.state).unsent {
-                message.write(unsent);
-            }
-            self.writer.unpark();
+            let mut bytes = Vec::new();
+            message.write(&mut bytes);
+            self.output.lock().unwrap_or_else(PoisonError::into_inner).write_all(&bytes)
         }
 
-        /// Waits for answers that are to be written. None: the stream has ended.
-        fn next_answers(&self) -> Option<Vec<u8>> {
-            loop {
-                let answers = std::mem::take(lock(&self.state).unsent.as_mut()?);
-                if !answers.is_empty() {
-                    return Some(answers);
-                }
-                let _ = self.writer.park(None);
-            }
+        /// Sends the output.
+        fn flush(&self) -> io::Result<()> {
+            self.output.lock().unwrap_or_else(PoisonError::into_inner).flush()
         }
 
+        /// Ends the stream: nothing more can be written, and the asking side learns of it.
         fn end(&self) {
-            let mut state = lock(&self.state);
-            state.unsent = None;
-            if let Some(requests) = state.requests.take() {
-                let _ = requests.shutdown(Shutdown::Both);
-            }
-            drop(state);
-            self.writer.unpark();
+            let _ = self.socket.shutdown(Shutdown::Both);
+        }
+
+        /// Counts bytes that are held from now on, or if negative, no longer.
+        fn hold(&self, bytes: isize) {
+            self.held.fetch_add(bytes, SeqCst);
+            HELD.fetch_add(bytes, SeqCst);
         }
 
         /// Reads requests and has them answered, until the stream ends.
         fn serve(self: &Arc<Asked>, body: &mut BodyReader, socket: &TcpStream) -> io::Result<()> {
             // The limit is for each read, and not for each message: a large one on a slow link takes longer.
             let connection = waiting_stream(socket, Some(SILENCE))?;
-            lock(&self.state).requests = Some(socket.try_clone()?);
             // The server has read what came with the head of the POST.
             let begun = body.fill_buf()?.to_vec();
             body.consume(begun.len());
-            lock(&self.state).has_begun = true;
+            self.has_begun.store(true, SeqCst);
             let mut reader = BufReader::new(begun.chain(connection));
             let mut served = 0;
             loop {
-                // What is read is acknowledged at once: the other side sends no second small packet before that (RFC 896), and nothing
-                // goes back on this connection that could carry it along. (The kernel forgets this setting.)
-                set_option(socket, libc::IPPROTO_TCP, libc::TCP_QUICKACK, 1);
+                if !has_message(reader.buffer()) {
+                    self.flush()?;
+                    // What is read next is acknowledged at once: the other side sends no second small packet before that (RFC 896), and
+                    // nothing goes back on this connection that could carry it along. (The kernel forgets this setting.)
+                    set_option(socket, libc::IPPROTO_TCP, libc::TCP_QUICKACK, 1);
+                }
                 let Message { number, time, content } = Message::<Request>::read(&mut reader)?;
                 let Some(mut request) = content else { continue };
                 request.began = Some(self.opened.saturating_add(time));
-                while self.is_full(&request)? {
-                    pause(Duration::from_millis(1));
-                }
                 served += request.size();
-                self.answer(number, request);
+                self.answer(number, request)?;
                 take_turn(socket, &mut served, CHUNK);
             }
         }
 
-        /// Whether a request has to wait. An error: the stream has ended.
-        fn is_full(&self, request: &Request) -> io::Result<bool> {
-            let state = lock(&self.state);
-            let unsent = state.unsent.as_ref().ok_or(io::ErrorKind::ConnectionAborted)?.len();
-            let are_too_many = request.origin == Origin::Client && DEFERRED.load(SeqCst) > MAX_DEFERRED_IN_ALL;
-            Ok(unsent > MAX_UNSENT || state.deferred > MAX_DEFERRED || are_too_many)
-        }
-
         /// Answers a request, now or later. What nodes say to one another is taken only from who knows the store's secret.
-        fn answer(self: &Arc<Asked>, number: u64, request: Request) {
-            if request.origin != Origin::Client && !self.knows_secret {
-                return self.push(number, Some(Outcome::NotOfStore.answer(request.route().1, &request.verb)));
+        fn answer(self: &Arc<Asked>, number: u64, request: Request) -> io::Result<()> {
+            let is_from_client = request.origin == Origin::Client;
+            if !is_from_client && !self.knows_secret {
+                return self.write(number, Some(Outcome::NotOfStore.answer(request.route().1, &request.verb)));
             }
-            let size = request.size() + STACK;
+            while self.held.load(SeqCst) > MAX_HELD || is_from_client && HELD.load(SeqCst) > MAX_HELD_IN_ALL {
+                self.flush()?;
+                pause(Duration::from_millis(1));
+            }
+            let size = (request.size() + STACK) as isize;
             let work = match answer_or_defer(request) {
-                Ok(answer) => return self.push(number, Some(answer)),
+                Ok(answer) => return self.write(number, Some(answer)),
                 Err(work) => work,
             };
-            lock(&self.state).deferred += size;
-            DEFERRED.fetch_add(size, SeqCst);
+            self.hold(size);
             let stream = self.clone();
             may::go!(move || {
-                match catch_unwind(AssertUnwindSafe(work)) {
-                    Ok(answer) => stream.push(number, Some(answer)),
-                    // As with any panic: the asking side must not wait in vain.
-                    Err(_) => stream.end(),
+                // As with any panic: the asking side must not wait in vain.
+                let answer = catch_unwind(AssertUnwindSafe(work)).ok();
+                if answer.and_then(|answer| stream.deliver(number, answer).ok()).is_none() {
+                    stream.end();
                 }
-                lock(&stream.state).deferred -= size;
-                DEFERRED.fetch_sub(size, SeqCst);
+                stream.hold(-size);
             });
+            Ok(())
         }
+
+        /// Sends the answer to a deferred request.
+        fn deliver(&self, number: u64, answer: Answer) -> io::Result<()> {
+            if HELD.load(SeqCst) > 4 * MAX_HELD_IN_ALL {
+                return Err(io::ErrorKind::OutOfMemory.into());
+            }
+            let length = answer.length() as isize;
+            self.hold(length);
+            let written = self.write(number, Some(answer));
+            // What others write that are ready now goes along.
+            yield_now();
+            let sent = written.and_then(|()| self.flush());
+            self.hold(-length);
+            sent
+        }
+    }
+
+    /// Whether these bytes begin with a whole message.
+    fn has_message(bytes: &[u8]) -> bool {
+        bytes.split_first_chunk().is_some_and(|(length, rest)| rest.len() >= u32::from_le_bytes(*length) as usize)
     }
 
     /// The id of a stream, if a target is that of one of its requests.
@@ -4587,12 +4586,11 @@ mod peers {
         }
     }
 
-    /// Serves the GET of a stream on its connection: writes answers, until the stream ends.
-    pub fn write_answers(id: &str, socket: &TcpStream, knows_secret: bool) -> io::Result<()> {
-        let mut connection = waiting_stream(socket, Some(WRITE_LIMIT))?;
-        let state = AskedState { unsent: Some(Vec::new()), requests: None, has_begun: false, deferred: 0 };
-        let (state, writer, opened) = (Mutex::new(state), Blocker::new(false), clock());
-        let asked = Arc::new(Asked { knows_secret, opened, state, writer });
+    /// Serves the GET of a stream on its connection, which carries answers: keeps it open until the stream ends.
+    pub fn carry_answers(id: &str, socket: &TcpStream, knows_secret: bool) -> io::Result<()> {
+        let output = may::sync::Mutex::new(BufWriter::new(waiting_stream(socket, Some(WRITE_LIMIT))?));
+        let (opened, has_begun, held, socket) = (clock(), false.into(), 0.into(), socket.try_clone()?);
+        let asked = Arc::new(Asked { knows_secret, opened, has_begun, held, socket, output });
         let mut streams = lock(&ASKED);
         let strangers = streams.values().filter(|stream| !stream.knows_secret).count();
         let are_too_many = streams.len() >= MAX_STREAMS || !knows_secret && strangers >= MAX_STREAMS / 2;
@@ -4606,13 +4604,11 @@ mod peers {
         let proof = proof.map_or(String::new(), |proof| format!("Authentication-Info: {proof}\r\n"));
         // Without a length, the body ends with the connection (RFC 9112 section 6.3).
         let head = format!("HTTP/1.1 200 OK\r\nServer: M\r\nContent-Type: {STREAM}\r\n{proof}{CLOSE}\r\n");
-        let mut written = connection.write_all(head.as_bytes());
-        while written.is_ok()
-            && let Some(answers) = asked.next_answers()
-        {
-            written = connection.write_all(&answers);
+        let mut written = asked.output.lock().unwrap_or_else(PoisonError::into_inner).write_all(head.as_bytes());
+        while written.is_ok() && (asked.has_begun.load(SeqCst) || clock() - opened < SILENCE.as_millis() as i64) {
+            written = asked.write(0, None).and_then(|()| asked.flush());
+            pause(BEAT);
         }
-        asked.end();
         lock(&ASKED).remove(id);
         written
     }
@@ -4629,24 +4625,6 @@ mod peers {
         let _ = socket.shutdown(Shutdown::Both);
     }
 
-    /// Sends a heartbeat on all streams, and ends those on which no request has come yet, or too many answers are unsent. To be repeated
-    /// every `BEAT`.
-    pub fn beat() {
-        let streams: Vec<Arc<Asked>> = lock(&ASKED).values().cloned().collect();
-        let mut in_all = 0;
-        for stream in streams {
-            stream.push(0, None);
-            let state = lock(&stream.state);
-            let backlog = state.unsent.as_ref().map_or(0, Vec::len);
-            let is_unused = !state.has_begun && clock() - stream.opened > SILENCE.as_millis() as i64;
-            drop(state);
-            in_all += backlog;
-            if is_unused || backlog > MAX_BACKLOG && in_all > MAX_BACKLOG_IN_ALL {
-                stream.end();
-            }
-        }
-    }
-
     // -- The asking side
 
     /// This process, in the `Via` of what it relays: a request that comes back with it runs in a ring.
@@ -4659,53 +4637,46 @@ mod peers {
         /// Its `host:port`.
         address: String,
         traffic: Mutex<Traffic>,
+        /// Whether stderr was told that the peer has another secret: nodes try again four times a second.
+        stranger: Once,
     }
 
     #[derive(Default)]
     struct Traffic {
         /// Requests of which nothing was sent yet, and who waits for their answers.
         queue: VecDeque<(Request, Waiting)>,
-        /// The thread that takes what is queued, while there is one.
-        sender: Option<Thread>,
-        /// Several requests were under way when it last took some.
-        is_busy: bool,
-    }
-
-    /// A stream on which a peer is asked: what its two threads share.
-    struct Stream {
-        /// When it was opened, by this side's clock.
+        /// Who waits for the answers to requests that were sent on the present stream, by number.
+        sent: HashMap<u64, Waiting>,
+        last_number: u64,
+        /// When the present stream was opened, by this side's clock.
         opened: i64,
-        /// Who waits for the answers to requests that were sent. None: the stream has ended.
-        sent: Option<HashMap<u64, Waiting>>,
+        /// The thread that takes what is queued, while there is one: that of the present stream.
+        sender: Option<Thread>,
     }
 
-    /// A coroutine, or a thread, that waits for what another one delivers.
-    struct Waiter<T> {
-        blocker: Arc<Blocker>,
-        answer: Mutex<Option<T>>,
-    }
-
-    /// What was asked, to be waited for.
+    /// An answer that a coroutine, or a thread, waits for, and another one delivers.
     pub struct Question<T = Result<Answer, Lost>> {
-        waiter: Arc<Waiter<T>>,
+        asker: Arc<Blocker>,
         deadline: Instant,
+        answer: Mutex<Option<T>>,
     }
 
     /// The other end of a question. Dropping it wakes who waits, with an answer or without. It is never dropped by who holds a lock: a
     /// coroutine that is woken while it parks goes on inside the call that parks it, and to drop its Blocker waits for that call to
     /// return. If the coroutine came to want the lock, both would wait for ever.
-    pub struct Waiting<T = Result<Answer, Lost>>(Arc<Waiter<T>>);
+    pub struct Waiting<T = Result<Answer, Lost>>(Arc<Question<T>>);
 
     impl<T> Question<T> {
-        pub fn new(patience: Duration) -> (Question<T>, Waiting<T>) {
-            let waiter = Arc::new(Waiter { blocker: Blocker::current(), answer: Mutex::default() });
-            (Question { waiter: waiter.clone(), deadline: Instant::now() + patience }, Waiting(waiter))
+        pub fn new(patience: Duration) -> (Arc<Question<T>>, Waiting<T>) {
+            let (asker, deadline) = (Blocker::current(), Instant::now() + patience);
+            let question = Arc::new(Question { asker, deadline, answer: Mutex::default() });
+            (question.clone(), Waiting(question))
         }
 
         /// Waits for the answer. None if there is none in time, or it was given up.
-        pub fn answer(self) -> Option<T> {
-            park_until(&self.waiter.blocker, self.deadline);
-            lock(&self.waiter.answer).take()
+        pub fn answer(&self) -> Option<T> {
+            park_until(&self.asker, self.deadline);
+            lock(&self.answer).take()
         }
     }
 
@@ -4717,13 +4688,7 @@ mod peers {
 
     impl<T> Drop for Waiting<T> {
         fn drop(&mut self) {
-            self.0.blocker.unpark();
-        }
-    }
-
-    impl Traffic {
-        fn has_sender(&self, thread: &Thread) -> bool {
-            self.sender.as_ref().is_some_and(|sender| sender.id() == thread.id())
+            self.0.asker.unpark();
         }
     }
 
@@ -4734,7 +4699,7 @@ mod peers {
                 // Any client can name a thousand nodes in a view: those that nobody asks are forgotten.
                 peers.retain(|_, peer| Arc::strong_count(peer) > 1);
             }
-            let new = || Arc::new(Peer { address: address.into(), traffic: Mutex::default() });
+            let new = || Arc::new(Peer { address: address.into(), traffic: Mutex::default(), stranger: Once::new() });
             peers.entry(address.into()).or_insert_with(new).clone()
         }
 
@@ -4749,7 +4714,7 @@ mod peers {
         }
 
         /// Begins to ask: what others are asked meanwhile goes on beside it.
-        pub fn begin(self: Arc<Peer>, mut request: Request, patience: Duration) -> Result<Question, Lost> {
+        pub fn begin(self: Arc<Peer>, mut request: Request, patience: Duration) -> Result<Arc<Question>, Lost> {
             // (What nodes say to one another is not passed on.)
             if request.origin != Origin::Message {
                 if request.via.split(',').any(|hop| hop.trim() == *VIA) {
@@ -4761,62 +4726,54 @@ mod peers {
             let (question, waiting) = Question::new(patience);
             let mut traffic = lock(&self.traffic);
             traffic.queue.push_back((request, waiting));
-            match traffic.sender.clone() {
-                None => self.start_sender(&mut traffic),
-                // Whoever queued the first one has woken it.
-                Some(_) if traffic.queue.len() > 1 => {}
-                // A coroutine runs after those that are ready now: what they ask goes along.
-                Some(sender) if traffic.is_busy => drop(may::go!(move || sender.unpark())),
-                Some(sender) => sender.unpark(),
+            let is_first = traffic.queue.len() == 1;
+            let sender = traffic.sender.clone();
+            if sender.is_none() {
+                // (Where the system has no room for a thread, the next request tries again.)
+                let peer = self.clone();
+                let spawned = thread::Builder::new().spawn(move || peer.take_queue());
+                traffic.sender = spawned.ok().map(|taker| taker.thread().clone());
+            }
+            drop(traffic);
+            if let Some(sender) = sender.filter(|_| is_first) {
+                // What other coroutines ask that are ready now goes along.
+                yield_now();
+                sender.unpark();
             }
             Ok(question)
         }
 
-        /// Starts a thread that takes what is queued. (Where the system has no room for one, the next request tries again.)
-        fn start_sender(self: &Arc<Peer>, traffic: &mut Traffic) {
-            let peer = self.clone();
-            let spawned = thread::Builder::new().spawn(move || peer.send_queue());
-            traffic.sender = spawned.ok().map(|sender| sender.thread().clone());
-        }
-
-        /// Sends what is queued, on one stream after the other or as plain requests, until there is nothing for a while.
-        fn send_queue(self: Arc<Peer>) {
+        /// Takes what is queued to the peer, on one stream after the other or as plain requests, until nothing is.
+        fn take_queue(self: Arc<Peer>) {
             loop {
                 match catch_unwind(AssertUnwindSafe(|| self.run_stream())) {
-                    // The stream has ended. What is still queued goes on the next one.
                     Ok(Ok(true)) => {}
                     Ok(Ok(false)) => self.send_plainly(),
                     // There is no way to the peer.
-                    Ok(Err(_)) | Err(_) => self.give_up_queue(),
+                    Ok(Err(_)) | Err(_) => self.fail_queue(),
                 }
                 let mut traffic = lock(&self.traffic);
-                if !traffic.has_sender(&thread::current()) {
+                // The thread that wrote on the stream may be blocked in a write for minutes. It finds that it is not the sender any more.
+                traffic.sender = Some(thread::current()).filter(|_| !traffic.queue.is_empty());
+                let is_done = traffic.sender.is_none();
+                let sent = std::mem::take(&mut traffic.sent);
+                drop(traffic);
+                // The stream has ended: no answer comes to what was sent on it.
+                drop(sent);
+                if is_done {
                     return;
-                } else if traffic.queue.is_empty() {
-                    traffic.sender = None;
-                    return;
-                }
-            }
-        }
-
-        /// Has another thread take what is queued, since the sender of an ended stream may be blocked in a write for minutes.
-        fn replace_sender(self: &Arc<Peer>, sender: &Thread) {
-            let mut traffic = lock(&self.traffic);
-            if traffic.has_sender(sender) {
-                traffic.sender = None;
-                if !traffic.queue.is_empty() {
-                    self.start_sender(&mut traffic);
                 }
             }
         }
 
         /// Fails all queued requests.
-        fn give_up_queue(&self) {
+        fn fail_queue(&self) {
             let queue = std::mem::take(&mut lock(&self.traffic).queue);
             queue.into_iter().for_each(|(_, waiting)| waiting.deliver(Err(Lost { was_sent: false })));
         }
 
-        /// Opens a stream and writes on it, until it ends. False: the peer takes no streams. An error: there was no answer.
+        /// Opens a stream, starts the thread that writes on it, and reads answers until it ends. False: the peer takes no streams. An
+        /// error: there was no answer.
         fn run_stream(self: &Arc<Peer>) -> attohttpc::Result<bool> {
             let host = find_host(&self.address)?;
             let id = format!("{:016x}", random());
@@ -4832,50 +4789,69 @@ mod peers {
             let given = headers.get("Authentication-Info").map_or(&b""[..], |value| value.as_bytes());
             let is_stream = headers.get("Content-Type").is_some_and(|it| it == STREAM);
             let is_proven = is_proven(given, &id, "answer", &self.address);
-            // Said once, until no such node is met for a minute: nodes try again four times a second.
-            if (status == StatusCode::FORBIDDEN || is_stream && !is_proven)
-                && clock() - STRANGER_MET.swap(clock(), SeqCst) > 60_000
-            {
-                say(&format!("node {} is of another store: its SECRET is another one", self.address));
+            if status == StatusCode::FORBIDDEN || is_stream && !is_proven {
+                let line = || say(&format!("node {} is of another store: its SECRET is another one", self.address));
+                self.stranger.call_once(line);
             }
             if !is_stream || !is_proven {
                 // A node is never asked without a stream: one that takes none from here is of another store.
                 let error = io::Error::from(io::ErrorKind::PermissionDenied);
                 return if own().is_some() { Err(error.into()) } else { Ok(false) };
             }
-            let stream = Arc::new(Mutex::new(Stream { opened: clock(), sent: Some(HashMap::new()) }));
-            let (peer, sender, reader) = (self.clone(), thread::current(), stream.clone());
-            thread::Builder::new().spawn(move || {
-                let _ = catch_unwind(AssertUnwindSafe(|| read_answers(answers, &reader)));
-                end_stream(&reader);
-                peer.replace_sender(&sender);
-            })?;
-            // This ends with the stream, and always with an error.
-            let _ = open("POST").and_then(|post| {
-                post.body(Requests { peer: self, stream: &stream, last_number: 0, last_asked: clock() }).send()
-            });
-            end_stream(&stream);
+            let post = open("POST")?.body(Requests { peer: self.clone(), last_needed: clock() });
+            let mut traffic = lock(&self.traffic);
+            traffic.opened = clock();
+            // It ends with the stream, and always with an error. Then it closes its connection, whereupon the peer closes the other one.
+            let sender = thread::Builder::new().spawn(move || post.send())?;
+            traffic.sender = Some(sender.thread().clone());
+            drop(traffic);
+            let _ = self.read_answers(answers, || sender.is_finished());
             Ok(true)
         }
 
-        /// Takes each queued request to the peer from a thread of its own, until there was none for a while. One without an answer ends
-        /// this as well: the peer may be gone, or another program by now.
+        /// Reads answers from a stream and delivers them, until the stream ends.
+        fn read_answers(&self, answers: impl Read, is_over: impl Fn() -> bool) -> io::Result<()> {
+            let mut answers = BufReader::with_capacity(CHUNK, answers);
+            while !is_over() {
+                let Message { number, time, content } = Message::read(&mut answers)?;
+                let mut traffic = lock(&self.traffic);
+                let Some(answer) = content else {
+                    // The asked side opened the stream at this time or earlier: a heartbeat that waited behind large answers gives too late
+                    // a time. So the earliest counts, which may rise by 1 ms a heartbeat, since the asked side's clock may be slower.
+                    traffic.opened = clock().saturating_sub(time).min(traffic.opened.saturating_add(1));
+                    continue;
+                };
+                let waiting = traffic.sent.remove(&number);
+                drop(traffic);
+                if let Some(waiting) = waiting {
+                    waiting.deliver(Ok(answer));
+                }
+            }
+            Ok(())
+        }
+
+        /// Takes each queued request to the peer from a thread of its own. After a while the peer may be another program.
         fn send_plainly(self: &Arc<Peer>) {
-            let (is_fine, mut last_asked) = (Arc::new(AtomicBool::new(true)), clock());
-            while is_fine.load(SeqCst) && clock() - last_asked < PLAIN_REST {
+            let (threads, end) = (Arc::new(()), clock() + PLAIN_LIMIT);
+            while clock() < end {
+                if Arc::strong_count(&threads) > MAX_THREADS {
+                    thread::sleep(Duration::from_millis(1));
+                    continue;
+                }
                 let next = lock(&self.traffic).queue.pop_front();
-                let Some((request, waiting)) = next.filter(|(request, _)| request.refusal_if_late().is_none()) else {
+                let Some((request, waiting)) = next else {
                     thread::park_timeout(BEAT);
                     continue;
                 };
-                last_asked = clock();
-                while Arc::strong_count(&is_fine) > MAX_THREADS {
-                    thread::sleep(Duration::from_millis(1));
-                }
-                let (peer, is_fine) = (self.clone(), is_fine.clone());
-                let send = move || match find_host(&peer.address).map(|host| request.send(&host)) {
-                    Ok(Ok(answer)) => waiting.deliver(Ok(answer)),
-                    _ => is_fine.store(false, SeqCst),
+                let (peer, counted) = (self.clone(), threads.clone());
+                let send = move || {
+                    if request.refusal_if_late().is_none()
+                        && let Ok(host) = find_host(&peer.address)
+                        && let Ok(answer) = request.send(&host)
+                    {
+                        waiting.deliver(Ok(answer));
+                    }
+                    drop(counted);
                 };
                 let _ = thread::Builder::new().spawn(send);
             }
@@ -4883,48 +4859,47 @@ mod peers {
     }
 
     /// The body of a stream's POST.
-    struct Requests<'a> {
-        peer: &'a Peer,
-        stream: &'a Mutex<Stream>,
-        last_number: u64,
-        /// When something was last queued.
-        last_asked: i64,
+    struct Requests {
+        peer: Arc<Peer>,
+        /// When an answer was last waited for.
+        last_needed: i64,
     }
 
-    impl Requests<'_> {
+    impl Requests {
         /// What is to be written next: what is queued, or a heartbeat. None: the stream ends, since it has, or nobody needs it.
         fn next(&mut self) -> Option<Vec<u8>> {
             if lock(&self.peer.traffic).queue.is_empty() {
                 thread::park_timeout(BEAT);
             }
-            let (mut traffic, mut stream) = (lock(&self.peer.traffic), lock(self.stream));
-            let Stream { opened, sent } = &mut *stream;
-            let sent = sent.as_mut()?;
+            let mut guard = lock(&self.peer.traffic);
+            let traffic = &mut *guard;
+            traffic.sender.as_ref().filter(|sender| sender.id() == thread::current().id())?;
             let (mut batch, mut size) = (Vec::new(), 0);
             while size < CHUNK
                 && let Some((request, waiting)) = traffic.queue.pop_front()
             {
                 size += request.size();
-                self.last_number += 1;
-                sent.insert(self.last_number, waiting);
-                let time = request.began.map_or(0, |began| began.saturating_sub(*opened));
-                batch.push(Message { number: self.last_number, time, content: Some(request) });
+                traffic.last_number += 1;
+                traffic.sent.insert(traffic.last_number, waiting);
+                let time = request.began.map_or(0, |began| began.saturating_sub(traffic.opened));
+                batch.push(Message { number: traffic.last_number, time, content: Some(request) });
             }
-            let is_needed = !sent.is_empty();
-            traffic.is_busy = sent.len() > 1;
-            drop((traffic, stream));
-            if !batch.is_empty() {
-                self.last_asked = clock();
-            } else if is_needed || clock() - self.last_asked < REST {
+            if !traffic.sent.is_empty() {
+                self.last_needed = clock();
+            } else if clock() - self.last_needed > REST {
+                return None;
+            }
+            drop(guard);
+            if batch.is_empty() {
                 batch.push(Message { number: 0, time: 0, content: None });
             }
             let mut bytes = Vec::with_capacity(size);
             batch.iter().for_each(|message| message.write(&mut bytes));
-            (!bytes.is_empty()).then_some(bytes)
+            Some(bytes)
         }
     }
 
-    impl Body for Requests<'_> {
+    impl Body for Requests {
         fn kind(&mut self) -> io::Result<BodyKind> {
             // No stream carries as much.
             Ok(BodyKind::KnownLength(1 << 62))
@@ -4938,32 +4913,6 @@ mod peers {
             // The rest never comes: the client is not to wait for an answer.
             Err(io::ErrorKind::ConnectionAborted.into())
         }
-    }
-
-    /// Reads answers from a stream and delivers them, until the stream ends.
-    fn read_answers(answers: impl Read, stream: &Mutex<Stream>) -> io::Result<()> {
-        let mut answers = BufReader::with_capacity(CHUNK, answers);
-        loop {
-            let Message { number, time, content } = Message::read(&mut answers)?;
-            let mut stream = lock(stream);
-            let Some(answer) = content else {
-                // The asked side opened the stream at this time or earlier: a heartbeat that waited behind large answers gives too late
-                // a time. So the earliest counts, which may rise by 1 ms a heartbeat, since the asked side's clock may be slower.
-                stream.opened = clock().saturating_sub(time).min(stream.opened.saturating_add(1));
-                continue;
-            };
-            let waiting = stream.sent.as_mut().ok_or(io::ErrorKind::ConnectionAborted)?.remove(&number);
-            drop(stream);
-            if let Some(waiting) = waiting {
-                waiting.deliver(Ok(answer));
-            }
-        }
-    }
-
-    /// Fails all requests that were sent on a stream.
-    fn end_stream(stream: &Mutex<Stream>) {
-        let sent = lock(stream).sent.take();
-        drop(sent);
     }
 
     // -- The client
@@ -5130,7 +5079,7 @@ impl World for Live {
 
     async fn deliver(&self, envelopes: Vec<Envelope>) -> Vec<Option<Reply>> {
         // All are asked before the first is waited for.
-        let questions: Vec<Option<Question>> = envelopes.iter().map(begin_to_deliver).collect();
+        let questions: Vec<Option<Arc<Question>>> = envelopes.iter().map(begin_to_deliver).collect();
         let answers = envelopes.into_iter().zip(questions).map(|(envelope, question)| match question {
             None if own() == Some(&envelope.to) => Some(self.with(|node| node.receive(envelope))),
             question => read_reply(&question?.answer()?.ok()?),
@@ -5159,7 +5108,7 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
 }
 
 /// Asks another node. None if it cannot be asked, or is this one.
-fn begin_to_deliver(envelope: &Envelope) -> Option<Question> {
+fn begin_to_deliver(envelope: &Envelope) -> Option<Arc<Question>> {
     if own() == Some(&envelope.to) {
         return None;
     }
@@ -5242,7 +5191,6 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
     let _ = keep_stderr();
     LazyLock::force(&BACKGROUND);
     repeat(Duration::ZERO, wake_sleepers);
-    repeat(peers::BEAT, peers::beat);
     repeat(MEETINGS, || block_on(keep_in_touch(&Live)));
     let _ = server.join();
     fail(1, &format!("IP={} PORT={}: expected to go on listening, but the server ended", listen.ip(), listen.port()))
