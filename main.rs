@@ -289,7 +289,7 @@ mod connections {
     use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
     use std::rc::Rc;
     use std::sync::LazyLock;
-    use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+    use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
     use std::thread;
     use std::time::{Duration, Instant};
 
@@ -298,12 +298,12 @@ mod connections {
     use nix::errno::Errno;
 
     use crate::peers::{carry_answers, read_requests};
-    use crate::{Action, Answer, CLOSE, LARGE_BODY, MAX_HEAD, Outcome, Request, Resource, VERBS, Vocabulary};
-    use crate::{answer_about, answer_or_defer, count_answer, knows_secret, pause, read_head};
+    use crate::{Answer, CLOSE, LARGE_BODY, MAX_BODY, MAX_HEAD, Outcome, VERBS, Vocabulary};
+    use crate::{answer_or_defer, answer_unread, count_answer, knows_secret, pause, read_head};
 
     /// The output of a connection is sent when it has more than so many bytes. A value that is longer is not copied to it.
     const BATCH: usize = 32 << 10;
-    /// How many bytes a client may send or be sent, without a pause, before other clients have their turn.
+    /// How many bytes may be received and answered, without a pause, before other clients have their turn.
     const TURN: usize = 128 << 10;
     /// How many bytes large bodies may have together: more are not read before there is room.
     const MAX_BODIES: usize = 64 << 20;
@@ -312,9 +312,9 @@ mod connections {
     const MAX_READ: usize = 3 * MAX_HEAD;
     /// A client that takes nothing of an answer for this long is given up. (The kernel asks for more when 16 KiB are gone, `BATCH`.)
     pub const WRITE_LIMIT: Duration = Duration::from_secs(10);
-    /// A connection on which nothing happens for this long is closed. Load balancers do so after 60 s: the client's side should be
+    /// A connection on which nothing happens for so many seconds is closed. Load balancers do so after 60 s: the client's side should be
     /// the first, or a request may meet a connection that is just being closed.
-    const IDLE_LIMIT: Duration = Duration::from_secs(75);
+    const IDLE_LIMIT: u32 = 75;
 
     /// How many connections are open.
     pub static CONNECTIONS: AtomicU64 = AtomicU64::new(0);
@@ -327,26 +327,24 @@ mod connections {
     });
     /// The files that are left for all but connections.
     pub const OTHER_FILES: u64 = 200;
-    /// How many bytes the large bodies have that are being read, or answered.
-    static BODIES: AtomicUsize = AtomicUsize::new(0);
 
     thread_local! {
         /// The clients, by the descriptors of their sockets. The worker has them; in any other thread there are none.
         static CLIENTS: RefCell<Vec<Option<Rc<Client>>>> = const { RefCell::new(Vec::new()) };
+        /// How many bytes the large bodies have that are being read, or answered.
+        static BODIES: Cell<usize> = const { Cell::new(0) };
+        /// How many bytes were received and answered since a client last let others have their turn.
+        static SERVED: Cell<usize> = const { Cell::new(0) };
     }
 
     /// A connection, as the service, the watch, and `recv` and `send` see it.
     struct Client {
         fd: RawFd,
         phase: Cell<Phase>,
-        /// When something last happened.
-        active: Cell<Instant>,
+        /// For how many seconds nothing has happened.
+        idle: Cell<u32>,
         /// How many bytes were read since a request was last dealt with: of the next one's head, or what the server read ahead.
         head: Cell<usize>,
-        /// How many bytes were received and answered since other clients had their turn.
-        served: Cell<usize>,
-        /// How many bytes of `BODIES` belong to the request that is being answered.
-        room: Cell<usize>,
         /// Answers that are still to be sent.
         output: RefCell<Vec<u8>>,
     }
@@ -357,8 +355,6 @@ mod connections {
         Head,
         /// As `Head`, but the client sends nothing more: with its next read, the server is told.
         LastHead,
-        /// The client sends nothing more, and the server was told.
-        HalfClosed,
         /// A request is being answered.
         Request,
         /// As `Request`, and some of its body is read from the socket, since not all of it came with the head.
@@ -399,13 +395,11 @@ mod connections {
                 return self.serve_stream(id, parsed);
             }
             let verb = VERBS.into_iter().find(|verb| *verb == request.verb).unwrap_or("other");
-            if request.oversized {
-                return self.close_with(refusal_of_oversized(request), verb, false);
+            if request.verb == "PUT" && framing.length > MAX_BODY {
+                return self.close_with(answer_unread(request), verb, false);
             }
-            let is_kept = framing.length > 0 && request.wants_body(framing.length);
-            if is_kept && framing.length > LARGE_BODY {
-                self.wait_for_room(framing.length);
-            }
+            let is_kept = request.wants_body(framing.length);
+            let _room = (is_kept && framing.length > LARGE_BODY).then(|| self.wait_for_room(framing.length));
             if framing.expects_continue {
                 // (RFC 9110 section 10.1.1)
                 self.output.borrow_mut().extend(b"HTTP/1.1 100 Continue\r\n\r\n");
@@ -443,20 +437,20 @@ mod connections {
         }
 
         /// Waits until another large body may be read.
-        fn wait_for_room(&self, length: usize) {
+        fn wait_for_room(&self, length: usize) -> Room {
             self.flush();
-            while BODIES.load(Relaxed) + length > MAX_BODIES {
+            while BODIES.get() + length > MAX_BODIES {
                 pause(Duration::from_millis(5));
             }
-            BODIES.fetch_add(length, Relaxed);
-            self.room.set(length);
+            BODIES.set(BODIES.get() + length);
+            Room(length)
         }
 
         /// Reads a whole body, to keep it or not. False is a client that left before it was complete: its request never happened.
         fn read_body(&self, mut reader: BodyReader, length: usize, mut body: Option<&mut Vec<u8>>) -> bool {
             let mut taken = 0;
             while taken < length {
-                self.active.set(Instant::now());
+                self.idle.set(0);
                 let Ok(arrived @ [_, ..]) = reader.fill_buf() else { return false };
                 let count = arrived.len();
                 if let Some(body) = &mut body {
@@ -464,7 +458,7 @@ mod connections {
                 }
                 reader.consume(count);
                 taken += count;
-                self.take_turn(count);
+                take_turn(&self.socket(), count);
             }
             if self.phase.get() == Phase::Body {
                 // The server waits for a signal that comes once an arrival, and reading the body has used it up: a request that came
@@ -490,7 +484,7 @@ mod connections {
             if self.output.borrow().len() > BATCH {
                 self.flush();
             }
-            self.take_turn(answer.length());
+            take_turn(&self.socket(), answer.length());
         }
 
         /// Sends the output, however long the client takes to read it.
@@ -540,15 +534,8 @@ mod connections {
             while Instant::now() < deadline
                 && let Ok(count @ 1..) = stream.read(&mut buffer)
             {
-                self.take_turn(count);
+                take_turn(&self.socket(), count);
             }
-        }
-
-        /// Counts bytes that were received or answered, and lets others have their turn when they are many.
-        fn take_turn(&self, count: usize) {
-            let mut served = self.served.get() + count;
-            take_turn(&self.socket(), &mut served, TURN);
-            self.served.set(served);
         }
 
         /// Notes that `recv` has returned `count` to the server. Returns what it is to return instead.
@@ -561,38 +548,36 @@ mod connections {
                     signal_again(&self.socket());
                     return fail_with(libc::EAGAIN);
                 }
-                (Phase::LastHead, 0) => self.phase.set(Phase::HalfClosed),
                 (Phase::Head | Phase::LastHead, 1..) => {
                     self.head.set(self.head.get() + count as usize);
                     if self.head.get() > MAX_READ {
                         return fail_with(libc::ECONNABORTED);
                     }
                 }
-                (_, ..0) if Errno::last() != Errno::EAGAIN => self.phase.set(Phase::Closing),
+                (_, -1) if Errno::last() != Errno::EAGAIN => self.phase.set(Phase::Closing),
                 _ => {}
             }
             count
         }
     }
 
-    /// The answer to a PUT or POST whose body is too large to be read.
-    fn refusal_of_oversized(request: Request) -> Answer {
-        let (resource, vocabulary) = request.route();
-        if let Resource::Key(key) = resource
-            && let Action::Refuse(refusal) = Action::of(&key, &request, vocabulary)
-        {
-            return refusal.answer(vocabulary, &request.verb);
+    /// A part of `BODIES`.
+    struct Room(usize);
+
+    impl Drop for Room {
+        fn drop(&mut self) {
+            BODIES.set(BODIES.get() - self.0);
         }
-        answer_about(request)
     }
 
     /// Closes connections on whose clients the server waits in vain. To be repeated every second by a coroutine, which the worker runs.
     pub fn watch() {
-        let now = Instant::now();
         CLIENTS.with_borrow(|clients| {
-            for client in clients.iter().flatten() {
-                let is_waited_for = matches!(client.phase.get(), Phase::Head | Phase::LastHead | Phase::Body);
-                if is_waited_for && now - client.active.get() > IDLE_LIMIT {
+            let is_waited_for =
+                |client: &&Rc<Client>| matches!(client.phase.get(), Phase::Head | Phase::LastHead | Phase::Body);
+            for client in clients.iter().flatten().filter(is_waited_for) {
+                client.idle.set(client.idle.get() + 1);
+                if client.idle.get() > IDLE_LIMIT {
                     client.close(Shutdown::Both);
                 }
             }
@@ -612,9 +597,8 @@ mod connections {
         /// Called once for each connection. `id` is the descriptor of its socket, open until after the service is dropped.
         fn new_service(&self, id: usize) -> Connection {
             let fd = id as RawFd;
-            let (phase, active, output) = (Cell::new(Phase::Head), Cell::new(Instant::now()), RefCell::default());
-            let [head, served, room] = [const { Cell::new(0) }; 3];
-            let client = Rc::new(Client { fd, phase, active, head, served, room, output });
+            let (phase, idle, head, output) = (Cell::new(Phase::Head), Cell::new(0), Cell::new(0), RefCell::default());
+            let client = Rc::new(Client { fd, phase, idle, head, output });
             let socket = client.socket();
             // Without this, an answer that leaves in two writes waits 40 ms for the client's delayed acknowledgement.
             let _ = socket.set_nodelay(true);
@@ -639,8 +623,7 @@ mod connections {
                 client.phase.set(Phase::Request);
                 client.head.set(0);
                 client.serve(parsed);
-                BODIES.fetch_sub(client.room.take(), Relaxed);
-                client.active.set(Instant::now());
+                client.idle.set(0);
                 if !client.is_closing() {
                     client.phase.set(Phase::Head);
                 }
@@ -657,16 +640,12 @@ mod connections {
             let (phase, head) = (client.phase.get(), client.head.get());
             if phase == Phase::Closing || thread::panicking() {
                 // Nothing can be sent any more. (A coroutine that panics cannot wait.)
-            } else if head > MAX_READ || phase == Phase::HalfClosed && head > "\r\n".len() {
-                // A head that does not end, or ended with the stream. (After a request, a line's end may follow that is nothing.)
-                client.refuse(Outcome::BadRequest, false);
-            } else if phase == Phase::HalfClosed {
-                // The client sends nothing more, but may still be reading.
+            } else if phase == Phase::LastHead && head <= "\r\n".len() {
+                // The client sends nothing more, but may still be reading. (After a request, a line's end may follow that is nothing.)
                 client.flush();
             } else {
-                client.refuse(Outcome::Unparsed, false);
+                client.refuse(if head > MAX_READ { Outcome::BadRequest } else { Outcome::Unparsed }, false);
             }
-            BODIES.fetch_sub(client.room.take(), Relaxed);
             CLIENTS.with_borrow_mut(|clients| clients[self.0 as usize] = None);
             CONNECTIONS.fetch_sub(1, Relaxed);
         }
@@ -725,12 +704,13 @@ mod connections {
         Ok(stream)
     }
 
-    /// Lets others have their turn, if more than `most` bytes were dealt with since they last had. To yield would not do: the worker
-    /// polls only when no coroutine is ready, and of two clients that send without end one always is. But the poll signals a socket
-    /// that it was just told of, so whoever waits for that comes after all others.
-    pub fn take_turn(socket: &TcpStream, served: &mut usize, most: usize) {
-        if *served > most {
-            *served = 0;
+    /// Counts bytes that were dealt with, and lets others have their turn when they are many. To yield would not do: the worker polls only
+    /// when no coroutine is ready, and of two clients that send without end one always is. But the poll signals a socket that it was
+    /// just told of, so whoever waits for that comes after all others.
+    pub fn take_turn(socket: &TcpStream, count: usize) {
+        SERVED.set(SERVED.get() + count);
+        if SERVED.get() > TURN {
+            SERVED.set(0);
             if let Ok(stream) = waiting_stream(socket, None) {
                 stream.wait_io();
             }
@@ -766,9 +746,6 @@ struct Request {
     began: Option<i64>,
     #[serde(with = "serde_bytes")]
     body: Vec<u8>,
-    /// The body is too large to be read.
-    #[serde(skip)]
-    oversized: bool,
 }
 
 /// What a request is between instances, where it travels on a stream.
@@ -825,14 +802,13 @@ fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
         closing: parsed.version() == 0 || connection.split(',').any(|option| option.trim() == "close"),
         expects_continue: parsed.version() == 1 && length > 0 && joined("Expect").eq_ignore_ascii_case("100-continue"),
     };
-    let mut request = Request {
+    let request = Request {
         verb: if framing.is_head { "GET" } else { verb }.into(),
         target: origin_form(target).ok_or(Outcome::BadRequest)?.into_owned(),
         content_type: joined("Content-Type"),
         via: joined("Via"),
         ..Request::default()
     };
-    request.oversized = length > MAX_BODY && request.is_upload();
     Ok((request, framing))
 }
 
@@ -911,13 +887,10 @@ impl Request {
         peers::stream_id(&self.target).filter(|_| is_part)
     }
 
-    fn is_upload(&self) -> bool {
-        matches!(self.verb.as_str(), "PUT" | "POST")
-    }
-
     /// Whether a body of this length can matter. (In the JSON vocabulary that of a GET may have a causal context.)
     fn wants_body(&self, length: usize) -> bool {
-        self.is_upload() || length <= MAX_BODY && matches!(self.route(), (Resource::Key(_), Vocabulary::Json))
+        self.verb == "PUT"
+            || length > 0 && length <= MAX_BODY && matches!(self.route(), (Resource::Key(_), Vocabulary::Json))
     }
 }
 
@@ -936,12 +909,17 @@ fn is_valid_key(key: &[u8], vocabulary: Vocabulary) -> bool {
     }
 }
 
+/// The answer to a PUT whose body is too large to be read.
+fn answer_unread(request: Request) -> Answer {
+    let (Resource::Key(key), vocabulary) = request.route() else { return answer_about(request) };
+    let refusal = if is_valid_key(&key, vocabulary) { Outcome::ValueTooLarge } else { Outcome::KeyInvalid };
+    refusal.answer(vocabulary, &request.verb)
+}
+
 /// The record that a PUT wants stored, or why it is refused. The checks run in the contract's order: key, value, size.
 fn record_of(key: &[u8], request: &Request, vocabulary: Vocabulary) -> Result<Record, Outcome> {
     if !is_valid_key(key, vocabulary) {
         return Err(Outcome::KeyInvalid);
-    } else if request.oversized {
-        return Err(Outcome::ValueTooLarge);
     }
     let value = match vocabulary {
         Vocabulary::Form => json_of(&form_value(request)?)?,
@@ -4503,7 +4481,6 @@ mod peers {
             body.consume(begun.len());
             self.has_begun.store(true, SeqCst);
             let mut reader = BufReader::new(begun.chain(connection));
-            let mut served = 0;
             loop {
                 if !has_message(reader.buffer()) {
                     self.flush()?;
@@ -4514,9 +4491,9 @@ mod peers {
                 let Message { number, time, content } = Message::<Request>::read(&mut reader)?;
                 let Some(mut request) = content else { continue };
                 request.began = Some(self.opened.saturating_add(time));
-                served += request.size();
+                let size = request.size();
                 self.answer(number, request)?;
-                take_turn(socket, &mut served, CHUNK);
+                take_turn(socket, size);
             }
         }
 
