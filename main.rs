@@ -13,7 +13,7 @@
 //! meets them:
 //!
 //! - *Settings*: what the environment says. *Connections*: where bytes come in and answers go out, and what the server cannot do.
-//! - *Requests*: heads, routing, keys and values, all that is taken from a client. *Outcomes*: every answer's text.
+//! - *Requests and answers* (`http`): heads, routing, keys and values, all that is taken from a client; and every answer's text.
 //! - *Owners*: who answers a request, and what this instance does if it has the key. *Records*: keys and values, in buckets.
 //! - *Tables*: which shard owns which hashes. *The node*: what it knows and decides, by the rules R1 to R12 that stand there.
 //!   *Replication* and *membership*: what it does over time.
@@ -32,13 +32,11 @@
 //!
 //! "The contract" in the comments is the section of this name in README.md, which says all that a client may see.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::fmt::{self, Formatter};
 use std::fs::File;
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -50,32 +48,21 @@ use std::task::{self, Poll, Waker};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use attohttpc::StatusCode;
-use httpdate::HttpDate;
 use may::sync::Blocker;
-use may_minihttp::{HttpServiceFactory, Request as Parsed};
-use percent_encoding::percent_decode;
-use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
-use serde::{Deserialize, Serialize};
-use serde_json::value::RawValue;
-use url::Url;
+use may_minihttp::HttpServiceFactory;
 
 use connections::{CONNECTIONS, MAX_CONNECTIONS, OTHER_FILES, Server};
+use http::{Answer, GET_ONLY, KEY_VERBS, Origin, Outcome, PUT_ONLY, Request, Resource, Vocabulary};
+use http::{causal_context, member, record_of};
 use membership::{answer_view_change, count_keys, describe_shards, keep_in_touch, run};
-use node::{Context, Envelope, Later, Message, Node, Place, Reply, node_of};
-use peers::{PATIENCE, Peer, Question, STREAM, knows_secret};
+use node::{Context, Envelope, Later, Message, Node, Place, Reply};
+use peers::{PATIENCE, Peer, Question};
 use records::{Record, hash_of};
 use replication::{Lost, World};
+use settings::{HELP, SETTINGS, Settings, parse_factor, parse_view, port_of};
 use table::{Table, Version};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
-
-/// The limit of a value, in bytes: of a string its UTF-8, of anything else its JSON text (the contract, "Size limit").
-const MAX_VALUE: usize = 1 << 20;
-/// The limit of a body, in bytes (the contract, "Size limit").
-const MAX_BODY: usize = 4 << 20;
-/// The limit of a request's head. The server has none of its own and would collect an endless head in memory.
-const MAX_HEAD: usize = 64 << 10;
 
 /// Locks a mutex, also after a panic elsewhere: what is guarded here is whole between any two statements.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -138,7 +125,18 @@ fn random() -> u64 {
 
 // ---- Settings: what the environment says ----------------------------------------------------------------------------
 
-const HELP: &str = "\
+mod settings {
+    //! What the environment says: every variable is read once and checked, and one that is malformed ends the program (`Settings::read`).
+    //! What is an address is decided here as well, for views and peers.
+
+    use std::net::{IpAddr, SocketAddr};
+    use std::sync::LazyLock;
+
+    use url::Url;
+
+    use crate::{Role, fail};
+
+    pub const HELP: &str = "\
 kv-store: a distributed key-value store over HTTP
 
 usage: kv-store [--help | --version | --health]
@@ -155,110 +153,113 @@ environment (an empty variable is an unset one):
   SECRET              what the nodes of a store share: 1 to 200 visible ASCII characters [none]
 ";
 
-/// What the environment asks of this process.
-struct Settings {
-    listen: SocketAddr,
-    role: Role,
-    /// The first view of a node, and how many nodes hold each shard then.
-    view: Vec<String>,
-    factor: usize,
-    /// What the nodes of the store share.
-    secret: Option<String>,
-}
-
-static SETTINGS: LazyLock<Settings> = LazyLock::new(|| {
-    let variable = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
-    Settings::read(variable).unwrap_or_else(|line| fail(2, &line))
-});
-
-impl Settings {
-    /// Reads the variables through `variable`. The error is a line for stderr: variable, value, what was expected.
-    fn read(variable: impl Fn(&str) -> Option<String>) -> Result<Settings, String> {
-        let get = |name: &str| variable(name).filter(|value| !value.is_empty());
-        let address = |name: &str| match get(name) {
-            Some(value) if port_of(&value).is_none() => {
-                Err(format!("{name}={value}: expected host:port, such as 10.10.0.2:8080 or main:8080"))
-            }
-            value => Ok(value.map(|value| value.to_ascii_lowercase())),
-        };
-        let own = address("ADDRESS")?;
-        let main = address("FORWARDING_ADDRESS")?.map_or_else(|| address("MAINIP"), |main| Ok(Some(main)))?;
-        let of_node = |setting: String| match (&own, &main) {
-            (None, _) => Err(format!("{setting}: expected ADDRESS to be set as well, this node's own host:port")),
-            (_, Some(main)) => {
-                Err(format!("{setting}: expected no FORWARDING_ADDRESS or MAINIP beside it, but one is {main}"))
-            }
-            _ => Ok(()),
-        };
-        let (mut view, mut factor): (Vec<String>, _) = (own.iter().cloned().collect(), 1);
-        if let Some(text) = get("VIEW") {
-            of_node(format!("VIEW={text}"))?;
-            let parsed = parse_view(text.split(','));
-            view = parsed.map_err(|why| format!("VIEW={text}: expected host:port,host:port,..., but {why}"))?;
-        }
-        if let Some(text) = get("REPL_FACTOR") {
-            of_node(format!("REPL_FACTOR={text}"))?;
-            let parsed = parse_factor(&text, view.len());
-            factor = parsed.map_err(|expected| format!("REPL_FACTOR={text}: expected {expected}"))?;
-        }
-        let secret = get("SECRET");
-        if let Some(text) = &secret {
-            of_node("SECRET=...".into())?;
-            if !(1..=200).contains(&text.len()) || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
-                return Err("SECRET=...: expected 1 to 200 visible ASCII characters (its value is not shown)".into());
-            }
-        }
-        let listen = listen_address(get("IP"), get("PORT"), own.as_deref())?;
-        let role = main.map(Role::Follower).or(own.map(Role::Node)).unwrap_or(Role::Main);
-        Ok(Settings { listen, role, view, factor, secret })
+    /// What the environment asks of this process.
+    pub struct Settings {
+        pub listen: SocketAddr,
+        pub role: Role,
+        /// The first view of a node, and how many nodes hold each shard then.
+        pub view: Vec<String>,
+        pub factor: usize,
+        /// What the nodes of the store share.
+        pub secret: Option<String>,
     }
-}
 
-fn listen_address(ip: Option<String>, port: Option<String>, own: Option<&str>) -> Result<SocketAddr, String> {
-    let port = match (port, own) {
-        (Some(port), _) => port_of(&format!("localhost:{port}"))
-            .ok_or_else(|| format!("PORT={port}: expected a number from 1 to 65535"))?,
-        (None, Some(own)) => port_of(own).unwrap_or_default(),
-        (None, None) => 8080,
-    };
-    let ip = ip.unwrap_or("0.0.0.0".into());
-    let ip: IpAddr = ip.parse().map_err(|_| format!("IP={ip}: expected an IPv4 or IPv6 address"))?;
-    Ok(SocketAddr::new(ip, port))
-}
+    pub static SETTINGS: LazyLock<Settings> = LazyLock::new(|| {
+        let variable = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
+        Settings::read(variable).unwrap_or_else(|line| fail(2, &line))
+    });
 
-/// Checks the addresses of a view. The error says what is wrong with which. (Names are the same in either case, RFC 4343.)
-fn parse_view<'a>(addresses: impl Iterator<Item = &'a str>) -> Result<Vec<String>, String> {
-    let mut view = Vec::new();
-    for text in addresses.take(1001).map(str::trim) {
-        let address = text.to_ascii_lowercase();
-        if port_of(&address).is_none() {
-            return Err(format!("'{text}' is not host:port"));
-        } else if view.contains(&address) {
-            return Err(format!("{text} is given twice"));
+    impl Settings {
+        /// Reads the variables through `variable`. The error is a line for stderr: variable, value, what was expected.
+        pub fn read(variable: impl Fn(&str) -> Option<String>) -> Result<Settings, String> {
+            let get = |name: &str| variable(name).filter(|value| !value.is_empty());
+            let address = |name: &str| match get(name) {
+                Some(value) if port_of(&value).is_none() => {
+                    Err(format!("{name}={value}: expected host:port, such as 10.10.0.2:8080 or main:8080"))
+                }
+                value => Ok(value.map(|value| value.to_ascii_lowercase())),
+            };
+            let own = address("ADDRESS")?;
+            let main = address("FORWARDING_ADDRESS")?.map_or_else(|| address("MAINIP"), |main| Ok(Some(main)))?;
+            let of_node = |setting: String| match (&own, &main) {
+                (None, _) => Err(format!("{setting}: expected ADDRESS to be set as well, this node's own host:port")),
+                (_, Some(main)) => {
+                    Err(format!("{setting}: expected no FORWARDING_ADDRESS or MAINIP beside it, but one is {main}"))
+                }
+                _ => Ok(()),
+            };
+            let (mut view, mut factor): (Vec<String>, _) = (own.iter().cloned().collect(), 1);
+            if let Some(text) = get("VIEW") {
+                of_node(format!("VIEW={text}"))?;
+                let parsed = parse_view(text.split(','));
+                view = parsed.map_err(|why| format!("VIEW={text}: expected host:port,host:port,..., but {why}"))?;
+            }
+            if let Some(text) = get("REPL_FACTOR") {
+                of_node(format!("REPL_FACTOR={text}"))?;
+                let parsed = parse_factor(&text, view.len());
+                factor = parsed.map_err(|expected| format!("REPL_FACTOR={text}: expected {expected}"))?;
+            }
+            let secret = get("SECRET");
+            if let Some(text) = &secret {
+                of_node("SECRET=...".into())?;
+                if !(1..=200).contains(&text.len()) || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+                    return Err(
+                        "SECRET=...: expected 1 to 200 visible ASCII characters (its value is not shown)".into()
+                    );
+                }
+            }
+            let listen = listen_address(get("IP"), get("PORT"), own.as_deref())?;
+            let role = main.map(Role::Follower).or(own.map(Role::Node)).unwrap_or(Role::Main);
+            Ok(Settings { listen, role, view, factor, secret })
         }
-        view.push(address);
     }
-    if (1..=1000).contains(&view.len()) { Ok(view) } else { Err("it must name 1 to 1000 nodes".into()) }
-}
 
-/// Reads a replication factor for a number of nodes. The error says what was expected.
-fn parse_factor(text: &str, nodes: usize) -> Result<usize, String> {
-    let factor = text.parse().ok().filter(|factor| (1..=nodes).contains(factor) && !text.starts_with('+'));
-    factor.ok_or(format!("a whole number from 1 to {nodes}, the number of nodes"))
-}
+    fn listen_address(ip: Option<String>, port: Option<String>, own: Option<&str>) -> Result<SocketAddr, String> {
+        let port = match (port, own) {
+            (Some(port), _) => port_of(&format!("localhost:{port}"))
+                .ok_or_else(|| format!("PORT={port}: expected a number from 1 to 65535"))?,
+            (None, Some(own)) => port_of(own).unwrap_or_default(),
+            (None, None) => 8080,
+        };
+        let ip = ip.unwrap_or("0.0.0.0".into());
+        let ip: IpAddr = ip.parse().map_err(|_| format!("IP={ip}: expected an IPv4 or IPv6 address"))?;
+        Ok(SocketAddr::new(ip, port))
+    }
 
-/// Whether a text has only what an address has: the URL parser takes more characters, such as a quotation mark, than may stand
-/// in an answer.
-fn is_plain(text: &str) -> bool {
-    text.len() <= 300 && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte))
-}
+    /// Checks the addresses of a view. The error says what is wrong with which. (Names are the same in either case, RFC 4343.)
+    pub fn parse_view<'a>(addresses: impl Iterator<Item = &'a str>) -> Result<Vec<String>, String> {
+        let mut view = Vec::new();
+        for text in addresses.take(1001).map(str::trim) {
+            let address = text.to_ascii_lowercase();
+            if port_of(&address).is_none() {
+                return Err(format!("'{text}' is not host:port"));
+            } else if view.contains(&address) {
+                return Err(format!("{text} is given twice"));
+            }
+            view.push(address);
+        }
+        if (1..=1000).contains(&view.len()) { Ok(view) } else { Err("it must name 1 to 1000 nodes".into()) }
+    }
 
-/// The port of `host:port`, where the host is a name, an IPv4 address or an IPv6 address in brackets: what stands unchanged
-/// in a URL, and nothing else.
-fn port_of(text: &str) -> Option<u16> {
-    let url = Url::parse(&format!("http://{text}")).ok()?;
-    let (host, port) = (url.host_str()?, url.port_or_known_default().filter(|port| *port > 0)?);
-    (is_plain(text) && text.eq_ignore_ascii_case(&format!("{host}:{port}"))).then_some(port)
+    /// Reads a replication factor for a number of nodes. The error says what was expected.
+    pub fn parse_factor(text: &str, nodes: usize) -> Result<usize, String> {
+        let factor = text.parse().ok().filter(|factor| (1..=nodes).contains(factor) && !text.starts_with('+'));
+        factor.ok_or(format!("a whole number from 1 to {nodes}, the number of nodes"))
+    }
+
+    /// Whether a text has only what an address has: the URL parser takes more characters, such as a quotation mark, than may stand
+    /// in an answer.
+    fn is_plain(text: &str) -> bool {
+        text.len() <= 300 && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte))
+    }
+
+    /// The port of `host:port`, where the host is a name, an IPv4 address or an IPv6 address in brackets: what stands unchanged
+    /// in a URL, and nothing else.
+    pub fn port_of(text: &str) -> Option<u16> {
+        let url = Url::parse(&format!("http://{text}")).ok()?;
+        let (host, port) = (url.host_str()?, url.port_or_known_default().filter(|port| *port > 0)?);
+        (is_plain(text) && text.eq_ignore_ascii_case(&format!("{host}:{port}"))).then_some(port)
+    }
 }
 
 // ---- Connections: where bytes come in and answers go out ------------------------------------------------------------
@@ -297,9 +298,9 @@ mod connections {
     use may_minihttp::{BodyReader, HttpService, HttpServiceFactory, Request as Parsed, Response};
     use nix::errno::Errno;
 
-    use crate::peers::{carry_answers, read_requests};
-    use crate::{Answer, CLOSE, LARGE_BODY, MAX_BODY, MAX_HEAD, Outcome, VERBS, Vocabulary};
-    use crate::{answer_or_defer, answer_unread, count_answer, knows_secret, pause, read_head};
+    use crate::http::{Answer, CLOSE, MAX_BODY, MAX_HEAD, Outcome, Vocabulary, answer_unread, read_head};
+    use crate::peers::{carry_answers, knows_secret, read_requests};
+    use crate::{LARGE_BODY, VERBS, answer_or_defer, count_answer, pause};
 
     /// The output of a connection is sent when it has more than so many bytes. A value that is longer is not copied to it.
     const BATCH: usize = 32 << 10;
@@ -729,511 +730,550 @@ mod connections {
     }
 }
 
-// ---- Requests: what a client asks for -------------------------------------------------------------------------------
+// ---- Requests and answers: what a client asks for, and what it is told -----------------------------------------------
 
-/// A whole request. HEAD is a GET here: only the connection knows that its answer leaves without the body.
-#[derive(Clone, Default, Serialize, Deserialize)]
-struct Request {
-    verb: String,
-    /// Path and query as they came, percent-encoded.
-    target: String,
-    content_type: String,
-    /// The instances that relayed this request so far (RFC 9110 section 7.6.3).
-    via: String,
-    origin: Origin,
-    /// When it began at the instance that got it from a client, by the clock of this one, in milliseconds. None: here and now.
-    #[serde(skip)]
-    began: Option<i64>,
-    #[serde(with = "serde_bytes")]
-    body: Vec<u8>,
-}
+mod http {
+    //! What a client asks for, and what it is told. `read_head` makes a `Request` of what the server has parsed, and `route` finds what it is
+    //! about. `record_of` takes key and value out of a PUT, and `causal_context` a context out of a body.
+    //!
+    //! An `Outcome` (created, found, missing, refused because ...) knows nothing of HTTP. It becomes an `Answer` by the contract's two
+    //! vocabularies, which are the two columns of one table (`Outcome::row`).
 
-/// What a request is between instances, where it travels on a stream.
-#[derive(Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-enum Origin {
-    /// A client's request, relayed or not.
-    #[default]
-    Client,
-    /// A client's request that a node sends to the one that owns the key by its table, which is of this store: the owner may
-    /// have started again since, and be a store of its own.
-    Node(u64),
-    /// No client's request: the body is what one node says to another (`Envelope`).
-    Message,
-}
+    use std::borrow::Cow;
+    use std::collections::BTreeMap;
+    use std::fmt::{self, Formatter};
+    use std::io::Write;
+    use std::time::SystemTime;
 
-/// What the head of a request tells the connection.
-struct Framing {
-    /// The length of the body, in bytes.
-    length: usize,
-    is_head: bool,
-    /// The client wants the connection closed, or speaks HTTP/1.0.
-    closing: bool,
-    expects_continue: bool,
-}
+    use attohttpc::StatusCode;
+    use httpdate::HttpDate;
+    use may_minihttp::Request as Parsed;
+    use percent_encoding::percent_decode;
+    use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
+    use serde::{Deserialize, Serialize};
+    use serde_json::value::RawValue;
 
-/// Reads the head of a request that the server took apart; the body is still missing. The error is the refusal of a request
-/// whose body's length cannot be trusted: where the next request begins is not known, so the connection must be closed.
-fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
-    let (verb, target, headers) = (parsed.method(), parsed.path(), parsed.headers());
-    let all = |name: &'static str| {
-        headers.iter().filter(move |header| header.name.eq_ignore_ascii_case(name)).map(|header| header.value)
-    };
-    let texts = |name| all(name).map(|value| String::from_utf8_lossy(value).into_owned());
-    let joined = |name| texts(name).reduce(|list, next| list + ", " + &next).unwrap_or_default();
-    if all("Transfer-Encoding").next().is_some() {
-        return Err(Outcome::LengthRequired);
+    use crate::answer_about;
+    use crate::node::{Context, node_of};
+    use crate::peers::{self, STREAM};
+    use crate::records::Record;
+
+    /// The limit of a value, in bytes: of a string its UTF-8, of anything else its JSON text (the contract, "Size limit").
+    pub const MAX_VALUE: usize = 1 << 20;
+    /// The limit of a body, in bytes (the contract, "Size limit").
+    pub const MAX_BODY: usize = 4 << 20;
+    /// The limit of a request's head. The server has none of its own and would collect an endless head in memory.
+    pub const MAX_HEAD: usize = 64 << 10;
+
+    /// A whole request. HEAD is a GET here: only the connection knows that its answer leaves without the body.
+    #[derive(Clone, Default, Serialize, Deserialize)]
+    pub struct Request {
+        pub verb: String,
+        /// Path and query as they came, percent-encoded.
+        pub target: String,
+        pub content_type: String,
+        /// The instances that relayed this request so far (RFC 9110 section 7.6.3).
+        pub via: String,
+        pub origin: Origin,
+        /// When it began at the instance that got it from a client, by the clock of this one, in milliseconds. None: here and now.
+        #[serde(skip)]
+        pub began: Option<i64>,
+        #[serde(with = "serde_bytes")]
+        pub body: Vec<u8>,
     }
-    let size: usize = headers.iter().map(|header| header.name.len() + header.value.len()).sum();
-    // Digits only (RFC 9110 section 8.6); Rust's own parser would take a sign as well.
-    let digits = |value| str::from_utf8(value).ok().filter(|text| !text.starts_with('+'));
-    let mut lengths = all("Content-Length").map(|value| digits(value)?.parse().ok());
-    let length = lengths.next().unwrap_or(Some(0)).ok_or(Outcome::BadRequest)?;
-    // One host, or none in HTTP/1.0 (RFC 9112 section 3.2).
-    let mut hosts = all("Host");
-    let has_host = hosts.next().map_or(parsed.version() == 0, is_host) && hosts.next().is_none();
-    let fits = size + target.len() <= MAX_HEAD;
-    if !has_host || !fits || lengths.any(|another| another != Some(length)) {
-        return Err(Outcome::BadRequest);
+
+    /// What a request is between instances, where it travels on a stream.
+    #[derive(Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+    pub enum Origin {
+        /// A client's request, relayed or not.
+        #[default]
+        Client,
+        /// A client's request that a node sends to the one that owns the key by its table, which is of this store: the owner may
+        /// have started again since, and be a store of its own.
+        Node(u64),
+        /// No client's request: the body is what one node says to another (`Envelope`).
+        Message,
     }
-    let connection = joined("Connection").to_ascii_lowercase();
-    let framing = Framing {
-        length,
-        is_head: verb == "HEAD",
-        closing: parsed.version() == 0 || connection.split(',').any(|option| option.trim() == "close"),
-        expects_continue: parsed.version() == 1 && length > 0 && joined("Expect").eq_ignore_ascii_case("100-continue"),
-    };
-    let request = Request {
-        verb: if framing.is_head { "GET" } else { verb }.into(),
-        target: origin_form(target).ok_or(Outcome::BadRequest)?.into_owned(),
-        content_type: joined("Content-Type"),
-        via: joined("Via"),
-        ..Request::default()
-    };
-    Ok((request, framing))
-}
 
-/// The path and query of a target. In absolute form, scheme and host stand before them (RFC 9112 section 3.2.2); None is a host
-/// that is not valid. Whatever else does not begin with a slash (OPTIONS *, CONNECT host:port) is a path that does not exist.
-fn origin_form(target: &str) -> Option<Cow<'_, str>> {
-    let is_http = |scheme: &str| scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https");
-    let absolute = target.split_once(':').filter(|(scheme, _)| is_http(scheme));
-    let Some(rest) = absolute.and_then(|(_, rest)| rest.strip_prefix("//")) else { return Some(target.into()) };
-    let (host, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
-    let slash = if path.starts_with('/') { "" } else { "/" };
-    (!host.is_empty() && is_host(host.as_bytes())).then(|| format!("{slash}{path}").into())
-}
+    /// What the head of a request tells the connection.
+    pub struct Framing {
+        /// The length of the body, in bytes.
+        pub length: usize,
+        pub is_head: bool,
+        /// The client wants the connection closed, or speaks HTTP/1.0.
+        pub closing: bool,
+        pub expects_continue: bool,
+    }
 
-/// Whether this is a host as a request may name it, with or without a port (RFC 3986 section 3.2.2). It may be empty.
-fn is_host(text: &[u8]) -> bool {
-    // The colons of an IPv6 address stand before its closing bracket.
-    let colon = text.iter().rposition(|byte| b":]".contains(byte)).filter(|at| text[*at] == b':');
-    let (name, port) = text.split_at(colon.unwrap_or(text.len()));
-    let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%[:]".contains(byte);
-    name.iter().all(is_plain) && port.iter().skip(1).all(u8::is_ascii_digit)
-}
+    /// Reads the head of a request that the server took apart; the body is still missing. The error is the refusal of a request
+    /// whose body's length cannot be trusted: where the next request begins is not known, so the connection must be closed.
+    pub fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
+        let (verb, target, headers) = (parsed.method(), parsed.path(), parsed.headers());
+        let all = |name: &'static str| {
+            headers.iter().filter(move |header| header.name.eq_ignore_ascii_case(name)).map(|header| header.value)
+        };
+        let texts = |name| all(name).map(|value| String::from_utf8_lossy(value).into_owned());
+        let joined = |name| texts(name).reduce(|list, next| list + ", " + &next).unwrap_or_default();
+        if all("Transfer-Encoding").next().is_some() {
+            return Err(Outcome::LengthRequired);
+        }
+        let size: usize = headers.iter().map(|header| header.name.len() + header.value.len()).sum();
+        // Digits only (RFC 9110 section 8.6); Rust's own parser would take a sign as well.
+        let digits = |value| str::from_utf8(value).ok().filter(|text| !text.starts_with('+'));
+        let mut lengths = all("Content-Length").map(|value| digits(value)?.parse().ok());
+        let length = lengths.next().unwrap_or(Some(0)).ok_or(Outcome::BadRequest)?;
+        // One host, or none in HTTP/1.0 (RFC 9112 section 3.2).
+        let mut hosts = all("Host");
+        let has_host = hosts.next().map_or(parsed.version() == 0, is_host) && hosts.next().is_none();
+        let fits = size + target.len() <= MAX_HEAD;
+        if !has_host || !fits || lengths.any(|another| another != Some(length)) {
+            return Err(Outcome::BadRequest);
+        }
+        let connection = joined("Connection").to_ascii_lowercase();
+        let framing = Framing {
+            length,
+            is_head: verb == "HEAD",
+            closing: parsed.version() == 0 || connection.split(',').any(|option| option.trim() == "close"),
+            expects_continue: parsed.version() == 1
+                && length > 0
+                && joined("Expect").eq_ignore_ascii_case("100-continue"),
+        };
+        let request = Request {
+            verb: if framing.is_head { "GET" } else { verb }.into(),
+            target: origin_form(target).ok_or(Outcome::BadRequest)?.into_owned(),
+            content_type: joined("Content-Type"),
+            via: joined("Via"),
+            ..Request::default()
+        };
+        Ok((request, framing))
+    }
 
-#[derive(Clone, Copy)]
-enum Vocabulary {
-    Form,
-    Json,
-}
+    /// The path and query of a target. In absolute form, scheme and host stand before them (RFC 9112 section 3.2.2); None is a host
+    /// that is not valid. Whatever else does not begin with a slash (OPTIONS *, CONNECT host:port) is a path that does not exist.
+    fn origin_form(target: &str) -> Option<Cow<'_, str>> {
+        let is_http = |scheme: &str| scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https");
+        let absolute = target.split_once(':').filter(|(scheme, _)| is_http(scheme));
+        let Some(rest) = absolute.and_then(|(_, rest)| rest.strip_prefix("//")) else { return Some(target.into()) };
+        let (host, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
+        let slash = if path.starts_with('/') { "" } else { "/" };
+        (!host.is_empty() && is_host(host.as_bytes())).then(|| format!("{slash}{path}").into())
+    }
 
-/// What a path names.
-enum Resource<'a> {
-    Instance,
-    Metrics,
-    KeyCount,
-    ViewChange,
-    /// All shards, or one by its index.
-    Shards(Option<usize>),
-    Key(Cow<'a, [u8]>),
-    Unknown,
-}
+    /// Whether this is a host as a request may name it, with or without a port (RFC 3986 section 3.2.2). It may be empty.
+    fn is_host(text: &[u8]) -> bool {
+        // The colons of an IPv6 address stand before its closing bracket.
+        let colon = text.iter().rposition(|byte| b":]".contains(byte)).filter(|at| text[*at] == b':');
+        let (name, port) = text.split_at(colon.unwrap_or(text.len()));
+        let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%[:]".contains(byte);
+        name.iter().all(is_plain) && port.iter().skip(1).all(u8::is_ascii_digit)
+    }
 
-impl Request {
-    /// Finds what the request is about, and in which words its answer is due: the whole routing.
-    fn route<'a>(&'a self) -> (Resource<'a>, Vocabulary) {
-        let is_json = self.media_type().eq_ignore_ascii_case("application/json");
-        let typed = if is_json { Vocabulary::Json } else { Vocabulary::Form };
-        let path = self.target.split('?').next().unwrap_or_default();
-        let resource = match path {
-            "/metrics" => return (Resource::Metrics, typed),
-            "/kv-store" | "/kv-store/" => Resource::Instance,
-            "/kv-store/key-count" => Resource::KeyCount,
-            "/kv-store/view-change" => Resource::ViewChange,
-            "/kv-store/shards" => Resource::Shards(None),
-            _ => {
-                let key = |segment: &'a str| Resource::Key(percent_decode(segment.as_bytes()).into());
-                let Some(rest) = path.strip_prefix("/kv-store/") else { return (Resource::Unknown, typed) };
-                // A key is one path segment; a slash inside a key arrives as %2F.
-                match rest.split_once('/') {
-                    None => return (key(rest), typed),
-                    Some(("keys", segment)) if !segment.contains('/') => key(segment),
-                    Some(("shards", id)) if !id.contains('/') => Resource::Shards(Some(shard_index(id))),
-                    _ => return (Resource::Unknown, typed),
+    #[derive(Clone, Copy)]
+    pub enum Vocabulary {
+        Form,
+        Json,
+    }
+
+    /// What a path names.
+    pub enum Resource<'a> {
+        Instance,
+        Metrics,
+        KeyCount,
+        ViewChange,
+        /// All shards, or one by its index.
+        Shards(Option<usize>),
+        Key(Cow<'a, [u8]>),
+        Unknown,
+    }
+
+    impl Request {
+        /// Finds what the request is about, and in which words its answer is due: the whole routing.
+        pub fn route<'a>(&'a self) -> (Resource<'a>, Vocabulary) {
+            let is_json = self.media_type().eq_ignore_ascii_case("application/json");
+            let typed = if is_json { Vocabulary::Json } else { Vocabulary::Form };
+            let path = self.target.split('?').next().unwrap_or_default();
+            let resource = match path {
+                "/metrics" => return (Resource::Metrics, typed),
+                "/kv-store" | "/kv-store/" => Resource::Instance,
+                "/kv-store/key-count" => Resource::KeyCount,
+                "/kv-store/view-change" => Resource::ViewChange,
+                "/kv-store/shards" => Resource::Shards(None),
+                _ => {
+                    let key = |segment: &'a str| Resource::Key(percent_decode(segment.as_bytes()).into());
+                    let Some(rest) = path.strip_prefix("/kv-store/") else { return (Resource::Unknown, typed) };
+                    // A key is one path segment; a slash inside a key arrives as %2F.
+                    match rest.split_once('/') {
+                        None => return (key(rest), typed),
+                        Some(("keys", segment)) if !segment.contains('/') => key(segment),
+                        Some(("shards", id)) if !id.contains('/') => Resource::Shards(Some(shard_index(id))),
+                        _ => return (Resource::Unknown, typed),
+                    }
+                }
+            };
+            (resource, Vocabulary::Json)
+        }
+
+        fn media_type(&self) -> &str {
+            self.content_type.split(';').next().unwrap_or_default().trim()
+        }
+
+        /// The id of the stream of which this is a part, if it is.
+        pub fn stream_id(&self) -> Option<&str> {
+            let is_part = matches!(self.verb.as_str(), "GET" | "POST") && self.content_type == STREAM;
+            peers::stream_id(&self.target).filter(|_| is_part)
+        }
+
+        /// Whether a body of this length can matter. (In the JSON vocabulary that of a GET may have a causal context.)
+        pub fn wants_body(&self, length: usize) -> bool {
+            self.verb == "PUT"
+                || length > 0 && length <= MAX_BODY && matches!(self.route(), (Resource::Key(_), Vocabulary::Json))
+        }
+    }
+
+    /// The index of a shard by its id, which counts from 1; one that no shard has for what is no id.
+    fn shard_index(id: &str) -> usize {
+        let number: Option<usize> = id.parse().ok().filter(|_| !id.starts_with(['0', '+']));
+        number.map_or(usize::MAX, |number| number - 1)
+    }
+
+    /// Whether a key may be stored. Any key may be asked for: one that cannot exist does not exist.
+    fn is_valid_key(key: &[u8], vocabulary: Vocabulary) -> bool {
+        let is_form_byte = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'_';
+        match vocabulary {
+            Vocabulary::Form => (1..=200).contains(&key.len()) && key.iter().all(is_form_byte),
+            Vocabulary::Json => std::str::from_utf8(key).is_ok_and(|key| (1..=50).contains(&key.chars().count())),
+        }
+    }
+
+    /// The answer to a PUT whose body is too large to be read.
+    pub fn answer_unread(request: Request) -> Answer {
+        let (Resource::Key(key), vocabulary) = request.route() else { return answer_about(request) };
+        let refusal = if is_valid_key(&key, vocabulary) { Outcome::ValueTooLarge } else { Outcome::KeyInvalid };
+        refusal.answer(vocabulary, &request.verb)
+    }
+
+    /// The record that a PUT wants stored, or why it is refused. The checks run in the contract's order: key, value, size.
+    pub fn record_of(key: &[u8], request: &Request, vocabulary: Vocabulary) -> Result<Record, Outcome> {
+        if !is_valid_key(key, vocabulary) {
+            return Err(Outcome::KeyInvalid);
+        }
+        let value = match vocabulary {
+            Vocabulary::Form => json_of(&form_value(request)?)?,
+            Vocabulary::Json => json_value(&request.body)?,
+        };
+        Ok(Record::new(key, &value))
+    }
+
+    /// The first field `val` of the body, or else of the query, decoded.
+    fn form_value(request: &Request) -> Result<String, Outcome> {
+        let query = request.target.split_once('?').map_or("", |(_, query)| query).as_bytes();
+        let is_form =
+            ["", "application/x-www-form-urlencoded"].iter().any(|it| request.media_type().eq_ignore_ascii_case(it));
+        let body = if is_form { &request.body[..] } else { &[] };
+        let value = form_field(body).or_else(|| form_field(query)).ok_or(Outcome::ValueMissing)?;
+        String::from_utf8(value).map_err(|_| Outcome::ValueNotText)
+    }
+
+    /// Finds the field `val` of an application/x-www-form-urlencoded text. The `form_urlencoded` crate would replace bytes that
+    /// are not UTF-8 instead of telling.
+    fn form_field(text: &[u8]) -> Option<Vec<u8>> {
+        // (With its `=`, if it has one.)
+        let value_at = |field: &[u8]| field.iter().position(|byte| *byte == b'=').unwrap_or(field.len());
+        let mut fields = text.split(|byte| *byte == b'&').map(|field| field.split_at(value_at(field)));
+        let (_, value) = fields.find(|(name, _)| percent_decode(name).eq(*b"val"))?;
+        let spaced: Vec<u8> = value.iter().skip(1).map(|byte| if *byte == b'+' { b' ' } else { *byte }).collect();
+        Some(if spaced.contains(&b'%') { percent_decode(&spaced).collect() } else { spaced })
+    }
+
+    /// The member `value` of a JSON object, as the JSON text it came as, so that it goes back digit for digit; only a string is
+    /// written anew, as short as can be. Nothing here recurses, however deep the value is nested.
+    fn json_value(body: &[u8]) -> Result<String, Outcome> {
+        let not_text = |refusal| if is_value_broken(body) { Outcome::ValueNotText } else { refusal };
+        match member(body, "value").map_err(not_text)? {
+            "null" => Err(Outcome::ValueMissing),
+            json if json.starts_with('"') => {
+                json_of(&serde_json::from_str::<String>(json).map_err(|_| Outcome::ValueNotText)?)
+            }
+            json if !is_text(json) => Err(Outcome::ValueNotText),
+            json if json.len() > MAX_VALUE => Err(Outcome::ValueTooLarge),
+            json => Ok(json.to_owned()),
+        }
+    }
+
+    /// Whether all strings in a JSON text are text: JSON can spell half of a surrogate pair (RFC 8259 section 8.2). Only escapes can be
+    /// wrong, so the parser reads all of the text as one string, without what ends a string or may not be in one. (`\/` is an escape.)
+    fn is_text(json: &str) -> bool {
+        let as_string = || format!("\"{}\"", json.replace(['"', '\n', '\r', '\t'], "/"));
+        !json.contains("\\u") || serde_json::from_str::<String>(&as_string()).is_ok()
+    }
+
+    /// Whether a body was refused since its value is a string with bytes that are no UTF-8: replaced, they are no fault any more.
+    fn is_value_broken(body: &[u8]) -> bool {
+        let mended = String::from_utf8_lossy(body);
+        member(mended.as_bytes(), "value").is_ok_and(|value| value.starts_with('"') && value.contains('\u{fffd}'))
+    }
+
+    /// A text as a JSON string. The limit is that of the text: escapes make up to six bytes of one.
+    fn json_of(text: &str) -> Result<String, Outcome> {
+        if text.len() > MAX_VALUE {
+            return Err(Outcome::ValueTooLarge);
+        }
+        // Writing to a String cannot fail.
+        Ok(serde_json::to_string(text).unwrap_or_default())
+    }
+
+    /// The JSON text of a member of the JSON object that a body is: `null` if there is no such member, or no body. Of members with
+    /// the same name the last one counts. The others are passed over, so that a million of them take no memory.
+    pub fn member<'a>(body: &'a [u8], name: &str) -> Result<&'a str, Outcome> {
+        Ok(find_member(body, name)?.unwrap_or("null"))
+    }
+
+    fn find_member<'a>(body: &'a [u8], name: &str) -> Result<Option<&'a str>, Outcome> {
+        // JSON is UTF-8 (RFC 8259 section 8.1), also where the parser passes over it.
+        let body = str::from_utf8(if body.is_empty() { b"{}" } else { body }).map_err(|_| Outcome::BodyNotObject)?;
+        let mut parser = serde_json::Deserializer::from_str(body);
+        let value = parser.deserialize_map(Member(name)).and_then(|value| parser.end().map(|()| value));
+        Ok(value.map_err(|_| Outcome::BodyNotObject)?.map(RawValue::get))
+    }
+
+    /// The causal context in the body of a request in the JSON vocabulary (`with_context` spells it). None if there is none; an error if
+    /// it is not ours. (A body that is no JSON object is none of this function's business: a GET may have any.)
+    pub fn causal_context(request: &Request, vocabulary: Vocabulary) -> Result<Option<Context>, Outcome> {
+        // Hardly any request has one: it is not worth reading a large body twice.
+        let may_have_it = str::from_utf8(&request.body).is_ok_and(|body| body.contains("causal-context"));
+        if matches!(vocabulary, Vocabulary::Form) || !may_have_it {
+            return Ok(None);
+        }
+        let Ok(Some(text)) = find_member(&request.body, "causal-context") else { return Ok(None) };
+        let members: BTreeMap<&str, Vec<u8>> = serde_json::from_str(text).map_err(|_| Outcome::ContextInvalid)?;
+        let context: Context = match (members.len(), members.get("bytes")) {
+            (0, None) => Context::default(),
+            (1, Some(bytes)) => postcard::from_bytes(bytes).map_err(|_| Outcome::ContextInvalid)?,
+            _ => return Err(Outcome::ContextInvalid),
+        };
+        let is_ours = context.seen.iter().all(|(node, stamp)| *node == node_of(*stamp));
+        if is_ours { Ok(Some(context)) } else { Err(Outcome::ContextInvalid) }
+    }
+
+    /// Looks for the member of this name.
+    struct Member<'n>(&'n str);
+
+    impl<'a> Visitor<'a> for Member<'_> {
+        type Value = Option<&'a RawValue>;
+
+        fn expecting(&self, out: &mut Formatter) -> fmt::Result {
+            out.write_str("a JSON object")
+        }
+
+        fn visit_map<M: MapAccess<'a>>(self, mut members: M) -> Result<Self::Value, M::Error> {
+            let mut found = None;
+            while let Some(name) = members.next_key::<String>()? {
+                if name == self.0 {
+                    found = Some(members.next_value()?);
+                } else {
+                    members.next_value::<IgnoredAny>()?;
                 }
             }
-        };
-        (resource, Vocabulary::Json)
-    }
-
-    fn media_type(&self) -> &str {
-        self.content_type.split(';').next().unwrap_or_default().trim()
-    }
-
-    /// The id of the stream of which this is a part, if it is.
-    fn stream_id(&self) -> Option<&str> {
-        let is_part = matches!(self.verb.as_str(), "GET" | "POST") && self.content_type == STREAM;
-        peers::stream_id(&self.target).filter(|_| is_part)
-    }
-
-    /// Whether a body of this length can matter. (In the JSON vocabulary that of a GET may have a causal context.)
-    fn wants_body(&self, length: usize) -> bool {
-        self.verb == "PUT"
-            || length > 0 && length <= MAX_BODY && matches!(self.route(), (Resource::Key(_), Vocabulary::Json))
-    }
-}
-
-/// The index of a shard by its id, which counts from 1; one that no shard has for what is no id.
-fn shard_index(id: &str) -> usize {
-    let number: Option<usize> = id.parse().ok().filter(|_| !id.starts_with(['0', '+']));
-    number.map_or(usize::MAX, |number| number - 1)
-}
-
-/// Whether a key may be stored. Any key may be asked for: one that cannot exist does not exist.
-fn is_valid_key(key: &[u8], vocabulary: Vocabulary) -> bool {
-    let is_form_byte = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'_';
-    match vocabulary {
-        Vocabulary::Form => (1..=200).contains(&key.len()) && key.iter().all(is_form_byte),
-        Vocabulary::Json => std::str::from_utf8(key).is_ok_and(|key| (1..=50).contains(&key.chars().count())),
-    }
-}
-
-/// The answer to a PUT whose body is too large to be read.
-fn answer_unread(request: Request) -> Answer {
-    let (Resource::Key(key), vocabulary) = request.route() else { return answer_about(request) };
-    let refusal = if is_valid_key(&key, vocabulary) { Outcome::ValueTooLarge } else { Outcome::KeyInvalid };
-    refusal.answer(vocabulary, &request.verb)
-}
-
-/// The record that a PUT wants stored, or why it is refused. The checks run in the contract's order: key, value, size.
-fn record_of(key: &[u8], request: &Request, vocabulary: Vocabulary) -> Result<Record, Outcome> {
-    if !is_valid_key(key, vocabulary) {
-        return Err(Outcome::KeyInvalid);
-    }
-    let value = match vocabulary {
-        Vocabulary::Form => json_of(&form_value(request)?)?,
-        Vocabulary::Json => json_value(&request.body)?,
-    };
-    Ok(Record::new(key, &value))
-}
-
-/// The first field `val` of the body, or else of the query, decoded.
-fn form_value(request: &Request) -> Result<String, Outcome> {
-    let query = request.target.split_once('?').map_or("", |(_, query)| query).as_bytes();
-    let is_form =
-        ["", "application/x-www-form-urlencoded"].iter().any(|it| request.media_type().eq_ignore_ascii_case(it));
-    let body = if is_form { &request.body[..] } else { &[] };
-    let value = form_field(body).or_else(|| form_field(query)).ok_or(Outcome::ValueMissing)?;
-    String::from_utf8(value).map_err(|_| Outcome::ValueNotText)
-}
-
-/// Finds the field `val` of an application/x-www-form-urlencoded text. The `form_urlencoded` crate would replace bytes that
-/// are not UTF-8 instead of telling.
-fn form_field(text: &[u8]) -> Option<Vec<u8>> {
-    // (With its `=`, if it has one.)
-    let value_at = |field: &[u8]| field.iter().position(|byte| *byte == b'=').unwrap_or(field.len());
-    let mut fields = text.split(|byte| *byte == b'&').map(|field| field.split_at(value_at(field)));
-    let (_, value) = fields.find(|(name, _)| percent_decode(name).eq(*b"val"))?;
-    let spaced: Vec<u8> = value.iter().skip(1).map(|byte| if *byte == b'+' { b' ' } else { *byte }).collect();
-    Some(if spaced.contains(&b'%') { percent_decode(&spaced).collect() } else { spaced })
-}
-
-/// The member `value` of a JSON object, as the JSON text it came as, so that it goes back digit for digit; only a string is
-/// written anew, as short as can be. Nothing here recurses, however deep the value is nested.
-fn json_value(body: &[u8]) -> Result<String, Outcome> {
-    let not_text = |refusal| if is_value_broken(body) { Outcome::ValueNotText } else { refusal };
-    match member(body, "value").map_err(not_text)? {
-        "null" => Err(Outcome::ValueMissing),
-        json if json.starts_with('"') => {
-            json_of(&serde_json::from_str::<String>(json).map_err(|_| Outcome::ValueNotText)?)
+            Ok(found)
         }
-        json if !is_text(json) => Err(Outcome::ValueNotText),
-        json if json.len() > MAX_VALUE => Err(Outcome::ValueTooLarge),
-        json => Ok(json.to_owned()),
-    }
-}
-
-/// Whether all strings in a JSON text are text: JSON can spell half of a surrogate pair (RFC 8259 section 8.2). Only escapes can be
-/// wrong, so the parser reads all of the text as one string, without what ends a string or may not be in one. (`\/` is an escape.)
-fn is_text(json: &str) -> bool {
-    let as_string = || format!("\"{}\"", json.replace(['"', '\n', '\r', '\t'], "/"));
-    !json.contains("\\u") || serde_json::from_str::<String>(&as_string()).is_ok()
-}
-
-/// Whether a body was refused since its value is a string with bytes that are no UTF-8: replaced, they are no fault any more.
-fn is_value_broken(body: &[u8]) -> bool {
-    let mended = String::from_utf8_lossy(body);
-    member(mended.as_bytes(), "value").is_ok_and(|value| value.starts_with('"') && value.contains('\u{fffd}'))
-}
-
-/// A text as a JSON string. The limit is that of the text: escapes make up to six bytes of one.
-fn json_of(text: &str) -> Result<String, Outcome> {
-    if text.len() > MAX_VALUE {
-        return Err(Outcome::ValueTooLarge);
-    }
-    // Writing to a String cannot fail.
-    Ok(serde_json::to_string(text).unwrap_or_default())
-}
-
-/// The JSON text of a member of the JSON object that a body is: `null` if there is no such member, or no body. Of members with
-/// the same name the last one counts. The others are passed over, so that a million of them take no memory.
-fn member<'a>(body: &'a [u8], name: &str) -> Result<&'a str, Outcome> {
-    Ok(find_member(body, name)?.unwrap_or("null"))
-}
-
-fn find_member<'a>(body: &'a [u8], name: &str) -> Result<Option<&'a str>, Outcome> {
-    // JSON is UTF-8 (RFC 8259 section 8.1), also where the parser passes over it.
-    let body = str::from_utf8(if body.is_empty() { b"{}" } else { body }).map_err(|_| Outcome::BodyNotObject)?;
-    let mut parser = serde_json::Deserializer::from_str(body);
-    let value = parser.deserialize_map(Member(name)).and_then(|value| parser.end().map(|()| value));
-    Ok(value.map_err(|_| Outcome::BodyNotObject)?.map(RawValue::get))
-}
-
-/// The causal context in the body of a request in the JSON vocabulary (`with_context` spells it). None if there is none; an error if
-/// it is not ours. (A body that is no JSON object is none of this function's business: a GET may have any.)
-fn causal_context(request: &Request, vocabulary: Vocabulary) -> Result<Option<Context>, Outcome> {
-    // Hardly any request has one: it is not worth reading a large body twice.
-    let may_have_it = str::from_utf8(&request.body).is_ok_and(|body| body.contains("causal-context"));
-    if matches!(vocabulary, Vocabulary::Form) || !may_have_it {
-        return Ok(None);
-    }
-    let Ok(Some(text)) = find_member(&request.body, "causal-context") else { return Ok(None) };
-    let members: BTreeMap<&str, Vec<u8>> = serde_json::from_str(text).map_err(|_| Outcome::ContextInvalid)?;
-    let context: Context = match (members.len(), members.get("bytes")) {
-        (0, None) => Context::default(),
-        (1, Some(bytes)) => postcard::from_bytes(bytes).map_err(|_| Outcome::ContextInvalid)?,
-        _ => return Err(Outcome::ContextInvalid),
-    };
-    let is_ours = context.seen.iter().all(|(node, stamp)| *node == node_of(*stamp));
-    if is_ours { Ok(Some(context)) } else { Err(Outcome::ContextInvalid) }
-}
-
-/// Looks for the member of this name.
-struct Member<'n>(&'n str);
-
-impl<'a> Visitor<'a> for Member<'_> {
-    type Value = Option<&'a RawValue>;
-
-    fn expecting(&self, out: &mut Formatter) -> fmt::Result {
-        out.write_str("a JSON object")
     }
 
-    fn visit_map<M: MapAccess<'a>>(self, mut members: M) -> Result<Self::Value, M::Error> {
-        let mut found = None;
-        while let Some(name) = members.next_key::<String>()? {
-            if name == self.0 {
-                found = Some(members.next_value()?);
-            } else {
-                members.next_value::<IgnoredAny>()?;
+    /// What became of a request, before anyone thinks of HTTP.
+    #[rustfmt::skip]
+    pub enum Outcome {
+        Created, Replaced, Found(Record), Deleted, Missing,
+        KeyInvalid, ValueMissing, ValueTooLarge, ValueNotText, BodyNotObject,
+        ContextInvalid, Unsatisfied,
+        MainDown, NotFound, BadRequest, Unparsed, LengthRequired, AddressNotSet, ViewMissing, ChangeUnderWay, Elsewhere, NotOfStore,
+        /// With the header that tells which verbs the path takes.
+        VerbNotAllowed(&'static str),
+        NoShard,
+        /// With the members that tell how many keys there are, that describe this instance, or a shard, or with the shards' ids.
+        KeyCount(String), Instance(String), Shard(String), Shards(String),
+        /// With the text, but for its last line break.
+        Metrics(String),
+        /// With the address of the node.
+        NodeDown(String), HoldsKeys(String),
+        /// With the reason.
+        ViewInvalid(String),
+        /// With the members that tell how many keys moved, and where the keys are.
+        ViewChanged(String),
+    }
+
+    impl Outcome {
+        /// The answers of the contract: status and body in the form vocabulary, and in the JSON vocabulary; of an error, only
+        /// what is wrong. `answer` completes it, and fills in `text`. What only one vocabulary can say stands there twice.
+        #[rustfmt::skip]
+        fn row(&self) -> [(u16, &'static str); 2] {
+            use Outcome::*;
+            match self {
+                Created   => [(201, r#"{"replaced":"False","msg":"New key created"}"#),
+                              (201, r#"{"message":"Added successfully","replaced":false}"#)],
+                Replaced  => [(200, r#"{"replaced":"True","msg":"Value of existing key replaced"}"#),
+                              (200, r#"{"message":"Updated successfully","replaced":true}"#)],
+                Found(_)  => [(200, r#"{"result":"Success","value":<text>}"#),
+                              (200, r#"{"doesExist":true,"message":"Retrieved successfully","value":<text>}"#)],
+                Deleted   => [(200, r#"{"result":"Success"}"#),
+                              (200, r#"{"doesExist":true,"message":"Deleted successfully"}"#)],
+                Missing   => [(404, "Key does not exist"); 2],
+                KeyInvalid        => [(403, "Key not valid"),        (400, "Key is too long")],
+                ValueMissing      => [(403, "No value provided"),    (400, "Value is missing")],
+                ValueTooLarge     => [(403, "Object too large. Size limit is 1MB"), (413, "Value is too large")],
+                ValueNotText      => [(403, "Value is not valid UTF-8"), (400, "Value is not valid UTF-8")],
+                BodyNotObject     => [(400, "Body is not a JSON object"); 2],
+                ContextInvalid    => [(400, "Causal context is not valid"); 2],
+                Unsatisfied       => [(400, "Unable to satisfy request"); 2],
+                MainDown          => [(501, "Server unavailable"),   (503, "Main instance is down")],
+                NotFound          => [(404, "Not found"); 2],
+                VerbNotAllowed(_) => [(405, "Method not allowed"); 2],
+                BadRequest        => [(400, "Bad request"); 2],
+                Unparsed          => [(400, "Bad request: not HTTP/1.1, or more than 16 headers"); 2],
+                LengthRequired    => [(411, "Length required"); 2],
+                KeyCount(_)       => [(200, r#"{"message":"Key count retrieved successfully",<text>}"#); 2],
+                Shards(_)         => [(200, r#"{"message":"Shard membership retrieved successfully","shards":[<text>]}"#); 2],
+                Shard(_)          => [(200, r#"{"message":"Shard information retrieved successfully",<text>}"#); 2],
+                NoShard           => [(404, "Shard does not exist"); 2],
+                Instance(_)       => [(200, r#"{"result":"Success",<text>}"#); 2],
+                Metrics(_)        => [(200, "<text>"); 2],
+                AddressNotSet     => [(400, "ADDRESS is not set"); 2],
+                NodeDown(_)       => [(501, "Server unavailable"),   (503, "Node <text> is down")],
+                ViewMissing       => [(400, "View is missing"); 2],
+                ViewInvalid(_)    => [(400, "View is not valid: <text>"); 2],
+                ChangeUnderWay    => [(409, "Another view change is in progress"); 2],
+                // Between instances.
+                NotOfStore        => [(403, "Not a node of this store"); 2],
+                HoldsKeys(_)      => [(409, "Node <text> holds keys of another store"); 2],
+                ViewChanged(_)    => [(200, r#"{"message":"View change successful",<text>}"#); 2],
+                // Only between nodes: the owner is another one by this node's table.
+                Elsewhere         => [(421, "Not the owner"); 2],
             }
         }
-        Ok(found)
-    }
-}
 
-// ---- Outcomes, and how the two vocabularies say them ----------------------------------------------------------------
+        /// What goes in the place of `<text>`, unless it is a value.
+        fn text(&self) -> &str {
+            use Outcome::*;
+            match self {
+                KeyCount(text) | Instance(text) | Shard(text) | Shards(text) | Metrics(text) => text,
+                NodeDown(text) | HoldsKeys(text) | ViewInvalid(text) | ViewChanged(text) => text,
+                _ => "",
+            }
+        }
 
-/// What became of a request, before anyone thinks of HTTP.
-#[rustfmt::skip]
-enum Outcome {
-    Created, Replaced, Found(Record), Deleted, Missing,
-    KeyInvalid, ValueMissing, ValueTooLarge, ValueNotText, BodyNotObject,
-    ContextInvalid, Unsatisfied,
-    MainDown, NotFound, BadRequest, Unparsed, LengthRequired, AddressNotSet, ViewMissing, ChangeUnderWay, Elsewhere, NotOfStore,
-    /// With the header that tells which verbs the path takes.
-    VerbNotAllowed(&'static str),
-    NoShard,
-    /// With the members that tell how many keys there are, that describe this instance, or a shard, or with the shards' ids.
-    KeyCount(String), Instance(String), Shard(String), Shards(String),
-    /// With the text, but for its last line break.
-    Metrics(String),
-    /// With the address of the node.
-    NodeDown(String), HoldsKeys(String),
-    /// With the reason.
-    ViewInvalid(String),
-    /// With the members that tell how many keys moved, and where the keys are.
-    ViewChanged(String),
-}
-
-impl Outcome {
-    /// The answers of the contract: status and body in the form vocabulary, and in the JSON vocabulary; of an error, only
-    /// what is wrong. `answer` completes it, and fills in `text`. What only one vocabulary can say stands there twice.
-    #[rustfmt::skip]
-    fn row(&self) -> [(u16, &'static str); 2] {
-        use Outcome::*;
-        match self {
-            Created   => [(201, r#"{"replaced":"False","msg":"New key created"}"#),
-                          (201, r#"{"message":"Added successfully","replaced":false}"#)],
-            Replaced  => [(200, r#"{"replaced":"True","msg":"Value of existing key replaced"}"#),
-                          (200, r#"{"message":"Updated successfully","replaced":true}"#)],
-            Found(_)  => [(200, r#"{"result":"Success","value":<text>}"#),
-                          (200, r#"{"doesExist":true,"message":"Retrieved successfully","value":<text>}"#)],
-            Deleted   => [(200, r#"{"result":"Success"}"#),
-                          (200, r#"{"doesExist":true,"message":"Deleted successfully"}"#)],
-            Missing   => [(404, "Key does not exist"); 2],
-            KeyInvalid        => [(403, "Key not valid"),        (400, "Key is too long")],
-            ValueMissing      => [(403, "No value provided"),    (400, "Value is missing")],
-            ValueTooLarge     => [(403, "Object too large. Size limit is 1MB"), (413, "Value is too large")],
-            ValueNotText      => [(403, "Value is not valid UTF-8"), (400, "Value is not valid UTF-8")],
-            BodyNotObject     => [(400, "Body is not a JSON object"); 2],
-            ContextInvalid    => [(400, "Causal context is not valid"); 2],
-            Unsatisfied       => [(400, "Unable to satisfy request"); 2],
-            MainDown          => [(501, "Server unavailable"),   (503, "Main instance is down")],
-            NotFound          => [(404, "Not found"); 2],
-            VerbNotAllowed(_) => [(405, "Method not allowed"); 2],
-            BadRequest        => [(400, "Bad request"); 2],
-            Unparsed          => [(400, "Bad request: not HTTP/1.1, or more than 16 headers"); 2],
-            LengthRequired    => [(411, "Length required"); 2],
-            KeyCount(_)       => [(200, r#"{"message":"Key count retrieved successfully",<text>}"#); 2],
-            Shards(_)         => [(200, r#"{"message":"Shard membership retrieved successfully","shards":[<text>]}"#); 2],
-            Shard(_)          => [(200, r#"{"message":"Shard information retrieved successfully",<text>}"#); 2],
-            NoShard           => [(404, "Shard does not exist"); 2],
-            Instance(_)       => [(200, r#"{"result":"Success",<text>}"#); 2],
-            Metrics(_)        => [(200, "<text>"); 2],
-            AddressNotSet     => [(400, "ADDRESS is not set"); 2],
-            NodeDown(_)       => [(501, "Server unavailable"),   (503, "Node <text> is down")],
-            ViewMissing       => [(400, "View is missing"); 2],
-            ViewInvalid(_)    => [(400, "View is not valid: <text>"); 2],
-            ChangeUnderWay    => [(409, "Another view change is in progress"); 2],
-            // Between instances.
-            NotOfStore        => [(403, "Not a node of this store"); 2],
-            HoldsKeys(_)      => [(409, "Node <text> holds keys of another store"); 2],
-            ViewChanged(_)    => [(200, r#"{"message":"View change successful",<text>}"#); 2],
-            // Only between nodes: the owner is another one by this node's table.
-            Elsewhere         => [(421, "Not the owner"); 2],
+        /// Says the outcome in a vocabulary.
+        pub fn answer(self, vocabulary: Vocabulary, verb: &str) -> Answer {
+            let (status, text) = self.row()[vocabulary as usize];
+            let flag = if let Outcome::Missing = self { r#""doesExist":false,"# } else { "" };
+            let template = match vocabulary {
+                _ if text.starts_with(['{', '<']) => Cow::Borrowed(text),
+                Vocabulary::Form => format!(r#"{{"result":"Error","msg":"{text}"}}"#).into(),
+                Vocabulary::Json => format!(r#"{{{flag}"error":"{text}","message":"Error in {verb}"}}"#).into(),
+            };
+            let (before, text, after) = match template.split_once("<text>") {
+                Some((before, after)) => (before, self.text(), after),
+                None => (&*template, "", ""),
+            };
+            let body = [before, text, after, "\n"].concat().into_bytes();
+            let (header, value) = match self {
+                Outcome::Found(record) => (JSON, Some((before.len(), record))),
+                Outcome::VerbNotAllowed(header) => (header, None),
+                Outcome::Metrics(_) => (METRICS, None),
+                _ => (JSON, None),
+            };
+            Answer { status, header: header.into(), body, value }
         }
     }
 
-    /// What goes in the place of `<text>`, unless it is a value.
-    fn text(&self) -> &str {
-        use Outcome::*;
-        match self {
-            KeyCount(text) | Instance(text) | Shard(text) | Shards(text) | Metrics(text) => text,
-            NodeDown(text) | HoldsKeys(text) | ViewInvalid(text) | ViewChanged(text) => text,
-            _ => "",
+    /// The headers that our answers have, beside those that every answer has.
+    const JSON: &str = "Content-Type: application/json";
+    const METRICS: &str = "Content-Type: text/plain; version=0.0.4";
+    pub const CLOSE: &str = "Connection: close\r\n";
+    pub const GET_ONLY: &str = "Content-Type: application/json\r\nAllow: GET, HEAD";
+    pub const PUT_ONLY: &str = "Content-Type: application/json\r\nAllow: PUT";
+    pub const KEY_VERBS: &str = "Content-Type: application/json\r\nAllow: GET, HEAD, PUT, DELETE";
+
+    /// A status, `Content-Type` and perhaps `Allow`, and a body: what a relay passes on of an answer.
+    #[derive(Clone, Serialize, Deserialize)]
+    pub struct Answer {
+        pub status: u16,
+        pub header: Cow<'static, str>,
+        #[serde(with = "serde_bytes")]
+        pub body: Vec<u8>,
+        /// The value that was asked for is not copied into the body: it belongs at this place of it.
+        #[serde(skip)]
+        pub value: Option<(usize, Record)>,
+    }
+
+    impl Answer {
+        /// What the body consists of.
+        pub fn pieces(&self) -> [&[u8]; 3] {
+            let (at, value) = self.value.as_ref().map_or((0, &[][..]), |(at, record)| (*at, record.value()));
+            let (before, after) = self.body.split_at(at);
+            [before, value, after]
         }
-    }
 
-    /// Says the outcome in a vocabulary.
-    fn answer(self, vocabulary: Vocabulary, verb: &str) -> Answer {
-        let (status, text) = self.row()[vocabulary as usize];
-        let flag = if let Outcome::Missing = self { r#""doesExist":false,"# } else { "" };
-        let template = match vocabulary {
-            _ if text.starts_with(['{', '<']) => Cow::Borrowed(text),
-            Vocabulary::Form => format!(r#"{{"result":"Error","msg":"{text}"}}"#).into(),
-            Vocabulary::Json => format!(r#"{{{flag}"error":"{text}","message":"Error in {verb}"}}"#).into(),
-        };
-        let (before, text, after) = match template.split_once("<text>") {
-            Some((before, after)) => (before, self.text(), after),
-            None => (&*template, "", ""),
-        };
-        let body = [before, text, after, "\n"].concat().into_bytes();
-        let (header, value) = match self {
-            Outcome::Found(record) => (JSON, Some((before.len(), record))),
-            Outcome::VerbNotAllowed(header) => (header, None),
-            Outcome::Metrics(_) => (METRICS, None),
-            _ => (JSON, None),
-        };
-        Answer { status, header: header.into(), body, value }
-    }
-}
-
-/// The headers that our answers have, beside those that every answer has.
-const JSON: &str = "Content-Type: application/json";
-const METRICS: &str = "Content-Type: text/plain; version=0.0.4";
-const CLOSE: &str = "Connection: close\r\n";
-const GET_ONLY: &str = "Content-Type: application/json\r\nAllow: GET, HEAD";
-const PUT_ONLY: &str = "Content-Type: application/json\r\nAllow: PUT";
-const KEY_VERBS: &str = "Content-Type: application/json\r\nAllow: GET, HEAD, PUT, DELETE";
-
-/// A status, `Content-Type` and perhaps `Allow`, and a body: what a relay passes on of an answer.
-#[derive(Clone, Serialize, Deserialize)]
-struct Answer {
-    status: u16,
-    header: Cow<'static, str>,
-    #[serde(with = "serde_bytes")]
-    body: Vec<u8>,
-    /// The value that was asked for is not copied into the body: it belongs at this place of it.
-    #[serde(skip)]
-    value: Option<(usize, Record)>,
-}
-
-impl Answer {
-    /// What the body consists of.
-    fn pieces(&self) -> [&[u8]; 3] {
-        let (at, value) = self.value.as_ref().map_or((0, &[][..]), |(at, record)| (*at, record.value()));
-        let (before, after) = self.body.split_at(at);
-        [before, value, after]
-    }
-
-    /// The same answer with the value in its body, as it goes to another instance.
-    fn joined(self) -> Answer {
-        if self.value.is_some() { Answer { body: self.pieces().concat(), value: None, ..self } } else { self }
-    }
-
-    /// Writes the head of the answer as HTTP. `connection` is what it says of the connection, if anything.
-    fn write_head(&self, out: &mut Vec<u8>, connection: &str) {
-        let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::BAD_GATEWAY);
-        let reason = status.canonical_reason().unwrap_or("Unknown");
-        for text in ["HTTP/1.1 ", status.as_str(), " ", reason, "\r\nServer: M\r\nDate: "] {
-            out.extend(text.as_bytes());
+        /// The same answer with the value in its body, as it goes to another instance.
+        pub fn joined(self) -> Answer {
+            if self.value.is_some() { Answer { body: self.pieces().concat(), value: None, ..self } } else { self }
         }
-        // Writing to a Vec cannot fail.
-        let _ = write!(out, "{}\r\nContent-Length: {}\r\n", HttpDate::from(SystemTime::now()), self.length());
-        for text in [&self.header, "\r\n", connection, "\r\n"] {
-            out.extend(text.as_bytes());
+
+        /// Writes the head of the answer as HTTP. `connection` is what it says of the connection, if anything.
+        pub fn write_head(&self, out: &mut Vec<u8>, connection: &str) {
+            let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::BAD_GATEWAY);
+            let reason = status.canonical_reason().unwrap_or("Unknown");
+            for text in ["HTTP/1.1 ", status.as_str(), " ", reason, "\r\nServer: M\r\nDate: "] {
+                out.extend(text.as_bytes());
+            }
+            // Writing to a Vec cannot fail.
+            let _ = write!(out, "{}\r\nContent-Length: {}\r\n", HttpDate::from(SystemTime::now()), self.length());
+            for text in [&self.header, "\r\n", connection, "\r\n"] {
+                out.extend(text.as_bytes());
+            }
         }
-    }
 
-    /// How many bytes the body has.
-    fn length(&self) -> usize {
-        self.pieces().into_iter().map(<[u8]>::len).sum()
-    }
-
-    /// What instances say to one another, as bytes.
-    fn message(content: &impl Serialize) -> Answer {
-        // Writing to a Vec cannot fail.
-        Answer { status: 200, header: "".into(), body: postcard::to_stdvec(content).unwrap_or_default(), value: None }
-    }
-
-    /// Adds which node answered, where there is a place for it.
-    fn with_address(self, node: &str, vocabulary: Vocabulary) -> Answer {
-        match vocabulary {
-            Vocabulary::Json => self.with_member(&format!(r#""address":"{node}""#)),
-            Vocabulary::Form => self,
+        /// How many bytes the body has.
+        pub fn length(&self) -> usize {
+            self.pieces().into_iter().map(<[u8]>::len).sum()
         }
-    }
 
-    /// Adds the causal context, if the request had one: as a list of bytes, since JSON's numbers are not exact everywhere, and stamps are
-    /// large.
-    fn with_context(self, context: &Option<Context>) -> Answer {
-        let Some(context) = context else { return self };
-        if context.is_empty() {
-            return self.with_member(r#""causal-context":{}"#);
+        /// What instances say to one another, as bytes.
+        pub fn message(content: &impl Serialize) -> Answer {
+            // Writing to a Vec cannot fail.
+            Answer {
+                status: 200,
+                header: "".into(),
+                body: postcard::to_stdvec(content).unwrap_or_default(),
+                value: None,
+            }
         }
-        // Writing to a Vec or a String cannot fail.
-        let bytes = postcard::to_stdvec(context).unwrap_or_default();
-        let bytes = serde_json::to_string(&bytes).unwrap_or_default();
-        self.with_member(&format!(r#""causal-context":{{"bytes":{bytes}}}"#))
-    }
 
-    fn with_member(mut self, member: &str) -> Answer {
-        if self.body.ends_with(b"}\n") {
-            self.body.truncate(self.body.len() - 2);
-            let _ = writeln!(self.body, ",{member}}}");
+        /// Adds which node answered, where there is a place for it.
+        pub fn with_address(self, node: &str, vocabulary: Vocabulary) -> Answer {
+            match vocabulary {
+                Vocabulary::Json => self.with_member(&format!(r#""address":"{node}""#)),
+                Vocabulary::Form => self,
+            }
         }
-        self
+
+        /// Adds the causal context, if the request had one: as a list of bytes, since JSON's numbers are not exact everywhere, and stamps are
+        /// large.
+        pub fn with_context(self, context: &Option<Context>) -> Answer {
+            let Some(context) = context else { return self };
+            if context.is_empty() {
+                return self.with_member(r#""causal-context":{}"#);
+            }
+            // Writing to a Vec or a String cannot fail.
+            let bytes = postcard::to_stdvec(context).unwrap_or_default();
+            let bytes = serde_json::to_string(&bytes).unwrap_or_default();
+            self.with_member(&format!(r#""causal-context":{{"bytes":{bytes}}}"#))
+        }
+
+        fn with_member(mut self, member: &str) -> Answer {
+            if self.body.ends_with(b"}\n") {
+                self.body.truncate(self.body.len() - 2);
+                let _ = writeln!(self.body, ",{member}}}");
+            }
+            self
+        }
     }
 }
 
@@ -4290,7 +4330,7 @@ mod peers {
     use attohttpc::{Method, ProxySettings, RequestBuilder, StatusCode};
     use may::coroutine::yield_now;
     use may::sync::Blocker;
-    use may_minihttp::BodyReader;
+    use may_minihttp::{BodyReader, Request as Parsed};
     use percent_encoding::percent_decode;
     use serde::de::DeserializeOwned;
     use serde::{Deserialize, Serialize};
@@ -4299,9 +4339,10 @@ mod peers {
     use url::{Position as Part, Url};
 
     use crate::connections::{WRITE_LIMIT, set_option, take_turn, waiting_stream};
+    use crate::http::{Answer, CLOSE, Origin, Outcome, Request};
     use crate::replication::Lost;
-    use crate::{Answer, CLOSE, Origin, Outcome, Parsed, RELAYED, RELAYED_IN_VAIN, Request, SETTINGS};
-    use crate::{answer_or_defer, lock, now, own, park_until, pause, random, say};
+    use crate::settings::SETTINGS;
+    use crate::{RELAYED, RELAYED_IN_VAIN, answer_or_defer, lock, now, own, park_until, pause, random, say};
 
     /// A peer that is gone is reported within 2 s (the contract, "A follower"): a connection must come about before.
     const CONNECT_LIMIT: Duration = Duration::from_millis(1100);
@@ -5274,6 +5315,7 @@ mod simulation {
     use std::rc::{Rc, Weak};
 
     use super::*;
+    use crate::node::node_of;
     use crate::records::Span;
 
     const KEYS: usize = 6;
@@ -6392,6 +6434,7 @@ mod tests {
     use std::net::{Shutdown, TcpStream};
 
     use super::*;
+    use crate::http::MAX_VALUE;
     use crate::records::{Records, Span};
 
     #[test]
