@@ -292,8 +292,9 @@ mod connections {
     use std::sync::LazyLock;
     use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
     use std::thread;
-    use std::time::{Duration, Instant};
+    use std::time::{Duration, Instant, SystemTime};
 
+    use httpdate::HttpDate;
     use may::io::WaitIo;
     use may_minihttp::{BodyReader, HttpService, HttpServiceFactory, Request as Parsed, Response};
     use nix::errno::Errno;
@@ -334,6 +335,8 @@ mod connections {
         static CLIENTS: RefCell<Vec<Option<Rc<Client>>>> = const { RefCell::new(Vec::new()) };
         /// How many bytes the large bodies have that are being read, or answered.
         static BODIES: Cell<usize> = const { Cell::new(0) };
+        /// The time of day, as answers give it.
+        static DATE: RefCell<String> = RefCell::new(date());
         /// How many bytes were received and answered since a client last let others have their turn.
         static SERVED: Cell<usize> = const { Cell::new(0) };
     }
@@ -473,7 +476,7 @@ mod connections {
         /// Writes an answer to the output, and a large value to the socket. `connection` is what its head says of the connection.
         fn write(&self, answer: Answer, verb: &str, connection: &str, is_head: bool) {
             count_answer(verb, answer.status);
-            answer.write_head(&mut self.output.borrow_mut(), connection);
+            DATE.with_borrow(|date| answer.write_head(&mut self.output.borrow_mut(), date, connection));
             for piece in answer.pieces().into_iter().filter(|_| !is_head) {
                 if piece.len() > BATCH {
                     self.flush();
@@ -571,8 +574,14 @@ mod connections {
         }
     }
 
-    /// Closes connections on whose clients the server waits in vain. To be repeated every second by a coroutine, which the worker runs.
+    fn date() -> String {
+        HttpDate::from(SystemTime::now()).to_string()
+    }
+
+    /// Looks at the time of day, and closes connections on whose clients the server waits in vain. To be repeated every second by a
+    /// coroutine, which the worker runs.
     pub fn watch() {
+        DATE.set(date());
         CLIENTS.with_borrow(|clients| {
             let is_waited_for =
                 |client: &&Rc<Client>| matches!(client.phase.get(), Phase::Head | Phase::LastHead | Phase::Body);
@@ -743,10 +752,8 @@ mod http {
     use std::collections::BTreeMap;
     use std::fmt::{self, Formatter};
     use std::io::Write;
-    use std::time::SystemTime;
 
     use attohttpc::StatusCode;
-    use httpdate::HttpDate;
     use may_minihttp::Request as Parsed;
     use percent_encoding::percent_decode;
     use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
@@ -1111,8 +1118,8 @@ mod http {
                               (201, r#"{"message":"Added successfully","replaced":false}"#)],
                 Replaced  => [(200, r#"{"replaced":"True","msg":"Value of existing key replaced"}"#),
                               (200, r#"{"message":"Updated successfully","replaced":true}"#)],
-                Found(_)  => [(200, r#"{"result":"Success","value":<text>}"#),
-                              (200, r#"{"doesExist":true,"message":"Retrieved successfully","value":<text>}"#)],
+                Found(_)  => [(200, r#"{"result":"Success","value":%}"#),
+                              (200, r#"{"doesExist":true,"message":"Retrieved successfully","value":%}"#)],
                 Deleted   => [(200, r#"{"result":"Success"}"#),
                               (200, r#"{"doesExist":true,"message":"Deleted successfully"}"#)],
                 Missing   => [(404, "Key does not exist"); 2],
@@ -1129,27 +1136,27 @@ mod http {
                 BadRequest        => [(400, "Bad request"); 2],
                 Unparsed          => [(400, "Bad request: not HTTP/1.1, or more than 16 headers"); 2],
                 LengthRequired    => [(411, "Length required"); 2],
-                KeyCount(_)       => [(200, r#"{"message":"Key count retrieved successfully",<text>}"#); 2],
-                Shards(_)         => [(200, r#"{"message":"Shard membership retrieved successfully","shards":[<text>]}"#); 2],
-                Shard(_)          => [(200, r#"{"message":"Shard information retrieved successfully",<text>}"#); 2],
+                KeyCount(_)       => [(200, r#"{"message":"Key count retrieved successfully",%}"#); 2],
+                Shards(_)         => [(200, r#"{"message":"Shard membership retrieved successfully","shards":[%]}"#); 2],
+                Shard(_)          => [(200, r#"{"message":"Shard information retrieved successfully",%}"#); 2],
                 NoShard           => [(404, "Shard does not exist"); 2],
-                Instance(_)       => [(200, r#"{"result":"Success",<text>}"#); 2],
-                Metrics(_)        => [(200, "<text>"); 2],
+                Instance(_)       => [(200, r#"{"result":"Success",%}"#); 2],
+                Metrics(_)        => [(200, "%"); 2],
                 AddressNotSet     => [(400, "ADDRESS is not set"); 2],
-                NodeDown(_)       => [(501, "Server unavailable"),   (503, "Node <text> is down")],
+                NodeDown(_)       => [(501, "Server unavailable"),   (503, "Node % is down")],
                 ViewMissing       => [(400, "View is missing"); 2],
-                ViewInvalid(_)    => [(400, "View is not valid: <text>"); 2],
+                ViewInvalid(_)    => [(400, "View is not valid: %"); 2],
                 ChangeUnderWay    => [(409, "Another view change is in progress"); 2],
                 // Between instances.
                 NotOfStore        => [(403, "Not a node of this store"); 2],
-                HoldsKeys(_)      => [(409, "Node <text> holds keys of another store"); 2],
-                ViewChanged(_)    => [(200, r#"{"message":"View change successful",<text>}"#); 2],
+                HoldsKeys(_)      => [(409, "Node % holds keys of another store"); 2],
+                ViewChanged(_)    => [(200, r#"{"message":"View change successful",%}"#); 2],
                 // Only between nodes: the owner is another one by this node's table.
                 Elsewhere         => [(421, "Not the owner"); 2],
             }
         }
 
-        /// What goes in the place of `<text>`, unless it is a value.
+        /// What goes in the place of `%`, unless it is a value.
         fn text(&self) -> &str {
             use Outcome::*;
             match self {
@@ -1164,11 +1171,11 @@ mod http {
             let (status, text) = self.row()[vocabulary as usize];
             let flag = if let Outcome::Missing = self { r#""doesExist":false,"# } else { "" };
             let template = match vocabulary {
-                _ if text.starts_with(['{', '<']) => Cow::Borrowed(text),
+                _ if text.starts_with(['{', '%']) => Cow::Borrowed(text),
                 Vocabulary::Form => format!(r#"{{"result":"Error","msg":"{text}"}}"#).into(),
                 Vocabulary::Json => format!(r#"{{{flag}"error":"{text}","message":"Error in {verb}"}}"#).into(),
             };
-            let (before, text, after) = match template.split_once("<text>") {
+            let (before, text, after) = match template.split_once('%') {
                 Some((before, after)) => (before, self.text(), after),
                 None => (&*template, "", ""),
             };
@@ -1217,14 +1224,14 @@ mod http {
         }
 
         /// Writes the head of the answer as HTTP. `connection` is what it says of the connection, if anything.
-        pub fn write_head(&self, out: &mut Vec<u8>, connection: &str) {
+        pub fn write_head(&self, out: &mut Vec<u8>, date: &str, connection: &str) {
             let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::BAD_GATEWAY);
             let reason = status.canonical_reason().unwrap_or("Unknown");
             for text in ["HTTP/1.1 ", status.as_str(), " ", reason, "\r\nServer: M\r\nDate: "] {
                 out.extend(text.as_bytes());
             }
             // Writing to a Vec cannot fail.
-            let _ = write!(out, "{}\r\nContent-Length: {}\r\n", HttpDate::from(SystemTime::now()), self.length());
+            let _ = write!(out, "{date}\r\nContent-Length: {}\r\n", self.length());
             for text in [&self.header, "\r\n", connection, "\r\n"] {
                 out.extend(text.as_bytes());
             }
