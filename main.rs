@@ -402,7 +402,7 @@ mod connections {
             if request.verb == "PUT" && framing.length > MAX_BODY {
                 return self.close_with(answer_unread(request), verb, false);
             }
-            let is_kept = request.wants_body(framing.length);
+            let is_kept = framing.length <= MAX_BODY;
             let _room = (is_kept && framing.length > LARGE_BODY).then(|| self.wait_for_room(framing.length));
             if framing.expects_continue {
                 // (RFC 9110 section 10.1.1)
@@ -929,12 +929,6 @@ mod http {
             let is_part = matches!(self.verb.as_str(), "GET" | "POST") && self.content_type == STREAM;
             peers::stream_id(&self.target).filter(|_| is_part)
         }
-
-        /// Whether a body of this length can matter. (In the JSON vocabulary that of a GET may have a causal context.)
-        pub fn wants_body(&self, length: usize) -> bool {
-            self.verb == "PUT"
-                || length > 0 && length <= MAX_BODY && matches!(self.route(), (Resource::Key(_), Vocabulary::Json))
-        }
     }
 
     /// The index of a shard by its id, which counts from 1; one that no shard has for what is no id.
@@ -1047,8 +1041,8 @@ mod http {
     /// it is not ours. (A body that is no JSON object is none of this function's business: a GET may have any.)
     pub fn causal_context(request: &Request, vocabulary: Vocabulary) -> Result<Option<Context>, Outcome> {
         // Hardly any request has one: it is not worth reading a large body twice.
-        let may_have_it = str::from_utf8(&request.body).is_ok_and(|body| body.contains("causal-context"));
-        if matches!(vocabulary, Vocabulary::Form) || !may_have_it {
+        let may_have_it = || str::from_utf8(&request.body).is_ok_and(|body| body.contains("causal-context"));
+        if matches!(vocabulary, Vocabulary::Form) || !may_have_it() {
             return Ok(None);
         }
         let Ok(Some(text)) = find_member(&request.body, "causal-context") else { return Ok(None) };
