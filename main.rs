@@ -4557,29 +4557,20 @@ mod peers {
             self.hold(size);
             let stream = self.clone();
             may::go!(move || {
-                // As with any panic: the asking side must not wait in vain.
-                let answer = catch_unwind(AssertUnwindSafe(work)).ok();
-                if answer.and_then(|answer| stream.deliver(number, answer).ok()).is_none() {
+                let answer =
+                    catch_unwind(AssertUnwindSafe(work)).ok().filter(|_| HELD.load(SeqCst) < 4 * MAX_HELD_IN_ALL);
+                let length = answer.as_ref().map_or(0, Answer::length) as isize;
+                stream.hold(length);
+                let is_written = answer.is_some_and(|answer| stream.write(number, Some(answer)).is_ok());
+                // What others write that are ready now goes along.
+                yield_now();
+                // After a panic, the asking side must not wait in vain.
+                if !is_written || stream.flush().is_err() {
                     stream.end();
                 }
-                stream.hold(-size);
+                stream.hold(-size - length);
             });
             Ok(())
-        }
-
-        /// Sends the answer to a deferred request.
-        fn deliver(&self, number: u64, answer: Answer) -> io::Result<()> {
-            if HELD.load(SeqCst) > 4 * MAX_HELD_IN_ALL {
-                return Err(io::ErrorKind::OutOfMemory.into());
-            }
-            let length = answer.length() as isize;
-            self.hold(length);
-            let written = self.write(number, Some(answer));
-            // What others write that are ready now goes along.
-            yield_now();
-            let sent = written.and_then(|()| self.flush());
-            self.hold(-length);
-            sent
         }
     }
 
@@ -4769,7 +4760,10 @@ mod peers {
                     Ok(Ok(true)) => {}
                     Ok(Ok(false)) => self.send_plainly(),
                     // There is no way to the peer.
-                    Ok(Err(_)) | Err(_) => self.fail_queue(),
+                    Ok(Err(_)) | Err(_) => {
+                        let queue = std::mem::take(&mut lock(&self.traffic).queue);
+                        queue.into_iter().for_each(|(_, waiting)| waiting.deliver(Err(Lost { was_sent: false })));
+                    }
                 }
                 let mut traffic = lock(&self.traffic);
                 // The thread that wrote on the stream may be blocked in a write for minutes. It finds that it is not the sender any more.
@@ -4783,12 +4777,6 @@ mod peers {
                     return;
                 }
             }
-        }
-
-        /// Fails all queued requests.
-        fn fail_queue(&self) {
-            let queue = std::mem::take(&mut lock(&self.traffic).queue);
-            queue.into_iter().for_each(|(_, waiting)| waiting.deliver(Err(Lost { was_sent: false })));
         }
 
         /// Opens a stream, starts the thread that writes on it, and reads answers until it ends. False: the peer takes no streams. An
