@@ -180,33 +180,32 @@ environment (an empty variable is an unset one):
                 value => Ok(value.map(|value| value.to_ascii_lowercase())),
             };
             let own = address("ADDRESS")?;
-            let main = address("FORWARDING_ADDRESS")?.map_or_else(|| address("MAINIP"), |main| Ok(Some(main)))?;
-            let of_node = |setting: String| match (&own, &main) {
-                (None, _) => Err(format!("{setting}: expected ADDRESS to be set as well, this node's own host:port")),
-                (_, Some(main)) => {
-                    Err(format!("{setting}: expected no FORWARDING_ADDRESS or MAINIP beside it, but one is {main}"))
-                }
-                _ => Ok(()),
+            let main = match address("FORWARDING_ADDRESS")? {
+                None => address("MAINIP")?,
+                main => main,
             };
-            let (mut view, mut factor): (Vec<String>, _) = (own.iter().cloned().collect(), 1);
-            if let Some(text) = get("VIEW") {
-                of_node(format!("VIEW={text}"))?;
-                let parsed = parse_view(text.split(','));
-                view = parsed.map_err(|why| format!("VIEW={text}: expected host:port,host:port,..., but {why}"))?;
-            }
-            if let Some(text) = get("REPL_FACTOR") {
-                of_node(format!("REPL_FACTOR={text}"))?;
-                let parsed = parse_factor(&text, view.len());
-                factor = parsed.map_err(|expected| format!("REPL_FACTOR={text}: expected {expected}"))?;
-            }
-            let secret = get("SECRET");
-            if let Some(text) = &secret {
-                of_node("SECRET=...".into())?;
-                if !(1..=200).contains(&text.len()) || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
-                    return Err(
-                        "SECRET=...: expected 1 to 200 visible ASCII characters (its value is not shown)".into()
-                    );
+            for name in ["VIEW", "REPL_FACTOR", "SECRET"] {
+                let Some(value) = get(name) else { continue };
+                let value = if name == "SECRET" { "..." } else { &value };
+                if own.is_none() {
+                    return Err(format!("{name}={value}: expected ADDRESS to be set too, this node's own host:port"));
+                } else if let Some(main) = &main {
+                    return Err(format!("{name}={value}: expected no FORWARDING_ADDRESS or MAINIP, but one is {main}"));
                 }
+            }
+            let view = match get("VIEW") {
+                None => own.iter().cloned().collect(),
+                Some(text) => parse_view(text.split(','))
+                    .map_err(|why| format!("VIEW={text}: expected host:port,host:port,..., but {why}"))?,
+            };
+            let factor = match get("REPL_FACTOR") {
+                None => 1,
+                Some(text) => parse_factor(&text, view.len())
+                    .map_err(|expected| format!("REPL_FACTOR={text}: expected {expected}"))?,
+            };
+            let secret = get("SECRET");
+            if secret.iter().any(|text| text.len() > 200 || !text.bytes().all(|byte| byte.is_ascii_graphic())) {
+                return Err("SECRET=...: expected 1 to 200 visible ASCII characters (its value is not shown)".into());
             }
             let listen = listen_address(get("IP"), get("PORT"), own.as_deref())?;
             let role = main.map(Role::Follower).or(own.map(Role::Node)).unwrap_or(Role::Main);
@@ -247,18 +246,14 @@ environment (an empty variable is an unset one):
         factor.ok_or(format!("a whole number from 1 to {nodes}, the number of nodes"))
     }
 
-    /// Whether a text has only what an address has: the URL parser takes more characters, such as a quotation mark, than may stand
-    /// in an answer.
-    fn is_plain(text: &str) -> bool {
-        text.len() <= 300 && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte))
-    }
-
     /// The port of `host:port`, where the host is a name, an IPv4 address or an IPv6 address in brackets: what stands unchanged
     /// in a URL, and nothing else.
     pub fn port_of(text: &str) -> Option<u16> {
         let url = Url::parse(&format!("http://{text}")).ok()?;
         let (host, port) = (url.host_str()?, url.port_or_known_default().filter(|port| *port > 0)?);
-        (is_plain(text) && text.eq_ignore_ascii_case(&format!("{host}:{port}"))).then_some(port)
+        // The URL parser takes more characters, such as a quotation mark, than may stand in an answer.
+        let is_plain = text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte));
+        (is_plain && text.len() <= 300 && text.eq_ignore_ascii_case(&format!("{host}:{port}"))).then_some(port)
     }
 }
 
