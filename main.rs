@@ -13,7 +13,7 @@
 //! meets them:
 //!
 //! - *Settings*: what the environment says. *Connections*: where bytes come in and answers go out, and what the server cannot do.
-//! - *Requests*: heads, routing, keys and values, all that is taken from a client. *Outcomes*: every answer's text.
+//! - *Requests and answers* (`http`): heads, routing, keys and values, all that is taken from a client; and every answer's text.
 //! - *Owners*: who answers a request, and what this instance does if it has the key. *Records*: keys and values, in buckets.
 //! - *Tables*: which shard owns which hashes. *The node*: what it knows and decides, by the rules R1 to R12 that stand there.
 //!   *Replication* and *membership*: what it does over time.
@@ -28,50 +28,42 @@
 //! block it or compute for long; one that waits for an answer holds nothing up. What blocks has a thread: the HTTP client (two for
 //! each stream that this instance asks on); looking a name up; and in a node meeting others, pulling, and reconciling. Large bodies and
 //! the messages of nodes are dealt with by two threads in the background (`in_background`). What is repeated has one thread each:
-//! heartbeats on streams, waking sleepers, keeping in touch with other nodes.
+//! waking sleepers, keeping in touch with other nodes.
 //!
 //! "The contract" in the comments is the section of this name in README.md, which says all that a client may see.
 
-use std::borrow::Cow;
-use std::collections::BTreeMap;
-use std::fmt::{self, Formatter};
 use std::io::{self, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener};
 use std::panic::catch_unwind;
 use std::process::exit;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, LazyLock};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use attohttpc::StatusCode;
-use httpdate::HttpDate;
-use may_minihttp::{HttpServiceFactory, Request as Parsed};
-use percent_encoding::percent_decode;
-use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
-use serde_json::value::RawValue;
-use url::Url;
+use may_minihttp::HttpServiceFactory;
 
 use connections::{MAX_CONNECTIONS, OTHER_FILES, Server};
+use http::Request;
 use membership::keep_in_touch;
-use node::{Context, node_of};
-use peers::STREAM;
-use records::Record;
+use settings::{HELP, Role, SETTINGS, Settings, own};
 use world::{BACKGROUND, Live, block_on, fail, keep_stderr, pause, repeat, say, wake_sleepers};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// The limit of a value, in bytes: of a string its UTF-8, of anything else its JSON text (the contract, "Size limit").
-const MAX_VALUE: usize = 1 << 20;
-/// The limit of a body, in bytes (the contract, "Size limit").
-const MAX_BODY: usize = 4 << 20;
-/// The limit of a request's head. The server has none of its own and would collect an endless head in memory.
-const MAX_HEAD: usize = 64 << 10;
-
 // ---- Settings: what the environment says ----------------------------------------------------------------------------
 
-const HELP: &str = "\
+mod settings {
+    //! What the environment says: every variable is read once and checked, and one that is malformed ends the program (`Settings::read`).
+    //! What is an address is decided here as well, for views and peers.
+
+    use std::net::{IpAddr, SocketAddr};
+    use std::sync::LazyLock;
+
+    use url::Url;
+
+    use crate::world::fail;
+
+    pub const HELP: &str = "\
 kv-store: a distributed key-value store over HTTP
 
 usage: kv-store [--help | --version | --health]
@@ -88,122 +80,120 @@ environment (an empty variable is an unset one):
   SECRET              what the nodes of a store share: 1 to 200 visible ASCII characters [none]
 ";
 
-/// What this instance is. A follower has its main instance's address, a node its own.
-enum Role {
-    Main,
-    Follower(String),
-    Node(String),
-}
+    /// What this instance is. A follower has its main instance's address, a node its own.
+    pub enum Role {
+        Main,
+        Follower(String),
+        Node(String),
+    }
 
-/// This node's own address; None for a main instance and a follower.
-fn own() -> Option<&'static str> {
-    if let Role::Node(own) = &SETTINGS.role { Some(own) } else { None }
-}
+    /// This node's own address; None for a main instance and a follower.
+    pub fn own() -> Option<&'static str> {
+        if let Role::Node(own) = &SETTINGS.role { Some(own) } else { None }
+    }
 
-/// What the environment asks of this process.
-struct Settings {
-    listen: SocketAddr,
-    role: Role,
-    /// The first view of a node, and how many nodes hold each shard then.
-    view: Vec<String>,
-    factor: usize,
-    /// What the nodes of the store share.
-    secret: Option<String>,
-}
+    /// What the environment asks of this process.
+    pub struct Settings {
+        pub listen: SocketAddr,
+        pub role: Role,
+        /// The first view of a node, and how many nodes hold each shard then.
+        pub view: Vec<String>,
+        pub factor: usize,
+        /// What the nodes of the store share.
+        pub secret: Option<String>,
+    }
 
-static SETTINGS: LazyLock<Settings> = LazyLock::new(|| {
-    let variable = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
-    Settings::read(variable).unwrap_or_else(|line| fail(2, &line))
-});
+    pub static SETTINGS: LazyLock<Settings> = LazyLock::new(|| {
+        let variable = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
+        Settings::read(variable).unwrap_or_else(|line| fail(2, &line))
+    });
 
-impl Settings {
-    /// Reads the variables through `variable`. The error is a line for stderr: variable, value, what was expected.
-    fn read(variable: impl Fn(&str) -> Option<String>) -> Result<Settings, String> {
-        let get = |name: &str| variable(name).filter(|value| !value.is_empty());
-        let address = |name: &str| match get(name) {
-            Some(value) if port_of(&value).is_none() => {
-                Err(format!("{name}={value}: expected host:port, such as 10.10.0.2:8080 or main:8080"))
+    impl Settings {
+        /// Reads the variables through `variable`. The error is a line for stderr: variable, value, what was expected.
+        pub fn read(variable: impl Fn(&str) -> Option<String>) -> Result<Settings, String> {
+            let get = |name: &str| variable(name).filter(|value| !value.is_empty());
+            let address = |name: &str| match get(name) {
+                Some(value) if port_of(&value).is_none() => {
+                    Err(format!("{name}={value}: expected host:port, such as 10.10.0.2:8080 or main:8080"))
+                }
+                value => Ok(value.map(|value| value.to_ascii_lowercase())),
+            };
+            let own = address("ADDRESS")?;
+            let main = match address("FORWARDING_ADDRESS")? {
+                None => address("MAINIP")?,
+                main => main,
+            };
+            for name in ["VIEW", "REPL_FACTOR", "SECRET"] {
+                let Some(value) = get(name) else { continue };
+                let value = if name == "SECRET" { "..." } else { &value };
+                if own.is_none() {
+                    return Err(format!("{name}={value}: expected ADDRESS to be set too, this node's own host:port"));
+                } else if let Some(main) = &main {
+                    return Err(format!("{name}={value}: expected no FORWARDING_ADDRESS or MAINIP, but one is {main}"));
+                }
             }
-            value => Ok(value.map(|value| value.to_ascii_lowercase())),
-        };
-        let own = address("ADDRESS")?;
-        let main = address("FORWARDING_ADDRESS")?.map_or_else(|| address("MAINIP"), |main| Ok(Some(main)))?;
-        let of_node = |setting: String| match (&own, &main) {
-            (None, _) => Err(format!("{setting}: expected ADDRESS to be set as well, this node's own host:port")),
-            (_, Some(main)) => {
-                Err(format!("{setting}: expected no FORWARDING_ADDRESS or MAINIP beside it, but one is {main}"))
-            }
-            _ => Ok(()),
-        };
-        let (mut view, mut factor): (Vec<String>, _) = (own.iter().cloned().collect(), 1);
-        if let Some(text) = get("VIEW") {
-            of_node(format!("VIEW={text}"))?;
-            let parsed = parse_view(text.split(','));
-            view = parsed.map_err(|why| format!("VIEW={text}: expected host:port,host:port,..., but {why}"))?;
-        }
-        if let Some(text) = get("REPL_FACTOR") {
-            of_node(format!("REPL_FACTOR={text}"))?;
-            let parsed = parse_factor(&text, view.len());
-            factor = parsed.map_err(|expected| format!("REPL_FACTOR={text}: expected {expected}"))?;
-        }
-        let secret = get("SECRET");
-        if let Some(text) = &secret {
-            of_node("SECRET=...".into())?;
-            if !(1..=200).contains(&text.len()) || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
+            let view = match get("VIEW") {
+                None => own.iter().cloned().collect(),
+                Some(text) => parse_view(text.split(','))
+                    .map_err(|why| format!("VIEW={text}: expected host:port,host:port,..., but {why}"))?,
+            };
+            let factor = match get("REPL_FACTOR") {
+                None => 1,
+                Some(text) => parse_factor(&text, view.len())
+                    .map_err(|expected| format!("REPL_FACTOR={text}: expected {expected}"))?,
+            };
+            let secret = get("SECRET");
+            if secret.iter().any(|text| text.len() > 200 || !text.bytes().all(|byte| byte.is_ascii_graphic())) {
                 return Err("SECRET=...: expected 1 to 200 visible ASCII characters (its value is not shown)".into());
             }
+            let listen = listen_address(get("IP"), get("PORT"), own.as_deref())?;
+            let role = main.map(Role::Follower).or(own.map(Role::Node)).unwrap_or(Role::Main);
+            Ok(Settings { listen, role, view, factor, secret })
         }
-        let listen = listen_address(get("IP"), get("PORT"), own.as_deref())?;
-        let role = main.map(Role::Follower).or(own.map(Role::Node)).unwrap_or(Role::Main);
-        Ok(Settings { listen, role, view, factor, secret })
     }
-}
 
-fn listen_address(ip: Option<String>, port: Option<String>, own: Option<&str>) -> Result<SocketAddr, String> {
-    let port = match (port, own) {
-        (Some(port), _) => port_of(&format!("localhost:{port}"))
-            .ok_or_else(|| format!("PORT={port}: expected a number from 1 to 65535"))?,
-        (None, Some(own)) => port_of(own).unwrap_or_default(),
-        (None, None) => 8080,
-    };
-    let ip = ip.unwrap_or("0.0.0.0".into());
-    let ip: IpAddr = ip.parse().map_err(|_| format!("IP={ip}: expected an IPv4 or IPv6 address"))?;
-    Ok(SocketAddr::new(ip, port))
-}
+    fn listen_address(ip: Option<String>, port: Option<String>, own: Option<&str>) -> Result<SocketAddr, String> {
+        let port = match (port, own) {
+            (Some(port), _) => port_of(&format!("localhost:{port}"))
+                .ok_or_else(|| format!("PORT={port}: expected a number from 1 to 65535"))?,
+            (None, Some(own)) => port_of(own).unwrap_or_default(),
+            (None, None) => 8080,
+        };
+        let ip = ip.unwrap_or("0.0.0.0".into());
+        let ip: IpAddr = ip.parse().map_err(|_| format!("IP={ip}: expected an IPv4 or IPv6 address"))?;
+        Ok(SocketAddr::new(ip, port))
+    }
 
-/// Checks the addresses of a view. The error says what is wrong with which. (Names are the same in either case, RFC 4343.)
-fn parse_view<'a>(addresses: impl Iterator<Item = &'a str>) -> Result<Vec<String>, String> {
-    let mut view = Vec::new();
-    for text in addresses.take(1001).map(str::trim) {
-        let address = text.to_ascii_lowercase();
-        if port_of(&address).is_none() {
-            return Err(format!("'{text}' is not host:port"));
-        } else if view.contains(&address) {
-            return Err(format!("{text} is given twice"));
+    /// Checks the addresses of a view. The error says what is wrong with which. (Names are the same in either case, RFC 4343.)
+    pub fn parse_view<'a>(addresses: impl Iterator<Item = &'a str>) -> Result<Vec<String>, String> {
+        let mut view = Vec::new();
+        for text in addresses.take(1001).map(str::trim) {
+            let address = text.to_ascii_lowercase();
+            if port_of(&address).is_none() {
+                return Err(format!("'{text}' is not host:port"));
+            } else if view.contains(&address) {
+                return Err(format!("{text} is given twice"));
+            }
+            view.push(address);
         }
-        view.push(address);
+        if (1..=1000).contains(&view.len()) { Ok(view) } else { Err("it must name 1 to 1000 nodes".into()) }
     }
-    if (1..=1000).contains(&view.len()) { Ok(view) } else { Err("it must name 1 to 1000 nodes".into()) }
-}
 
-/// Reads a replication factor for a number of nodes. The error says what was expected.
-fn parse_factor(text: &str, nodes: usize) -> Result<usize, String> {
-    let factor = text.parse().ok().filter(|factor| (1..=nodes).contains(factor) && !text.starts_with('+'));
-    factor.ok_or(format!("a whole number from 1 to {nodes}, the number of nodes"))
-}
+    /// Reads a replication factor for a number of nodes. The error says what was expected.
+    pub fn parse_factor(text: &str, nodes: usize) -> Result<usize, String> {
+        let factor = text.parse().ok().filter(|factor| (1..=nodes).contains(factor) && !text.starts_with('+'));
+        factor.ok_or(format!("a whole number from 1 to {nodes}, the number of nodes"))
+    }
 
-/// Whether a text has only what an address has: the URL parser takes more characters, such as a quotation mark, than may stand
-/// in an answer.
-fn is_plain(text: &str) -> bool {
-    text.len() <= 300 && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte))
-}
-
-/// The port of `host:port`, where the host is a name, an IPv4 address or an IPv6 address in brackets: what stands unchanged
-/// in a URL, and nothing else.
-fn port_of(text: &str) -> Option<u16> {
-    let url = Url::parse(&format!("http://{text}")).ok()?;
-    let (host, port) = (url.host_str()?, url.port_or_known_default().filter(|port| *port > 0)?);
-    (is_plain(text) && text.eq_ignore_ascii_case(&format!("{host}:{port}"))).then_some(port)
+    /// The port of `host:port`, where the host is a name, an IPv4 address or an IPv6 address in brackets: what stands unchanged
+    /// in a URL, and nothing else.
+    pub fn port_of(text: &str) -> Option<u16> {
+        let url = Url::parse(&format!("http://{text}")).ok()?;
+        let (host, port) = (url.host_str()?, url.port_or_known_default().filter(|port| *port > 0)?);
+        // The URL parser takes more characters, such as a quotation mark, than may stand in an answer.
+        let is_plain = text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte));
+        (is_plain && text.len() <= 300 && text.eq_ignore_ascii_case(&format!("{host}:{port}"))).then_some(port)
+    }
 }
 
 // ---- Connections: where bytes come in and answers go out ------------------------------------------------------------
@@ -234,22 +224,23 @@ mod connections {
     use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
     use std::rc::Rc;
     use std::sync::LazyLock;
-    use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+    use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
     use std::thread;
-    use std::time::{Duration, Instant};
+    use std::time::{Duration, Instant, SystemTime};
 
+    use httpdate::HttpDate;
     use may::io::WaitIo;
     use may_minihttp::{BodyReader, HttpService, HttpServiceFactory, Request as Parsed, Response};
     use nix::errno::Errno;
 
-    use crate::peers::{knows_secret, read_requests, write_answers};
-    use crate::service::{Action, LARGE_BODY, VERBS, answer_about, answer_or_defer, count_answer};
+    use crate::http::{Answer, CLOSE, MAX_BODY, MAX_HEAD, Outcome, Vocabulary, answer_unread, read_head};
+    use crate::peers::{carry_answers, knows_secret, read_requests};
+    use crate::service::{LARGE_BODY, VERBS, answer_or_defer, count_answer};
     use crate::world::pause;
-    use crate::{Answer, CLOSE, MAX_HEAD, Outcome, Request, Resource, Vocabulary, read_head};
 
     /// The output of a connection is sent when it has more than so many bytes. A value that is longer is not copied to it.
     const BATCH: usize = 32 << 10;
-    /// How many bytes a client may send or be sent, without a pause, before other clients have their turn.
+    /// How many bytes may be received and answered, without a pause, before other clients have their turn.
     const TURN: usize = 128 << 10;
     /// How many bytes large bodies may have together: more are not read before there is room.
     const MAX_BODIES: usize = 64 << 20;
@@ -258,9 +249,9 @@ mod connections {
     const MAX_READ: usize = 3 * MAX_HEAD;
     /// A client that takes nothing of an answer for this long is given up. (The kernel asks for more when 16 KiB are gone, `BATCH`.)
     pub const WRITE_LIMIT: Duration = Duration::from_secs(10);
-    /// A connection on which nothing happens for this long is closed. Load balancers do so after 60 s: the client's side should be
+    /// A connection on which nothing happens for so many seconds is closed. Load balancers do so after 60 s: the client's side should be
     /// the first, or a request may meet a connection that is just being closed.
-    const IDLE_LIMIT: Duration = Duration::from_secs(75);
+    const IDLE_LIMIT: u32 = 75;
 
     /// How many connections are open.
     pub static CONNECTIONS: AtomicU64 = AtomicU64::new(0);
@@ -273,26 +264,28 @@ mod connections {
     });
     /// The files that are left for all but connections.
     pub const OTHER_FILES: u64 = 200;
-    /// How many bytes the large bodies have that are being read, or answered.
-    static BODIES: AtomicUsize = AtomicUsize::new(0);
 
     thread_local! {
         /// The clients, by the descriptors of their sockets. The worker has them; in any other thread there are none.
         static CLIENTS: RefCell<Vec<Option<Rc<Client>>>> = const { RefCell::new(Vec::new()) };
+        /// How many bytes the large bodies have that are being read, or answered.
+        static BODIES: Cell<usize> = const { Cell::new(0) };
+        /// The time of day, as answers give it.
+        static DATE: RefCell<String> = RefCell::new(date());
+        /// How many bytes were received and answered since a client last let others have their turn.
+        static SERVED: Cell<usize> = const { Cell::new(0) };
     }
 
     /// A connection, as the service, the watch, and `recv` and `send` see it.
     struct Client {
         fd: RawFd,
         phase: Cell<Phase>,
-        /// When something last came, or the last answer was written.
-        active: Cell<Instant>,
+        /// For how many seconds nothing has happened.
+        idle: Cell<u32>,
+        /// When the head of the request that is being answered was whole.
+        asked: Cell<Instant>,
         /// How many bytes were read since a request was last dealt with: of the next one's head, or what the server read ahead.
         head: Cell<usize>,
-        /// How many bytes were received and answered since other clients had their turn.
-        served: Cell<usize>,
-        /// How many bytes of `BODIES` belong to the request that is being answered.
-        room: Cell<usize>,
         /// Answers that are still to be sent.
         output: RefCell<Vec<u8>>,
     }
@@ -303,8 +296,6 @@ mod connections {
         Head,
         /// As `Head`, but the client sends nothing more: with its next read, the server is told.
         LastHead,
-        /// The client sends nothing more, and the server was told.
-        HalfClosed,
         /// A request is being answered.
         Request,
         /// As `Request`, and some of its body is read from the socket, since not all of it came with the head.
@@ -345,13 +336,11 @@ mod connections {
                 return self.serve_stream(id, parsed);
             }
             let verb = VERBS.into_iter().find(|verb| *verb == request.verb).unwrap_or("other");
-            if request.oversized {
-                return self.close_with(refusal_of_oversized(request), verb, false);
+            if request.verb == "PUT" && framing.length > MAX_BODY {
+                return self.close_with(answer_unread(request), verb, false);
             }
-            let is_kept = framing.length > 0 && request.wants_body(framing.length);
-            if is_kept && framing.length > LARGE_BODY {
-                self.wait_for_room(framing.length);
-            }
+            let is_kept = framing.length <= MAX_BODY;
+            let _room = (is_kept && framing.length > LARGE_BODY).then(|| self.wait_for_room(framing.length));
             if framing.expects_continue {
                 // (RFC 9110 section 10.1.1)
                 self.output.borrow_mut().extend(b"HTTP/1.1 100 Continue\r\n\r\n");
@@ -382,27 +371,27 @@ mod connections {
             self.flush();
             self.phase.set(Phase::Closing);
             match parsed.method() {
-                "GET" => drop(write_answers(id, &self.socket(), knows_secret)),
+                "GET" => drop(carry_answers(id, &self.socket(), knows_secret)),
                 _ => read_requests(id, parsed.body(), &self.socket(), knows_secret),
             }
             self.close(Shutdown::Write);
         }
 
         /// Waits until another large body may be read.
-        fn wait_for_room(&self, length: usize) {
+        fn wait_for_room(&self, length: usize) -> Room {
             self.flush();
-            while BODIES.load(Relaxed) + length > MAX_BODIES {
+            while BODIES.get() + length > MAX_BODIES {
                 pause(Duration::from_millis(5));
             }
-            BODIES.fetch_add(length, Relaxed);
-            self.room.set(length);
+            BODIES.set(BODIES.get() + length);
+            Room(length)
         }
 
         /// Reads a whole body, to keep it or not. False is a client that left before it was complete: its request never happened.
         fn read_body(&self, mut reader: BodyReader, length: usize, mut body: Option<&mut Vec<u8>>) -> bool {
             let mut taken = 0;
             while taken < length {
-                self.active.set(Instant::now());
+                self.idle.set(0);
                 let Ok(arrived @ [_, ..]) = reader.fill_buf() else { return false };
                 let count = arrived.len();
                 if let Some(body) = &mut body {
@@ -410,7 +399,7 @@ mod connections {
                 }
                 reader.consume(count);
                 taken += count;
-                self.take_turn(count);
+                take_turn(&self.socket(), count);
             }
             if self.phase.get() == Phase::Body {
                 // The server waits for a signal that comes once an arrival, and reading the body has used it up: a request that came
@@ -423,8 +412,8 @@ mod connections {
 
         /// Writes an answer to the output, and a large value to the socket. `connection` is what its head says of the connection.
         fn write(&self, answer: Answer, verb: &str, connection: &str, is_head: bool) {
-            count_answer(verb, answer.status, self.active.get().elapsed());
-            answer.write_head(&mut self.output.borrow_mut(), connection);
+            count_answer(verb, answer.status, self.asked.get().elapsed());
+            DATE.with_borrow(|date| answer.write_head(&mut self.output.borrow_mut(), date, connection));
             for piece in answer.pieces().into_iter().filter(|_| !is_head) {
                 if piece.len() > BATCH {
                     self.flush();
@@ -436,7 +425,7 @@ mod connections {
             if self.output.borrow().len() > BATCH {
                 self.flush();
             }
-            self.take_turn(answer.length());
+            take_turn(&self.socket(), answer.length());
         }
 
         /// Sends the output, however long the client takes to read it.
@@ -486,15 +475,8 @@ mod connections {
             while Instant::now() < deadline
                 && let Ok(count @ 1..) = stream.read(&mut buffer)
             {
-                self.take_turn(count);
+                take_turn(&self.socket(), count);
             }
-        }
-
-        /// Counts bytes that were received or answered, and lets others have their turn when they are many.
-        fn take_turn(&self, count: usize) {
-            let mut served = self.served.get() + count;
-            take_turn(&self.socket(), &mut served, TURN);
-            self.served.set(served);
         }
 
         /// Notes that `recv` has returned `count` to the server. Returns what it is to return instead.
@@ -507,38 +489,42 @@ mod connections {
                     signal_again(&self.socket());
                     return fail_with(libc::EAGAIN);
                 }
-                (Phase::LastHead, 0) => self.phase.set(Phase::HalfClosed),
                 (Phase::Head | Phase::LastHead, 1..) => {
                     self.head.set(self.head.get() + count as usize);
                     if self.head.get() > MAX_READ {
                         return fail_with(libc::ECONNABORTED);
                     }
                 }
-                (_, ..0) if Errno::last() != Errno::EAGAIN => self.phase.set(Phase::Closing),
+                (_, -1) if Errno::last() != Errno::EAGAIN => self.phase.set(Phase::Closing),
                 _ => {}
             }
             count
         }
     }
 
-    /// The answer to a PUT or POST whose body is too large to be read.
-    fn refusal_of_oversized(request: Request) -> Answer {
-        let (resource, vocabulary) = request.route();
-        if let Resource::Key(key) = resource
-            && let Action::Refuse(refusal) = Action::of(&key, &request, vocabulary)
-        {
-            return refusal.answer(vocabulary, &request.verb);
+    /// A part of `BODIES`.
+    struct Room(usize);
+
+    impl Drop for Room {
+        fn drop(&mut self) {
+            BODIES.set(BODIES.get() - self.0);
         }
-        answer_about(request)
     }
 
-    /// Closes connections on whose clients the server waits in vain. To be repeated every second by a coroutine, which the worker runs.
+    fn date() -> String {
+        HttpDate::from(SystemTime::now()).to_string()
+    }
+
+    /// Looks at the time of day, and closes connections on whose clients the server waits in vain. To be repeated every second by a
+    /// coroutine, which the worker runs.
     pub fn watch() {
-        let now = Instant::now();
+        DATE.set(date());
         CLIENTS.with_borrow(|clients| {
-            for client in clients.iter().flatten() {
-                let is_waited_for = matches!(client.phase.get(), Phase::Head | Phase::LastHead | Phase::Body);
-                if is_waited_for && now - client.active.get() > IDLE_LIMIT {
+            let is_waited_for =
+                |client: &&Rc<Client>| matches!(client.phase.get(), Phase::Head | Phase::LastHead | Phase::Body);
+            for client in clients.iter().flatten().filter(is_waited_for) {
+                client.idle.set(client.idle.get() + 1);
+                if client.idle.get() > IDLE_LIMIT {
                     client.close(Shutdown::Both);
                 }
             }
@@ -558,9 +544,9 @@ mod connections {
         /// Called once for each connection. `id` is the descriptor of its socket, open until after the service is dropped.
         fn new_service(&self, id: usize) -> Connection {
             let fd = id as RawFd;
-            let (phase, active, output) = (Cell::new(Phase::Head), Cell::new(Instant::now()), RefCell::default());
-            let [head, served, room] = [const { Cell::new(0) }; 3];
-            let client = Rc::new(Client { fd, phase, active, head, served, room, output });
+            let (phase, idle, head, output) = (Cell::new(Phase::Head), Cell::new(0), Cell::new(0), RefCell::default());
+            let asked = Cell::new(Instant::now());
+            let client = Rc::new(Client { fd, phase, idle, asked, head, output });
             let socket = client.socket();
             // Without this, an answer that leaves in two writes waits 40 ms for the client's delayed acknowledgement.
             let _ = socket.set_nodelay(true);
@@ -583,11 +569,10 @@ mod connections {
         fn call(&mut self, parsed: Parsed, _: &mut Response) -> io::Result<()> {
             if let Some(client) = Client::at(self.0).filter(|client| !client.is_closing()) {
                 client.phase.set(Phase::Request);
-                client.active.set(Instant::now());
+                client.asked.set(Instant::now());
                 client.head.set(0);
                 client.serve(parsed);
-                BODIES.fetch_sub(client.room.take(), Relaxed);
-                client.active.set(Instant::now());
+                client.idle.set(0);
                 if !client.is_closing() {
                     client.phase.set(Phase::Head);
                 }
@@ -604,16 +589,12 @@ mod connections {
             let (phase, head) = (client.phase.get(), client.head.get());
             if phase == Phase::Closing || thread::panicking() {
                 // Nothing can be sent any more. (A coroutine that panics cannot wait.)
-            } else if head > MAX_READ || phase == Phase::HalfClosed && head > "\r\n".len() {
-                // A head that does not end, or ended with the stream. (After a request, a line's end may follow that is nothing.)
-                client.refuse(Outcome::BadRequest, false);
-            } else if phase == Phase::HalfClosed {
-                // The client sends nothing more, but may still be reading.
+            } else if phase == Phase::LastHead && head <= "\r\n".len() {
+                // The client sends nothing more, but may still be reading. (After a request, a line's end may follow that is nothing.)
                 client.flush();
             } else {
-                client.refuse(Outcome::Unparsed, false);
+                client.refuse(if head > MAX_READ { Outcome::BadRequest } else { Outcome::Unparsed }, false);
             }
-            BODIES.fetch_sub(client.room.take(), Relaxed);
             CLIENTS.with_borrow_mut(|clients| clients[self.0 as usize] = None);
             CONNECTIONS.fetch_sub(1, Relaxed);
         }
@@ -672,12 +653,13 @@ mod connections {
         Ok(stream)
     }
 
-    /// Lets others have their turn, if more than `most` bytes were dealt with since they last had. To yield would not do: the worker
-    /// polls only when no coroutine is ready, and of two clients that send without end one always is. But the poll signals a socket
-    /// that it was just told of, so whoever waits for that comes after all others.
-    pub fn take_turn(socket: &TcpStream, served: &mut usize, most: usize) {
-        if *served > most {
-            *served = 0;
+    /// Counts bytes that were dealt with, and lets others have their turn when they are many. To yield would not do: the worker polls only
+    /// when no coroutine is ready, and of two clients that send without end one always is. But the poll signals a socket that it was
+    /// just told of, so whoever waits for that comes after all others.
+    pub fn take_turn(socket: &TcpStream, count: usize) {
+        SERVED.set(SERVED.get() + count);
+        if SERVED.get() > TURN {
+            SERVED.set(0);
             if let Ok(stream) = waiting_stream(socket, None) {
                 stream.wait_io();
             }
@@ -696,514 +678,544 @@ mod connections {
     }
 }
 
-// ---- Requests: what a client asks for -------------------------------------------------------------------------------
+// ---- Requests and answers: what a client asks for, and what it is told -----------------------------------------------
 
-/// A whole request. HEAD is a GET here: only the connection knows that its answer leaves without the body.
-#[derive(Clone, Default, Serialize, Deserialize)]
-struct Request {
-    verb: String,
-    /// Path and query as they came, percent-encoded.
-    target: String,
-    content_type: String,
-    /// The instances that relayed this request so far (RFC 9110 section 7.6.3).
-    via: String,
-    origin: Origin,
-    /// When it began at the instance that got it from a client, by the clock of this one, in milliseconds. None: here and now.
-    #[serde(skip)]
-    began: Option<i64>,
-    #[serde(with = "serde_bytes")]
-    body: Vec<u8>,
-    /// The body is too large to be read.
-    #[serde(skip)]
-    oversized: bool,
-}
+mod http {
+    //! What a client asks for, and what it is told. `read_head` makes a `Request` of what the server has parsed, and `route` finds what it is
+    //! about. `record_of` takes key and value out of a PUT, and `causal_context` a context out of a body.
+    //!
+    //! An `Outcome` (created, found, missing, refused because ...) knows nothing of HTTP. It becomes an `Answer` by the contract's two
+    //! vocabularies, which are the two columns of one table (`Outcome::row`).
 
-/// What a request is between instances, where it travels on a stream.
-#[derive(Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-enum Origin {
-    /// A client's request, relayed or not.
-    #[default]
-    Client,
-    /// A client's request that a node sends to the one that owns the key by its table, which is of this store: the owner may
-    /// have started again since, and be a store of its own.
-    Node(u64),
-    /// No client's request: the body is what one node says to another (`Envelope`).
-    Message,
-}
+    use std::borrow::Cow;
+    use std::collections::BTreeMap;
+    use std::fmt::{self, Formatter};
+    use std::io::Write;
 
-/// What the head of a request tells the connection.
-struct Framing {
-    /// The length of the body, in bytes.
-    length: usize,
-    is_head: bool,
-    /// The client wants the connection closed, or speaks HTTP/1.0.
-    closing: bool,
-    expects_continue: bool,
-}
+    use attohttpc::StatusCode;
+    use may_minihttp::Request as Parsed;
+    use percent_encoding::percent_decode;
+    use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
+    use serde::{Deserialize, Serialize};
+    use serde_json::Value;
+    use serde_json::value::RawValue;
 
-/// Reads the head of a request that the server took apart; the body is still missing. The error is the refusal of a request
-/// whose body's length cannot be trusted: where the next request begins is not known, so the connection must be closed.
-fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
-    let (verb, target, headers) = (parsed.method(), parsed.path(), parsed.headers());
-    let all = |name: &'static str| {
-        headers.iter().filter(move |header| header.name.eq_ignore_ascii_case(name)).map(|header| header.value)
-    };
-    let texts = |name| all(name).map(|value| String::from_utf8_lossy(value).into_owned());
-    let joined = |name| texts(name).reduce(|list, next| list + ", " + &next).unwrap_or_default();
-    if all("Transfer-Encoding").next().is_some() {
-        return Err(Outcome::LengthRequired);
+    use crate::node::{Context, node_of};
+    use crate::peers::{self, STREAM};
+    use crate::records::Record;
+    use crate::service::answer_about;
+
+    /// The limit of a value, in bytes: of a string its UTF-8, of anything else its JSON text (the contract, "Size limit").
+    pub const MAX_VALUE: usize = 1 << 20;
+    /// The limit of a body, in bytes (the contract, "Size limit").
+    pub const MAX_BODY: usize = 4 << 20;
+    /// The limit of a request's head. The server has none of its own and would collect an endless head in memory.
+    pub const MAX_HEAD: usize = 64 << 10;
+
+    /// A whole request. HEAD is a GET here: only the connection knows that its answer leaves without the body.
+    #[derive(Clone, Default, Serialize, Deserialize)]
+    pub struct Request {
+        pub verb: String,
+        /// Path and query as they came, percent-encoded.
+        pub target: String,
+        pub content_type: String,
+        /// The instances that relayed this request so far (RFC 9110 section 7.6.3).
+        pub via: String,
+        pub origin: Origin,
+        /// When it began at the instance that got it from a client, by the clock of this one, in milliseconds. None: here and now.
+        #[serde(skip)]
+        pub began: Option<i64>,
+        #[serde(with = "serde_bytes")]
+        pub body: Vec<u8>,
     }
-    let size: usize = headers.iter().map(|header| header.name.len() + header.value.len()).sum();
-    // Digits only (RFC 9110 section 8.6); Rust's own parser would take a sign as well.
-    let digits = |value| str::from_utf8(value).ok().filter(|text| !text.starts_with('+'));
-    let mut lengths = all("Content-Length").map(|value| digits(value)?.parse().ok());
-    let length = lengths.next().unwrap_or(Some(0)).ok_or(Outcome::BadRequest)?;
-    // One host, or none in HTTP/1.0 (RFC 9112 section 3.2).
-    let mut hosts = all("Host");
-    let has_host = hosts.next().map_or(parsed.version() == 0, is_host) && hosts.next().is_none();
-    let fits = size + target.len() <= MAX_HEAD;
-    if !has_host || !fits || lengths.any(|another| another != Some(length)) {
-        return Err(Outcome::BadRequest);
+
+    /// What a request is between instances, where it travels on a stream.
+    #[derive(Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+    pub enum Origin {
+        /// A client's request, relayed or not.
+        #[default]
+        Client,
+        /// A client's request that a node sends to the one that owns the key by its table, which is of this store: the owner may
+        /// have started again since, and be a store of its own.
+        Node(u64),
+        /// No client's request: the body is what one node says to another (`Envelope`).
+        Message,
     }
-    let connection = joined("Connection").to_ascii_lowercase();
-    let framing = Framing {
-        length,
-        is_head: verb == "HEAD",
-        closing: parsed.version() == 0 || connection.split(',').any(|option| option.trim() == "close"),
-        expects_continue: parsed.version() == 1 && length > 0 && joined("Expect").eq_ignore_ascii_case("100-continue"),
-    };
-    let mut request = Request {
-        verb: if framing.is_head { "GET" } else { verb }.into(),
-        target: origin_form(target).ok_or(Outcome::BadRequest)?.into_owned(),
-        content_type: joined("Content-Type"),
-        via: joined("Via"),
-        ..Request::default()
-    };
-    request.oversized = length > MAX_BODY && request.is_upload();
-    Ok((request, framing))
-}
 
-/// The path and query of a target. In absolute form, scheme and host stand before them (RFC 9112 section 3.2.2); None is a host
-/// that is not valid. Whatever else does not begin with a slash (OPTIONS *, CONNECT host:port) is a path that does not exist.
-fn origin_form(target: &str) -> Option<Cow<'_, str>> {
-    let is_http = |scheme: &str| scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https");
-    let absolute = target.split_once(':').filter(|(scheme, _)| is_http(scheme));
-    let Some(rest) = absolute.and_then(|(_, rest)| rest.strip_prefix("//")) else { return Some(target.into()) };
-    let (host, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
-    let slash = if path.starts_with('/') { "" } else { "/" };
-    (!host.is_empty() && is_host(host.as_bytes())).then(|| format!("{slash}{path}").into())
-}
+    /// What the head of a request tells the connection.
+    pub struct Framing {
+        /// The length of the body, in bytes.
+        pub length: usize,
+        pub is_head: bool,
+        /// The client wants the connection closed, or speaks HTTP/1.0.
+        pub closing: bool,
+        pub expects_continue: bool,
+    }
 
-/// Whether this is a host as a request may name it, with or without a port (RFC 3986 section 3.2.2). It may be empty.
-fn is_host(text: &[u8]) -> bool {
-    // The colons of an IPv6 address stand before its closing bracket.
-    let colon = text.iter().rposition(|byte| b":]".contains(byte)).filter(|at| text[*at] == b':');
-    let (name, port) = text.split_at(colon.unwrap_or(text.len()));
-    let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%[:]".contains(byte);
-    name.iter().all(is_plain) && port.iter().skip(1).all(u8::is_ascii_digit)
-}
+    /// Reads the head of a request that the server took apart; the body is still missing. The error is the refusal of a request
+    /// whose body's length cannot be trusted: where the next request begins is not known, so the connection must be closed.
+    pub fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
+        let (verb, target, headers) = (parsed.method(), parsed.path(), parsed.headers());
+        let all = |name: &'static str| {
+            headers.iter().filter(move |header| header.name.eq_ignore_ascii_case(name)).map(|header| header.value)
+        };
+        let texts = |name| all(name).map(|value| String::from_utf8_lossy(value).into_owned());
+        let joined = |name| texts(name).reduce(|list, next| list + ", " + &next).unwrap_or_default();
+        if all("Transfer-Encoding").next().is_some() {
+            return Err(Outcome::LengthRequired);
+        }
+        let size: usize = headers.iter().map(|header| header.name.len() + header.value.len()).sum();
+        // Digits only (RFC 9110 section 8.6); Rust's own parser would take a sign as well.
+        let digits = |value| str::from_utf8(value).ok().filter(|text| !text.starts_with('+'));
+        let mut lengths = all("Content-Length").map(|value| digits(value)?.parse().ok());
+        let length = lengths.next().unwrap_or(Some(0)).ok_or(Outcome::BadRequest)?;
+        // One host, or none in HTTP/1.0 (RFC 9112 section 3.2).
+        let mut hosts = all("Host");
+        let has_host = hosts.next().map_or(parsed.version() == 0, is_host) && hosts.next().is_none();
+        let fits = size + target.len() <= MAX_HEAD;
+        if !has_host || !fits || lengths.any(|another| another != Some(length)) {
+            return Err(Outcome::BadRequest);
+        }
+        let connection = joined("Connection").to_ascii_lowercase();
+        let framing = Framing {
+            length,
+            is_head: verb == "HEAD",
+            closing: parsed.version() == 0 || connection.split(',').any(|option| option.trim() == "close"),
+            expects_continue: parsed.version() == 1
+                && length > 0
+                && joined("Expect").eq_ignore_ascii_case("100-continue"),
+        };
+        let request = Request {
+            verb: if framing.is_head { "GET" } else { verb }.into(),
+            target: origin_form(target).ok_or(Outcome::BadRequest)?.into_owned(),
+            content_type: joined("Content-Type"),
+            via: joined("Via"),
+            ..Request::default()
+        };
+        Ok((request, framing))
+    }
 
-#[derive(Clone, Copy)]
-enum Vocabulary {
-    Form,
-    Json,
-}
+    /// The path and query of a target. In absolute form, scheme and host stand before them (RFC 9112 section 3.2.2); None is a host
+    /// that is not valid. Whatever else does not begin with a slash (OPTIONS *, CONNECT host:port) is a path that does not exist.
+    fn origin_form(target: &str) -> Option<Cow<'_, str>> {
+        let is_http = |scheme: &str| scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https");
+        let absolute = target.split_once(':').filter(|(scheme, _)| is_http(scheme));
+        let Some(rest) = absolute.and_then(|(_, rest)| rest.strip_prefix("//")) else { return Some(target.into()) };
+        let (host, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
+        let slash = if path.starts_with('/') { "" } else { "/" };
+        (!host.is_empty() && is_host(host.as_bytes())).then(|| format!("{slash}{path}").into())
+    }
 
-/// What a path names.
-enum Resource<'a> {
-    Instance,
-    Metrics,
-    KeyCount,
-    ViewChange,
-    /// All shards, or one by its index.
-    Shards(Option<usize>),
-    Key(Cow<'a, [u8]>),
-    Unknown,
-}
+    /// Whether this is a host as a request may name it, with or without a port (RFC 3986 section 3.2.2). It may be empty.
+    fn is_host(text: &[u8]) -> bool {
+        // The colons of an IPv6 address stand before its closing bracket.
+        let colon = text.iter().rposition(|byte| b":]".contains(byte)).filter(|at| text[*at] == b':');
+        let (name, port) = text.split_at(colon.unwrap_or(text.len()));
+        let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%[:]".contains(byte);
+        name.iter().all(is_plain) && port.iter().skip(1).all(u8::is_ascii_digit)
+    }
 
-impl Request {
-    /// Finds what the request is about, and in which words its answer is due: the whole routing.
-    fn route<'a>(&'a self) -> (Resource<'a>, Vocabulary) {
-        let is_json = self.media_type().eq_ignore_ascii_case("application/json");
-        let typed = if is_json { Vocabulary::Json } else { Vocabulary::Form };
-        let path = self.target.split('?').next().unwrap_or_default();
-        let resource = match path {
-            "/metrics" => return (Resource::Metrics, typed),
-            "/kv-store" | "/kv-store/" => Resource::Instance,
-            "/kv-store/key-count" => Resource::KeyCount,
-            "/kv-store/view-change" => Resource::ViewChange,
-            "/kv-store/shards" => Resource::Shards(None),
-            _ => {
-                let key = |segment: &'a str| Resource::Key(percent_decode(segment.as_bytes()).into());
-                let Some(rest) = path.strip_prefix("/kv-store/") else { return (Resource::Unknown, typed) };
-                // A key is one path segment; a slash inside a key arrives as %2F.
-                match rest.split_once('/') {
-                    None => return (key(rest), typed),
-                    Some(("keys", segment)) if !segment.contains('/') => key(segment),
-                    Some(("shards", id)) if !id.contains('/') => Resource::Shards(Some(shard_index(id))),
-                    _ => return (Resource::Unknown, typed),
+    #[derive(Clone, Copy)]
+    pub enum Vocabulary {
+        Form,
+        Json,
+    }
+
+    /// What a path names.
+    pub enum Resource<'a> {
+        Instance,
+        Metrics,
+        KeyCount,
+        ViewChange,
+        /// All shards, or one by its index.
+        Shards(Option<usize>),
+        Key(Cow<'a, [u8]>),
+        Unknown,
+    }
+
+    impl Request {
+        /// Finds what the request is about, and in which words its answer is due: the whole routing.
+        pub fn route<'a>(&'a self) -> (Resource<'a>, Vocabulary) {
+            let is_json = self.media_type().eq_ignore_ascii_case("application/json");
+            let typed = if is_json { Vocabulary::Json } else { Vocabulary::Form };
+            let path = self.target.split('?').next().unwrap_or_default();
+            let resource = match path {
+                "/metrics" => return (Resource::Metrics, typed),
+                "/kv-store" | "/kv-store/" => Resource::Instance,
+                "/kv-store/key-count" => Resource::KeyCount,
+                "/kv-store/view-change" => Resource::ViewChange,
+                "/kv-store/shards" => Resource::Shards(None),
+                _ => {
+                    let key = |segment: &'a str| Resource::Key(percent_decode(segment.as_bytes()).into());
+                    let Some(rest) = path.strip_prefix("/kv-store/") else { return (Resource::Unknown, typed) };
+                    // A key is one path segment; a slash inside a key arrives as %2F.
+                    match rest.split_once('/') {
+                        None => return (key(rest), typed),
+                        Some(("keys", segment)) if !segment.contains('/') => key(segment),
+                        Some(("shards", id)) if !id.contains('/') => Resource::Shards(Some(shard_index(id))),
+                        _ => return (Resource::Unknown, typed),
+                    }
+                }
+            };
+            (resource, Vocabulary::Json)
+        }
+
+        fn media_type(&self) -> &str {
+            self.content_type.split(';').next().unwrap_or_default().trim()
+        }
+
+        /// The id of the stream of which this is a part, if it is.
+        pub fn stream_id(&self) -> Option<&str> {
+            let is_part = matches!(self.verb.as_str(), "GET" | "POST") && self.content_type == STREAM;
+            peers::stream_id(&self.target).filter(|_| is_part)
+        }
+    }
+
+    /// The index of a shard by its id, which counts from 1; one that no shard has for what is no id.
+    fn shard_index(id: &str) -> usize {
+        let number: Option<usize> = id.parse().ok().filter(|_| !id.starts_with(['0', '+']));
+        number.map_or(usize::MAX, |number| number - 1)
+    }
+
+    /// Whether a key may be stored. Any key may be asked for: one that cannot exist does not exist.
+    fn is_valid_key(key: &[u8], vocabulary: Vocabulary) -> bool {
+        let is_form_byte = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'_';
+        match vocabulary {
+            Vocabulary::Form => (1..=200).contains(&key.len()) && key.iter().all(is_form_byte),
+            Vocabulary::Json => std::str::from_utf8(key).is_ok_and(|key| (1..=50).contains(&key.chars().count())),
+        }
+    }
+
+    /// The answer to a PUT whose body is too large to be read.
+    pub fn answer_unread(request: Request) -> Answer {
+        let (Resource::Key(key), vocabulary) = request.route() else { return answer_about(request) };
+        let refusal = if is_valid_key(&key, vocabulary) { Outcome::ValueTooLarge } else { Outcome::KeyInvalid };
+        refusal.answer(vocabulary, &request.verb)
+    }
+
+    /// The record that a PUT wants stored, or why it is refused. The checks run in the contract's order: key, value, size.
+    pub fn record_of(key: &[u8], request: &Request, vocabulary: Vocabulary) -> Result<Record, Outcome> {
+        if !is_valid_key(key, vocabulary) {
+            return Err(Outcome::KeyInvalid);
+        }
+        let value = match vocabulary {
+            Vocabulary::Form => json_of(&form_value(request)?)?,
+            Vocabulary::Json => json_value(&request.body)?,
+        };
+        Ok(Record::new(key, &value))
+    }
+
+    /// The first field `val` of the body, or else of the query, decoded.
+    fn form_value(request: &Request) -> Result<String, Outcome> {
+        let query = request.target.split_once('?').map_or("", |(_, query)| query).as_bytes();
+        let is_form =
+            ["", "application/x-www-form-urlencoded"].iter().any(|it| request.media_type().eq_ignore_ascii_case(it));
+        let body = if is_form { &request.body[..] } else { &[] };
+        let value = form_field(body).or_else(|| form_field(query)).ok_or(Outcome::ValueMissing)?;
+        String::from_utf8(value).map_err(|_| Outcome::ValueNotText)
+    }
+
+    /// Finds the field `val` of an application/x-www-form-urlencoded text. The `form_urlencoded` crate would replace bytes that
+    /// are not UTF-8 instead of telling.
+    fn form_field(text: &[u8]) -> Option<Vec<u8>> {
+        // (With its `=`, if it has one.)
+        let value_at = |field: &[u8]| field.iter().position(|byte| *byte == b'=').unwrap_or(field.len());
+        let mut fields = text.split(|byte| *byte == b'&').map(|field| field.split_at(value_at(field)));
+        let (_, value) = fields.find(|(name, _)| percent_decode(name).eq(*b"val"))?;
+        let spaced: Vec<u8> = value.iter().skip(1).map(|byte| if *byte == b'+' { b' ' } else { *byte }).collect();
+        Some(if spaced.contains(&b'%') { percent_decode(&spaced).collect() } else { spaced })
+    }
+
+    /// The member `value` of a JSON object, as the JSON text it came as, so that it goes back digit for digit; only a string is
+    /// written anew, as short as can be. Nothing here recurses, however deep the value is nested.
+    fn json_value(body: &[u8]) -> Result<String, Outcome> {
+        let not_text = |refusal| if is_value_broken(body) { Outcome::ValueNotText } else { refusal };
+        match member(body, "value").map_err(not_text)? {
+            "null" => Err(Outcome::ValueMissing),
+            json if json.starts_with('"') => {
+                json_of(&serde_json::from_str::<String>(json).map_err(|_| Outcome::ValueNotText)?)
+            }
+            json if !is_text(json) => Err(Outcome::ValueNotText),
+            json if json.len() > MAX_VALUE => Err(Outcome::ValueTooLarge),
+            json => Ok(json.to_owned()),
+        }
+    }
+
+    /// Whether all strings in a JSON text are text: JSON can spell half of a surrogate pair (RFC 8259 section 8.2). Only escapes can be
+    /// wrong, so the parser reads all of the text as one string, without what ends a string or may not be in one. (`\/` is an escape.)
+    fn is_text(json: &str) -> bool {
+        let as_string = || format!("\"{}\"", json.replace(['"', '\n', '\r', '\t'], "/"));
+        !json.contains("\\u") || serde_json::from_str::<String>(&as_string()).is_ok()
+    }
+
+    /// Whether a body was refused since its value is a string with bytes that are no UTF-8: replaced, they are no fault any more.
+    fn is_value_broken(body: &[u8]) -> bool {
+        let mended = String::from_utf8_lossy(body);
+        member(mended.as_bytes(), "value").is_ok_and(|value| value.starts_with('"') && value.contains('\u{fffd}'))
+    }
+
+    /// A text as a JSON string. The limit is that of the text: escapes make up to six bytes of one.
+    fn json_of(text: &str) -> Result<String, Outcome> {
+        if text.len() > MAX_VALUE {
+            return Err(Outcome::ValueTooLarge);
+        }
+        // Writing to a String cannot fail.
+        Ok(serde_json::to_string(text).unwrap_or_default())
+    }
+
+    /// The JSON text of a member of the JSON object that a body is: `null` if there is no such member, or no body. Of members with
+    /// the same name the last one counts. The others are passed over, so that a million of them take no memory.
+    pub fn member<'a>(body: &'a [u8], name: &str) -> Result<&'a str, Outcome> {
+        Ok(find_member(body, name)?.unwrap_or("null"))
+    }
+
+    fn find_member<'a>(body: &'a [u8], name: &str) -> Result<Option<&'a str>, Outcome> {
+        // JSON is UTF-8 (RFC 8259 section 8.1), also where the parser passes over it.
+        let body = str::from_utf8(if body.is_empty() { b"{}" } else { body }).map_err(|_| Outcome::BodyNotObject)?;
+        let mut parser = serde_json::Deserializer::from_str(body);
+        let value = parser.deserialize_map(Member(name)).and_then(|value| parser.end().map(|()| value));
+        Ok(value.map_err(|_| Outcome::BodyNotObject)?.map(RawValue::get))
+    }
+
+    /// The causal context in the body of a request in the JSON vocabulary (`with_context` spells it). None if there is none; an error if
+    /// it is not ours. (A body that is no JSON object is none of this function's business: a GET may have any.)
+    pub fn causal_context(request: &Request, vocabulary: Vocabulary) -> Result<Option<Context>, Outcome> {
+        // Hardly any request has one: it is not worth reading a large body twice.
+        let may_have_it = || str::from_utf8(&request.body).is_ok_and(|body| body.contains("causal-context"));
+        if matches!(vocabulary, Vocabulary::Form) || !may_have_it() {
+            return Ok(None);
+        }
+        let Ok(Some(text)) = find_member(&request.body, "causal-context") else { return Ok(None) };
+        let members: BTreeMap<&str, Vec<u8>> = serde_json::from_str(text).map_err(|_| Outcome::ContextInvalid)?;
+        let context: Context = match (members.len(), members.get("bytes")) {
+            (0, None) => Context::default(),
+            (1, Some(bytes)) => postcard::from_bytes(bytes).map_err(|_| Outcome::ContextInvalid)?,
+            _ => return Err(Outcome::ContextInvalid),
+        };
+        let is_ours = context.seen.iter().all(|(node, stamp)| *node == node_of(*stamp));
+        if is_ours { Ok(Some(context)) } else { Err(Outcome::ContextInvalid) }
+    }
+
+    /// Looks for the member of this name.
+    struct Member<'n>(&'n str);
+
+    impl<'a> Visitor<'a> for Member<'_> {
+        type Value = Option<&'a RawValue>;
+
+        fn expecting(&self, out: &mut Formatter) -> fmt::Result {
+            out.write_str("a JSON object")
+        }
+
+        fn visit_map<M: MapAccess<'a>>(self, mut members: M) -> Result<Self::Value, M::Error> {
+            let mut found = None;
+            while let Some(name) = members.next_key::<String>()? {
+                if name == self.0 {
+                    found = Some(members.next_value()?);
+                } else {
+                    members.next_value::<IgnoredAny>()?;
                 }
             }
-        };
-        (resource, Vocabulary::Json)
-    }
-
-    fn media_type(&self) -> &str {
-        self.content_type.split(';').next().unwrap_or_default().trim()
-    }
-
-    /// The id of the stream of which this is a part, if it is.
-    fn stream_id(&self) -> Option<&str> {
-        let is_part = matches!(self.verb.as_str(), "GET" | "POST") && self.content_type == STREAM;
-        peers::stream_id(&self.target).filter(|_| is_part)
-    }
-
-    fn is_upload(&self) -> bool {
-        matches!(self.verb.as_str(), "PUT" | "POST")
-    }
-
-    /// Whether a body of this length can matter. (In the JSON vocabulary that of a GET may have a causal context.)
-    fn wants_body(&self, length: usize) -> bool {
-        self.is_upload() || length <= MAX_BODY && matches!(self.route(), (Resource::Key(_), Vocabulary::Json))
-    }
-}
-
-/// The index of a shard by its id, which counts from 1; one that no shard has for what is no id.
-fn shard_index(id: &str) -> usize {
-    let number: Option<usize> = id.parse().ok().filter(|_| !id.starts_with(['0', '+']));
-    number.map_or(usize::MAX, |number| number - 1)
-}
-
-/// Whether a key may be stored. Any key may be asked for: one that cannot exist does not exist.
-fn is_valid_key(key: &[u8], vocabulary: Vocabulary) -> bool {
-    let is_form_byte = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'_';
-    match vocabulary {
-        Vocabulary::Form => (1..=200).contains(&key.len()) && key.iter().all(is_form_byte),
-        Vocabulary::Json => std::str::from_utf8(key).is_ok_and(|key| (1..=50).contains(&key.chars().count())),
-    }
-}
-
-/// The record that a PUT wants stored, or why it is refused. The checks run in the contract's order: key, value, size.
-fn record_of(key: &[u8], request: &Request, vocabulary: Vocabulary) -> Result<Record, Outcome> {
-    if !is_valid_key(key, vocabulary) {
-        return Err(Outcome::KeyInvalid);
-    } else if request.oversized {
-        return Err(Outcome::ValueTooLarge);
-    }
-    let value = match vocabulary {
-        Vocabulary::Form => json_of(&form_value(request)?)?,
-        Vocabulary::Json => json_value(&request.body)?,
-    };
-    Ok(Record::new(key, &value))
-}
-
-/// The first field `val` of the body, or else of the query, decoded.
-fn form_value(request: &Request) -> Result<String, Outcome> {
-    let query = request.target.split_once('?').map_or("", |(_, query)| query).as_bytes();
-    let is_form =
-        ["", "application/x-www-form-urlencoded"].iter().any(|it| request.media_type().eq_ignore_ascii_case(it));
-    let body = if is_form { &request.body[..] } else { &[] };
-    let value = form_field(body).or_else(|| form_field(query)).ok_or(Outcome::ValueMissing)?;
-    String::from_utf8(value).map_err(|_| Outcome::ValueNotText)
-}
-
-/// Finds the field `val` of an application/x-www-form-urlencoded text. The `form_urlencoded` crate would replace bytes that
-/// are not UTF-8 instead of telling.
-fn form_field(text: &[u8]) -> Option<Vec<u8>> {
-    // (With its `=`, if it has one.)
-    let value_at = |field: &[u8]| field.iter().position(|byte| *byte == b'=').unwrap_or(field.len());
-    let mut fields = text.split(|byte| *byte == b'&').map(|field| field.split_at(value_at(field)));
-    let (_, value) = fields.find(|(name, _)| percent_decode(name).eq(*b"val"))?;
-    let spaced: Vec<u8> = value.iter().skip(1).map(|byte| if *byte == b'+' { b' ' } else { *byte }).collect();
-    Some(if spaced.contains(&b'%') { percent_decode(&spaced).collect() } else { spaced })
-}
-
-/// The member `value` of a JSON object, as the JSON text it came as, so that it goes back digit for digit; only a string is
-/// written anew, as short as can be. Nothing here recurses, however deep the value is nested.
-fn json_value(body: &[u8]) -> Result<String, Outcome> {
-    let not_text = |refusal| if is_value_broken(body) { Outcome::ValueNotText } else { refusal };
-    match member(body, "value").map_err(not_text)? {
-        "null" => Err(Outcome::ValueMissing),
-        json if json.starts_with('"') => {
-            json_of(&serde_json::from_str::<String>(json).map_err(|_| Outcome::ValueNotText)?)
+            Ok(found)
         }
-        json if !is_text(json) => Err(Outcome::ValueNotText),
-        json if json.len() > MAX_VALUE => Err(Outcome::ValueTooLarge),
-        json => Ok(json.to_owned()),
-    }
-}
-
-/// Whether all strings in a JSON text are text: JSON can spell half of a surrogate pair (RFC 8259 section 8.2). Only escapes can be
-/// wrong, so the parser reads all of the text as one string, without what ends a string or may not be in one. (`\/` is an escape.)
-fn is_text(json: &str) -> bool {
-    let as_string = || format!("\"{}\"", json.replace(['"', '\n', '\r', '\t'], "/"));
-    !json.contains("\\u") || serde_json::from_str::<String>(&as_string()).is_ok()
-}
-
-/// Whether a body was refused since its value is a string with bytes that are no UTF-8: replaced, they are no fault any more.
-fn is_value_broken(body: &[u8]) -> bool {
-    let mended = String::from_utf8_lossy(body);
-    member(mended.as_bytes(), "value").is_ok_and(|value| value.starts_with('"') && value.contains('\u{fffd}'))
-}
-
-/// A text as a JSON string. The limit is that of the text: escapes make up to six bytes of one.
-fn json_of(text: &str) -> Result<String, Outcome> {
-    if text.len() > MAX_VALUE {
-        return Err(Outcome::ValueTooLarge);
-    }
-    // Writing to a String cannot fail.
-    Ok(serde_json::to_string(text).unwrap_or_default())
-}
-
-/// The JSON text of a member of the JSON object that a body is: `null` if there is no such member, or no body. Of members with
-/// the same name the last one counts. The others are passed over, so that a million of them take no memory.
-fn member<'a>(body: &'a [u8], name: &str) -> Result<&'a str, Outcome> {
-    Ok(find_member(body, name)?.unwrap_or("null"))
-}
-
-fn find_member<'a>(body: &'a [u8], name: &str) -> Result<Option<&'a str>, Outcome> {
-    // JSON is UTF-8 (RFC 8259 section 8.1), also where the parser passes over it.
-    let body = str::from_utf8(if body.is_empty() { b"{}" } else { body }).map_err(|_| Outcome::BodyNotObject)?;
-    let mut parser = serde_json::Deserializer::from_str(body);
-    let value = parser.deserialize_map(Member(name)).and_then(|value| parser.end().map(|()| value));
-    Ok(value.map_err(|_| Outcome::BodyNotObject)?.map(RawValue::get))
-}
-
-/// The causal context in the body of a request in the JSON vocabulary (`with_context` spells it). None if there is none; an error if
-/// it is not ours. (A body that is no JSON object is none of this function's business: a GET may have any.)
-fn causal_context(request: &Request, vocabulary: Vocabulary) -> Result<Option<Context>, Outcome> {
-    // Hardly any request has one: it is not worth reading a large body twice.
-    let may_have_it = str::from_utf8(&request.body).is_ok_and(|body| body.contains("causal-context"));
-    if matches!(vocabulary, Vocabulary::Form) || !may_have_it {
-        return Ok(None);
-    }
-    let Ok(Some(text)) = find_member(&request.body, "causal-context") else { return Ok(None) };
-    let members: BTreeMap<&str, Vec<u8>> = serde_json::from_str(text).map_err(|_| Outcome::ContextInvalid)?;
-    let context: Context = match (members.len(), members.get("bytes")) {
-        (0, None) => Context::default(),
-        (1, Some(bytes)) => postcard::from_bytes(bytes).map_err(|_| Outcome::ContextInvalid)?,
-        _ => return Err(Outcome::ContextInvalid),
-    };
-    let is_ours = context.seen.iter().all(|(node, stamp)| *node == node_of(*stamp));
-    if is_ours { Ok(Some(context)) } else { Err(Outcome::ContextInvalid) }
-}
-
-/// Looks for the member of this name.
-struct Member<'n>(&'n str);
-
-impl<'a> Visitor<'a> for Member<'_> {
-    type Value = Option<&'a RawValue>;
-
-    fn expecting(&self, out: &mut Formatter) -> fmt::Result {
-        out.write_str("a JSON object")
     }
 
-    fn visit_map<M: MapAccess<'a>>(self, mut members: M) -> Result<Self::Value, M::Error> {
-        let mut found = None;
-        while let Some(name) = members.next_key::<String>()? {
-            if name == self.0 {
-                found = Some(members.next_value()?);
-            } else {
-                members.next_value::<IgnoredAny>()?;
-            }
-        }
-        Ok(found)
-    }
-}
-
-// ---- Outcomes, and how the two vocabularies say them ----------------------------------------------------------------
-
-/// What became of a request, before anyone thinks of HTTP.
-#[rustfmt::skip]
-enum Outcome {
-    Created, Replaced, Found(Record), Deleted, Missing,
-    KeyInvalid, ValueMissing, ValueTooLarge, ValueNotText, BodyNotObject,
-    ContextInvalid, Unsatisfied,
-    MainDown, NotFound, BadRequest, Unparsed, LengthRequired, AddressNotSet, ViewMissing, ChangeUnderWay, Elsewhere, NotOfStore,
-    /// With the header that tells which verbs the path takes.
-    VerbNotAllowed(&'static str),
-    NoShard,
-    /// With an object that has the members beside those of the row.
-    KeyCount(Value), Instance(Value), Shard(Value), Shards(Value), ViewChanged(Value),
-    /// With the text, but for its last line break.
-    Metrics(String),
-    /// With the address of the node.
-    NodeDown(String), HoldsKeys(String),
-    /// With the reason.
-    ViewInvalid(String),
-}
-
-impl Outcome {
-    /// The answers of the contract: status and body in the form vocabulary, and in the JSON vocabulary; of an error, only
-    /// what is wrong. `answer` completes it, and fills in `text`. What only one vocabulary can say stands there twice.
+    /// What became of a request, before anyone thinks of HTTP.
     #[rustfmt::skip]
-    fn row(&self) -> [(u16, &'static str); 2] {
-        use Outcome::*;
-        match self {
-            Created   => [(201, r#"{"replaced":"False","msg":"New key created"}"#),
-                          (201, r#"{"message":"Added successfully","replaced":false}"#)],
-            Replaced  => [(200, r#"{"replaced":"True","msg":"Value of existing key replaced"}"#),
-                          (200, r#"{"message":"Updated successfully","replaced":true}"#)],
-            Found(_)  => [(200, r#"{"result":"Success","value":<text>}"#),
-                          (200, r#"{"doesExist":true,"message":"Retrieved successfully","value":<text>}"#)],
-            Deleted   => [(200, r#"{"result":"Success"}"#),
-                          (200, r#"{"doesExist":true,"message":"Deleted successfully"}"#)],
-            Missing   => [(404, "Key does not exist"); 2],
-            KeyInvalid        => [(403, "Key not valid"),        (400, "Key is too long")],
-            ValueMissing      => [(403, "No value provided"),    (400, "Value is missing")],
-            ValueTooLarge     => [(403, "Object too large. Size limit is 1MB"), (413, "Value is too large")],
-            ValueNotText      => [(403, "Value is not valid UTF-8"), (400, "Value is not valid UTF-8")],
-            BodyNotObject     => [(400, "Body is not a JSON object"); 2],
-            ContextInvalid    => [(400, "Causal context is not valid"); 2],
-            Unsatisfied       => [(400, "Unable to satisfy request"); 2],
-            MainDown          => [(501, "Server unavailable"),   (503, "Main instance is down")],
-            NotFound          => [(404, "Not found"); 2],
-            VerbNotAllowed(_) => [(405, "Method not allowed"); 2],
-            BadRequest        => [(400, "Bad request"); 2],
-            Unparsed          => [(400, "Bad request: not HTTP/1.1, or more than 16 headers"); 2],
-            LengthRequired    => [(411, "Length required"); 2],
-            KeyCount(_)       => [(200, r#"{"message":"Key count retrieved successfully",<text>}"#); 2],
-            Shards(_)         => [(200, r#"{"message":"Shard membership retrieved successfully",<text>}"#); 2],
-            Shard(_)          => [(200, r#"{"message":"Shard information retrieved successfully",<text>}"#); 2],
-            NoShard           => [(404, "Shard does not exist"); 2],
-            Instance(_)       => [(200, r#"{"result":"Success",<text>}"#); 2],
-            Metrics(_)        => [(200, "<text>"); 2],
-            AddressNotSet     => [(400, "ADDRESS is not set"); 2],
-            NodeDown(_)       => [(501, "Server unavailable"),   (503, "Node <text> is down")],
-            ViewMissing       => [(400, "View is missing"); 2],
-            ViewInvalid(_)    => [(400, "View is not valid: <text>"); 2],
-            ChangeUnderWay    => [(409, "Another view change is in progress"); 2],
-            // Between instances.
-            NotOfStore        => [(403, "Not a node of this store"); 2],
-            HoldsKeys(_)      => [(409, "Node <text> holds keys of another store"); 2],
-            ViewChanged(_)    => [(200, r#"{"message":"View change successful",<text>}"#); 2],
-            // Only between nodes: the owner is another one by this node's table.
-            Elsewhere         => [(421, "Not the owner"); 2],
-        }
+    pub enum Outcome {
+        Created, Replaced, Found(Record), Deleted, Missing,
+        KeyInvalid, ValueMissing, ValueTooLarge, ValueNotText, BodyNotObject,
+        ContextInvalid, Unsatisfied,
+        MainDown, NotFound, BadRequest, Unparsed, LengthRequired, AddressNotSet, ViewMissing, ChangeUnderWay, Elsewhere, NotOfStore,
+        /// With the header that tells which verbs the path takes.
+        VerbNotAllowed(&'static str),
+        NoShard,
+        /// With an object that has the members beside those of the row.
+        KeyCount(Value), Instance(Value), Shard(Value), Shards(Value), ViewChanged(Value),
+        /// With the text, but for its last line break.
+        Metrics(String),
+        /// With the address of the node.
+        NodeDown(String), HoldsKeys(String),
+        /// With the reason.
+        ViewInvalid(String),
     }
 
-    /// What goes in the place of `<text>`, unless it is a value.
-    fn text(&self) -> Cow<'_, str> {
-        use Outcome::*;
-        match self {
-            KeyCount(object) | Instance(object) | Shard(object) | Shards(object) | ViewChanged(object) => {
-                let text = object.to_string();
-                text[1..text.len() - 1].to_owned().into()
+    impl Outcome {
+        /// The answers of the contract: status and body in the form vocabulary, and in the JSON vocabulary; of an error, only
+        /// what is wrong. `answer` completes it, and fills in `text`. What only one vocabulary can say stands there twice.
+        #[rustfmt::skip]
+        fn row(&self) -> [(u16, &'static str); 2] {
+            use Outcome::*;
+            match self {
+                Created   => [(201, r#"{"replaced":"False","msg":"New key created"}"#),
+                              (201, r#"{"message":"Added successfully","replaced":false}"#)],
+                Replaced  => [(200, r#"{"replaced":"True","msg":"Value of existing key replaced"}"#),
+                              (200, r#"{"message":"Updated successfully","replaced":true}"#)],
+                Found(_)  => [(200, r#"{"result":"Success","value":%}"#),
+                              (200, r#"{"doesExist":true,"message":"Retrieved successfully","value":%}"#)],
+                Deleted   => [(200, r#"{"result":"Success"}"#),
+                              (200, r#"{"doesExist":true,"message":"Deleted successfully"}"#)],
+                Missing   => [(404, "Key does not exist"); 2],
+                KeyInvalid        => [(403, "Key not valid"),        (400, "Key is too long")],
+                ValueMissing      => [(403, "No value provided"),    (400, "Value is missing")],
+                ValueTooLarge     => [(403, "Object too large. Size limit is 1MB"), (413, "Value is too large")],
+                ValueNotText      => [(403, "Value is not valid UTF-8"), (400, "Value is not valid UTF-8")],
+                BodyNotObject     => [(400, "Body is not a JSON object"); 2],
+                ContextInvalid    => [(400, "Causal context is not valid"); 2],
+                Unsatisfied       => [(400, "Unable to satisfy request"); 2],
+                MainDown          => [(501, "Server unavailable"),   (503, "Main instance is down")],
+                NotFound          => [(404, "Not found"); 2],
+                VerbNotAllowed(_) => [(405, "Method not allowed"); 2],
+                BadRequest        => [(400, "Bad request"); 2],
+                Unparsed          => [(400, "Bad request: not HTTP/1.1, or more than 16 headers"); 2],
+                LengthRequired    => [(411, "Length required"); 2],
+                KeyCount(_)       => [(200, r#"{"message":"Key count retrieved successfully",%}"#); 2],
+                Shards(_)         => [(200, r#"{"message":"Shard membership retrieved successfully",%}"#); 2],
+                Shard(_)          => [(200, r#"{"message":"Shard information retrieved successfully",%}"#); 2],
+                NoShard           => [(404, "Shard does not exist"); 2],
+                Instance(_)       => [(200, r#"{"result":"Success",%}"#); 2],
+                Metrics(_)        => [(200, "%"); 2],
+                AddressNotSet     => [(400, "ADDRESS is not set"); 2],
+                NodeDown(_)       => [(501, "Server unavailable"),   (503, "Node % is down")],
+                ViewMissing       => [(400, "View is missing"); 2],
+                ViewInvalid(_)    => [(400, "View is not valid: %"); 2],
+                ChangeUnderWay    => [(409, "Another view change is in progress"); 2],
+                // Between instances.
+                NotOfStore        => [(403, "Not a node of this store"); 2],
+                HoldsKeys(_)      => [(409, "Node % holds keys of another store"); 2],
+                ViewChanged(_)    => [(200, r#"{"message":"View change successful",%}"#); 2],
+                // Only between nodes: the owner is another one by this node's table.
+                Elsewhere         => [(421, "Not the owner"); 2],
             }
-            Metrics(text) | NodeDown(text) | HoldsKeys(text) | ViewInvalid(text) => text.into(),
-            _ => "".into(),
+        }
+
+        /// What goes in the place of `%`, unless it is a value.
+        fn text(&self) -> Cow<'_, str> {
+            use Outcome::*;
+            match self {
+                KeyCount(object) | Instance(object) | Shard(object) | Shards(object) | ViewChanged(object) => {
+                    let text = object.to_string();
+                    text[1..text.len() - 1].to_owned().into()
+                }
+                Metrics(text) | NodeDown(text) | HoldsKeys(text) | ViewInvalid(text) => text.into(),
+                _ => "".into(),
+            }
+        }
+
+        /// Says the outcome in a vocabulary.
+        pub fn answer(self, vocabulary: Vocabulary, verb: &str) -> Answer {
+            let (status, text) = self.row()[vocabulary as usize];
+            let flag = if let Outcome::Missing = self { r#""doesExist":false,"# } else { "" };
+            let template = match vocabulary {
+                _ if text.starts_with(['{', '%']) => Cow::Borrowed(text),
+                Vocabulary::Form => format!(r#"{{"result":"Error","msg":"{text}"}}"#).into(),
+                Vocabulary::Json => format!(r#"{{{flag}"error":"{text}","message":"Error in {verb}"}}"#).into(),
+            };
+            let (before, text, after) = match template.split_once('%') {
+                Some((before, after)) => (before, self.text(), after),
+                None => (&*template, "".into(), ""),
+            };
+            let body = [before, &text, after, "\n"].concat().into_bytes();
+            let (header, value) = match self {
+                Outcome::Found(record) => (JSON, Some((before.len(), record))),
+                Outcome::VerbNotAllowed(header) => (header, None),
+                Outcome::Metrics(_) => (METRICS, None),
+                _ => (JSON, None),
+            };
+            Answer { status, header: header.into(), body, value }
         }
     }
 
-    /// Says the outcome in a vocabulary.
-    fn answer(self, vocabulary: Vocabulary, verb: &str) -> Answer {
-        let (status, text) = self.row()[vocabulary as usize];
-        let flag = if let Outcome::Missing = self { r#""doesExist":false,"# } else { "" };
-        let template = match vocabulary {
-            _ if text.starts_with(['{', '<']) => Cow::Borrowed(text),
-            Vocabulary::Form => format!(r#"{{"result":"Error","msg":"{text}"}}"#).into(),
-            Vocabulary::Json => format!(r#"{{{flag}"error":"{text}","message":"Error in {verb}"}}"#).into(),
-        };
-        let (before, text, after) = match template.split_once("<text>") {
-            Some((before, after)) => (before, self.text(), after),
-            None => (&*template, "".into(), ""),
-        };
-        let body = [before, &text, after, "\n"].concat().into_bytes();
-        let (header, value) = match self {
-            Outcome::Found(record) => (JSON, Some((before.len(), record))),
-            Outcome::VerbNotAllowed(header) => (header, None),
-            Outcome::Metrics(_) => (METRICS, None),
-            _ => (JSON, None),
-        };
-        Answer { status, header: header.into(), body, value }
-    }
-}
+    /// The headers that our answers have, beside those that every answer has.
+    const JSON: &str = "Content-Type: application/json";
+    const METRICS: &str = "Content-Type: text/plain; version=0.0.4";
+    pub const CLOSE: &str = "Connection: close\r\n";
+    pub const GET_ONLY: &str = "Content-Type: application/json\r\nAllow: GET, HEAD";
+    pub const PUT_ONLY: &str = "Content-Type: application/json\r\nAllow: PUT";
+    pub const KEY_VERBS: &str = "Content-Type: application/json\r\nAllow: GET, HEAD, PUT, DELETE";
 
-/// The headers that our answers have, beside those that every answer has.
-const JSON: &str = "Content-Type: application/json";
-const METRICS: &str = "Content-Type: text/plain; version=0.0.4";
-const CLOSE: &str = "Connection: close\r\n";
-const GET_ONLY: &str = "Content-Type: application/json\r\nAllow: GET, HEAD";
-const PUT_ONLY: &str = "Content-Type: application/json\r\nAllow: PUT";
-const KEY_VERBS: &str = "Content-Type: application/json\r\nAllow: GET, HEAD, PUT, DELETE";
-
-/// A status, `Content-Type` and perhaps `Allow`, and a body: what a relay passes on of an answer.
-#[derive(Clone, Serialize, Deserialize)]
-struct Answer {
-    status: u16,
-    header: Cow<'static, str>,
-    #[serde(with = "serde_bytes")]
-    body: Vec<u8>,
-    /// The value that was asked for is not copied into the body: it belongs at this place of it.
-    #[serde(skip)]
-    value: Option<(usize, Record)>,
-}
-
-impl Answer {
-    /// What the body consists of.
-    fn pieces(&self) -> [&[u8]; 3] {
-        let (at, value) = self.value.as_ref().map_or((0, &[][..]), |(at, record)| (*at, record.value()));
-        let (before, after) = self.body.split_at(at);
-        [before, value, after]
+    /// A status, `Content-Type` and perhaps `Allow`, and a body: what a relay passes on of an answer.
+    #[derive(Clone, Serialize, Deserialize)]
+    pub struct Answer {
+        pub status: u16,
+        pub header: Cow<'static, str>,
+        #[serde(with = "serde_bytes")]
+        pub body: Vec<u8>,
+        /// The value that was asked for is not copied into the body: it belongs at this place of it.
+        #[serde(skip)]
+        pub value: Option<(usize, Record)>,
     }
 
-    /// The same answer with the value in its body, as it goes to another instance.
-    fn joined(self) -> Answer {
-        if self.value.is_some() { Answer { body: self.pieces().concat(), value: None, ..self } } else { self }
-    }
-
-    /// Writes the head of the answer as HTTP. `connection` is what it says of the connection, if anything.
-    fn write_head(&self, out: &mut Vec<u8>, connection: &str) {
-        let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::BAD_GATEWAY);
-        let reason = status.canonical_reason().unwrap_or("Unknown");
-        for text in ["HTTP/1.1 ", status.as_str(), " ", reason, "\r\nServer: M\r\nDate: "] {
-            out.extend(text.as_bytes());
+    impl Answer {
+        /// What the body consists of.
+        pub fn pieces(&self) -> [&[u8]; 3] {
+            let (at, value) = self.value.as_ref().map_or((0, &[][..]), |(at, record)| (*at, record.value()));
+            let (before, after) = self.body.split_at(at);
+            [before, value, after]
         }
-        // Writing to a Vec cannot fail.
-        let _ = write!(out, "{}\r\nContent-Length: {}\r\n", HttpDate::from(SystemTime::now()), self.length());
-        for text in [&self.header, "\r\n", connection, "\r\n"] {
-            out.extend(text.as_bytes());
+
+        /// The same answer with the value in its body, as it goes to another instance.
+        pub fn joined(self) -> Answer {
+            if self.value.is_some() { Answer { body: self.pieces().concat(), value: None, ..self } } else { self }
         }
-    }
 
-    /// How many bytes the body has.
-    fn length(&self) -> usize {
-        self.pieces().into_iter().map(<[u8]>::len).sum()
-    }
-
-    /// What instances say to one another, as bytes.
-    fn message(content: &impl Serialize) -> Answer {
-        // Writing to a Vec cannot fail.
-        Answer { status: 200, header: "".into(), body: postcard::to_stdvec(content).unwrap_or_default(), value: None }
-    }
-
-    /// Adds which node answered, where there is a place for it.
-    fn with_address(self, node: &str, vocabulary: Vocabulary) -> Answer {
-        match vocabulary {
-            Vocabulary::Json => self.with_member(&format!(r#""address":"{node}""#)),
-            Vocabulary::Form => self,
+        /// Writes the head of the answer as HTTP. `connection` is what it says of the connection, if anything.
+        pub fn write_head(&self, out: &mut Vec<u8>, date: &str, connection: &str) {
+            let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::BAD_GATEWAY);
+            let reason = status.canonical_reason().unwrap_or("Unknown");
+            for text in ["HTTP/1.1 ", status.as_str(), " ", reason, "\r\nServer: M\r\nDate: "] {
+                out.extend(text.as_bytes());
+            }
+            // Writing to a Vec cannot fail.
+            let _ = write!(out, "{date}\r\nContent-Length: {}\r\n", self.length());
+            for text in [&self.header, "\r\n", connection, "\r\n"] {
+                out.extend(text.as_bytes());
+            }
         }
-    }
 
-    /// Adds the causal context, if the request had one: as a list of bytes, since JSON's numbers are not exact everywhere, and stamps are
-    /// large.
-    fn with_context(self, context: &Option<Context>) -> Answer {
-        let Some(context) = context else { return self };
-        if context.is_empty() {
-            return self.with_member(r#""causal-context":{}"#);
+        /// How many bytes the body has.
+        pub fn length(&self) -> usize {
+            self.pieces().into_iter().map(<[u8]>::len).sum()
         }
-        // Writing to a Vec or a String cannot fail.
-        let bytes = postcard::to_stdvec(context).unwrap_or_default();
-        let bytes = serde_json::to_string(&bytes).unwrap_or_default();
-        self.with_member(&format!(r#""causal-context":{{"bytes":{bytes}}}"#))
-    }
 
-    fn with_member(mut self, member: &str) -> Answer {
-        if self.body.ends_with(b"}\n") {
-            self.body.truncate(self.body.len() - 2);
-            let _ = writeln!(self.body, ",{member}}}");
+        /// What instances say to one another, as bytes.
+        pub fn message(content: &impl Serialize) -> Answer {
+            // Writing to a Vec cannot fail.
+            Answer {
+                status: 200,
+                header: "".into(),
+                body: postcard::to_stdvec(content).unwrap_or_default(),
+                value: None,
+            }
         }
-        self
+
+        /// Adds which node answered, where there is a place for it.
+        pub fn with_address(self, node: &str, vocabulary: Vocabulary) -> Answer {
+            match vocabulary {
+                Vocabulary::Json => self.with_member(&format!(r#""address":"{node}""#)),
+                Vocabulary::Form => self,
+            }
+        }
+
+        /// Adds the causal context, if the request had one: as a list of bytes, since JSON's numbers are not exact everywhere, and stamps are
+        /// large.
+        pub fn with_context(self, context: &Option<Context>) -> Answer {
+            let Some(context) = context else { return self };
+            if context.is_empty() {
+                return self.with_member(r#""causal-context":{}"#);
+            }
+            // Writing to a Vec or a String cannot fail.
+            let bytes = postcard::to_stdvec(context).unwrap_or_default();
+            let bytes = serde_json::to_string(&bytes).unwrap_or_default();
+            self.with_member(&format!(r#""causal-context":{{"bytes":{bytes}}}"#))
+        }
+
+        fn with_member(mut self, member: &str) -> Answer {
+            if self.body.ends_with(b"}\n") {
+                self.body.truncate(self.body.len() - 2);
+                let _ = writeln!(self.body, ",{member}}}");
+            }
+            self
+        }
     }
 }
 
@@ -1221,18 +1233,18 @@ mod service {
 
     use serde_json::{Value, json};
 
+    use crate::VERSION;
     use crate::connections::CONNECTIONS;
+    use crate::http::{Answer, GET_ONLY, KEY_VERBS, Origin, Outcome, PUT_ONLY, Request, Resource, Vocabulary};
+    use crate::http::{causal_context, member, record_of};
     use crate::membership::{answer_view_change, count_keys, describe_shards, meet, meet_all};
     use crate::node::{Context, Node, Place};
     use crate::peers::{PATIENCE, Peer};
     use crate::records::{Record, hash_of};
     use crate::replication::{World, get_key, replicate};
+    use crate::settings::{Role, SETTINGS, own, parse_factor, parse_view};
     use crate::table::{Table, Version};
     use crate::world::{CHANGE_LIMIT, Live, answer_message, block_on, in_background, started};
-    use crate::{
-        Answer, GET_ONLY, KEY_VERBS, Origin, Outcome, PUT_ONLY, Request, Resource, Role, SETTINGS, VERSION, Vocabulary,
-    };
-    use crate::{causal_context, member, own, parse_factor, parse_view, record_of};
 
     /// What is left to be done for an answer.
     pub type Work = Box<dyn FnOnce() -> Answer + Send>;
@@ -2091,7 +2103,7 @@ mod table {
     use serde::{Deserialize, Serialize};
 
     use crate::records::{Span, hash_of};
-    use crate::{parse_view, port_of};
+    use crate::settings::{parse_view, port_of};
 
     /// Tables come in one order: by epoch, then by number, then by who made them. A new epoch begins when silent nodes are left out: it
     /// beats whatever these may have made.
@@ -3590,11 +3602,11 @@ mod replication {
 
     use serde_bytes::ByteBuf;
 
+    use crate::http::{Answer, Request};
     use crate::membership::meet;
     use crate::node::{Envelope, Found, MAX_BATCH, Message, Node, Pull, Reply};
     use crate::records::{Record, Span};
     use crate::table::Version;
-    use crate::{Answer, Request};
 
     /// How a node reaches its own state, the others, and time.
     pub trait World: Clone {
@@ -3851,6 +3863,7 @@ mod membership {
 
     use serde_json::json;
 
+    use crate::http::{Answer, Origin, Outcome, Request, Vocabulary};
     use crate::node::{Activity, Message, Reply, Status};
     use crate::peers::PATIENCE;
     use crate::records::Span;
@@ -3858,7 +3871,6 @@ mod membership {
     use crate::service::{WantedView, id_of};
     use crate::table::{Change, Cut, Move, Table, Version};
     use crate::world::CHANGE_LIMIT;
-    use crate::{Answer, Origin, Outcome, Request, Vocabulary};
 
     pub async fn run(world: impl World, activity: Activity) {
         match activity {
@@ -4288,10 +4300,12 @@ mod peers {
     //! A *stream* carries requests to another instance, and their answers back in any order. It consists of two HTTP requests that share a
     //! random id and do not end: the body of a POST carries requests, and the body of the answer to a GET carries answers.
     //!
-    //! - On the asking side, one thread writes and one reads. A caller queues its request and waits; what is queued during one write goes
-    //!   out with the next. When the stream ends, every request that was sent on it fails at once, and the queue goes on a new stream.
-    //! - On the asked side, the two requests are connections like others: one coroutine reads requests and has them answered, the other
-    //!   writes answers.
+    //! - On the asking side, one thread reads, and starts one that writes. A caller queues its request and waits; what is queued during
+    //!   one write goes out with the next. The stream ends when there is nothing more to read: then every request that was sent on it
+    //!   fails at once, and what is still queued goes on a new stream.
+    //! - On the asked side, the two requests are connections like others. The coroutine of the POST reads requests, answers them, and sends
+    //!   the answers when it has dealt with all that it has read, as a connection of a client does. What has to wait for other instances is
+    //!   *deferred* to a coroutine of its own, which sends its answer itself. Whoever sends waits until the other side reads.
     //!
     //! Each side sends something every `BEAT`, and ends the stream if it reads nothing for `SILENCE`.
     //!
@@ -4310,18 +4324,19 @@ mod peers {
     //! gets plain requests, each from a thread that is blocked meanwhile.
 
     use std::collections::{HashMap, VecDeque};
-    use std::io::{self, BufRead, BufReader, Read, Write};
+    use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
     use std::net::{Shutdown, TcpStream, ToSocketAddrs};
     use std::panic::{AssertUnwindSafe, catch_unwind};
-    use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering::SeqCst};
-    use std::sync::{Arc, LazyLock, Mutex, mpsc};
+    use std::sync::atomic::{AtomicBool, AtomicIsize, Ordering::SeqCst};
+    use std::sync::{Arc, LazyLock, Mutex, Once, PoisonError, mpsc};
     use std::thread::{self, Thread};
     use std::time::{Duration, Instant};
 
     use attohttpc::body::{Body, BodyKind};
     use attohttpc::{Method, ProxySettings, RequestBuilder, StatusCode};
+    use may::coroutine::yield_now;
     use may::sync::Blocker;
-    use may_minihttp::BodyReader;
+    use may_minihttp::{BodyReader, Request as Parsed};
     use percent_encoding::percent_decode;
     use serde::de::DeserializeOwned;
     use serde::{Deserialize, Serialize};
@@ -4330,10 +4345,11 @@ mod peers {
     use url::{Position as Part, Url};
 
     use crate::connections::{WRITE_LIMIT, set_option, take_turn, waiting_stream};
+    use crate::http::{Answer, CLOSE, Origin, Outcome, Request};
     use crate::replication::Lost;
     use crate::service::{RELAYED, RELAYED_IN_VAIN, answer_or_defer};
+    use crate::settings::{SETTINGS, own};
     use crate::world::{lock, now, park_until, pause, random, say};
-    use crate::{Answer, CLOSE, Origin, Outcome, Parsed, Request, SETTINGS, own};
 
     /// A peer that is gone is reported within 2 s (the contract, "A follower"): a connection must come about before.
     const CONNECT_LIMIT: Duration = Duration::from_millis(1100);
@@ -4344,12 +4360,12 @@ mod peers {
     /// A request from another instance takes effect within this time of its beginning, or never: the contract says 3 s.
     const RELAYED_LIMIT: Duration = Duration::from_millis(2900);
     /// How often each side of a stream sends something, and after what silence it ends.
-    pub const BEAT: Duration = Duration::from_millis(250);
+    const BEAT: Duration = Duration::from_millis(250);
     const SILENCE: Duration = Duration::from_millis(1500);
     /// A stream is ended after this long without a request. Between neighbours, which meet more often, it stays.
     const REST: i64 = 400;
-    /// For how long without a request it is remembered that a peer takes no streams.
-    const PLAIN_REST: i64 = 60_000;
+    /// For how long it is remembered that a peer takes no streams.
+    const PLAIN_LIMIT: i64 = 60_000;
     /// How long it may take to look a name up.
     const LOOKUP_LIMIT: Duration = Duration::from_millis(700);
     /// How many threads may be waiting for answers of a peer that takes no streams.
@@ -4451,136 +4467,122 @@ mod peers {
 
     /// How many streams are taken. Half of them are for those who prove that they know the secret.
     const MAX_STREAMS: usize = 1000;
-    /// How many bytes *deferred* requests may take, which are answered in coroutines of their own (each with its stack, and perhaps a body
-    /// of 1 MiB): those of one stream, and those of clients on all streams. While there are more, no requests are read. So some 500
-    /// small requests of a stream can wait for an instance that does not answer before they hold up others.
-    const MAX_DEFERRED: usize = 8 << 20;
-    const MAX_DEFERRED_IN_ALL: usize = 64 << 20;
-    const STACK: usize = 16 << 10;
-    /// While more bytes of answers are unsent, no more requests of the stream are read.
-    const MAX_UNSENT: usize = 1 << 20;
-    /// Answers to deferred requests can still come then, up to 500 large ones. A stream with so many bytes unsent ends while all streams
-    /// together have too many.
-    const MAX_BACKLOG: usize = 8 << 20;
-    const MAX_BACKLOG_IN_ALL: usize = 128 << 20;
+    /// How many bytes a stream may hold for *deferred* requests, which are answered in coroutines of their own: each with its stack, perhaps
+    /// a body of 1 MiB, and its answer until that is written. While it holds more, no requests of it are read. So some 500 small
+    /// requests of a stream can wait for an instance that does not answer before they hold up others.
+    const MAX_HELD: isize = 4 << 20;
+    /// How many bytes all streams may hold, before no requests of clients are read: a process has mappings for some 4000 more stacks. A
+    /// stream of which an answer comes while they hold four times as much ends.
+    const MAX_HELD_IN_ALL: isize = 32 << 20;
+    /// What a deferred request takes, beside its size.
+    const STACK: usize = 8 << 10;
 
     /// The streams on which this instance is asked, by their ids.
     static ASKED: LazyLock<Mutex<HashMap<String, Arc<Asked>>>> = LazyLock::new(Default::default);
-    static DEFERRED: AtomicUsize = AtomicUsize::new(0);
-    /// When a node was last met that does not know the secret.
-    static STRANGER_MET: AtomicI64 = AtomicI64::new(0);
+    static HELD: AtomicIsize = AtomicIsize::new(0);
 
-    /// A stream on which this instance is asked.
+    /// A stream on which this instance is asked. It belongs to coroutines.
     struct Asked {
         /// Who opened it proves to know the secret, or there is none.
         knows_secret: bool,
         /// When it was opened, by this side's clock.
         opened: i64,
-        state: Mutex<AskedState>,
-        /// Wakes the coroutine that writes the answers.
-        writer: Blocker,
-    }
-
-    struct AskedState {
-        /// Answers that are to be written. None: the stream has ended.
-        unsent: Option<Vec<u8>>,
-        /// The connection on which the requests come.
-        requests: Option<TcpStream>,
-        /// Something has come on it.
-        has_begun: bool,
-        /// How many bytes the deferred requests take.
-        deferred: usize,
+        /// Requests have come.
+        has_begun: AtomicBool,
+        held: AtomicIsize,
+        /// The connection of the answers, also while a coroutine has locked `output` and waits until the other side reads.
+        socket: TcpStream,
+        output: may::sync::Mutex<BufWriter<may::net::TcpStream>>,
     }
 
     impl Asked {
-        /// Queues an answer, or a heartbeat.
-        fn push(&self, number: u64, answer: Option<Answer>) {
+        /// Writes an answer, or a heartbeat, to the output.
+        fn write(&self, number: u64, answer: Option<Answer>) -> io::Result<()> {
             let message = Message { number, time: clock() - self.opened, content: answer.map(Answer::joined) };
-            if let Some(unsent) = &mut lock(&self.state).unsent {
-                message.write(unsent);
-            }
-            self.writer.unpark();
+            let mut bytes = Vec::new();
+            message.write(&mut bytes);
+            self.output.lock().unwrap_or_else(PoisonError::into_inner).write_all(&bytes)
         }
 
-        /// Waits for answers that are to be written. None: the stream has ended.
-        fn next_answers(&self) -> Option<Vec<u8>> {
-            loop {
-                let answers = std::mem::take(lock(&self.state).unsent.as_mut()?);
-                if !answers.is_empty() {
-                    return Some(answers);
-                }
-                let _ = self.writer.park(None);
-            }
+        /// Sends the output.
+        fn flush(&self) -> io::Result<()> {
+            self.output.lock().unwrap_or_else(PoisonError::into_inner).flush()
         }
 
+        /// Ends the stream: nothing more can be written, and the asking side learns of it.
         fn end(&self) {
-            let mut state = lock(&self.state);
-            state.unsent = None;
-            if let Some(requests) = state.requests.take() {
-                let _ = requests.shutdown(Shutdown::Both);
-            }
-            drop(state);
-            self.writer.unpark();
+            let _ = self.socket.shutdown(Shutdown::Both);
+        }
+
+        /// Counts bytes that are held from now on, or if negative, no longer.
+        fn hold(&self, bytes: isize) {
+            self.held.fetch_add(bytes, SeqCst);
+            HELD.fetch_add(bytes, SeqCst);
         }
 
         /// Reads requests and has them answered, until the stream ends.
         fn serve(self: &Arc<Asked>, body: &mut BodyReader, socket: &TcpStream) -> io::Result<()> {
             // The limit is for each read, and not for each message: a large one on a slow link takes longer.
             let connection = waiting_stream(socket, Some(SILENCE))?;
-            lock(&self.state).requests = Some(socket.try_clone()?);
             // The server has read what came with the head of the POST.
             let begun = body.fill_buf()?.to_vec();
             body.consume(begun.len());
-            lock(&self.state).has_begun = true;
+            self.has_begun.store(true, SeqCst);
             let mut reader = BufReader::new(begun.chain(connection));
-            let mut served = 0;
             loop {
-                // What is read is acknowledged at once: the other side sends no second small packet before that (RFC 896), and nothing
-                // goes back on this connection that could carry it along. (The kernel forgets this setting.)
-                set_option(socket, libc::IPPROTO_TCP, libc::TCP_QUICKACK, 1);
+                if !has_message(reader.buffer()) {
+                    self.flush()?;
+                    // What is read next is acknowledged at once: the other side sends no second small packet before that (RFC 896), and
+                    // nothing goes back on this connection that could carry it along. (The kernel forgets this setting.)
+                    set_option(socket, libc::IPPROTO_TCP, libc::TCP_QUICKACK, 1);
+                }
                 let Message { number, time, content } = Message::<Request>::read(&mut reader)?;
                 let Some(mut request) = content else { continue };
                 request.began = Some(self.opened.saturating_add(time));
-                while self.is_full(&request)? {
-                    pause(Duration::from_millis(1));
-                }
-                served += request.size();
-                self.answer(number, request);
-                take_turn(socket, &mut served, CHUNK);
+                let size = request.size();
+                self.answer(number, request)?;
+                take_turn(socket, size);
             }
-        }
-
-        /// Whether a request has to wait. An error: the stream has ended.
-        fn is_full(&self, request: &Request) -> io::Result<bool> {
-            let state = lock(&self.state);
-            let unsent = state.unsent.as_ref().ok_or(io::ErrorKind::ConnectionAborted)?.len();
-            let are_too_many = request.origin == Origin::Client && DEFERRED.load(SeqCst) > MAX_DEFERRED_IN_ALL;
-            Ok(unsent > MAX_UNSENT || state.deferred > MAX_DEFERRED || are_too_many)
         }
 
         /// Answers a request, now or later. What nodes say to one another is taken only from who knows the store's secret.
-        fn answer(self: &Arc<Asked>, number: u64, request: Request) {
-            if request.origin != Origin::Client && !self.knows_secret {
-                return self.push(number, Some(Outcome::NotOfStore.answer(request.route().1, &request.verb)));
+        fn answer(self: &Arc<Asked>, number: u64, request: Request) -> io::Result<()> {
+            let is_from_client = request.origin == Origin::Client;
+            if !is_from_client && !self.knows_secret {
+                return self.write(number, Some(Outcome::NotOfStore.answer(request.route().1, &request.verb)));
             }
-            let size = request.size() + STACK;
+            while self.held.load(SeqCst) > MAX_HELD || is_from_client && HELD.load(SeqCst) > MAX_HELD_IN_ALL {
+                self.flush()?;
+                pause(Duration::from_millis(1));
+            }
+            let size = (request.size() + STACK) as isize;
             let work = match answer_or_defer(request) {
-                Ok(answer) => return self.push(number, Some(answer)),
+                Ok(answer) => return self.write(number, Some(answer)),
                 Err(work) => work,
             };
-            lock(&self.state).deferred += size;
-            DEFERRED.fetch_add(size, SeqCst);
+            self.hold(size);
             let stream = self.clone();
             may::go!(move || {
-                match catch_unwind(AssertUnwindSafe(work)) {
-                    Ok(answer) => stream.push(number, Some(answer)),
-                    // As with any panic: the asking side must not wait in vain.
-                    Err(_) => stream.end(),
+                let answer =
+                    catch_unwind(AssertUnwindSafe(work)).ok().filter(|_| HELD.load(SeqCst) < 4 * MAX_HELD_IN_ALL);
+                let length = answer.as_ref().map_or(0, Answer::length) as isize;
+                stream.hold(length);
+                let is_written = answer.is_some_and(|answer| stream.write(number, Some(answer)).is_ok());
+                // What others write that are ready now goes along.
+                yield_now();
+                // After a panic, the asking side must not wait in vain.
+                if !is_written || stream.flush().is_err() {
+                    stream.end();
                 }
-                lock(&stream.state).deferred -= size;
-                DEFERRED.fetch_sub(size, SeqCst);
+                stream.hold(-size - length);
             });
+            Ok(())
         }
+    }
+
+    /// Whether these bytes begin with a whole message.
+    fn has_message(bytes: &[u8]) -> bool {
+        bytes.split_first_chunk().is_some_and(|(length, rest)| rest.len() >= u32::from_le_bytes(*length) as usize)
     }
 
     /// The id of a stream, if a target is that of one of its requests.
@@ -4600,12 +4602,11 @@ mod peers {
         }
     }
 
-    /// Serves the GET of a stream on its connection: writes answers, until the stream ends.
-    pub fn write_answers(id: &str, socket: &TcpStream, knows_secret: bool) -> io::Result<()> {
-        let mut connection = waiting_stream(socket, Some(WRITE_LIMIT))?;
-        let state = AskedState { unsent: Some(Vec::new()), requests: None, has_begun: false, deferred: 0 };
-        let (state, writer, opened) = (Mutex::new(state), Blocker::new(false), clock());
-        let asked = Arc::new(Asked { knows_secret, opened, state, writer });
+    /// Serves the GET of a stream on its connection, which carries answers: keeps it open until the stream ends.
+    pub fn carry_answers(id: &str, socket: &TcpStream, knows_secret: bool) -> io::Result<()> {
+        let output = may::sync::Mutex::new(BufWriter::new(waiting_stream(socket, Some(WRITE_LIMIT))?));
+        let (opened, has_begun, held, socket) = (clock(), false.into(), 0.into(), socket.try_clone()?);
+        let asked = Arc::new(Asked { knows_secret, opened, has_begun, held, socket, output });
         let mut streams = lock(&ASKED);
         let strangers = streams.values().filter(|stream| !stream.knows_secret).count();
         let are_too_many = streams.len() >= MAX_STREAMS || !knows_secret && strangers >= MAX_STREAMS / 2;
@@ -4619,13 +4620,11 @@ mod peers {
         let proof = proof.map_or(String::new(), |proof| format!("Authentication-Info: {proof}\r\n"));
         // Without a length, the body ends with the connection (RFC 9112 section 6.3).
         let head = format!("HTTP/1.1 200 OK\r\nServer: M\r\nContent-Type: {STREAM}\r\n{proof}{CLOSE}\r\n");
-        let mut written = connection.write_all(head.as_bytes());
-        while written.is_ok()
-            && let Some(answers) = asked.next_answers()
-        {
-            written = connection.write_all(&answers);
+        let mut written = asked.output.lock().unwrap_or_else(PoisonError::into_inner).write_all(head.as_bytes());
+        while written.is_ok() && (asked.has_begun.load(SeqCst) || clock() - opened < SILENCE.as_millis() as i64) {
+            written = asked.write(0, None).and_then(|()| asked.flush());
+            pause(BEAT);
         }
-        asked.end();
         lock(&ASKED).remove(id);
         written
     }
@@ -4642,24 +4641,6 @@ mod peers {
         let _ = socket.shutdown(Shutdown::Both);
     }
 
-    /// Sends a heartbeat on all streams, and ends those on which no request has come yet, or too many answers are unsent. To be repeated
-    /// every `BEAT`.
-    pub fn beat() {
-        let streams: Vec<Arc<Asked>> = lock(&ASKED).values().cloned().collect();
-        let mut in_all = 0;
-        for stream in streams {
-            stream.push(0, None);
-            let state = lock(&stream.state);
-            let backlog = state.unsent.as_ref().map_or(0, Vec::len);
-            let is_unused = !state.has_begun && clock() - stream.opened > SILENCE.as_millis() as i64;
-            drop(state);
-            in_all += backlog;
-            if is_unused || backlog > MAX_BACKLOG && in_all > MAX_BACKLOG_IN_ALL {
-                stream.end();
-            }
-        }
-    }
-
     // -- The asking side
 
     /// This process, in the `Via` of what it relays: a request that comes back with it runs in a ring.
@@ -4672,53 +4653,46 @@ mod peers {
         /// Its `host:port`.
         address: String,
         traffic: Mutex<Traffic>,
+        /// Whether stderr was told that the peer has another secret: nodes try again four times a second.
+        stranger: Once,
     }
 
     #[derive(Default)]
     struct Traffic {
         /// Requests of which nothing was sent yet, and who waits for their answers.
         queue: VecDeque<(Request, Waiting)>,
-        /// The thread that takes what is queued, while there is one.
-        sender: Option<Thread>,
-        /// Several requests were under way when it last took some.
-        is_busy: bool,
-    }
-
-    /// A stream on which a peer is asked: what its two threads share.
-    struct Stream {
-        /// When it was opened, by this side's clock.
+        /// Who waits for the answers to requests that were sent on the present stream, by number.
+        sent: HashMap<u64, Waiting>,
+        last_number: u64,
+        /// When the present stream was opened, by this side's clock.
         opened: i64,
-        /// Who waits for the answers to requests that were sent. None: the stream has ended.
-        sent: Option<HashMap<u64, Waiting>>,
+        /// The thread that takes what is queued, while there is one: that of the present stream.
+        sender: Option<Thread>,
     }
 
-    /// A coroutine, or a thread, that waits for what another one delivers.
-    struct Waiter<T> {
-        blocker: Arc<Blocker>,
-        answer: Mutex<Option<T>>,
-    }
-
-    /// What was asked, to be waited for.
+    /// An answer that a coroutine, or a thread, waits for, and another one delivers.
     pub struct Question<T = Result<Answer, Lost>> {
-        waiter: Arc<Waiter<T>>,
+        asker: Arc<Blocker>,
         deadline: Instant,
+        answer: Mutex<Option<T>>,
     }
 
     /// The other end of a question. Dropping it wakes who waits, with an answer or without. It is never dropped by who holds a lock: a
     /// coroutine that is woken while it parks goes on inside the call that parks it, and to drop its Blocker waits for that call to
     /// return. If the coroutine came to want the lock, both would wait for ever.
-    pub struct Waiting<T = Result<Answer, Lost>>(Arc<Waiter<T>>);
+    pub struct Waiting<T = Result<Answer, Lost>>(Arc<Question<T>>);
 
     impl<T> Question<T> {
-        pub fn new(patience: Duration) -> (Question<T>, Waiting<T>) {
-            let waiter = Arc::new(Waiter { blocker: Blocker::current(), answer: Mutex::default() });
-            (Question { waiter: waiter.clone(), deadline: Instant::now() + patience }, Waiting(waiter))
+        pub fn new(patience: Duration) -> (Arc<Question<T>>, Waiting<T>) {
+            let (asker, deadline) = (Blocker::current(), Instant::now() + patience);
+            let question = Arc::new(Question { asker, deadline, answer: Mutex::default() });
+            (question.clone(), Waiting(question))
         }
 
         /// Waits for the answer. None if there is none in time, or it was given up.
-        pub fn answer(self) -> Option<T> {
-            park_until(&self.waiter.blocker, self.deadline);
-            lock(&self.waiter.answer).take()
+        pub fn answer(&self) -> Option<T> {
+            park_until(&self.asker, self.deadline);
+            lock(&self.answer).take()
         }
     }
 
@@ -4730,13 +4704,7 @@ mod peers {
 
     impl<T> Drop for Waiting<T> {
         fn drop(&mut self) {
-            self.0.blocker.unpark();
-        }
-    }
-
-    impl Traffic {
-        fn has_sender(&self, thread: &Thread) -> bool {
-            self.sender.as_ref().is_some_and(|sender| sender.id() == thread.id())
+            self.0.asker.unpark();
         }
     }
 
@@ -4747,7 +4715,7 @@ mod peers {
                 // Any client can name a thousand nodes in a view: those that nobody asks are forgotten.
                 peers.retain(|_, peer| Arc::strong_count(peer) > 1);
             }
-            let new = || Arc::new(Peer { address: address.into(), traffic: Mutex::default() });
+            let new = || Arc::new(Peer { address: address.into(), traffic: Mutex::default(), stranger: Once::new() });
             peers.entry(address.into()).or_insert_with(new).clone()
         }
 
@@ -4762,7 +4730,7 @@ mod peers {
         }
 
         /// Begins to ask: what others are asked meanwhile goes on beside it.
-        pub fn begin(self: Arc<Peer>, mut request: Request, patience: Duration) -> Result<Question, Lost> {
+        pub fn begin(self: Arc<Peer>, mut request: Request, patience: Duration) -> Result<Arc<Question>, Lost> {
             // (What nodes say to one another is not passed on.)
             if request.origin != Origin::Message {
                 if request.via.split(',').any(|hop| hop.trim() == *VIA) {
@@ -4774,62 +4742,51 @@ mod peers {
             let (question, waiting) = Question::new(patience);
             let mut traffic = lock(&self.traffic);
             traffic.queue.push_back((request, waiting));
-            match traffic.sender.clone() {
-                None => self.start_sender(&mut traffic),
-                // Whoever queued the first one has woken it.
-                Some(_) if traffic.queue.len() > 1 => {}
-                // A coroutine runs after those that are ready now: what they ask goes along.
-                Some(sender) if traffic.is_busy => drop(may::go!(move || sender.unpark())),
-                Some(sender) => sender.unpark(),
+            let is_first = traffic.queue.len() == 1;
+            let sender = traffic.sender.clone();
+            if sender.is_none() {
+                // (Where the system has no room for a thread, the next request tries again.)
+                let peer = self.clone();
+                let spawned = thread::Builder::new().spawn(move || peer.take_queue());
+                traffic.sender = spawned.ok().map(|taker| taker.thread().clone());
+            }
+            drop(traffic);
+            if let Some(sender) = sender.filter(|_| is_first) {
+                // What other coroutines ask that are ready now goes along.
+                yield_now();
+                sender.unpark();
             }
             Ok(question)
         }
 
-        /// Starts a thread that takes what is queued. (Where the system has no room for one, the next request tries again.)
-        fn start_sender(self: &Arc<Peer>, traffic: &mut Traffic) {
-            let peer = self.clone();
-            let spawned = thread::Builder::new().spawn(move || peer.send_queue());
-            traffic.sender = spawned.ok().map(|sender| sender.thread().clone());
-        }
-
-        /// Sends what is queued, on one stream after the other or as plain requests, until there is nothing for a while.
-        fn send_queue(self: Arc<Peer>) {
+        /// Takes what is queued to the peer, on one stream after the other or as plain requests, until nothing is.
+        fn take_queue(self: Arc<Peer>) {
             loop {
                 match catch_unwind(AssertUnwindSafe(|| self.run_stream())) {
-                    // The stream has ended. What is still queued goes on the next one.
                     Ok(Ok(true)) => {}
                     Ok(Ok(false)) => self.send_plainly(),
                     // There is no way to the peer.
-                    Ok(Err(_)) | Err(_) => self.give_up_queue(),
+                    Ok(Err(_)) | Err(_) => {
+                        let queue = std::mem::take(&mut lock(&self.traffic).queue);
+                        queue.into_iter().for_each(|(_, waiting)| waiting.deliver(Err(Lost { was_sent: false })));
+                    }
                 }
                 let mut traffic = lock(&self.traffic);
-                if !traffic.has_sender(&thread::current()) {
-                    return;
-                } else if traffic.queue.is_empty() {
-                    traffic.sender = None;
+                // The thread that wrote on the stream may be blocked in a write for minutes. It finds that it is not the sender any more.
+                traffic.sender = Some(thread::current()).filter(|_| !traffic.queue.is_empty());
+                let is_done = traffic.sender.is_none();
+                let sent = std::mem::take(&mut traffic.sent);
+                drop(traffic);
+                // The stream has ended: no answer comes to what was sent on it.
+                drop(sent);
+                if is_done {
                     return;
                 }
             }
         }
 
-        /// Has another thread take what is queued, since the sender of an ended stream may be blocked in a write for minutes.
-        fn replace_sender(self: &Arc<Peer>, sender: &Thread) {
-            let mut traffic = lock(&self.traffic);
-            if traffic.has_sender(sender) {
-                traffic.sender = None;
-                if !traffic.queue.is_empty() {
-                    self.start_sender(&mut traffic);
-                }
-            }
-        }
-
-        /// Fails all queued requests.
-        fn give_up_queue(&self) {
-            let queue = std::mem::take(&mut lock(&self.traffic).queue);
-            queue.into_iter().for_each(|(_, waiting)| waiting.deliver(Err(Lost { was_sent: false })));
-        }
-
-        /// Opens a stream and writes on it, until it ends. False: the peer takes no streams. An error: there was no answer.
+        /// Opens a stream, starts the thread that writes on it, and reads answers until it ends. False: the peer takes no streams. An
+        /// error: there was no answer.
         fn run_stream(self: &Arc<Peer>) -> attohttpc::Result<bool> {
             let host = find_host(&self.address)?;
             let id = format!("{:016x}", random());
@@ -4845,50 +4802,69 @@ mod peers {
             let given = headers.get("Authentication-Info").map_or(&b""[..], |value| value.as_bytes());
             let is_stream = headers.get("Content-Type").is_some_and(|it| it == STREAM);
             let is_proven = is_proven(given, &id, "answer", &self.address);
-            // Said once, until no such node is met for a minute: nodes try again four times a second.
-            if (status == StatusCode::FORBIDDEN || is_stream && !is_proven)
-                && clock() - STRANGER_MET.swap(clock(), SeqCst) > 60_000
-            {
-                say(&format!("node {} is of another store: its SECRET is another one", self.address));
+            if status == StatusCode::FORBIDDEN || is_stream && !is_proven {
+                let line = || say(&format!("node {} is of another store: its SECRET is another one", self.address));
+                self.stranger.call_once(line);
             }
             if !is_stream || !is_proven {
                 // A node is never asked without a stream: one that takes none from here is of another store.
                 let error = io::Error::from(io::ErrorKind::PermissionDenied);
                 return if own().is_some() { Err(error.into()) } else { Ok(false) };
             }
-            let stream = Arc::new(Mutex::new(Stream { opened: clock(), sent: Some(HashMap::new()) }));
-            let (peer, sender, reader) = (self.clone(), thread::current(), stream.clone());
-            thread::Builder::new().spawn(move || {
-                let _ = catch_unwind(AssertUnwindSafe(|| read_answers(answers, &reader)));
-                end_stream(&reader);
-                peer.replace_sender(&sender);
-            })?;
-            // This ends with the stream, and always with an error.
-            let _ = open("POST").and_then(|post| {
-                post.body(Requests { peer: self, stream: &stream, last_number: 0, last_asked: clock() }).send()
-            });
-            end_stream(&stream);
+            let post = open("POST")?.body(Requests { peer: self.clone(), last_needed: clock() });
+            let mut traffic = lock(&self.traffic);
+            traffic.opened = clock();
+            // It ends with the stream, and always with an error. Then it closes its connection, whereupon the peer closes the other one.
+            let sender = thread::Builder::new().spawn(move || post.send())?;
+            traffic.sender = Some(sender.thread().clone());
+            drop(traffic);
+            let _ = self.read_answers(answers, || sender.is_finished());
             Ok(true)
         }
 
-        /// Takes each queued request to the peer from a thread of its own, until there was none for a while. One without an answer ends
-        /// this as well: the peer may be gone, or another program by now.
+        /// Reads answers from a stream and delivers them, until the stream ends.
+        fn read_answers(&self, answers: impl Read, is_over: impl Fn() -> bool) -> io::Result<()> {
+            let mut answers = BufReader::with_capacity(CHUNK, answers);
+            while !is_over() {
+                let Message { number, time, content } = Message::read(&mut answers)?;
+                let mut traffic = lock(&self.traffic);
+                let Some(answer) = content else {
+                    // The asked side opened the stream at this time or earlier: a heartbeat that waited behind large answers gives too late
+                    // a time. So the earliest counts, which may rise by 1 ms a heartbeat, since the asked side's clock may be slower.
+                    traffic.opened = clock().saturating_sub(time).min(traffic.opened.saturating_add(1));
+                    continue;
+                };
+                let waiting = traffic.sent.remove(&number);
+                drop(traffic);
+                if let Some(waiting) = waiting {
+                    waiting.deliver(Ok(answer));
+                }
+            }
+            Ok(())
+        }
+
+        /// Takes each queued request to the peer from a thread of its own. After a while the peer may be another program.
         fn send_plainly(self: &Arc<Peer>) {
-            let (is_fine, mut last_asked) = (Arc::new(AtomicBool::new(true)), clock());
-            while is_fine.load(SeqCst) && clock() - last_asked < PLAIN_REST {
+            let (threads, end) = (Arc::new(()), clock() + PLAIN_LIMIT);
+            while clock() < end {
+                if Arc::strong_count(&threads) > MAX_THREADS {
+                    thread::sleep(Duration::from_millis(1));
+                    continue;
+                }
                 let next = lock(&self.traffic).queue.pop_front();
-                let Some((request, waiting)) = next.filter(|(request, _)| request.refusal_if_late().is_none()) else {
+                let Some((request, waiting)) = next else {
                     thread::park_timeout(BEAT);
                     continue;
                 };
-                last_asked = clock();
-                while Arc::strong_count(&is_fine) > MAX_THREADS {
-                    thread::sleep(Duration::from_millis(1));
-                }
-                let (peer, is_fine) = (self.clone(), is_fine.clone());
-                let send = move || match find_host(&peer.address).map(|host| request.send(&host)) {
-                    Ok(Ok(answer)) => waiting.deliver(Ok(answer)),
-                    _ => is_fine.store(false, SeqCst),
+                let (peer, counted) = (self.clone(), threads.clone());
+                let send = move || {
+                    if request.refusal_if_late().is_none()
+                        && let Ok(host) = find_host(&peer.address)
+                        && let Ok(answer) = request.send(&host)
+                    {
+                        waiting.deliver(Ok(answer));
+                    }
+                    drop(counted);
                 };
                 let _ = thread::Builder::new().spawn(send);
             }
@@ -4896,48 +4872,47 @@ mod peers {
     }
 
     /// The body of a stream's POST.
-    struct Requests<'a> {
-        peer: &'a Peer,
-        stream: &'a Mutex<Stream>,
-        last_number: u64,
-        /// When something was last queued.
-        last_asked: i64,
+    struct Requests {
+        peer: Arc<Peer>,
+        /// When an answer was last waited for.
+        last_needed: i64,
     }
 
-    impl Requests<'_> {
+    impl Requests {
         /// What is to be written next: what is queued, or a heartbeat. None: the stream ends, since it has, or nobody needs it.
         fn next(&mut self) -> Option<Vec<u8>> {
             if lock(&self.peer.traffic).queue.is_empty() {
                 thread::park_timeout(BEAT);
             }
-            let (mut traffic, mut stream) = (lock(&self.peer.traffic), lock(self.stream));
-            let Stream { opened, sent } = &mut *stream;
-            let sent = sent.as_mut()?;
+            let mut guard = lock(&self.peer.traffic);
+            let traffic = &mut *guard;
+            traffic.sender.as_ref().filter(|sender| sender.id() == thread::current().id())?;
             let (mut batch, mut size) = (Vec::new(), 0);
             while size < CHUNK
                 && let Some((request, waiting)) = traffic.queue.pop_front()
             {
                 size += request.size();
-                self.last_number += 1;
-                sent.insert(self.last_number, waiting);
-                let time = request.began.map_or(0, |began| began.saturating_sub(*opened));
-                batch.push(Message { number: self.last_number, time, content: Some(request) });
+                traffic.last_number += 1;
+                traffic.sent.insert(traffic.last_number, waiting);
+                let time = request.began.map_or(0, |began| began.saturating_sub(traffic.opened));
+                batch.push(Message { number: traffic.last_number, time, content: Some(request) });
             }
-            let is_needed = !sent.is_empty();
-            traffic.is_busy = sent.len() > 1;
-            drop((traffic, stream));
-            if !batch.is_empty() {
-                self.last_asked = clock();
-            } else if is_needed || clock() - self.last_asked < REST {
+            if !traffic.sent.is_empty() {
+                self.last_needed = clock();
+            } else if clock() - self.last_needed > REST {
+                return None;
+            }
+            drop(guard);
+            if batch.is_empty() {
                 batch.push(Message { number: 0, time: 0, content: None });
             }
             let mut bytes = Vec::with_capacity(size);
             batch.iter().for_each(|message| message.write(&mut bytes));
-            (!bytes.is_empty()).then_some(bytes)
+            Some(bytes)
         }
     }
 
-    impl Body for Requests<'_> {
+    impl Body for Requests {
         fn kind(&mut self) -> io::Result<BodyKind> {
             // No stream carries as much.
             Ok(BodyKind::KnownLength(1 << 62))
@@ -4951,32 +4926,6 @@ mod peers {
             // The rest never comes: the client is not to wait for an answer.
             Err(io::ErrorKind::ConnectionAborted.into())
         }
-    }
-
-    /// Reads answers from a stream and delivers them, until the stream ends.
-    fn read_answers(answers: impl Read, stream: &Mutex<Stream>) -> io::Result<()> {
-        let mut answers = BufReader::with_capacity(CHUNK, answers);
-        loop {
-            let Message { number, time, content } = Message::read(&mut answers)?;
-            let mut stream = lock(stream);
-            let Some(answer) = content else {
-                // The asked side opened the stream at this time or earlier: a heartbeat that waited behind large answers gives too late
-                // a time. So the earliest counts, which may rise by 1 ms a heartbeat, since the asked side's clock may be slower.
-                stream.opened = clock().saturating_sub(time).min(stream.opened.saturating_add(1));
-                continue;
-            };
-            let waiting = stream.sent.as_mut().ok_or(io::ErrorKind::ConnectionAborted)?.remove(&number);
-            drop(stream);
-            if let Some(waiting) = waiting {
-                waiting.deliver(Ok(answer));
-            }
-        }
-    }
-
-    /// Fails all requests that were sent on a stream.
-    fn end_stream(stream: &Mutex<Stream>) {
-        let sent = lock(stream).sent.take();
-        drop(sent);
     }
 
     // -- The client
@@ -5066,13 +5015,14 @@ mod world {
 
     use may::sync::Blocker;
 
+    use crate::http::{Answer, Origin, Outcome, Request, Vocabulary};
     use crate::membership::run;
     use crate::node::{Envelope, Later, Message, Node, Reply};
     use crate::peers::{Peer, Question};
     use crate::replication::{Lost, World};
     use crate::service::Work;
+    use crate::settings::{SETTINGS, own, port_of};
     use crate::table::Table;
-    use crate::{Answer, Origin, Outcome, Request, SETTINGS, Vocabulary, own, port_of};
 
     // -- The node
 
@@ -5176,7 +5126,7 @@ mod world {
 
         async fn deliver(&self, envelopes: Vec<Envelope>) -> Vec<Option<Reply>> {
             // All are asked before the first is waited for.
-            let questions: Vec<Option<Question>> = envelopes.iter().map(begin_to_deliver).collect();
+            let questions: Vec<Option<Arc<Question>>> = envelopes.iter().map(begin_to_deliver).collect();
             let answers = envelopes.into_iter().zip(questions).map(|(envelope, question)| match question {
                 None if own() == Some(&envelope.to) => Some(self.with(|node| node.receive(envelope))),
                 question => read_reply(&question?.answer()?.ok()?),
@@ -5205,7 +5155,7 @@ mod world {
     }
 
     /// Asks another node. None if it cannot be asked, or is this one.
-    fn begin_to_deliver(envelope: &Envelope) -> Option<Question> {
+    fn begin_to_deliver(envelope: &Envelope) -> Option<Arc<Question>> {
         if own() == Some(&envelope.to) {
             return None;
         }
@@ -5385,7 +5335,6 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
     let _ = keep_stderr();
     LazyLock::force(&BACKGROUND);
     repeat(Duration::ZERO, wake_sleepers);
-    repeat(peers::BEAT, peers::beat);
     repeat(MEETINGS, || block_on(keep_in_touch(&Live)));
     let _ = server.join();
     fail(1, &format!("IP={} PORT={}: expected to go on listening, but the server ended", listen.ip(), listen.port()))
@@ -5446,7 +5395,7 @@ mod simulation {
     //! `SEED=n` repeats one schedule, and tells it; `SCHEDULES=n` runs as many, from `FIRST=m` on.
 
     use std::cell::{Cell, RefCell};
-    use std::collections::BTreeSet;
+    use std::collections::{BTreeMap, BTreeSet};
     use std::future::poll_fn;
     use std::panic::AssertUnwindSafe;
     use std::pin::Pin;
@@ -5456,9 +5405,10 @@ mod simulation {
     use std::thread;
 
     use super::*;
+    use crate::http::{Answer, Request, Resource, Vocabulary};
     use crate::membership::{answer_view_change, run};
-    use crate::node::{Envelope, Later, Message, Node, Place, Reply};
-    use crate::records::{Span, hash_of};
+    use crate::node::{Context, Envelope, Later, Message, Node, Place, Reply, node_of};
+    use crate::records::{Record, Span, hash_of};
     use crate::replication::{Lost, World};
     use crate::service::{KeyRequest, wanted_view};
     use crate::table::Table;
@@ -6497,7 +6447,7 @@ mod simulation {
                     let hash = hash_of(key.as_bytes());
                     let owner = &table.owners(hash)[0];
                     it.there(machine_of(owner)).with(|node| {
-                        let write = node.write(hash, Record::new(key.as_bytes(), "1"), &node::Context::default());
+                        let write = node.write(hash, Record::new(key.as_bytes(), "1"), &Context::default());
                         assert_eq!(node.lacking(&write, &BTreeMap::new()), Ok(Vec::new()));
                     });
                 }
@@ -6569,12 +6519,13 @@ mod simulation {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashMap;
+    use std::collections::{BTreeMap, HashMap};
     use std::io::Read;
     use std::net::{Shutdown, TcpStream};
 
     use super::*;
-    use crate::records::{Records, Span, hash_of};
+    use crate::http::MAX_VALUE;
+    use crate::records::{Record, Records, Span, hash_of};
 
     #[test]
     fn records_are_a_map_in_the_order_of_hashes() {
