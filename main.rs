@@ -1222,9 +1222,10 @@ mod http {
 // ---- Service: who answers a request ---------------------------------------------------------------------------------
 
 mod service {
-    //! The whole road of a request, from its owner to its answer: this instance answers it at once if it can do so alone
-    //! (`answer_or_defer`). A request for a key that another node owns is passed on (`KeyRequest`), and what is about no key is answered
-    //! by `answer_about`. Also what an instance tells of itself: its description and metrics.
+    //! Decides who answers a request, and answers what this instance can. `answer_or_defer` is the entry: what may wait
+    //! is returned as work. A request for a key is a `KeyRequest`: `perform` tries it once under the node's lock, and
+    //! `answer` does what is missing (relay it, get the key, replicate the write) and tries again. `answer_about`
+    //! answers requests about no key. The rules about keys are in `node`, the texts of answers in `http`.
 
     use std::collections::BTreeMap;
     use std::fs;
@@ -1246,11 +1247,9 @@ mod service {
     use crate::table::{Table, Version};
     use crate::world::{CHANGE_LIMIT, Live, answer_message, block_on, in_background, started};
 
-    /// What is left to be done for an answer.
     pub type Work = Box<dyn FnOnce() -> Answer + Send>;
 
-    /// The whole road of a request, from its owner to its answer. Answers it at once if this instance can do so alone. What has to ask
-    /// other instances is returned as work.
+    /// Answers at once if this instance can do so without waiting. Otherwise returns the work that remains.
     pub fn answer_or_defer(request: Request) -> Result<Answer, Work> {
         if request.origin == Origin::Message {
             return answer_message(&request);
@@ -1260,7 +1259,6 @@ mod service {
             return Ok(refusal.answer(vocabulary, &request.verb));
         }
         match (&SETTINGS.role, &resource) {
-            // What an instance is, only that instance can say.
             (Role::Follower(main), resource) if !is_about_this_instance(resource, &request) => {
                 let patience = if let Resource::ViewChange = resource { CHANGE_LIMIT } else { request.patience() };
                 Err(Box::new(move || {
@@ -1277,10 +1275,9 @@ mod service {
         }
     }
 
-    /// Above this, in bytes, a body is parsed in the background: 4 MiB of JSON escapes take 30 ms.
+    /// Bodies above this size, in bytes, are parsed in the background: 4 MiB of JSON escapes take 30 ms.
     pub const LARGE_BODY: usize = 128 << 10;
 
-    /// `answer_or_defer` for a request that is about a key.
     fn answer_key(request: Request) -> Result<Answer, Work> {
         let mut request = match KeyRequest::new(request) {
             Ok(request) => request,
@@ -1292,7 +1289,7 @@ mod service {
         }
     }
 
-    /// Whether only the instance that is asked can answer. (A verb that no instance takes there is left to the main instance.)
+    /// Whether a follower answers this itself. A verb that the resource does not take is left to the main instance.
     fn is_about_this_instance(resource: &Resource, request: &Request) -> bool {
         match resource {
             Resource::Instance => request.verb == "GET",
@@ -1301,7 +1298,6 @@ mod service {
         }
     }
 
-    /// What a request wants done with the record of its key.
     pub enum Action {
         Get,
         Delete,
@@ -1310,7 +1306,6 @@ mod service {
     }
 
     impl Action {
-        /// Whether what it finds depends on what the key has.
         fn reads(&self) -> bool {
             matches!(self, Action::Get | Action::Delete)
         }
@@ -1325,7 +1320,7 @@ mod service {
         }
     }
 
-    /// A request for a key on its way to whoever has the key.
+    /// A request for a key. `fetched` has the groups that gave the key, each with the version of the table used.
     pub struct KeyRequest {
         hash: u64,
         key: Vec<u8>,
@@ -1333,29 +1328,23 @@ mod service {
         vocabulary: Vocabulary,
         action: Action,
         context: Option<Context>,
-        /// The groups of nodes that have given the key, each by the table of this version.
         fetched: Vec<(Option<Version>, Vec<String>)>,
-        /// Its context is not waited for any longer.
         gave_up_on_context: bool,
     }
 
-    /// What became of a request at this instance so far.
+    /// The state after one try. `Written`: other replicas lack the record. `Elsewhere`: at these nodes, in the order in
+    /// which to ask them. `Needs`: one node of each group must give the key (R1). `NeedsForContext`: the same (R7), or
+    /// None if the context names a newer table. `Unknown`: this node may not use its table yet.
     pub enum Tried {
         Done(Outcome, Option<Context>),
-        /// A record was written, which the other replicas are to have before this is answered.
         Written(Record, Outcome),
-        /// These nodes have the key; the first one is to be asked first.
         Elsewhere(Vec<String>),
-        /// A node of each of these groups has to give the key first.
         Needs(Vec<Vec<String>>),
-        /// The same, so that the answer is not older than the context; None: the context knows of a newer table.
         NeedsForContext(Option<Vec<Vec<String>>>),
-        /// This node does not know yet who has the key.
         Unknown,
     }
 
     impl KeyRequest {
-        /// The error is the refusal of a request that is about no key, or whose context is not valid.
         pub fn new(request: Request) -> Result<KeyRequest, Answer> {
             let (resource, vocabulary) = request.route();
             let Resource::Key(key) = resource else { return Err(Outcome::NotFound.answer(vocabulary, &request.verb)) };
@@ -1366,7 +1355,6 @@ mod service {
             Ok(KeyRequest { hash, key, request, vocabulary, action, context, fetched, gave_up_on_context })
         }
 
-        /// Does what the request wants if this node may.
         pub fn perform(&mut self, node: &mut Node) -> Tried {
             if let Some(refusal) = self.request.refusal_if_late() {
                 return Tried::Done(refusal, self.context.clone());
@@ -1377,7 +1365,7 @@ mod service {
             }
             match node.place(self.hash) {
                 Place::Here => {}
-                // What another node passed on is not passed on again.
+                // R1: a request is passed on once, so nodes with different tables cannot pass it in circles.
                 Place::There(_) | Place::Unknown if is_passed_on => return Tried::Done(Outcome::Elsewhere, None),
                 Place::There(nodes) => return Tried::Elsewhere(nodes),
                 Place::Unknown => return Tried::Unknown,
@@ -1386,7 +1374,7 @@ mod service {
                 if !node.is_plausible(context) {
                     return Tried::Done(Outcome::ContextInvalid, None);
                 }
-                // However many members it came with: those that matter are few.
+                // Drops what is stable, so that a forged context with many members costs no more than a real one.
                 *context = node.unstable_part(context);
             }
             let mut needs = node.pull_needs(self.hash);
@@ -1413,7 +1401,7 @@ mod service {
             let (record, outcome) = match std::mem::replace(&mut self.action, Action::Get) {
                 Action::Refuse(outcome) => return Tried::Done(outcome, self.context.clone()),
                 Action::Put(record) => (record, if found.is_some() { Outcome::Replaced } else { Outcome::Created }),
-                // A key that the client may know of is deleted, also if this replica never saw it.
+                // The key may exist at a replica that could not be asked: write the tombstone anyway.
                 Action::Delete if found.is_some() || self.gave_up_on_context => {
                     (Record::tombstone(&self.key), Outcome::Deleted)
                 }
@@ -1441,7 +1429,7 @@ mod service {
             answer.with_address(node, self.vocabulary).with_context(&self.context)
         }
 
-        /// Answers the request, of which `tried` is what came of it here so far, since it began.
+        /// Continues from the first try, made at `began`, until there is an answer.
         pub async fn answer(mut self, world: &impl World, mut tried: Tried, began: Duration) -> Answer {
             let deadline = began + self.request.patience();
             loop {
@@ -1449,7 +1437,7 @@ mod service {
                     Tried::Done(outcome, context) => return self.render(outcome, &context),
                     Tried::Written(record, outcome) => return self.acknowledge(world, record, outcome, deadline).await,
                     Tried::Elsewhere(nodes) => match self.pass_on(world, nodes, deadline).await {
-                        // Its table is not ours: one of us learns which is newer.
+                        // 421: the two nodes have different tables. They meet, and the older table gives way.
                         (owner, Some(answer)) if answer.status == 421 => {
                             meet(world, &owner).await;
                             Duration::from_millis(1)
@@ -1477,8 +1465,7 @@ mod service {
             }
         }
 
-        /// Gets what the context asks for. Returns the pause before the request is tried again. None: a read gives up, within a second. (A
-        /// DELETE goes on without.)
+        /// Gets what the context requires. Returns the pause before the next try; None ends a read, within a second.
         async fn get_for_context(
             &mut self,
             world: &impl World,
@@ -1497,7 +1484,7 @@ mod service {
             Some(Duration::from_millis(if is_met || is_late { 0 } else { 50 }))
         }
 
-        /// Gets the key from a node of each group. Some: a group of which none gave it.
+        /// Gets the key from a node of each group. Returns the first group of which none gave it.
         async fn get(&mut self, world: &impl World, groups: &[Vec<String>]) -> Option<Vec<String>> {
             for group in groups {
                 match get_key(world, &self.key, group).await {
@@ -1508,7 +1495,6 @@ mod service {
             None
         }
 
-        /// Answers for a record that was written here, as soon as the other replicas have it.
         async fn acknowledge(
             &self,
             world: &impl World,
@@ -1524,8 +1510,7 @@ mod service {
             self.render(outcome, &after)
         }
 
-        /// Takes a client's request to the nodes that have its key, one after the other as long as it cannot have taken effect. Returns who
-        /// answered, or who did not.
+        /// Asks the owners in turn until one answers or a write may have reached one. Returns that one and its answer.
         async fn pass_on(
             &self,
             world: &impl World,
@@ -1552,8 +1537,8 @@ mod service {
         }
     }
 
-    /// Meets all nodes of the view, to learn of the newer table that a context knows of. If all answer and none goes by it, it never came
-    /// to be. False if that is not known yet.
+    /// R7: meets the view to find the newer table that a context names. If all answer and none uses it, it was never in
+    /// force, and the context forgets it. Returns false while this is not known.
     async fn catch_up(world: &impl World, context: Option<&mut Context>) -> bool {
         let nodes = world.with(|node| node.table()).map_or(Vec::new(), |table| table.view.clone());
         let all = meet_all(world, &nodes).await.iter().all(Option::is_some);
@@ -1566,12 +1551,12 @@ mod service {
         true
     }
 
-    /// How long one replica has to answer a read before another one is asked.
+    /// How long a replica may take to answer a read before the next one is asked.
     const NEXT_REPLICA: Duration = Duration::from_millis(1200);
-    /// For how long other replicas are asked again for what a context asks for.
+    /// How long a request retries what its context requires.
     const CATCH_UP: Duration = Duration::from_millis(250);
 
-    /// Answers what is about no key. (Not inlined where every request passes: it would cost each connection a page of its stack.)
+    /// Not inlined, which would cost every connection a page of its stack.
     #[inline(never)]
     pub fn answer_about(request: Request) -> Answer {
         use Outcome::*;
@@ -1593,10 +1578,9 @@ mod service {
         outcome.answer(vocabulary, &request.verb)
     }
 
-    /// What a view change asks for.
     pub struct WantedView {
         pub view: Vec<String>,
-        /// The factor stays as it is if none is named.
+        /// None: the factor stays as it is.
         pub factor: Option<usize>,
         pub force: bool,
     }
@@ -1608,7 +1592,7 @@ mod service {
     }
 
     pub fn wanted_view(body: &[u8]) -> Result<WantedView, Outcome> {
-        // What a client sent is quoted, in so far as it can stand in an answer.
+        // The reason quotes the client's text, without what would have to be escaped in JSON.
         let is_unfit = |letter: char| letter == '"' || letter == '\\' || letter.is_control();
         let invalid =
             |reason: String| Outcome::ViewInvalid(reason.chars().take(400).collect::<String>().replace(is_unfit, "'"));
@@ -1659,22 +1643,18 @@ mod service {
         }
     }
 
-    /// The id of a shard by its index.
     pub fn id_of(shard: usize) -> String {
         (shard + 1).to_string()
     }
 
     pub const VERBS: [&str; 4] = ["GET", "PUT", "DELETE", "other"];
-    /// The upper limits of the histogram's buckets, in seconds; one without a limit follows.
+    /// The upper bounds of the histogram's buckets, in seconds. A bucket without a bound follows.
     const LIMITS: [f64; 6] = [0.0005, 0.001, 0.005, 0.025, 0.1, 1.0];
 
-    /// What clients were answered since the start with one verb.
+    /// Answers to clients for one verb: by first digit of the status, by bucket of the time taken, and the total time.
     struct Answered {
-        /// By the first digit of the status.
         by_class: [AtomicU64; 6],
-        /// By the bucket of the time from the request's end to its answer.
         by_time: [AtomicU64; LIMITS.len() + 1],
-        /// The sum of these times.
         micros: AtomicU64,
     }
 
@@ -1685,7 +1665,6 @@ mod service {
             micros: AtomicU64::new(0),
         }
     }; VERBS.len()];
-    /// What was relayed to other instances since the start, and how often there was no answer.
     pub static RELAYED: AtomicU64 = AtomicU64::new(0);
     pub static RELAYED_IN_VAIN: AtomicU64 = AtomicU64::new(0);
 
@@ -1699,7 +1678,7 @@ mod service {
         answered.micros.fetch_add(time.as_micros() as u64, Relaxed);
     }
 
-    /// What this instance counts, in the text format of Prometheus, version 0.0.4, without the last line break.
+    /// The metrics in the Prometheus text format 0.0.4, without the last line break.
     fn metrics() -> String {
         let head = |name: &str, kind: &str, help: &str| format!("# HELP {name} {help}\n# TYPE {name} {kind}\n");
         let mut text = head("kv_store_build_info", "gauge", "The version of the program.");
@@ -1735,7 +1714,6 @@ mod service {
         text.trim_end().to_owned()
     }
 
-    /// The lines of a histogram for one verb. Each bucket counts what is in those before it as well.
     fn histogram(verb: &str, answered: &Answered) -> String {
         let (name, mut text, mut count) = ("kv_store_request_duration_seconds", String::new(), 0);
         let limits = LIMITS.iter().map(f64::to_string).chain(["+Inf".to_owned()]);
@@ -1747,7 +1725,7 @@ mod service {
         text + &format!("{name}_sum{{verb=\"{verb}\"}} {sum}\n{name}_count{{verb=\"{verb}\"}} {count}\n")
     }
 
-    /// The memory that this process has, as the system tells it (proc(5)).
+    /// The resident memory of this process, by proc(5).
     fn resident_bytes() -> u64 {
         let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
         let kilobytes = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));
