@@ -1736,9 +1736,10 @@ mod service {
 // ---- Records: keys and values, in buckets ---------------------------------------------------------------------------
 
 mod records {
-    //! The keys of a store have an order, that of their hashes, and a span is a stretch of it. (Two keys with one hash are never
-    //! parted.) Records stand in a fixed row of buckets by the upper bits of the hash, each a small hash table of its own: whatever
-    //! is done for many records goes bucket by bucket, with the lock released in between, and no big table ever has to double.
+    //! Stores the records of an instance. Keys are ordered by hash, and a `Span` is an interval of hashes; two keys
+    //! with one hash are never parted. Records stand in a fixed array of buckets, by the upper bits of the hash, each a
+    //! small hash table. So work on many records can go bucket by bucket, with the lock released in between, and no
+    //! large table ever grows at once. When records are written and dropped is decided in `node`.
 
     use hashbrown::hash_table::{Entry, HashTable};
     use serde::de::Error;
@@ -1747,7 +1748,7 @@ mod records {
     use siphasher::sip::SipHasher24;
     use triomphe::ThinArc;
 
-    /// SipHash-2-4 with a key of zeros (Aumasson and Bernstein, 2012): the same in every build.
+    /// SipHash-2-4 with a zero key (Aumasson and Bernstein, 2012), so that all nodes compute the same.
     pub fn hash_of(key: &[u8]) -> u64 {
         SipHasher24::new().hash(key)
     }
@@ -1770,12 +1771,11 @@ mod records {
             self.first <= other.last && other.first <= self.last
         }
 
-        /// How many hashes it has, less one.
+        /// The number of hashes, minus one.
         pub fn width(&self) -> u64 {
             self.last - self.first
         }
 
-        /// Cuts it where buckets begin: each part lies in one bucket.
         pub fn by_bucket(self) -> impl DoubleEndedIterator<Item = Span> {
             (bucket_of(self.first)..=bucket_of(self.last)).map(move |bucket| {
                 let whole = span_of(bucket);
@@ -1784,13 +1784,13 @@ mod records {
         }
     }
 
-    /// A key and its value in one allocation: a stamp, a byte with the key's length, the key, and the value as JSON text, as it
-    /// goes back. Cloning one copies a pointer, so that an answer is made of it after the lock on the store is gone.
+    /// A stamp, the key's length in a byte, the key, and the value as JSON text, in one allocation. A clone copies a
+    /// pointer, so that answers are made after the node is unlocked.
     #[derive(Clone, Debug)]
     pub struct Record(ThinArc<u64, u8>);
 
     impl Record {
-        /// The key must be valid, which keeps it to 200 bytes in either vocabulary. The stamp comes when it is stored.
+        /// Makes a record without a stamp. A valid key has at most 200 bytes.
         pub fn new(key: &[u8], value: &str) -> Record {
             Record::from_parts(0, &[&[key.len() as u8], key, value.as_bytes()].concat())
         }
@@ -1799,7 +1799,7 @@ mod records {
             Record(ThinArc::from_header_and_slice(stamp, bytes))
         }
 
-        /// What stays of a deleted key where another copy of it may still exist: it has no value.
+        /// A record without a value: the mark of a deletion.
         pub fn tombstone(key: &[u8]) -> Record {
             Record::new(key, "")
         }
@@ -1812,7 +1812,7 @@ mod records {
             self.0.header.header
         }
 
-        /// Stamps a record that was just made, and that nobody else has yet.
+        /// Stamps a new record, of which there is no clone yet.
         pub fn set_stamp(&mut self, stamp: u64) {
             self.0.with_arc_mut(|arc| {
                 if let Some(record) = triomphe::Arc::get_mut(arc) {
@@ -1833,26 +1833,23 @@ mod records {
             hash_of(self.key())
         }
 
-        /// Last-writer-wins: the higher stamp. (Two nodes whose names share their 12 bits may give one stamp twice.)
+        /// Last-writer-wins: the higher stamp. Nodes whose names share their 12 bits may give one stamp twice.
         pub fn beats(&self, other: &Record) -> bool {
             (self.stamp(), self.value()) > (other.stamp(), other.value())
         }
 
-        /// About what it takes in a message, in bytes.
         pub fn weight(&self) -> usize {
             self.0.slice.len() + 32
         }
     }
 
-    /// A record travels between nodes as its stamp and its bytes.
     impl Serialize for Record {
         fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
             (self.stamp(), Bytes::new(&self.0.slice)).serialize(to)
         }
     }
 
-    /// Whether the value is JSON was checked by the node that took it from a client. To check it again would hold everybody up for 5 ms
-    /// where it has 1 MiB.
+    /// Does not check that the value is JSON, which the node that took it from the client did: 1 MiB takes 5 ms.
     impl<'de> Deserialize<'de> for Record {
         fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Record, D::Error> {
             let (stamp, bytes) = <(u64, &Bytes)>::deserialize(from)?;
@@ -1863,20 +1860,17 @@ mod records {
         }
     }
 
-    /// What some records add up to.
+    /// Keys (not tombstones), bytes of all values, and XOR of a mix of hash and stamp over all records and tombstones.
     #[derive(Clone, Copy, Debug, Default, PartialEq)]
     pub struct Sums {
-        /// How many are keys, and no tombstones.
         pub count: usize,
-        /// The length of all values, as JSON text.
         pub bytes: usize,
-        /// The XOR of a mix of hash and stamp of each record, tombstones included.
         pub digest: u64,
     }
 
     impl Sums {
         fn of(hash: u64, record: &Record) -> Sums {
-            // A multiplication spreads each bit upwards (Knuth, TAOCP 6.4), and the shift brings the upper ones down.
+            // A multiplication moves bits upwards (Knuth, TAOCP 6.4), and the shift brings them down.
             let mixed = (hash ^ record.stamp().rotate_left(32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
             let count = usize::from(!record.is_tombstone());
             Sums { count, bytes: record.value().len(), digest: mixed ^ mixed >> 29 }
@@ -1895,14 +1889,13 @@ mod records {
         }
     }
 
-    /// Some records.
     #[derive(Default)]
     pub struct Bucket {
         table: HashTable<Record>,
         sums: Sums,
     }
 
-    /// How many of a hash's upper bits choose the bucket. (The simulation starts a hundred thousand nodes, each with its buckets.)
+    /// The upper bits of a hash that choose the bucket; fewer in the simulation, which starts 100,000 nodes.
     const BUCKET_BITS: u32 = if cfg!(test) { 8 } else { 14 };
 
     fn bucket_of(hash: u64) -> usize {
@@ -1914,7 +1907,6 @@ mod records {
         Span { first, last: first | u64::MAX >> BUCKET_BITS }
     }
 
-    /// The records of an instance.
     pub struct Records {
         buckets: Vec<Bucket>,
         sums: Sums,
@@ -1927,7 +1919,6 @@ mod records {
     }
 
     impl Bucket {
-        /// Takes out the records of a part of it.
         fn split_off(&mut self, part: Span) -> Bucket {
             let mut gone = Bucket::default();
             for record in self.table.extract_if(|record| part.contains(record.hash())) {
@@ -1941,7 +1932,6 @@ mod records {
     }
 
     impl Records {
-        /// The sums of all records.
         pub fn total(&self) -> Sums {
             self.sums
         }
@@ -1950,7 +1940,6 @@ mod records {
             self.buckets[bucket_of(hash)].table.find(hash, |record| record.key() == key)
         }
 
-        /// Stores a record; returns the one that it replaced.
         pub fn insert(&mut self, hash: u64, record: Record) -> Option<Record> {
             let bucket = &mut self.buckets[bucket_of(hash)];
             let came = Sums::of(hash, &record);
@@ -1970,7 +1959,6 @@ mod records {
             old
         }
 
-        /// Removes the record with this hash and stamp, if it is a tombstone.
         pub fn remove_tombstone(&mut self, hash: u64, stamp: u64) {
             let bucket = &mut self.buckets[bucket_of(hash)];
             let is_it = |record: &Record| record.stamp() == stamp && record.is_tombstone();
@@ -1981,8 +1969,7 @@ mod records {
             }
         }
 
-        /// Removes the records of a span: whole buckets at once, and of those that it cuts one by one. They are to be dropped by whoever
-        /// has released the lock, since that may take a while.
+        /// Removes a span. The caller drops the records after it has released the lock, since freeing many takes long.
         pub fn remove(&mut self, span: Span) -> Vec<Bucket> {
             let mut removed = Vec::new();
             for part in span.by_bucket() {
@@ -1997,13 +1984,12 @@ mod records {
             removed
         }
 
-        /// Looks at the records of a part of one bucket.
         fn of_part(&self, part: Span) -> impl Iterator<Item = &Record> {
             let table = &self.buckets[bucket_of(part.first)].table;
             table.iter().filter(move |record| part.contains(record.hash()))
         }
 
-        /// The sums of a span. Looks only at the records of buckets that are cut by it.
+        /// Reads single records only in buckets that the span cuts.
         pub fn sums_of(&self, span: Span) -> Sums {
             let mut sums = Sums::default();
             for part in span.by_bucket() {
@@ -2017,19 +2003,18 @@ mod records {
             sums
         }
 
-        /// The digests of a span, bucket by bucket.
         pub fn digests_of(&self, span: Span) -> Vec<u64> {
             span.by_bucket().map(|part| self.sums_of(part).digest).collect()
         }
 
-        /// The records of a span from its beginning on, of about `limit` bytes, and up to which hash these are all that there is.
+        /// The first records of a span by hash, about `limit` bytes, and the hash up to which they are complete.
         pub fn first_of(&self, span: Span, limit: usize) -> (Vec<Record>, u64) {
             let (mut found, mut weight): (Vec<Record>, usize) = (Vec::new(), 0);
             for part in span.by_bucket() {
                 let mut records: Vec<(u64, &Record)> = self.of_part(part).map(|it| (it.hash(), it)).collect();
                 records.sort_unstable_by_key(|(hash, _)| *hash);
                 for (index, (hash, record)) in records.iter().enumerate() {
-                    // Where two have one hash, both go.
+                    // Records with equal hashes stay together.
                     if weight > limit && *hash > part.first && (index == 0 || records[index - 1].0 < *hash) {
                         return (found, hash - 1);
                     }
@@ -2040,14 +2025,13 @@ mod records {
             (found, span.last)
         }
 
-        /// The hashes of the keys of a span, in order. To be used where they are few, or in a part of one bucket.
+        /// The hashes of the keys of a span, in order. Only for spans with few keys, or within one bucket.
         pub fn hashes_of(&self, span: Span) -> Vec<u64> {
             let records = self.first_of(span, usize::MAX).0;
             records.iter().filter(|record| !record.is_tombstone()).map(Record::hash).collect()
         }
 
-        /// Where to cut some spans, which stand in order, so that `n` of their keys (one at least) lie at the cut or above: in the
-        /// middle between two keys. Zero if there are no more keys than that.
+        /// R12: the hash at or above which `n` keys (at least 1) of the ordered spans lie; 0 if there are no more.
         pub fn cut_above(&self, spans: &[Span], mut n: usize) -> u64 {
             let mut above = 0;
             for part in spans.iter().rev().flat_map(|span| span.by_bucket().rev()) {
@@ -2072,8 +2056,10 @@ mod records {
 // ---- Tables: which shard owns which hashes --------------------------------------------------------------------------
 
 mod table {
-    //! A table cuts the order of hashes into ranges and says which shard owns each. It also names the *sources* of a range: groups of
-    //! nodes, each all replicas of a former owner, where these are not the same nodes as the new ones.
+    //! A table divides the hashes into ranges. It names the shard that owns each range, and its *sources*: groups of
+    //! nodes that owned it before, if they are not the owners now. `Table::next` makes the table of a view change.
+    //! `Change` plans it (R12): it deals nodes out to shards, decides how many keys move where, and spreads hash space
+    //! without keys. This is pure computation; `membership` collects the input and puts the result in force.
 
     use std::collections::BTreeSet;
     use std::fmt::{self, Display, Formatter};
@@ -2083,14 +2069,12 @@ mod table {
     use crate::records::{Span, hash_of};
     use crate::settings::{parse_view, port_of};
 
-    /// Tables come in one order: by epoch, then by number, then by who made them. A new epoch begins when silent nodes are left out: it
-    /// beats whatever these may have made.
+    /// Ordered by epoch first: leaving out silent nodes begins a new one, which beats any table that they made.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
     pub struct Version {
         pub epoch: u64,
         pub number: u64,
-        /// The incarnation of the coordinator. Nobody made a first table: there it is the number of nodes, so that the larger view
-        /// counts, and a hash of the view.
+        /// The coordinator's incarnation. In a first table the size of the view, so the larger one wins, and its hash.
         pub coordinator: u64,
     }
 
@@ -2102,9 +2086,8 @@ mod table {
 
     #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
     pub struct Range {
-        /// The first hash; the range ends where the next one begins.
+        /// The first hash. The range ends where the next one begins.
         pub from: u64,
-        /// The owner, by its index among the shards.
         pub shard: usize,
         pub sources: Vec<Vec<String>>,
     }
@@ -2112,27 +2095,23 @@ mod table {
     #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
     pub struct Table {
         pub version: Version,
-        /// The table that this one was made from.
+        /// The version of the table that this one was made from.
         pub base: Version,
-        /// What is the same in all tables that come from one first table, and differs in another store's.
+        /// Identifies the store: equal in all tables that descend from one first table.
         pub store: u64,
         pub view: Vec<String>,
-        /// How many nodes a shard has at least, as long as there are as many.
         pub factor: usize,
-        /// The nodes of each shard, its replicas, in the order of the view.
         pub shards: Vec<Vec<String>>,
         pub ranges: Vec<Range>,
-        /// How many keys change their shard with this table, and how many each shard has then.
+        /// How many keys change their shard by this table, and how many each shard has afterwards.
         pub moved: usize,
         pub counts: Vec<usize>,
     }
 
-    /// How many ranges a table from outside may have.
     const MAX_RANGES: usize = 100_000;
 
     impl Table {
-        /// The table of a store that had no view change: as much of the order for each shard, and the nodes dealt out in the
-        /// order of the view.
+        /// The table of a store without a view change: equal ranges, and nodes dealt out in the order of the view.
         pub fn first(view: Vec<String>, factor: usize) -> Table {
             let mut nodes = view.iter().cloned();
             let sizes = shard_sizes(view.len(), factor).into_iter();
@@ -2147,7 +2126,6 @@ mod table {
             Table { version, base: Version::default(), store, factor, shards, view, ranges, moved: 0, counts }
         }
 
-        /// Checks a table from outside.
         pub fn is_valid(&self) -> bool {
             let is_of_view = |shard: &Vec<String>| !shard.is_empty() && shard.iter().all(|node| self.lists(node));
             let mut sources = self.ranges.iter().flat_map(|range| range.sources.iter().flatten());
@@ -2163,7 +2141,6 @@ mod table {
                 && self.version.epoch.max(self.version.number) < u64::MAX / 2
         }
 
-        /// The range of a hash. The table must be valid.
         pub fn range_at(&self, hash: u64) -> &Range {
             &self.ranges[self.ranges.partition_point(|range| range.from <= hash) - 1]
         }
@@ -2172,7 +2149,6 @@ mod table {
             self.range_at(hash).shard
         }
 
-        /// The nodes that own a hash.
         pub fn owners(&self, hash: u64) -> &[String] {
             &self.shards[self.shard_at(hash)]
         }
@@ -2185,26 +2161,23 @@ mod table {
             self.view.iter().any(|it| it == node)
         }
 
-        /// The nodes of the view and, unless it is settled, the sources.
+        /// The nodes of the view and, unless the table is settled, of the sources.
         pub fn nodes(&self, settled: bool) -> BTreeSet<&String> {
             let sources = self.ranges.iter().filter(|_| !settled).flat_map(|range| range.sources.iter().flatten());
             self.view.iter().chain(sources).collect()
         }
 
-        /// Each range with its span.
         pub fn spans(&self) -> impl Iterator<Item = (Span, &Range)> {
             let ends = self.ranges.iter().skip(1).map(|range| range.from - 1).chain([u64::MAX]);
             self.ranges.iter().zip(ends).map(|(range, last)| (Span { first: range.from, last }, range))
         }
 
-        /// The spans of a shard, in order.
         pub fn spans_of(&self, shard: Option<usize>) -> Vec<Span> {
             self.spans().filter(|(_, range)| Some(range.shard) == shard).map(|(span, _)| span).collect()
         }
 
-        /// The table after this one: each shard goes on as the change says, and gives away what lies above its cuts. The sources of
-        /// a range are the replicas that own it by this table and, unless this one is `settled`, its sources in this one; but no
-        /// nodes that are `left_out`.
+        /// The table of a view change: each shard goes on as `change` says and gives away its cuts. The sources of a
+        /// range are its owners by this table and, until this one is settled, its sources; without those `left_out`.
         pub fn next(
             &self,
             version: Version,
@@ -2221,14 +2194,14 @@ mod table {
             for (number, from) in places.into_iter().enumerate() {
                 let before = self.range_at(from);
                 let cut = cuts.iter().rev().find(|cut| cut.giver == before.shard && cut.span.contains(from));
-                // What a shard that ends gives to nobody has no keys, or is given up: it is dealt out.
+                // A shard that ends gives its keys away by cuts. The rest has no keys, or is given up: it is dealt out.
                 let shard =
                     cut.map(|cut| cut.receiver).or(change.kept[before.shard]).unwrap_or(number % change.shards.len());
                 let owners: BTreeSet<&String> = change.shards[shard].iter().collect();
                 let mut sources: Vec<Vec<String>> = Vec::new();
                 for group in before.sources.iter().filter(|_| !settled).chain([&self.shards[before.shard]]) {
                     let group: BTreeSet<&String> = group.iter().filter(|node| !left_out.contains(node)).collect();
-                    // Where these are the owners, they have what they had, and reconcile with one another.
+                    // If the owners stay the same, they have the records and reconcile.
                     if !group.is_empty() && group != owners {
                         sources.push(group.into_iter().cloned().collect());
                     }
@@ -2245,7 +2218,7 @@ mod table {
         }
     }
 
-    /// A span that leaves its giver (a shard of the old table) for a receiver (one of the new). Of several cuts the last one counts.
+    /// A span that moves from a shard of the old table to one of the new. A later cut overrides earlier ones.
     #[derive(Clone, Debug)]
     pub struct Cut {
         pub giver: usize,
@@ -2253,41 +2226,38 @@ mod table {
         pub receiver: usize,
     }
 
-    /// A giver, a receiver, and how many keys.
+    /// Giver, receiver, number of keys.
     pub type Move = (usize, usize, usize);
 
-    /// The indices of some numbers, in the order of the numbers; of equals, the first comes first.
+    /// The indices of some numbers, sorted by number. The sort is stable.
     fn in_order(numbers: impl Iterator<Item = u64>) -> Vec<usize> {
         let mut numbers: Vec<(u64, usize)> = numbers.zip(0..).collect();
         numbers.sort_unstable();
         numbers.into_iter().map(|(_, index)| index).collect()
     }
 
-    /// How many nodes each shard has.
     fn shard_sizes(nodes: usize, factor: usize) -> Vec<usize> {
         let count = (nodes / factor).max(1);
         (0..count).map(|shard| nodes / count + usize::from(shard < nodes % count)).collect()
     }
 
-    /// Another view, dealt out in shards (R12).
     pub struct Change {
         pub view: Vec<String>,
         pub factor: usize,
         pub shards: Vec<Vec<String>>,
-        /// By the old shards: which of the new ones each goes on as, or that it ends.
+        /// For each old shard the new one that continues it; None if the shard ends.
         pub kept: Vec<Option<usize>>,
     }
 
     impl Change {
-        /// Deals out a view so that as few nodes as possible change their shard: of the old shards those with most nodes left
-        /// go on, and the nodes that are too many for one, or new, fill up the others. The shards are numbered in the order of
-        /// their first nodes in the view.
+        /// Deals out a view so that as few nodes as possible change their shard: the old shards with most nodes left go
+        /// on, and other nodes fill them up. Shards are numbered by their first nodes in the view.
         pub fn new(old: &Table, view: &[String], factor: usize) -> Change {
             let sizes = shard_sizes(view.len(), factor);
             let place = |node: &String| view.iter().position(|it| it == node).unwrap_or(0);
             let staying = |shard: &Vec<String>| view.iter().filter(|node| shard.contains(node)).cloned().collect();
             let left: Vec<Vec<String>> = old.shards.iter().map(staying).collect();
-            // The largest first, since they get the largest sizes, and the last ones end. Of equals the earlier goes on.
+            // The shards with most nodes left come first and get the largest sizes; those beyond the new number end.
             let largest_first = in_order(left.iter().map(|nodes| u64::MAX - nodes.len() as u64)).into_iter();
             let mut groups: Vec<(Option<usize>, Vec<String>)> =
                 largest_first.map(|shard| (Some(shard), left[shard].clone())).collect();
@@ -2309,8 +2279,8 @@ mod table {
             Change { view: view.to_vec(), factor, shards, kept }
         }
 
-        /// Who gives how many keys to whom so that the shards differ by one key at most, and no key moves without need; and how
-        /// many keys each has then. `held` is what the old shards have.
+        /// Plans the moves of keys and the resulting counts: shards differ by one key at most, and no more keys move
+        /// than that needs. `held` has the counts of the old shards.
         pub fn plan(&self, held: &[usize]) -> (Vec<Move>, Vec<usize>) {
             let (total, count): (usize, usize) = (held.iter().sum(), self.shards.len());
             let mut counts = vec![0; count];
@@ -2319,7 +2289,7 @@ mod table {
                     counts[*shard] = *keys;
                 }
             }
-            // The shards with most keys take the remainder: that saves them a move.
+            // The shards with the most keys take the remainder, which saves moves.
             let largest_first = in_order(counts.iter().map(|count| u64::MAX - *count as u64));
             let mut targets = vec![0; count];
             for (rank, shard) in largest_first.into_iter().enumerate() {
@@ -2340,11 +2310,11 @@ mod table {
             (moves, targets)
         }
 
-        /// What is given of stretches without keys, besides the cuts, until no shard has less than half or more than twice its part of
-        /// the order: later keys spread then. `keys` are the hashes of all keys of those shards that have few.
+        /// Adds cuts of hash space without keys, until no shard has less than half or more than twice the mean, so that
+        /// later keys spread. `keys` are the hashes of all keys of those old shards that have few.
         pub fn deal_out_stretches(&self, old: &Table, mut cuts: Vec<Cut>, keys: &[Option<Vec<u64>>]) -> Vec<Cut> {
             let mean = u64::MAX / self.shards.len() as u64;
-            // Every round evens out one shard, or uses up a stretch.
+            // Each round evens out one shard or uses up a stretch.
             for _ in 0..4 * MAX_FEW {
                 let table = old.next(Version::default(), self, &cuts, &[], true);
                 let width = |shard| table.spans_of(Some(shard)).iter().map(Span::width).sum::<u64>();
@@ -2363,11 +2333,10 @@ mod table {
         }
     }
 
-    /// Up to how many keys a shard tells the hashes of all.
+    /// Up to this number of keys, a shard reports the hashes of all of them.
     pub const MAX_FEW: usize = 1000;
 
-    /// The widest stretch without keys that a shard has by a table which is being made from an old one, and the shard that has it by the
-    /// old one.
+    /// The widest stretch without keys that a shard of the new table has, and its shard by the old one.
     fn widest_stretch(old: &Table, new: &Table, shard: usize, keys: &[Option<Vec<u64>>]) -> Option<(usize, Span)> {
         let mut stretches = Vec::new();
         for span in new.spans_of(Some(shard)) {
