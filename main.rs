@@ -2362,18 +2362,18 @@ mod table {
 // ---- The node: what it knows of its store, and what it decides ------------------------------------------------------
 
 mod node {
-    //! A node as one value, which gets messages and the time and gives answers: no clock, no network, no statics. What it does over
-    //! time stands in the rooms after this one; the simulation runs many of them in one process.
+    //! A node as one value, which receives messages and the time, and returns replies. It has no clock, network or
+    //! statics, so the simulation runs many in one process. What it does over time is in `replication` and
+    //! `membership`. Begin with the fields of `Node`, then read `place`, `adopt` and `write`.
     //!
-    //! The rules that keep a store whole, and where they stand:
+    //! The rules of the protocol are stated where they are implemented: R1 answering (`place`, `pull_needs`), R2 pull
+    //! (`note_received`, `note_received_by`), R3 adopt (`adopt`, `pulls_by`), R4 write (`write`, `take`, `lacking`), R5
+    //! reconcile (`begin_to_reconcile`, `replication`), R6 stability (`refresh_stable`), R7 causal contexts
+    //! (`context_needs`), R8 settled (`settle`), R9 view change (`membership`), R10 start (`let_in`), R11 meetings
+    //! (`begin_round`), R12 planning (`table`).
     //!
-    //! - R1 answering (`place`, `pull_needs`), R2 pull (`note_received`, `note_received_by`), R3 adopt (`adopt`), R4 write (`write`, `take`), R5 reconcile
-    //!   (in `replication`; when it is due: `begin_to_reconcile`), R6 stability (`refresh_stable`), R7 causal contexts (`context_needs`,
-    //!   `context_after`), R8 settled (`hear`, `settle`).
-    //! - R9 view change, R10 start (`let_in`) and R11 meetings stand in `membership`, R12 planning in `table`.
-    //!
-    //! The words: a node is *blank* when it has just started and goes by no table yet; its *incarnation* is a random number, new at each
-    //! start. A *pull* is a span that this node owns and has not got yet. A record is *stable* when every replica of its shard has it.
+    //! Terms: a node without a table is *blank*. Its *incarnation* is a random number, new at each start. A *pull* is a
+    //! span that it owns and has not fetched; without one it is *whole*. A record that all replicas have is *stable*.
 
     use std::collections::{BTreeMap, BTreeSet};
     use std::sync::Arc;
@@ -2385,8 +2385,7 @@ mod node {
     use crate::records::{ALL, Bucket, Record, Records, Span, Sums, hash_of};
     use crate::table::{MAX_FEW, Table, Version};
 
-    /// What a client has seen, as far as some replica may lack it (R7): by node, the highest stamp that was given there. And the table
-    /// by which it was seen, as long as that is not settled.
+    /// R7: what a client saw that a replica may lack: by node, the highest stamp; and the table, until it is settled.
     #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
     pub struct Context {
         pub seen: BTreeMap<u16, u64>,
@@ -2413,10 +2412,9 @@ mod node {
         }
     }
 
-    /// With how many bits of its node's name a stamp ends. The rest, microseconds since 1970, will do until the year 2112.
+    /// A stamp ends with so many bits of its node's name. The rest, microseconds since 1970, suffices until 2112.
     const NODE_BITS: u32 = 12;
 
-    /// The bits of the node that gave a stamp.
     pub fn node_of(stamp: u64) -> u16 {
         (stamp & ((1 << NODE_BITS) - 1)) as u16
     }
@@ -2425,52 +2423,43 @@ mod node {
         node_of(hash_of(name.as_bytes()))
     }
 
-    /// The lowest stamp of a moment.
     fn stamp_at(time: Duration) -> u64 {
         (time.as_micros() as u64) << NODE_BITS
     }
 
-    /// What a node tells of itself when it meets another (R11).
+    /// R11: what a node reports in a meeting. A blank node has no version, and reports its `VIEW` until it has heard of
+    /// a table. Pulls wait for the nodes in `incoming`. `stable_at` is in the order of the view.
     #[derive(Clone, Debug, Default, Serialize, Deserialize)]
     pub struct Status {
         pub incarnation: u64,
-        /// The table that it goes by, and the store that this is of; none if it is blank.
         pub version: Option<Version>,
         pub store: u64,
         pub settled: bool,
-        /// Whether that table lists it, and how many nodes it lists.
         pub is_member: bool,
         pub members: usize,
         pub keys: usize,
         pub digest: u64,
-        /// The nodes that its pulls wait for: none if it is whole. And whether it can answer for all that it owns.
         pub incoming: Vec<String>,
         pub is_ready: bool,
         pub clock: u64,
-        /// The highest lock that it granted.
         pub promised: Version,
-        /// What it knows of all nodes' stability, in the order of the view.
         pub stable_at: Vec<u64>,
-        /// Its `VIEW` and `REPL_FACTOR` as long as it is blank and has heard of no table, and for how many rounds it has been up.
         pub first_view: Vec<String>,
         pub factor: usize,
         pub rounds: u32,
     }
 
     impl Status {
-        /// Whether it goes by a table and has no pulls.
         pub fn is_whole_by(&self, version: Version) -> bool {
             self.version == Some(version) && self.incoming.is_empty()
         }
     }
 
-    /// What a node says to another.
     #[derive(Clone, Debug, Serialize, Deserialize)]
     pub struct Envelope {
         pub from: String,
-        /// The address that the sender uses. A node ignores what is sent to another one: it would be counted under two names.
+        /// The address that the sender uses. Others are refused, or a node would count under two names.
         pub to: String,
-        /// The table that the sender goes by. All but meetings and locks is refused by who goes by another.
         pub version: Option<Version>,
         /// The incarnations of the sender, and of the addressee as the sender knows it.
         pub incarnation: u64,
@@ -2481,26 +2470,21 @@ mod node {
     #[derive(Clone, Debug, Serialize, Deserialize)]
     pub enum Message {
         Meet(Status),
-        /// Take part in a change that makes this version; nothing comes of it any more.
         Lock(Version),
         Release(Version),
-        /// Under that lock: for each of these counts, where to cut so that as many of the addressee's keys lie above.
+        /// R12: for each count, where to cut so that as many of the addressee's keys lie above.
         Survey(Version, Vec<usize>),
-        /// The sender has all that the addressee has of the range that begins here. Asks whether the addressee is whole for it.
+        /// R2: the sender has all that the addressee has of this range. Is the addressee whole for it?
         Received(u64),
-        /// Give the record of one key, if you are whole for it.
         GiveKey(ByteBuf),
-        /// Give the digests of a span, bucket by bucket.
         Digests(Span),
-        /// Compare a span with the records that the sender has of it, by hash and stamp.
+        /// R5: compare with what the sender has of a span, by hash and stamp.
         Compare(Span, Vec<(u64, u64)>),
-        /// Store these records.
         Push(Vec<Copied>),
     }
 
     impl Message {
-        /// A node that does not answer in this time is silent. A round of meetings must fit into the second that one which
-        /// starts waits to hear of the others.
+        /// A node that takes longer is silent. A meeting must fit into the second that a starting node waits (R10).
         pub fn limit(&self) -> Duration {
             Duration::from_millis(match self {
                 Message::Meet(_) | Message::GiveKey(_) => 700,
@@ -2509,7 +2493,7 @@ mod node {
             })
         }
 
-        /// Whether to answer it takes no longer than to answer a client.
+        /// Whether it takes no longer than a client's request.
         pub fn is_short(&self) -> bool {
             matches!(self, Message::Push(_) | Message::GiveKey(_) | Message::Meet(_))
         }
@@ -2517,10 +2501,9 @@ mod node {
 
     #[derive(Clone, Debug, Serialize, Deserialize)]
     pub enum Reply {
-        /// With the table, if it is newer than that of who asks. (A table comes in replies only: a message may be from a past life.)
+        /// The table if it is newer. Tables come in replies only, since a message may be from an earlier incarnation.
         Met(Status, Option<Table>),
         Locked(Status),
-        /// Another change is under way; or the version is not above this one.
         Busy,
         Outdated(Version),
         /// The cuts, and the hashes of all keys if these are few.
@@ -2528,108 +2511,97 @@ mod node {
         Whole(bool),
         Key(Option<Copied>),
         Digests(Vec<u64>),
-        /// What is newer here; what is newer there; both up to this hash.
+        /// What is newer here, hash and stamp of what is newer there, and the last hash compared.
         Compared(Vec<Copied>, Vec<(u64, u64)>, u64),
         Done,
-        /// Not by my table, not in this life, or not from me since I am not whole.
+        /// The sender has another table or incarnation, or this node is not whole.
         Refused,
     }
 
-    /// A record on its way, and its writer's context as long as that is not stable.
+    /// A record in transit, and its writer's context until that is stable.
     pub type Copied = (Record, Context);
 
-    /// How many bytes of records a message has, about. (In the simulation, one record or two.)
+    /// About how many bytes of records a message has. (In the simulation, one record or two.)
     pub const MAX_BATCH: usize = if cfg!(test) { 40 } else { 256 << 10 };
-    /// How long a lock keeps off other coordinators, and how long its own may use it.
+    /// For how long a lock excludes other coordinators, and for how long its own may use it.
     pub const LEASE: Duration = Duration::from_secs(10);
-    /// A node that did nothing for this long was asleep: a running one meets others several times a second. Others remove a silent node
-    /// after 1.95 s at the earliest: its stream ends after 1.25 s, and a meeting fails after 0.7 s.
+    /// A node that did nothing for this long was asleep. Others need 1.95 s at least to remove a silent node from the
+    /// view: 1.25 s until its stream ends, and 0.7 s for a meeting.
     const ASLEEP: Duration = Duration::from_millis(1500);
-    /// For how long it tries to meet somebody before it answers.
+    /// For how long a node that was asleep tries to meet another one before it answers.
     const WAKING: Duration = Duration::from_secs(1);
-    /// For how many rounds all nodes of a first view must have been up before it counts: a second.
+    /// R10: for how many rounds all nodes of a first view must have been up: a second.
     const FIRST: u32 = 5;
-    /// For how long the digests of two replicas must differ until they reconcile: while clients write, they differ in most meetings.
+    /// R5: for how long digests must differ. While clients write, they differ in most meetings.
     const DIFFERING: Duration = Duration::from_secs(3);
 
-    /// Who may answer for a key.
     #[derive(Debug, PartialEq)]
     pub enum Place {
         Here,
-        /// At these nodes, the best one to ask first.
         There(Vec<String>),
-        /// This node goes by no table yet, or cannot tell whether its table is still good.
+        /// This node is blank, or does not know whether its table is in force.
         Unknown,
     }
 
-    /// A span that this node owns and has not got yet (R2).
+    /// R2: a span that this node owns and has not fetched yet.
     #[derive(Clone, Debug)]
     pub struct Pull {
         pub span: Span,
-        /// The nodes of which a whole one has all of it; without this one.
+        /// The nodes to pull from. A whole one of them has every record of the span.
         pub group: Vec<String>,
-        /// Those of which this node has got all that they have of it, and which get nothing more.
+        /// Nodes that have nothing more to give.
         received: BTreeSet<String>,
-        /// A whole one is among these.
+        /// Whether one of these was whole.
         is_answerable: bool,
-        /// In how many rounds in a row all others were asked, and none was whole.
+        /// Consecutive rounds in which all awaited nodes answered, and none was whole.
         hollow_rounds: u32,
-        /// The table names the group as a source. (Otherwise it is the other replicas of the shard, since this node has kept nothing.)
+        /// Whether the table names the group. Otherwise it is the other replicas, as this node has kept no records.
         is_source: bool,
     }
 
     impl Pull {
-        /// The nodes that it waits for.
         pub fn awaited(&self) -> impl Iterator<Item = &String> {
             self.group.iter().filter(|node| !self.received.contains(*node))
         }
 
-        /// Whether it waits for nobody, or only for nodes that have all been found not to be whole in two rounds: then there was a moment
-        /// at which none of them was, and they may wait for this one as well.
+        /// No node is awaited, or two rounds in a row found none whole: at one moment none was, and all may be waiting.
         fn is_done(&self) -> bool {
             self.hollow_rounds > 1 || self.awaited().next().is_none()
         }
     }
 
-    /// What a node that was pulled from is.
     #[derive(Clone, Copy, PartialEq)]
     pub enum Found {
         Whole,
         Incomplete,
-        /// It has started again, blank or as a store of its own: it has nothing for this store any more.
+        /// It restarted, blank or in another store: it has nothing for this one.
         Nothing,
     }
 
-    /// The highest lock that this node granted.
     #[derive(Clone, Debug, Default)]
     struct Promise {
         version: Version,
         granted: Option<Duration>,
-        /// It is for joining another store, whose coordinator this is: until that is decided, this node takes no writes, which it
-        /// would have to drop.
+        /// Set while this node may join this coordinator's store. It takes no writes then, since it would drop them.
         joining: Option<String>,
     }
 
-    /// What a node last heard of another.
     #[derive(Default)]
     struct Peer {
         status: Status,
         silent: bool,
-        /// Since when its digest differs, whenever it is heard.
         differs: Option<Duration>,
         is_reconciling: bool,
-        /// How often it was noted that it may lack something.
+        /// How often this node noted that the peer may lack something.
         failures: u64,
     }
 
-    /// What a node does beside whoever makes it do so.
     #[derive(Clone, Debug)]
     pub enum Activity {
         Meet(String),
         Pull,
     }
 
-    /// What is left to whoever has unlocked the node: lines for an operator, records to be dropped, and what is to be begun.
     #[derive(Default)]
     pub struct Later {
         pub lines: Vec<String>,
@@ -2637,7 +2609,7 @@ mod node {
         pub activities: Vec<Activity>,
     }
 
-    /// The nodes that have stored a write: in which incarnation, and by which table.
+    /// The nodes that have a write, in which incarnation and by which table: adopting another may have dropped it.
     pub type Stored = BTreeMap<String, (u64, Option<Version>)>;
 
     #[derive(Default)]
@@ -2650,37 +2622,33 @@ mod node {
         pub later: Later,
         table: Option<Arc<Table>>,
         shard: Option<usize>,
-        /// The table is settled (R8), and this node has no records but what it owns.
+        /// R8. This node then has no records but those it owns.
         settled: bool,
-        /// The newest table that a blank node has heard of.
         heard_of: Option<Arc<Table>>,
         promise: Promise,
         pub lease: Duration,
         coordinating: bool,
         pub records: Records,
-        /// By stamp, what is kept of records until they are stable: the hash and the writer's context. All tombstones are here.
+        /// By stamp, hash and context of the records that R6 and R7 still need. All tombstones are here.
         unstable: BTreeMap<u64, (u64, Context)>,
-        /// The highest stamp given or seen.
+        /// A hybrid logical clock (Kulkarni et al., 2014): the highest stamp given or seen.
         clock: u64,
         pulls: Vec<Pull>,
-        /// The spans whose pulls were not answerable when it adopted its table. Until that is settled, this node is not whole for them,
-        /// unless it owns them and has pulled them again.
+        /// Spans not pulled by earlier tables. Until R8 this node is whole for these only if it owns and pulled them.
         lacks: Vec<Span>,
         is_pulling: bool,
-        /// By where a range begins, who has all that this node had of it.
+        /// R2: by the first hash of a range, the nodes that have all that this one had.
         received_by: BTreeSet<(u64, String)>,
-        /// The other replicas that may lack something: the lowest stamp of what they may lack.
+        /// R5: for each replica that may lack something, the lowest stamp that it may lack.
         pub lagging: BTreeMap<String, u64>,
-        /// The stamps of its own writes that are not acknowledged yet.
+        /// The stamps of own writes that are not acknowledged yet.
         in_flight: BTreeSet<u64>,
         stable_at: Vec<u64>,
-        /// Every replica of every shard has every write up to it.
+        /// R6: every replica has every write up to this stamp.
         watermark: u64,
         peers: BTreeMap<String, Peer>,
-        /// When the last meeting that another node has answered began, and when this node last woke from a sleep.
         last_met: Duration,
         last_woke: Duration,
-        /// How many rounds of meetings it has begun.
         rounds: u32,
     }
 
@@ -2718,12 +2686,11 @@ mod node {
             self.settled
         }
 
-        /// The spans that this node owns.
         pub fn own_spans(&self) -> Vec<Span> {
             self.table.as_ref().filter(|_| self.shard.is_some()).map_or(Vec::new(), |table| table.spans_of(self.shard))
         }
 
-        /// What the records add up to that this node owns; it may have others until the table is settled.
+        /// The sums of what this node owns. Until the table is settled, it may have other records.
         pub fn sums(&self) -> Sums {
             if self.settled {
                 return self.records.total();
@@ -2733,7 +2700,6 @@ mod node {
             sums
         }
 
-        /// The other replicas of this node's shard.
         pub fn others(&self) -> Vec<String> {
             let (Some(table), Some(shard)) = (&self.table, self.shard) else { return Vec::new() };
             table.shards[shard].iter().filter(|node| **node != self.own).cloned().collect()
@@ -2743,7 +2709,7 @@ mod node {
             self.others().iter().any(|it| it == node)
         }
 
-        /// The other nodes of its table, in the order of their names; and its sources, as long as they mean something.
+        /// The other nodes of the table and, until it is settled, of its sources, in the order of their names.
         fn members(&self) -> Vec<String> {
             let nodes = self.table.iter().flat_map(|table| table.nodes(self.settled));
             nodes.filter(|node| **node != self.own).cloned().collect()
@@ -2751,9 +2717,9 @@ mod node {
 
         // -- R1 answering
 
-        /// R1: a key is answered for by the replicas of the shard that owns it by the table, and by nobody else. Who has adopted a
-        /// newer table never answers again for what it gave away: so no two nodes of different tables answer for one key, since the
-        /// new owner has first got it from one that goes by the new table.
+        /// R1: only the replicas of the shard that owns a key by the table answer for it. A node that has adopted a
+        /// newer table never answers again for what it gave away, and the new owner first gets the key from a node that
+        /// has adopted that table. So each key is answered for by one table at a time.
         pub fn place(&self, hash: u64) -> Place {
             let Some(table) = self.table.as_ref().filter(|_| self.may_answer()) else { return Place::Unknown };
             match Some(table.shard_at(hash)) == self.shard {
@@ -2762,36 +2728,34 @@ mod node {
             }
         }
 
-        /// The groups of which a node must give a key before this one may answer for it.
+        /// R1: the groups of which a whole node must give the key before this node answers.
         pub fn pull_needs(&self, hash: u64) -> Vec<Vec<String>> {
             let open = self.pulls.iter().filter(|pull| pull.span.contains(hash) && !pull.is_answerable);
             open.map(|pull| pull.group.clone()).collect()
         }
 
-        /// Some nodes in the order in which to ask them: last the silent ones (which may just be back), and before these who has to get
-        /// keys first.
+        /// Sorts nodes for asking: last the silent ones, before them those that would have to get the key first.
         pub fn ranked(&self, mut nodes: Vec<String>) -> Vec<String> {
             nodes.sort_by_key(|node| match self.peers.get(node) {
                 Some(peer) if peer.silent => 3,
                 Some(peer) if !peer.status.is_ready => 2,
-                // The same one each time, but not for every node.
+                // The same order each time, but not at every node.
                 _ => (hash_of(node.as_bytes()) ^ self.incarnation) % 2,
             });
             nodes
         }
 
-        /// Whether this node goes by a table, and that is known to be in force.
         pub fn may_answer(&self) -> bool {
             self.table.is_some() && !self.is_waking() && self.promise.joining.is_none()
         }
 
-        /// R11: a node that has just woken up does not answer before it has met somebody: it may have been let go.
+        /// R11: a node that was asleep may have been left out of the view. It meets another one before it answers.
         fn is_waking(&self) -> bool {
             let has_others = self.table.as_ref().is_some_and(|table| table.view.len() > 1);
             has_others && self.last_met < self.last_woke && self.now < self.last_woke + WAKING
         }
 
-        /// To be called whenever the time is known anew.
+        /// Sets the time. Must be called whenever the node is locked.
         pub fn look_at_clock(&mut self, now: Duration) {
             if now > self.now + ASLEEP {
                 self.last_woke = now;
@@ -2799,7 +2763,6 @@ mod node {
             self.now = self.now.max(now);
         }
 
-        /// Another node has answered what was asked at a moment.
         pub fn note_meeting(&mut self, node: &str, began: Duration) {
             if node != self.own {
                 self.last_met = self.last_met.max(began);
@@ -2808,16 +2771,16 @@ mod node {
 
         // -- R2 pull
 
-        /// Whether this node is whole for a key or a range: it owns it or has kept it, and has no pull over it.
+        /// R2: whether this node has all of a span of one range.
         fn is_whole_for(&self, span: Span) -> bool {
             let owns = self.table.as_ref().is_some_and(|table| Some(table.shard_at(span.first)) == self.shard);
             let has_kept = !self.settled && !self.lacks.iter().any(|lack| lack.overlaps(&span));
             (owns || has_kept) && !self.pulls.iter().any(|pull| pull.span.overlaps(&span))
         }
 
-        /// R2: another node has all that this one has of a range. What all owners have is dropped here: one that is killed then comes back
-        /// without it, and not with what it was before; and no source that has left the view, and is not counted in the watermark, keeps a
-        /// record whose tombstone is gone elsewhere. Says whether this node was whole for it.
+        /// R2: another node has all that this one has of a range. When all owners have, a former owner drops it: an
+        /// owner that is killed then comes back empty, not with old records; and no source outside the view, which does
+        /// not count for the watermark, keeps a record whose tombstone is gone elsewhere.
         fn note_received_by(&mut self, by: String, range: u64) -> Reply {
             let Some(table) = self.table.clone() else { return Reply::Refused };
             let Some((span, owned)) = table.spans().find(|(span, _)| span.first == range) else {
@@ -2846,26 +2809,22 @@ mod node {
             Reply::Key(self.records.get(hash, key).map(|record| self.copy_of(record)))
         }
 
-        /// A record as it goes to another node.
         pub fn copy_of(&self, record: &Record) -> Copied {
             (record.clone(), self.context_of(record))
         }
 
-        /// Has somebody see to the pulls, if there are any and nobody does.
         fn start_pulling(&mut self) {
             if !self.pulls.is_empty() && !std::mem::replace(&mut self.is_pulling, true) {
                 self.later.activities.push(Activity::Pull);
             }
         }
 
-        /// The pulls that are not done; with none left, nobody sees to them any more.
         pub fn pulls_left(&mut self) -> Vec<Pull> {
             self.is_pulling = !self.pulls.is_empty();
             self.pulls.clone()
         }
 
-        /// Ends a round of asking, by a table: notes what each awaited node of a pull was found to be, after this node got all that it has.
-        /// None is one that did not answer.
+        /// R2: ends a round of a pull. `found` says what each awaited node was, after it gave all; None: no answer.
         pub fn note_received(&mut self, version: Version, pull: &Pull, found: &[(String, Option<Found>)]) {
             if self.version() != Some(version) {
                 return;
@@ -2892,16 +2851,15 @@ mod node {
             }
         }
 
-        /// The nodes that pulls wait for.
         pub fn incoming(&self) -> BTreeSet<String> {
             self.pulls.iter().flat_map(Pull::awaited).cloned().collect()
         }
 
         // -- R3 adopt
 
-        /// R3: goes by a newer table from now on, in one step. It keeps its records if it went by the table's base and is in the view or a
-        /// source. Otherwise it drops them: the new table does not count on them. What the other replicas have, and what is stable, is to
-        /// be found out anew. True if it goes by the table.
+        /// R3: adopts a newer table in one step under the lock, unless a fresh lock of another coordinator forbids it.
+        /// A node that used the table's base, and is in its view or a source, keeps its records. Any other drops them,
+        /// since the table does not count on them. What is stable and what replicas lack is found out anew.
         pub fn adopt(&mut self, table: Arc<Table>) -> bool {
             let other = table.version.coordinator != self.promise.version.coordinator;
             let is_forbidden = self.is_locked() && other && table.version < self.promise.version;
@@ -2910,7 +2868,7 @@ mod node {
             }
             let keeps = table.nodes(false).contains(&self.own) && self.version() == Some(table.base);
             if !keeps {
-                // (These writes are answered with 503: `lacking`.)
+                // Their clients get 503 (`lacking`).
                 self.in_flight.clear();
                 self.drop_records(ALL);
                 self.unstable.clear();
@@ -2925,7 +2883,6 @@ mod node {
             (self.watermark, self.settled) = (0, false);
             self.promise.joining = None;
             if self.promise.version <= table.version {
-                // What the lock was for has come about.
                 self.promise.granted = None;
             }
             self.received_by.clear();
@@ -2937,7 +2894,8 @@ mod node {
             true
         }
 
-        /// What this node has to pull by a table.
+        /// R3: for an owned range, pulls from each source group, answerable at once if this node is in the group and
+        /// kept its records; and from the other replicas if it did not keep them.
         fn pulls_by(&self, table: &Table) -> Vec<Pull> {
             let mut pulls = Vec::new();
             for (span, range) in
@@ -2965,8 +2923,8 @@ mod node {
 
         // -- R4 write
 
-        /// R4: stores a record of a client under a new stamp, above all that this node knows and that the client has seen. It is in
-        /// flight until `lacking` says that nobody lacks it.
+        /// R4: stores a client's record under a stamp above all that this node knows and the client has seen. It is in
+        /// flight until no reachable replica lacks it (`lacking`).
         pub fn write(&mut self, hash: u64, mut record: Record, context: &Context) -> Record {
             let above = self.clock_now().max(context.highest());
             self.clock = ((above >> NODE_BITS) + 1) << NODE_BITS | bits_of(&self.own) as u64;
@@ -2992,8 +2950,8 @@ mod node {
             }
         }
 
-        /// Takes a record of another node, if it beats what is here; says whether it did. What is stable is here, or was deleted: it is
-        /// ignored, unless it comes by a pull that still covers the key.
+        /// R4: takes another node's record if it beats the one here. What is stable is here, or was deleted: it is
+        /// ignored, unless it comes by a pull that still covers the key. Returns whether it was taken.
         pub fn take(&mut self, (record, context): &Copied, by_pull: bool) -> bool {
             let (hash, stamp) = (record.hash(), record.stamp());
             self.clock = self.clock.max(stamp);
@@ -3008,9 +2966,7 @@ mod node {
             true
         }
 
-        /// The replicas that still lack a write, as far as they can be reached; `stored` are those that have it, in which incarnation, and
-        /// by which table (they may have dropped it with the next one). Those that cannot be reached are lagging from then on. An error:
-        /// this node has dropped what it wrote.
+        /// R4: reachable replicas that lack a write. Silent ones lag from now on. Fails if the write was dropped (R3).
         pub fn lacking(&mut self, record: &Record, stored: &Stored) -> Result<Vec<String>, ()> {
             let stamp = record.stamp();
             let Some(table) = self.table.clone().filter(|_| self.in_flight.contains(&stamp)) else { return Err(()) };
@@ -3029,13 +2985,11 @@ mod node {
             Ok(lacking)
         }
 
-        /// Gives up on replicas that did not take a write in time.
         pub fn give_up(&mut self, record: &Record, lacking: &[String]) {
             lacking.iter().for_each(|node| self.note_lagging(node, record.stamp()));
             self.in_flight.remove(&record.stamp());
         }
 
-        /// A replica may lack what was written from this stamp on.
         fn note_lagging(&mut self, node: &str, stamp: u64) {
             if self.is_replica(node) {
                 let lowest = self.lagging.entry(node.to_owned()).or_insert(stamp);
@@ -3046,8 +3000,7 @@ mod node {
 
         // -- R5 reconcile
 
-        /// Whether to reconcile with a replica now: it may lack something, or its digest has differed for a while. The number is to be
-        /// given back (`reconciled`).
+        /// R5: due if the replica may lack something or its digest differs for long. The result is for `reconciled`.
         pub fn begin_to_reconcile(&mut self, node: &str) -> Option<u64> {
             let is_due = self.is_replica(node) && self.is_ready();
             let (version, lags, now) = (self.version(), self.lagging.contains_key(node), self.now);
@@ -3060,7 +3013,7 @@ mod node {
             })
         }
 
-        /// Ends that. If all was compared, nothing failed meanwhile, and it is the same incarnation, it does not lag any more.
+        /// R5: the replica lags no longer if all was compared and nothing failed meanwhile. A restart is a failure too.
         pub fn reconciled(&mut self, node: &str, version: Version, failures: u64, is_through: bool) {
             let peer = self.peers.entry(node.to_owned()).or_default();
             peer.is_reconciling = false;
@@ -3069,7 +3022,7 @@ mod node {
             }
         }
 
-        /// Takes records of another replica, or (`by_pull`) of a source. The other replicas may lack what is new.
+        /// R5: takes records of a replica or, `by_pull`, of a source. The other replicas may lack what is new.
         pub fn take_reconciled(&mut self, version: Version, from: &str, copies: &[Copied], by_pull: bool) -> bool {
             if self.version() != Some(version) {
                 return false;
@@ -3084,8 +3037,7 @@ mod node {
             true
         }
 
-        /// Compares a span with what another node has of it, by hash and stamp: gives what is newer here, and says what is newer there, as
-        /// far as a message has room. (Of two keys with one hash, the older one is compared when it is written next.)
+        /// R5: compares a span with another node's, as far as a message has room. Keys with one hash count as one.
         fn compare(&self, span: Span, theirs: Vec<(u64, u64)>) -> Reply {
             let (records, last) = self.records.first_of(span, MAX_BATCH);
             let mut theirs: BTreeMap<u64, u64> = theirs.into_iter().filter(|(hash, _)| *hash <= last).collect();
@@ -3104,8 +3056,8 @@ mod node {
 
         // -- R6 stability
 
-        /// R6: what this node claims is stable: it is below what is in flight and what some replica may lack. It does not rise while
-        /// anything is open, and never goes down. The watermark is the lowest claim of all nodes.
+        /// R6: raises this node's claim, up to which its writes are on all replicas: below what is in flight and what a
+        /// replica may lack, once R8 holds. It never falls. The watermark is the lowest claim of all nodes.
         fn refresh_stable(&mut self) {
             self.look_whether_settled();
             let Some(table) = self.table.clone().filter(|_| self.settled) else { return };
@@ -3118,7 +3070,7 @@ mod node {
             self.clock = self.clock.max(self.watermark);
         }
 
-        /// Drops what is kept of records that are stable by now: some thousand at most. True if there is more.
+        /// R6: drops stable tombstones and contexts, up to 2,000. Returns whether there may be more.
         pub fn drop_stable(&mut self) -> bool {
             self.refresh_stable();
             for _ in 0..2000 {
@@ -3137,7 +3089,7 @@ mod node {
             self.unstable.get(&record.stamp()).map_or(Context::default(), |(_, context)| context.clone())
         }
 
-        /// What of a context is not stable. Of nodes that the table does not name, one member says as much as many.
+        /// R7: a context without what is stable. For nodes that the table does not name, the highest stamp is enough.
         pub fn unstable_part(&self, context: &Context) -> Context {
             let mut kept = Context {
                 table: context.table.filter(|it| Some(*it) > self.version() || !self.settled),
@@ -3156,20 +3108,19 @@ mod node {
             kept
         }
 
-        /// The nodes of the table, members and sources, whose names have these bits.
         fn nodes_with(&self, bits: u16) -> Vec<&String> {
             let nodes = self.table.iter().flat_map(|table| table.nodes(self.settled));
             nodes.filter(|name| bits_of(name) == bits).collect()
         }
 
-        /// A client's context can only have stamps that some clock has given, and clocks differ by less than an hour.
+        /// A forged stamp must not advance this node's clock. Real clocks differ by less than an hour.
         pub fn is_plausible(&self, context: &Context) -> bool {
             context.highest() <= stamp_at(self.now + Duration::from_secs(3600)).max(self.clock)
         }
 
-        /// R7: the nodes that must give a key before this one may answer a read by a context. A write that the context speaks of was
-        /// made at a node; unless it is stable, or older than what is here of the key, that node has to be asked whether it was to this
-        /// key. None: the context knows of a newer table.
+        /// R7: the groups of which a node must give a key before a read by this context is answered. The context names
+        /// a node and a stamp given there. Unless that write is stable, or older than the record here, it may be to
+        /// this key, so that node is asked. None: the context names a newer table.
         pub fn context_needs(&self, hash: u64, key: &[u8], context: &Context) -> Option<Vec<Vec<String>>> {
             let table = self.table.as_ref().filter(|table| context.table <= Some(table.version))?;
             let here = self.records.get(hash, key).map_or(0, Record::stamp);
@@ -3194,7 +3145,6 @@ mod node {
             Some(needs)
         }
 
-        /// A client's context after it wrote or read a record here.
         pub fn context_after(&mut self, context: &Context, record: Option<&Record>) -> Context {
             let mut after = context.clone();
             self.clock = self.clock.max(context.highest());
@@ -3209,9 +3159,8 @@ mod node {
 
         // -- R8 settled
 
-        /// R8: all nodes of the view go by this table and have no pulls. A pull ends only when each of its sources has answered by this
-        /// version, or has nothing; so sources mean nothing any more. What this node does not own it drops, so that none of it comes back
-        /// by a later table.
+        /// R8: all nodes of the view use this table, without pulls. Sources are not needed: a pull ends only when each
+        /// has answered by this version or has nothing. What is not owned is dropped, so no later table brings it back.
         pub fn settle(&mut self) {
             if std::mem::replace(&mut self.settled, true) {
                 return;
@@ -3236,7 +3185,7 @@ mod node {
         pub fn status(&mut self) -> Status {
             self.refresh_stable();
             let sums = self.sums();
-            // One that has heard of a table takes up no first one.
+            // A node that has heard of a table does not adopt a first one.
             let (table, is_blank) = (self.table.as_ref(), self.table.is_none() && self.heard_of.is_none());
             Status {
                 incarnation: self.incarnation,
@@ -3258,7 +3207,7 @@ mod node {
             }
         }
 
-        /// Whether this node can answer for all that it owns without asking others first.
+        /// Whether this node can answer for all that it owns without asking others.
         pub fn is_ready(&self) -> bool {
             self.table.is_some() && self.pulls.iter().all(|pull| pull.is_answerable)
         }
@@ -3273,10 +3222,9 @@ mod node {
             self.peers.get(node).map_or(0, |peer| peer.status.incarnation)
         }
 
-        /// Answers what another node says.
         pub fn receive(&mut self, envelope: Envelope) -> Reply {
             let Envelope { from, version, incarnation, life, message, .. } = envelope;
-            // Neither from a past life of the sender, nor to one of this node.
+            // Records are exchanged by one table, and within one incarnation of each node.
             let is_present = life == self.incarnation && incarnation == self.incarnation_of(&from);
             let is_same = version.is_some() && version == self.version() && is_present;
             match message {
@@ -3298,7 +3246,7 @@ mod node {
                 Message::Received(range) if is_same => self.note_received_by(from, range),
                 Message::GiveKey(key) if is_same => self.give_key(&key),
                 Message::Digests(span) if is_same && span.first <= span.last => {
-                    // What is written from now on is to reach who asks, even if it was silent until now.
+                    // From now on, writes must reach the node that pulls, even if it was silent (R2).
                     self.note_silent(&from, false);
                     Reply::Digests(self.records.digests_of(span))
                 }
@@ -3313,7 +3261,6 @@ mod node {
             }
         }
 
-        /// Takes in what another node tells of itself, in a message or in a reply.
         pub fn hear(&mut self, from: &str, status: &Status) {
             if from == self.own {
                 return;
@@ -3330,7 +3277,6 @@ mod node {
             }
             let is_decided = !self.is_locked() && status.version != Some(self.promise.version);
             if self.promise.joining.as_deref() == Some(from) && is_decided {
-                // Nothing came of it.
                 self.promise.joining = None;
             }
             let is_replica = self.is_replica(from);
@@ -3347,11 +3293,9 @@ mod node {
             self.refresh_stable();
         }
 
-        /// A node has answered, or has not in time.
         pub fn note_silent(&mut self, node: &str, silent: bool) {
             let peer = self.peers.entry(node.to_owned()).or_default();
             let is_news = std::mem::replace(&mut peer.silent, silent) != silent;
-            // (Of nodes that left nothing is told.)
             if is_news && self.members().iter().any(|it| it == node) {
                 self.say(format!("{node} is {}", if silent { "silent" } else { "back" }));
             }
@@ -3361,18 +3305,16 @@ mod node {
             self.peers.get(node).is_some_and(|peer| peer.silent)
         }
 
-        /// The silent nodes of its table.
         pub fn silent(&self) -> Vec<String> {
             self.members().into_iter().filter(|node| self.is_silent(node)).collect()
         }
 
-        /// Whether this is a store of one, without keys: it may join another store.
+        /// Whether this store of one node, without keys, may join another.
         fn is_alone(&self) -> bool {
             let is_one = self.table.as_ref().is_some_and(|table| table.view == [self.own.as_str()]);
             is_one && self.records.total().count == 0 && self.pulls.is_empty()
         }
 
-        /// Looks at a table that came in a reply.
         pub fn consider(&mut self, from: &str, table: Arc<Table>) {
             if !table.is_valid() {
                 return;
@@ -3385,16 +3327,15 @@ mod node {
                 return;
             };
             let has_left = !mine.lists(&self.own);
-            // Who has left a store follows its nodes.
+            // A node that has left a store adopts what that store's nodes use.
             let may_join = (self.is_alone() || has_left) && table.lists(&self.own) || has_left && mine.lists(from);
             if mine.store == table.store || may_join {
                 self.adopt(table);
             }
         }
 
-        /// Begins a round, several times a second: meets a neighbour, a replica of the shard, every now and then another node, and, as
-        /// often, one that is silent or blank: so an idle store costs in proportion to its nodes. Returns the nodes that a blank one is to
-        /// ask instead: all that may know.
+        /// R11: meets a neighbour, a replica, at times another node, and one that is silent or blank: so an idle store
+        /// costs in proportion to its nodes. A blank node returns all nodes to ask instead (R10).
         pub fn begin_round(&mut self) -> Option<Vec<String>> {
             self.rounds = self.rounds.saturating_add(1);
             if self.table.is_none() {
@@ -3421,7 +3362,6 @@ mod node {
 
         // -- R10 start
 
-        /// The nodes of its VIEW, of the table that it heard of, and those that go by that.
         fn nodes_to_ask(&self) -> Vec<String> {
             let mut all: BTreeSet<&String> = self.first_view.iter().collect();
             if let Some(table) = &self.heard_of {
@@ -3432,13 +3372,13 @@ mod node {
             all.into_iter().filter(|node| **node != self.own).cloned().collect()
         }
 
-        /// R10: has a blank node go by a table, after a round of asking: the newest that it heard of, if more than half of its other
-        /// members answered, and none of them has granted a lock for a newer one, which may be in force elsewhere; or if all answered that
-        /// it knows of. Or it goes by the first one, if all whom its VIEW names are blank too.
+        /// R10: a blank node adopts the newest table that it has heard of, if more than half of its other members
+        /// answered and none has granted a lock for a newer one, which may be in force elsewhere; or if all nodes that
+        /// it asks answered. Without one, it adopts the first table if all nodes of its `VIEW` are blank too.
         pub fn let_in(&mut self, answers: &BTreeMap<String, Status>) {
-            // (Also those that it has only just heard of.)
+            // Also those that were heard of only in this round.
             let has_all = self.nodes_to_ask().iter().all(|node| answers.contains_key(node));
-            // It may have been lost with all that went by it.
+            // A table that no answering node uses may be lost with all nodes that did.
             let is_alive = |table: &Arc<Table>| answers.values().any(|status| status.version == Some(table.version));
             self.heard_of = self.heard_of.take().filter(is_alive);
             let table = match self.heard_of.clone() {
@@ -3473,13 +3413,13 @@ mod node {
             (is_first && names_itself).then(|| Arc::new(Table::first(self.first_view.clone(), self.first_factor)))
         }
 
-        // -- R9 view change: the nodes' side
+        // -- R9 view change, at the locked nodes
 
         fn is_locked(&self) -> bool {
             self.promise.granted.is_some_and(|granted| self.now < granted + self.lease)
         }
 
-        /// Grants a lock: above every table and lock that it knows, while no other coordinator's is fresh.
+        /// R9: grants a lock above every table and lock known here, unless another coordinator's lock is fresh.
         fn lock(&mut self, from: &str, version: Version) -> Reply {
             let highest = self.promise.version.max(self.version().unwrap_or_default());
             if self.is_locked() && self.promise.version.coordinator != version.coordinator {
@@ -3506,8 +3446,8 @@ mod node {
             Reply::Surveyed(cuts, hashes)
         }
 
-        /// Begins to coordinate a change to a view: its base; and its version, above all that this node knows and above `least`, in a new
-        /// epoch if silent nodes are left out. None if it does already.
+        /// R9: the base of a change, and its version: above all that this node knows and above `least`, in a new epoch
+        /// if silent nodes are left out. None if it coordinates a change already.
         pub fn begin_change(&mut self, view: &[String], force: bool, least: Version) -> Option<(Arc<Table>, Version)> {
             let table = self.table.clone().filter(|_| !self.coordinating)?;
             self.coordinating = true;
@@ -3521,14 +3461,12 @@ mod node {
             self.coordinating = false;
         }
 
-        /// The change itself: the coordinator adopts its own table, while its lock is still the highest here and not old.
+        /// R9: the change itself: the coordinator adopts its table, while its lock is the highest here and fresh.
         pub fn adopt_own(&mut self, table: Arc<Table>) -> bool {
             self.promise.version == table.version && self.is_locked() && self.adopt(table)
         }
 
-        // -- What an operator sees
-
-        /// A node that this one waits for, to name it in an error.
+        /// A node that this one waits for, to be named in an error.
         pub fn missing(&self) -> String {
             let joining = self.promise.joining.iter().cloned();
             let views = joining.chain(self.silent()).chain(self.first_view.iter().cloned());
