@@ -3478,8 +3478,10 @@ mod node {
 // ---- Replication: what a node does over time with records -----------------------------------------------------------
 
 mod replication {
-    //! These are async functions for one reason only: the simulation runs many of them at once, and decides the fate of each
-    //! message. In the program every wait blocks the coroutine or thread that it is in, and `block_on` polls once.
+    //! What a node does over time with records. `Node` decides under its lock; this room sends the messages, and
+    //! repeats what failed. Begin with the trait `World`, then read `replicate` (R4), `pull_all` (R2) and `reconcile`
+    //! (R5). The functions are async only for the simulation, which runs many at once and decides the fate of each
+    //! message. In the program each wait blocks its coroutine or thread, and `block_on` polls once.
 
     use std::collections::{BTreeMap, BTreeSet};
     use std::sync::Arc;
@@ -3493,32 +3495,29 @@ mod replication {
     use crate::records::{Record, Span};
     use crate::table::Version;
 
-    /// How a node reaches its own state, the others, and time.
+    /// A node's access to its own state, to other instances, and to time.
     pub trait World: Clone {
-        /// Looks at the node, or changes it, under its lock.
         fn with<T>(&self, action: impl FnOnce(&mut Node) -> T) -> T;
-        /// Takes messages to nodes, side by side; None for each that was not answered in time.
+        /// Sends messages side by side. None for each that got no answer in time.
         fn deliver(&self, envelopes: Vec<Envelope>) -> impl Future<Output = Vec<Option<Reply>>>;
-        /// Takes a client's request to a node that has its key. Without an answer, it says whether the request may have got there.
         fn relay(&self, node: &str, request: Request, patience: Duration)
         -> impl Future<Output = Result<Answer, Lost>>;
         fn sleep(&self, time: Duration) -> impl Future<Output = ()>;
     }
 
-    /// A request got no answer.
     #[derive(Clone, Copy)]
     pub struct Lost {
-        /// It may have got there, and have done what it asks for.
+        /// The request may have arrived and taken effect.
         pub was_sent: bool,
     }
 
-    /// How many nodes are asked at a time: a view of a thousand names costs no more than one of ten.
+    /// The number of messages in flight at a time, however large the view is.
     const SIDE_BY_SIDE: usize = 16;
 
-    /// How many neighbouring buckets are compared as one span, at most: so that there are several to be compared side by side.
+    /// The most adjacent buckets compared as one span. More would leave too few spans to compare side by side.
     const BUCKETS_IN_PART: usize = 128;
 
-    /// Says something to each of some nodes. Who does not answer is silent from then on.
+    /// Sends each node a message. A node that does not answer is silent from then on.
     pub async fn ask_each(world: &impl World, messages: Vec<(String, Message)>) -> Vec<Option<Reply>> {
         let mut replies = Vec::new();
         for group in messages.chunks(SIDE_BY_SIDE) {
@@ -3537,7 +3536,7 @@ mod replication {
                         node.consider(name, Arc::new(table.clone()));
                     }
                     if !matches!(answer, Some(Reply::Met(..) | Reply::Locked(_))) && node.incarnation_of(name) != life {
-                        // It has started again since: what it had is gone.
+                        // The node has restarted since, and lost what it had.
                         *answer = None;
                     }
                 }
@@ -3547,7 +3546,6 @@ mod replication {
         replies
     }
 
-    /// Says the same to some nodes.
     pub async fn ask(world: &impl World, nodes: &[String], message: Message) -> Vec<Option<Reply>> {
         ask_each(world, nodes.iter().map(|node| (node.clone(), message.clone())).collect()).await
     }
@@ -3556,7 +3554,7 @@ mod replication {
         ask_each(world, vec![(node.to_owned(), message)]).await.pop()?
     }
 
-    /// The same about records, by a table: who goes by another refuses, and the two meet then, so that the older one gives way.
+    /// A node that uses another table refuses. Then the two meet, and the older table gives way.
     async fn ask_by(world: &impl World, node: &str, version: Version, message: Message) -> Option<Reply> {
         if world.with(|node| node.version()) != Some(version) {
             return None;
@@ -3570,11 +3568,9 @@ mod replication {
         }
     }
 
-    // -- R4 write
-
-    /// R4: has the other replicas store what was written here: all that this node does not take for silent, and whoever is to have it by a
-    /// table that comes meanwhile. Only then may it be acknowledged. Silent ones are lagging from then on, until they are reconciled with.
-    /// The error is a node that did not take it in time: the write is not undone, but its client is not told that it was done.
+    /// R4: pushes a record to all replicas that are not silent, also to those of a table adopted meanwhile; only then
+    /// may the write be acknowledged. Silent ones are lagging until they are reconciled with. Fails with a node that
+    /// did not take it in time: the write is not undone, but its client gets the error.
     pub async fn replicate(world: &impl World, record: &Record, deadline: Duration) -> Result<(), String> {
         let (mut stored, mut blank) = (BTreeMap::new(), Vec::new());
         loop {
@@ -3582,7 +3578,7 @@ mod replication {
                 world.with(|node| (node.version(), node.lacking(record, &stored), node.now > deadline));
             let Ok(lacking) = lacking else { return Err(world.with(|node| node.own().to_owned())) };
             let Some(first) = lacking.first() else { return Ok(()) };
-            // Who was blank when all others had it will pull it from one of these.
+            // A replica that is blank when all others have the record pulls it from one of them.
             if late || lacking == blank {
                 world.with(|node| node.give_up(record, &lacking));
                 return if late { Err(first.clone()) } else { Ok(()) };
@@ -3604,12 +3600,9 @@ mod replication {
         }
     }
 
-    // -- R2 pull
-
-    /// R2: gets all that this node owns and has not got, by reconciling in one direction with each node of a group. So there is one way to
-    /// move records, and a pull that was interrupted goes on where digests differ. This node may answer for the span once it has got what
-    /// a whole one has. It goes on with the others, which may have had a write that a whole one lacks; one that is not whole yet is asked
-    /// again, unless none of them is whole (`Pull::is_done`).
+    /// R2: pulls by reconciling in one direction with each node of a group, so an interrupted pull goes on where
+    /// digests differ. The span is answerable when a whole node has given all. The pull goes on with the others, which
+    /// may have a write that the whole one lacks, and asks again those that are not whole (`Pull::is_done`).
     pub async fn pull_all(world: &impl World) {
         loop {
             let (version, pulls) = world.with(|node| (node.version(), node.pulls_left()));
@@ -3633,7 +3626,7 @@ mod replication {
         }
     }
 
-    /// Gets what a node has of a span, and learns what it is. None if it does not answer.
+    /// None if the node does not answer.
     async fn pull_from(world: &impl World, version: Version, pull: &Pull, node: &str) -> Option<Found> {
         if reconcile(world, node, version, pull.span, true).await.is_some() {
             return match ask_by(world, node, version, Message::Received(pull.span.first)).await? {
@@ -3646,13 +3639,13 @@ mod replication {
         meet(world, node).await.filter(|status| status.store != store).map(|_| Found::Nothing)
     }
 
-    /// Gets one key from a whole node of a group, and merges it. Returns the version by which it did; None if no such node answers.
+    /// R1: merges a key from a whole node of a group. Returns the version used; None if no such node answers.
     pub async fn get_key(world: &impl World, key: &[u8], group: &[String]) -> Option<Version> {
         let version = world.with(|node| node.version())?;
         let (silent, mut nodes): (Vec<String>, Vec<String>) =
             world.with(|own| group.iter().cloned().partition(|node| own.is_silent(node)));
         if nodes.is_empty() {
-            // One may just be back; to try them all would take too long.
+            // A silent node may be back. Trying all of them would take too long.
             nodes.extend(silent.into_iter().take(1));
         }
         for node in nodes {
@@ -3670,9 +3663,6 @@ mod replication {
         None
     }
 
-    // -- R5 reconcile
-
-    /// R5: reconciles with another replica if that is due.
     pub async fn reconcile_if_due(world: &impl World, other: &str) {
         let Some(failures) = world.with(|node| node.begin_to_reconcile(other)) else { return };
         let (version, spans) = world.with(|node| (node.version().unwrap_or_default(), node.own_spans()));
@@ -3683,15 +3673,14 @@ mod replication {
         world.with(|node| node.reconciled(other, version, failures, is_through));
     }
 
-    /// Finds out by the digests of buckets, and then by stamps, in which records of a span this node and another one differ, and takes
-    /// what is newer there; gives what is newer here, unless this is part of a pull. Holds since of two records of a key the higher stamp
-    /// stays wherever they meet. None if it could not be finished.
+    /// R5: finds what differs by digests of buckets, then by stamps. Takes what is newer there and, except in a pull,
+    /// gives what is newer here: the higher stamp wins wherever two meet. None if it could not finish.
     async fn reconcile(world: &impl World, other: &str, version: Version, span: Span, is_pull: bool) -> Option<()> {
         let Reply::Digests(theirs) = ask_by(world, other, version, Message::Digests(span)).await? else { return None };
         let ours = world.with(|node| node.records.digests_of(span));
         let buckets = span.by_bucket().zip(ours.iter().zip(&theirs));
         let differing: Vec<Span> = buckets.filter(|(_, (ours, theirs))| ours != theirs).map(|(span, _)| span).collect();
-        // Where buckets are small, a message has room for several neighbours.
+        // One message has room for several small buckets.
         let mut parts = Vec::new();
         for neighbours in differing.chunk_by(|one, next| one.last + 1 == next.first) {
             let span_of = |some: &[Span]| Span { first: some[0].first, last: some[some.len() - 1].last };
@@ -3704,7 +3693,7 @@ mod replication {
         Some(())
     }
 
-    /// Evens out some spans, side by side and as far as messages have room; returns what is left of them.
+    /// Returns the parts of the spans for which messages had no room.
     async fn exchange(
         world: &impl World,
         other: &str,
@@ -3712,7 +3701,7 @@ mod replication {
         parts: Vec<Span>,
         is_pull: bool,
     ) -> Option<Vec<Span>> {
-        // (Each on its own, so that the lock is not held for long.)
+        // Each under its own lock, so that none is held for long.
         let ours: Vec<(Vec<Record>, u64)> =
             parts.iter().map(|part| world.with(|node| node.records.first_of(*part, MAX_BATCH))).collect();
         let mut messages = Vec::new();
@@ -3742,6 +3731,10 @@ mod replication {
 // ---- Membership: starting, meeting, changing the view ---------------------------------------------------------------
 
 mod membership {
+    //! What a node does over time with other nodes. `Node` decides what to grant, adopt and believe; `table` computes a
+    //! new table. Questions of clients that need other nodes, about counts and shards, are answered here too. Begin
+    //! with `keep_in_touch` (R10, R11), then read `change_view` (R9) and `Attempt::run`.
+
     use std::collections::BTreeMap;
     use std::sync::Arc;
     use std::time::Duration;
@@ -3764,13 +3757,10 @@ mod membership {
         }
     }
 
-    // -- R11 meetings, R10 start
-
-    /// R11: meets some other nodes, beside whoever calls this; a blank node asks everybody that may know what to go by. To be done several
-    /// times a second.
+    /// Must be called several times a second.
     pub async fn keep_in_touch(world: &impl World) {
         while world.with(|node| node.drop_stable()) {
-            // Whoever waits for the lock gets it: a thread that takes it again at once would keep it.
+            // A thread that locks again at once would keep other threads waiting.
             world.sleep(Duration::from_millis(1)).await;
         }
         if let Some(nodes) = world.with(|node| node.begin_round()) {
@@ -3778,7 +3768,7 @@ mod membership {
         }
     }
 
-    /// Meets a node: each learns by what the other one goes. None if it does not answer.
+    /// None if the node does not answer.
     pub async fn meet(world: &impl World, other: &str) -> Option<Status> {
         meet_all(world, &[other.to_owned()]).await.pop()?
     }
@@ -3796,14 +3786,12 @@ mod membership {
         }
     }
 
-    /// R10: a round of a blank node's asking.
     async fn start(world: &impl World, nodes: Vec<String>) {
         let replies = meet_all(world, &nodes).await;
         let answers = nodes.iter().cloned().zip(replies).filter_map(|(node, reply)| Some((node, reply?))).collect();
         world.with(|node| node.let_in(&answers));
     }
 
-    /// Waits until this node may go by its table. The error names a node that it waits for.
     pub async fn await_table(world: &impl World) -> Result<(), Outcome> {
         let deadline = world.with(|node| node.now) + PATIENCE;
         while !world.with(|node| node.may_answer()) {
@@ -3815,7 +3803,6 @@ mod membership {
         Ok(())
     }
 
-    /// How many keys this instance has.
     pub async fn count_keys(world: &impl World) -> Result<Outcome, Outcome> {
         await_table(world).await?;
         let (count, shard) = world.with(|node| (node.sums().count, node.shard().filter(|_| !node.own().is_empty())));
@@ -3825,7 +3812,6 @@ mod membership {
         }))
     }
 
-    /// The ids of all shards; or, with an index, what one of them is.
     pub async fn describe_shards(world: &impl World, index: Option<usize>) -> Result<Outcome, Outcome> {
         await_table(world).await?;
         let table = world.with(|node| node.table()).ok_or(Outcome::NoShard)?;
@@ -3843,7 +3829,6 @@ mod membership {
         Ok(Outcome::Shard(json!({"shard-id": id_of(index), "key-count": count, "replicas": replicas})))
     }
 
-    /// How many keys a shard has, by the first of its replicas that answers.
     async fn count_of_shard(world: &impl World, replicas: &[String]) -> Option<usize> {
         for node in world.with(|node| node.ranked(replicas.to_vec())) {
             if let Some(status) = meet(world, &node).await {
@@ -3853,10 +3838,7 @@ mod membership {
         None
     }
 
-    // -- R9 view change
-
-    /// Answers a PUT of a view: changes it, or passes the request on to a node that can. One that does not answer may have changed the view
-    /// before it fell silent. If that is not known, to ask for the same once more does no harm.
+    /// R9: changes the view, here or at a better coordinator. If that one falls silent, the request may be repeated.
     pub async fn answer_view_change(world: &impl World, request: &Request, wanted: &WantedView) -> Answer {
         let render = |outcome: Outcome| outcome.answer(Vocabulary::Json, &request.verb);
         if let Err(outcome) = await_table(world).await {
@@ -3871,7 +3853,7 @@ mod membership {
             }
             let Some(node) = better else { return render(change_view(world, wanted).await) };
             let origin = Origin::Node(world.with(|node| node.store()));
-            // A change may take long before this.
+            // Without the time limit of relayed requests.
             let passed_on = Request { origin, began: None, ..request.clone() };
             match world.relay(&node, passed_on, CHANGE_LIMIT).await {
                 Ok(answer) => return answer,
@@ -3881,8 +3863,8 @@ mod membership {
         render(Outcome::NodeDown(silent))
     }
 
-    /// Who should coordinate instead of this node, if anybody: a member of its table, if this one is none. And if this node is alone and
-    /// without keys, one of the view's other nodes that has keys, or a store around it: then this one joins that store.
+    /// R9: the node that must coordinate instead of this one: a member of the table, if this node is none; or, if this
+    /// node is alone without keys, a node of the wanted view that has keys or a store.
     async fn better_coordinator(world: &impl World, view: &[String]) -> Option<String> {
         let (table, status, own) = world.with(|node| (node.table(), node.status(), node.own().to_owned()));
         let table = table?;
@@ -3894,7 +3876,7 @@ mod membership {
         let others: Vec<String> = others.iter().filter(|node| **node != own).cloned().collect();
         let replies = meet_all(world, &others).await;
         let fits = |it: &Status| {
-            // (A node that left this node's own store cannot coordinate for it.)
+            // A node that left this node's own store cannot coordinate for it.
             let has_left_another = it.version.is_some() && !it.is_member && it.store != table.store;
             !status.is_member || it.keys > 0 || it.members > 1 || has_left_another
         };
@@ -3902,19 +3884,16 @@ mod membership {
         answering.next().map(|(node, _)| node)
     }
 
-    /// Why an attempt to change the view came to nothing.
     enum Failure {
         Refused(Outcome),
-        /// To be tried again for a while, with a version above this one: another change is ending, or a node is starting.
+        /// To be retried above this version: another change is ending, or a node is starting.
         Again(Version, Outcome),
     }
 
-    /// For how long a view change is tried while other nodes are starting, or a change before it is ending.
     const TRIES: Duration = Duration::from_secs(4);
-    /// How long a node must not have answered after the change until it is not waited for any more.
+    /// A node that is silent for this long after the change is reported as unreached.
     const UNREACHED: Duration = Duration::from_secs(3);
 
-    /// R9: changes the view, as the coordinator. If that is refused, the old view stays in force.
     async fn change_view(world: &impl World, wanted: &WantedView) -> Outcome {
         let deadline = world.with(|node| node.now) + TRIES;
         let mut least = Version::default();
@@ -3943,8 +3922,6 @@ mod membership {
         }
     }
 
-    /// Waits until a change that is in force is settled, and says how it ended: how many keys it moves, the shards with their shares, and
-    /// who is not reached.
     async fn describe_change(world: &impl World, table: &Table) -> Outcome {
         let unreached = await_settled(world, table).await;
         let mut shards = Vec::new();
@@ -3964,7 +3941,7 @@ mod membership {
         Outcome::ViewChanged(change)
     }
 
-    /// Waits until a table is settled (R8). Returns the nodes that fall silent before that.
+    /// Waits until the table is settled (R8). Returns the nodes that stay silent meanwhile.
     async fn await_settled(world: &impl World, table: &Table) -> Vec<String> {
         let nodes: Vec<String> = table.nodes(false).into_iter().cloned().collect();
         let (mut silence, mut pause) = (vec![Duration::ZERO; nodes.len()], 2);
@@ -3973,12 +3950,12 @@ mod membership {
             let replies = meet_all(world, &nodes).await;
             let (now, version, settled) = world.with(|node| (node.now, node.version(), node.is_settled()));
             if settled || version != Some(table.version) {
-                // All hear of it at once.
+                // All nodes learn of it now, and not by later meetings.
                 meet_all(world, &nodes).await;
                 return Vec::new();
             }
             for (silence, reply) in silence.iter_mut().zip(replies) {
-                // (This node may have been stopped for any time.)
+                // A round counts for a second at most: this process may have been stopped.
                 let more = *silence + (now - began).min(Duration::from_secs(1)) + Duration::from_millis(pause);
                 *silence = if reply.is_some() { Duration::ZERO } else { more };
             }
@@ -3992,7 +3969,6 @@ mod membership {
         }
     }
 
-    /// An attempt to make a table from a base.
     struct Attempt<'a, W> {
         world: &'a W,
         base: Arc<Table>,
@@ -4003,7 +3979,6 @@ mod membership {
     type Granted = BTreeMap<String, Status>;
 
     impl<W: World> Attempt<'_, W> {
-        /// All whose lock is needed: the old view, the new one, and, unless the base is settled, its sources.
         fn nodes(&self) -> Vec<String> {
             let mut nodes = self.base.nodes(self.world.with(|node| node.is_settled()));
             nodes.extend(&self.wanted.view);
@@ -4014,7 +3989,7 @@ mod membership {
             Failure::Again(self.version, outcome)
         }
 
-        /// Locks the nodes, makes the table and adopts it: that step is the change.
+        /// R9: locks the nodes and makes the table. Adopting it is the change.
         async fn run(&self, nodes: &[String]) -> Result<Arc<Table>, Failure> {
             let granted = self.lock(nodes).await?;
             let silent: Vec<String> = nodes.iter().filter(|node| !granted.contains_key(*node)).cloned().collect();
@@ -4035,7 +4010,7 @@ mod membership {
             }
         }
 
-        /// Locks the nodes, the lowest address first: two coordinators contend for that one, so they do not block each other.
+        /// Locks the lowest address first: of two coordinators one fails there, and they do not block each other.
         async fn lock(&self, nodes: &[String]) -> Result<Granted, Failure> {
             let mut granted = Granted::new();
             let (lowest, rest) = nodes.split_at(1);
@@ -4044,12 +4019,11 @@ mod membership {
                     match reply {
                         Some(Reply::Locked(status)) => drop(granted.insert(name.clone(), status)),
                         Some(Reply::Outdated(newest)) => {
-                            // It may go by a newer table.
                             meet(self.world, name).await;
                             return Err(Failure::Again(newest, Outcome::ChangeUnderWay));
                         }
                         Some(_) => return Err(self.again(Outcome::ChangeUnderWay)),
-                        // The lock, or its reply, may have got lost.
+                        // The lock, or its reply, was lost.
                         None if meet(self.world, name).await.is_some() => {
                             return Err(self.again(Outcome::ChangeUnderWay));
                         }
@@ -4060,8 +4034,8 @@ mod membership {
             Ok(granted)
         }
 
-        /// Checks that nodes which do not answer may be left out: by force; or if another whole replica of each one's shard answers, and
-        /// more than half of the old view goes by the base and does, so that two sides of a cut cannot both do it.
+        /// R9: silent nodes may be left out by force; or if a whole replica of each one's shard, and more than half of
+        /// the old view, have granted the lock by the base, so that two sides of a cut cannot both do it.
         fn check_silent(&self, granted: &Granted, silent: &[String]) -> Result<(), Failure> {
             let Some(first) = silent.first() else { return Ok(()) };
             let down = |node: &String| Failure::Refused(Outcome::NodeDown(node.clone()));
@@ -4079,15 +4053,14 @@ mod membership {
             let is_starting = |node: &String| granted.contains_key(node) && !is_whole(node);
             match is_majority && silent.iter().all(has_other) {
                 true if self.version.epoch > base.version.epoch => Ok(()),
-                // It is known to be silent by now.
+                // By the next attempt its silence is known, and the version begins a new epoch.
                 true => Err(self.again(Outcome::NodeDown(first.clone()))),
                 false if base.view.iter().any(is_starting) => Err(self.again(Outcome::NodeDown(first.clone()))),
                 false => Err(down(first)),
             }
         }
 
-        /// Checks that all go by the base, or may join, and that it is settled, or waits only for those that are left out by force.
-        /// Returns whether it is settled.
+        /// R9: all must use the base or may join. Returns whether it is settled; by force, it may await nodes left out.
         fn check_granted(&self, granted: &Granted, silent: &[String]) -> Result<bool, Failure> {
             let settled = self.world.with(|node| node.is_settled()) || granted.values().any(|it| self.says_settled(it));
             for (node, status) in granted {
@@ -4110,8 +4083,7 @@ mod membership {
             status.version == Some(self.base.version) && status.settled
         }
 
-        /// Whether a node may join: it goes by our table, which does not list it; or it has left a store; or it is a store of one
-        /// without keys.
+        /// R9: a node may join if it uses the base, or if it is without keys and has left its store or is alone in it.
         fn check_joining(&self, node: &str, status: &Status) -> Result<(), Failure> {
             let is_free = if status.is_member { status.members == 1 } else { status.settled };
             if status.version.is_none() {
@@ -4128,8 +4100,7 @@ mod membership {
             }
         }
 
-        /// For each shard of which a replica has granted the lock, the one that tells what the shard has and where its cuts are: a whole
-        /// one, if there is one.
+        /// For each shard a replica that granted the lock, whole if possible: it counts the keys and finds the cuts.
         fn representatives(&self, granted: &Granted) -> Vec<(usize, String)> {
             let mut representatives = Vec::new();
             for shard in 0..self.base.shards.len() {
@@ -4140,7 +4111,6 @@ mod membership {
             representatives
         }
 
-        /// Learns where the shards are to be cut, each from its speaker.
         async fn survey(
             &self,
             change: &Change,
