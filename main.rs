@@ -4851,8 +4851,8 @@ mod peers {
 // ---- World: the real lock, clock and network ------------------------------------------------------------------------
 
 mod world {
-    //! What the rooms before this one use of the system: the lock on the node, the clock, how messages go to other nodes (`Live`, in whose
-    //! place the simulation has a world of its own), sleeping, threads, and stderr.
+    //! What other rooms use of the system: lock, clock, messages, sleeping, threads, stderr. The simulation replaces
+    //! `Live`. Begin with `lock_node` and `unlock_node`, which does what is slow after the lock (`Node::later`).
 
     use std::collections::BTreeMap;
     use std::fs::File;
@@ -4879,12 +4879,9 @@ mod world {
     use crate::settings::{SETTINGS, own, port_of};
     use crate::table::Table;
 
-    // -- The node
-
-    /// What this instance holds, and what it knows of the other nodes. A std Mutex and not a coroutine's: nobody waits for
-    /// anything while holding it.
+    /// The node of this instance. Its holder waits for nothing, so a std mutex will do.
     static NODE: LazyLock<Mutex<Node>> = LazyLock::new(|| {
-        // A main instance is a store of one that nobody else knows.
+        // A main instance is a store of one node that no other one knows.
         let (own, view) =
             own().map_or((String::new(), vec![String::new()]), |own| (own.to_owned(), SETTINGS.view.clone()));
         let mut node = Node::new(own.clone(), view.clone(), SETTINGS.factor, random(), now());
@@ -4895,12 +4892,11 @@ mod world {
         Mutex::new(node)
     });
 
-    /// When this was first asked for, as an instant and as the time since 1970.
     static START: LazyLock<(Instant, Duration)> = LazyLock::new(|| {
         (Instant::now(), SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default())
     });
 
-    /// The time since 1970 at the start, and since then by a clock that nobody sets.
+    /// The time since 1970 at the start, and from then on by a clock that cannot be set.
     pub fn now() -> Duration {
         START.1 + START.0.elapsed()
     }
@@ -4909,10 +4905,10 @@ mod world {
         START.1
     }
 
-    /// A view change that is passed on to a node of the store may take as long as it takes.
+    /// A relayed view change has no shorter limit: it takes as long as moving its keys.
     pub const CHANGE_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
 
-    // (Not inlined, as `unlock_node`: there are a hundred places that look at the node.)
+    // Not inlined, as `unlock_node`: a hundred places look at the node.
     #[inline(never)]
     fn lock_node() -> MutexGuard<'static, Node> {
         let mut node = lock(&NODE);
@@ -4920,15 +4916,15 @@ mod world {
         node
     }
 
-    /// Unlocks the node, and does what it left for later.
+    /// Unlocks the node, and does what it left in `later`.
     #[inline(never)]
     fn unlock_node(mut node: MutexGuard<Node>) {
         let Later { lines, garbage, activities } = std::mem::take(&mut node.later);
-        // Still locked, so that they stay in the order in which they came about.
+        // Still locked, which keeps the lines in order.
         lines.iter().for_each(|line| say(line));
         drop(node);
         if !garbage.is_empty() {
-            // To drop many records takes a while. (Without a thread, they are dropped here.)
+            // Freeing many records takes long. Without a thread they are freed here.
             let _ = thread::Builder::new().spawn(move || drop(garbage));
         }
         for activity in activities {
@@ -4939,13 +4935,12 @@ mod world {
                 })
             };
             while spawn().is_err() {
-                // The system has no room for another thread now.
                 pause(Duration::from_millis(100));
             }
         }
     }
 
-    /// To the thread that does what would hold up all coroutines. It is one: many would compete with the worker.
+    /// The queue of the background thread. There is one: more would compete with the worker.
     pub static BACKGROUND: LazyLock<mpsc::Sender<Box<dyn FnOnce() + Send>>> = LazyLock::new(|| {
         let (sender, receiver) = mpsc::channel::<Box<dyn FnOnce() + Send>>();
         repeat(Duration::ZERO, move || {
@@ -4955,11 +4950,10 @@ mod world {
         sender
     });
 
-    /// Has the background thread do something while the calling coroutine waits. Work that waits for others comes back, for the coroutine to
-    /// do: the thread only computes. A panic there is one here.
+    /// Computes on the background thread while the caller waits. What has to wait is returned as work and runs here.
     pub fn in_background(work: impl FnOnce() -> Result<Answer, Work> + Send + 'static) -> Answer {
         let (question, waiting) = Question::new(CHANGE_LIMIT);
-        // However this ends, `waiting` is dropped then.
+        // If the work panics, `waiting` is dropped, and there is no answer.
         let _ = BACKGROUND.send(Box::new(move || waiting.deliver(work())));
         match question.answer() {
             Some(done) => done.unwrap_or_else(|work| work()),
@@ -4967,7 +4961,6 @@ mod world {
         }
     }
 
-    /// The world that this program runs in, as opposed to the one of the simulation.
     #[derive(Clone, Copy)]
     pub struct Live;
 
@@ -4980,7 +4973,7 @@ mod world {
         }
 
         async fn deliver(&self, envelopes: Vec<Envelope>) -> Vec<Option<Reply>> {
-            // All are asked before the first is waited for.
+            // All are sent before the first answer is waited for.
             let questions: Vec<Option<Arc<Question>>> = envelopes.iter().map(begin_to_deliver).collect();
             let answers = envelopes.into_iter().zip(questions).map(|(envelope, question)| match question {
                 None if own() == Some(&envelope.to) => Some(self.with(|node| node.receive(envelope))),
@@ -4998,9 +4991,9 @@ mod world {
         }
     }
 
-    /// Runs a future whose waits all block: it is ready when it is polled once.
+    /// Runs a future whose waits all block: one poll completes it.
     pub fn block_on<T>(future: impl Future<Output = T>) -> T {
-        // (Not in a Box: large allocations are slow.)
+        // Not in a Box: large allocations are slow.
         let mut future = pin!(future);
         loop {
             if let Poll::Ready(result) = future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
@@ -5009,7 +5002,7 @@ mod world {
         }
     }
 
-    /// Asks another node. None if it cannot be asked, or is this one.
+    /// None if the node cannot be asked, or is this one.
     fn begin_to_deliver(envelope: &Envelope) -> Option<Arc<Question>> {
         if own() == Some(&envelope.to) {
             return None;
@@ -5018,7 +5011,7 @@ mod world {
         let message = Request { origin: Origin::Message, body, ..Request::default() };
         let mut limit = envelope.message.limit();
         if matches!(envelope.message, Message::Meet(_)) {
-            // In a large store that starts, all ask all.
+            // In a large store that starts, all nodes ask all.
             limit = limit.max(Duration::from_millis(40) * SETTINGS.view.len() as u32);
         }
         Peer::at(&envelope.to).begin(message, limit).ok()
@@ -5028,9 +5021,8 @@ mod world {
         postcard::from_bytes(&answer.body).ok()
     }
 
-    /// Answers a message, if it is one and for this node: in the background, unless that is short. One that nobody waits for any more, since
-    /// this process was stopped meanwhile, is refused: a lock would keep off others. (A meeting is not: in a large store that starts, it may
-    /// take longer. Not inlined, as `answer_about`.)
+    /// Answers a message, in the background unless it is short. One that is too late is refused: a late lock would
+    /// exclude other coordinators. (A meeting may be slow where a large store starts.) Not inlined, as `answer_about`.
     #[inline(never)]
     pub fn answer_message(request: &Request) -> Result<Answer, Work> {
         match postcard::from_bytes::<Envelope>(&request.body) {
@@ -5048,40 +5040,38 @@ mod world {
 
     // -- Locks, sleeping, threads
 
-    /// Locks a mutex, also after a panic elsewhere: what is guarded here is whole between any two statements.
+    /// Locks a mutex, also after a panic elsewhere: what is guarded here is consistent between any two statements.
     pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
         mutex.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A number that nobody guesses: the standard library keys its hashes with such.
+    /// An unpredictable number: the standard library keys its hashes with such numbers.
     pub fn random() -> u64 {
         RandomState::new().hash_one(0)
     }
 
-    /// Has a thread of its own do something again and again.
     pub fn repeat(pause: Duration, work: impl Fn() + Send + 'static) {
         thread::spawn(move || {
             loop {
-                // What must go on for ever survives a panic, which the hook has printed.
+                // The thread survives a panic, which the hook has printed.
                 let _ = catch_unwind(AssertUnwindSafe(&work));
                 thread::sleep(pause);
             }
         });
     }
 
-    /// Who sleeps, by when they wake; the number tells apart those that wake at once.
+    /// By wake time. The number tells apart sleepers with the same time.
     static SLEEPERS: Mutex<BTreeMap<(Instant, usize), Arc<Blocker>>> = Mutex::new(BTreeMap::new());
     static SLEEPER_CAME: Condvar = Condvar::new();
-    /// How often the sleepers are looked at, in any case: so most deadlines of requests, which do not come about, wake nobody.
+    /// Sleepers are checked at least this often. A deadline further ahead, which is rarely reached, signals nothing.
     const WAKE_INTERVAL: Duration = Duration::from_millis(100);
 
-    /// Lets a coroutine, or a thread, sleep. (`may::coroutine::sleep` sets a timer and then writes to the coroutine once more: if it has
-    /// woken and ended by then, it is gone, and the process crashes.)
+    /// Replaces `may::coroutine::sleep`, which still writes to the coroutine after its timer may have ended it.
     pub fn pause(time: Duration) {
         park_until(&Blocker::current(), Instant::now() + time);
     }
 
-    /// Parks the calling coroutine, or thread, until its blocker is unparked, at that time at the latest.
+    /// Parks until the blocker is unparked, or until `time`.
     pub fn park_until(blocker: &Arc<Blocker>, time: Instant) {
         let key = (time, Arc::as_ptr(blocker) as usize);
         let mut sleepers = lock(&SLEEPERS);
@@ -5095,7 +5085,6 @@ mod world {
         lock(&SLEEPERS).remove(&key);
     }
 
-    /// Wakes the coroutines whose time has come, or waits for one. To be repeated by a thread of its own.
     pub fn wake_sleepers() {
         let mut sleepers = lock(&SLEEPERS);
         let now = Instant::now();
@@ -5105,7 +5094,7 @@ mod world {
             let next = sleepers.keys().next().map_or(WAKE_INTERVAL, |(due, _)| due.saturating_duration_since(now));
             drop(SLEEPER_CAME.wait_timeout(sleepers, next.min(WAKE_INTERVAL)));
         } else {
-            // Without the lock (`Waiting`).
+            // Without the lock, which a woken coroutine may want at once (`Waiting`).
             drop(sleepers);
             due.values().for_each(|sleeper| sleeper.unpark());
         }
@@ -5113,10 +5102,9 @@ mod world {
 
     // -- Stderr
 
-    /// What stderr was when the instance began to serve.
     static STDERR: OnceLock<File> = OnceLock::new();
 
-    /// Writes a line to stderr. The program goes on if it cannot, where eprintln! would not.
+    /// Writes a line to stderr. Unlike eprintln!, it ignores errors.
     pub fn say(line: &str) {
         let line = format!("kv-store: {}\n", line.replace('\n', "\\n"));
         let _ = match STDERR.get() {
@@ -5125,8 +5113,8 @@ mod world {
         };
     }
 
-    /// Takes stderr away from the server, which writes a line there for each malformed request; and has what this program writes
-    /// there get lost where nobody reads it, or both would stand still. (To open it anew makes only our own writes give up.)
+    /// Points the server's stderr, where it writes a line for each malformed request, to /dev/null. This program's
+    /// lines go to the old one, reopened as non-blocking (for this process only): they are lost if a pipe is not read.
     pub fn keep_stderr() -> io::Result<()> {
         let nowhere = File::options().write(true).open("/dev/null")?;
         let anew = File::options().append(true).custom_flags(libc::O_NONBLOCK).open("/proc/self/fd/2");
@@ -5156,11 +5144,10 @@ fn main() {
     }
 }
 
-/// How often a node meets others.
 const MEETINGS: Duration = Duration::from_millis(250);
 
 fn serve(Settings { listen, role, view, .. }: &'static Settings) {
-    // As PID 1 of a container a process ignores these signals unless it says otherwise. There is nothing to save.
+    // PID 1 of a container ignores these signals unless it handles them. There is nothing to save.
     for signal in [libc::SIGTERM, libc::SIGINT] {
         let _ = signal_hook::flag::register_conditional_shutdown(signal, 0, Arc::new(AtomicBool::new(true)));
     }
@@ -5170,7 +5157,7 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
         Role::Node(address) => format!("node {address} of {}", view.join(",")),
     };
     check_files();
-    // What is large goes back to the system when it is freed, however much of it there was: the allocator would keep it (mallopt(3)).
+    // Makes the allocator return large blocks to the system when they are freed (mallopt(3)).
     // SAFETY: mallopt has no preconditions.
     unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10) };
     start_worker();
@@ -5180,7 +5167,7 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
             pause(Duration::from_secs(1));
         }
     });
-    // may shares a port with whoever else does (SO_REUSEPORT), and two stores would share the clients: ask without first.
+    // may shares its port (SO_REUSEPORT), and two stores would share the clients: try first without it.
     let server = TcpListener::bind(listen).map(drop).and_then(|()| Server.start(listen)).unwrap_or_else(|error| {
         let (ip, port) = (listen.ip(), listen.port());
         fail(1, &format!("IP={ip} PORT={port}: expected an address and port that can be listened on: {error}"))
@@ -5195,24 +5182,21 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
     fail(1, &format!("IP={} PORT={}: expected to go on listening, but the server ended", listen.ip(), listen.port()))
 }
 
-/// Configures `may`: one worker thread, which runs all coroutines.
+/// Configures `may` with one worker thread, which runs all coroutines.
 ///
-/// A coroutine that waits for a socket is stored where the thread that polls finds it, and `may` 0.3.51 goes on using the socket's data
-/// after that (`subscribe` in its `io::sys::unix`). A second worker could run the coroutine to its end meanwhile, which frees the data:
-/// the heap is corrupted, within seconds to minutes of mixed load (`./test.sh sanitize`). With one worker, the thread that would
-/// run the coroutine is the one that is still in `subscribe`. This holds as long as nothing else runs coroutines, which `may`'s
-/// timer thread does: no `may::coroutine::sleep`, and no parking with a time limit. (Time limits of sockets belong to the worker. The
-/// timer thread does run one coroutine, with which may_minihttp keeps the time of day: it touches no socket and never ends.)
+/// `may` 0.3.51 stores a coroutine that waits for a socket where the polling thread finds it, and then still uses the
+/// socket's data (`subscribe` in its `io::sys::unix`). A second worker could run the coroutine to its end meanwhile,
+/// which frees the data: the heap is corrupted within minutes of mixed load (`./test.sh sanitize`). With one worker,
+/// the thread that would run it is still in `subscribe`. `may`'s timer thread must run no coroutine with a socket
+/// either: so no `may::coroutine::sleep`, and no parking with a time limit. Timeouts of sockets are the worker's.
 fn start_worker() {
     may::config().set_workers(1).set_stack_size(16 << 10).set_worker_pin(false);
-    // An idle worker looks up once a second, and not a hundred times: whoever has something for it wakes it.
+    // An idle worker polls once a second instead of a hundred times: whatever has work for it wakes it.
     may::config().set_timeout_ns(1_000_000_000);
 }
 
-/// With room for fewer connections the program does not start.
 const MIN_CONNECTIONS: u64 = 100;
 
-/// Ends the program where the system lets it open too few files for a server.
 fn check_files() {
     if *MAX_CONNECTIONS < MIN_CONNECTIONS {
         let (files, least) = (
@@ -5223,8 +5207,7 @@ fn check_files() {
     }
 }
 
-/// Asks the instance on this machine whether it answers, as Docker's health check does. (A connection to 0.0.0.0 or [::] is one
-/// to this machine.)
+/// Docker's health check. A connection to 0.0.0.0 or [::] goes to this machine.
 fn is_healthy(listen: SocketAddr) -> bool {
     let target = if own().is_some() { "/kv-store/key-count" } else { "/kv-store" };
     let request = Request { verb: "GET".into(), target: target.into(), ..Request::default() };
