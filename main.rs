@@ -1,36 +1,31 @@
-//! kv-store: a distributed key-value store over HTTP, in one file.
+//! kv-store: a distributed key-value store over HTTP, in one file. A main instance has every key. A follower has none
+//! and relays to its main instance. A node has the keys of its shard, one of several.
 //!
-//! Every request takes the same path, whatever the role of the instance:
+//! The rooms stand in the order in which a request passes them:
+//! - `settings` reads the environment. `connections` receives a client's bytes and sends the answers. `http` parses
+//!   requests and renders answers. `service` answers a request here, or relays it.
+//! - `records` holds keys and values in buckets. `table` says which shard owns which hashes. `node` holds a node's
+//!   state and decides, by the rules R1 to R12. `replication` copies records. `membership` starts a node and changes
+//!   the view.
+//! - `peers` carries requests to other instances and serves theirs. `world` has the lock, the clock and the threads.
+//!   The start has `main`. `simulation` runs whole stores in one process, and `tests` has the other unit tests.
 //!
-//! ```text
-//! bytes -> Request -> route -> who owns it? -- this instance -> store -> Outcome -> Answer -> bytes
-//!                                         \--- a peer -> relay -> the peer's Answer, unchanged --/
-//! ```
+//! Where to look:
+//! - The text of an answer is decided in `Outcome::row`, with the contract's two vocabularies side by side. A relayed
+//!   answer is passed on unchanged, or with the address of the node that gave it.
+//! - The owner of a key is decided in `Node::place`.
+//! - A key changes hands in `Node::adopt` (its former owner stops answering), `replication::pull_all` (the new owner
+//!   gets it) and `Node::note_received` (the new owner answers alone). `replication::replicate` takes a write to the
+//!   other replicas.
+//! - A client's socket is written in `Client::flush` and `Client::write_waiting` only. `peers` writes streams.
 //!
-//! A main instance has every key; a follower has none and relays to its main instance; a node has the keys that its table gives
-//! it, as far as it has fetched them. An `Outcome` (created, found, missing, refused because ...) knows nothing of HTTP; the
-//! contract's two vocabularies are two columns of one table, `Outcome::row`. The sections below stand in the order in which a request
-//! meets them:
+//! Each connection is a coroutine of the library `may`, and so is each request from another instance that has to wait.
+//! All coroutines share one worker thread (`start_worker`), so none may block it or compute for long. Blocking work
+//! runs on threads: two for each stream to another instance; one for each plain request, each name lookup, and each
+//! meeting of nodes with what it reconciles; one for pulls. The background thread parses large bodies and answers long
+//! messages of nodes (`in_background`). One thread wakes sleepers, and one begins rounds of meetings.
 //!
-//! - *Settings*: what the environment says. *Connections*: where bytes come in and answers go out, and what the server cannot do.
-//! - *Requests and answers* (`http`): heads, routing, keys and values, all that is taken from a client; and every answer's text.
-//! - *Owners*: who answers a request, and what this instance does if it has the key. *Records*: keys and values, in buckets.
-//! - *Tables*: which shard owns which hashes. *The node*: what it knows and decides, by the rules R1 to R12 that stand there.
-//!   *Replication* and *membership*: what it does over time.
-//! - *Peers*: streams to other instances, at both of their sides, and plain requests. This is the only place that asks other instances.
-//! - *The node in the world*: its lock, its clock, its messages. *The start*: `main`.
-//!
-//! Who answers for a key is decided in `Node::place`. A key changes hands in `Node::adopt` (its former owner stops answering),
-//! `replication::pull_all` (the new one asks for it) and `Node::note_received` (the new one begins to answer). With REPL_FACTOR a shard
-//! lives on several nodes, and each of these answers: `replication::replicate` takes a write to the others before it is acknowledged.
-//!
-//! The library `may` runs each connection as a coroutine. All coroutines share one worker thread (`start_worker` says why), so none may
-//! block it or compute for long; one that waits for an answer holds nothing up. What blocks has a thread: the HTTP client (two for
-//! each stream that this instance asks on); looking a name up; and in a node meeting others, pulling, and reconciling. Large bodies and
-//! the messages of nodes are dealt with by two threads in the background (`in_background`). What is repeated has one thread each:
-//! waking sleepers, keeping in touch with other nodes.
-//!
-//! "The contract" in the comments is the section of this name in README.md, which says all that a client may see.
+//! "The contract" in comments is the section of this name in README.md: all that a client may see.
 
 use std::io::{self, Write};
 use std::net::{SocketAddr, TcpListener};
