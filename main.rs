@@ -2549,7 +2549,7 @@ mod node {
         /// Whether one of these was whole.
         is_answerable: bool,
         /// Consecutive rounds in which all awaited nodes answered, and none was whole.
-        hollow_rounds: u32,
+        incomplete_rounds: u32,
         /// Whether the table names the group. Otherwise it is the other replicas, as this node has kept no records.
         is_source: bool,
     }
@@ -2561,7 +2561,7 @@ mod node {
 
         /// No node is awaited, or two rounds in a row found none whole: at one moment none was, and all may be waiting.
         fn is_done(&self) -> bool {
-            self.hollow_rounds > 1 || self.awaited().next().is_none()
+            self.incomplete_rounds > 1 || self.awaited().next().is_none()
         }
     }
 
@@ -2824,10 +2824,10 @@ mod node {
             if self.version() != Some(version) {
                 return;
             }
-            let is_hollow = found.iter().all(|(_, found)| *found == Some(Found::Incomplete));
+            let is_incomplete = found.iter().all(|(_, found)| *found == Some(Found::Incomplete));
             let is_it = |it: &&mut Pull| (it.span, &it.group) == (pull.span, &pull.group);
             for it in self.pulls.iter_mut().filter(is_it) {
-                it.hollow_rounds = if is_hollow { it.hollow_rounds + 1 } else { 0 };
+                it.incomplete_rounds = if is_incomplete { it.incomplete_rounds + 1 } else { 0 };
                 for (node, found) in found {
                     if let Some(Found::Whole | Found::Nothing) = found {
                         it.received.insert(node.clone());
@@ -2902,7 +2902,7 @@ mod node {
                     group: group.into_iter().filter(|node| *node != self.own).collect(),
                     received: BTreeSet::new(),
                     is_answerable: has_it,
-                    hollow_rounds: 0,
+                    incomplete_rounds: 0,
                     is_source,
                 };
                 for group in &range.sources {
@@ -3220,8 +3220,8 @@ mod node {
         pub fn receive(&mut self, envelope: Envelope) -> Reply {
             let Envelope { from, version, incarnation, life, message, .. } = envelope;
             // Records are exchanged by one table, and within one incarnation of each node.
-            let is_present = life == self.incarnation && incarnation == self.incarnation_of(&from);
-            let is_same = version.is_some() && version == self.version() && is_present;
+            let is_current = life == self.incarnation && incarnation == self.incarnation_of(&from);
+            let is_same = version.is_some() && version == self.version() && is_current;
             match message {
                 Message::Meet(status) => {
                     let newer = self.table.as_deref().filter(|table| Some(table.version) > status.version).cloned();
