@@ -1,36 +1,31 @@
-//! kv-store: a distributed key-value store over HTTP, in one file.
+//! kv-store: a distributed key-value store over HTTP, in one file. A main instance has every key. A follower has none
+//! and relays to its main instance. A node has the keys of its shard, one of several.
 //!
-//! Every request takes the same path, whatever the role of the instance:
+//! The rooms stand in the order in which a request passes them:
+//! - `settings` reads the environment. `connections` receives a client's bytes and sends the answers. `http` parses
+//!   requests and renders answers. `service` answers a request here, or relays it.
+//! - `records` holds keys and values in buckets. `table` says which shard owns which hashes. `node` holds a node's
+//!   state and decides, by the rules R1 to R12. `replication` copies records. `membership` starts a node and changes
+//!   the view.
+//! - `peers` carries requests to other instances and serves theirs. `world` has the lock, the clock and the threads.
+//!   The start has `main`. `simulation` runs whole stores in one process, and `tests` has the other unit tests.
 //!
-//! ```text
-//! bytes -> Request -> route -> who owns it? -- this instance -> store -> Outcome -> Answer -> bytes
-//!                                         \--- a peer -> relay -> the peer's Answer, unchanged --/
-//! ```
+//! Where to look:
+//! - The text of an answer is decided in `Outcome::row`, with the contract's two vocabularies side by side. A relayed
+//!   answer is passed on unchanged, or with the address of the node that gave it.
+//! - The owner of a key is decided in `Node::place`.
+//! - A key changes hands in `Node::adopt` (its former owner stops answering), `replication::pull_all` (the new owner
+//!   gets it) and `Node::note_received` (the new owner answers alone). `replication::replicate` takes a write to the
+//!   other replicas.
+//! - A client's socket is written in `Client::flush` and `Client::write_waiting` only. `peers` writes streams.
 //!
-//! A main instance has every key; a follower has none and relays to its main instance; a node has the keys that its table gives
-//! it, as far as it has fetched them. An `Outcome` (created, found, missing, refused because ...) knows nothing of HTTP; the
-//! contract's two vocabularies are two columns of one table, `Outcome::row`. The sections below stand in the order in which a request
-//! meets them:
+//! Each connection is a coroutine of the library `may`, and so is each request from another instance that has to wait.
+//! All coroutines share one worker thread (`start_worker`), so none may block it or compute for long. Blocking work
+//! runs on threads: two for each stream to another instance; one for each plain request, each name lookup, and each
+//! meeting of nodes with what it reconciles; one for pulls. The background thread parses large bodies and answers long
+//! messages of nodes (`in_background`). One thread wakes sleepers, and one begins rounds of meetings.
 //!
-//! - *Settings*: what the environment says. *Connections*: where bytes come in and answers go out, and what the server cannot do.
-//! - *Requests and answers* (`http`): heads, routing, keys and values, all that is taken from a client; and every answer's text.
-//! - *Owners*: who answers a request, and what this instance does if it has the key. *Records*: keys and values, in buckets.
-//! - *Tables*: which shard owns which hashes. *The node*: what it knows and decides, by the rules R1 to R12 that stand there.
-//!   *Replication* and *membership*: what it does over time.
-//! - *Peers*: streams to other instances, at both of their sides, and plain requests. This is the only place that asks other instances.
-//! - *The node in the world*: its lock, its clock, its messages. *The start*: `main`.
-//!
-//! Who answers for a key is decided in `Node::place`. A key changes hands in `Node::adopt` (its former owner stops answering),
-//! `replication::pull_all` (the new one asks for it) and `Node::note_received` (the new one begins to answer). With REPL_FACTOR a shard
-//! lives on several nodes, and each of these answers: `replication::replicate` takes a write to the others before it is acknowledged.
-//!
-//! The library `may` runs each connection as a coroutine. All coroutines share one worker thread (`start_worker` says why), so none may
-//! block it or compute for long; one that waits for an answer holds nothing up. What blocks has a thread: the HTTP client (two for
-//! each stream that this instance asks on); looking a name up; and in a node meeting others, pulling, and reconciling. Large bodies and
-//! the messages of nodes are dealt with by two threads in the background (`in_background`). What is repeated has one thread each:
-//! waking sleepers, keeping in touch with other nodes.
-//!
-//! "The contract" in the comments is the section of this name in README.md, which says all that a client may see.
+//! "The contract" in comments is the section of this name in README.md: all that a client may see.
 
 use std::io::{self, Write};
 use std::net::{SocketAddr, TcpListener};
@@ -1222,9 +1217,10 @@ mod http {
 // ---- Service: who answers a request ---------------------------------------------------------------------------------
 
 mod service {
-    //! The whole road of a request, from its owner to its answer: this instance answers it at once if it can do so alone
-    //! (`answer_or_defer`). A request for a key that another node owns is passed on (`KeyRequest`), and what is about no key is answered
-    //! by `answer_about`. Also what an instance tells of itself: its description and metrics.
+    //! Decides who answers a request, and answers what this instance can. `answer_or_defer` is the entry: what may wait
+    //! is returned as work. A request for a key is a `KeyRequest`: `perform` tries it once under the node's lock, and
+    //! `answer` does what is missing (relay it, get the key, replicate the write) and tries again. `answer_about`
+    //! answers requests about no key. The rules about keys are in `node`, the texts of answers in `http`.
 
     use std::collections::BTreeMap;
     use std::fs;
@@ -1246,11 +1242,9 @@ mod service {
     use crate::table::{Table, Version};
     use crate::world::{CHANGE_LIMIT, Live, answer_message, block_on, in_background, started};
 
-    /// What is left to be done for an answer.
     pub type Work = Box<dyn FnOnce() -> Answer + Send>;
 
-    /// The whole road of a request, from its owner to its answer. Answers it at once if this instance can do so alone. What has to ask
-    /// other instances is returned as work.
+    /// Answers at once if this instance can do so without waiting. Otherwise returns the work that remains.
     pub fn answer_or_defer(request: Request) -> Result<Answer, Work> {
         if request.origin == Origin::Message {
             return answer_message(&request);
@@ -1260,7 +1254,6 @@ mod service {
             return Ok(refusal.answer(vocabulary, &request.verb));
         }
         match (&SETTINGS.role, &resource) {
-            // What an instance is, only that instance can say.
             (Role::Follower(main), resource) if !is_about_this_instance(resource, &request) => {
                 let patience = if let Resource::ViewChange = resource { CHANGE_LIMIT } else { request.patience() };
                 Err(Box::new(move || {
@@ -1277,10 +1270,9 @@ mod service {
         }
     }
 
-    /// Above this, in bytes, a body is parsed in the background: 4 MiB of JSON escapes take 30 ms.
+    /// Bodies above this size, in bytes, are parsed in the background: 4 MiB of JSON escapes take 30 ms.
     pub const LARGE_BODY: usize = 128 << 10;
 
-    /// `answer_or_defer` for a request that is about a key.
     fn answer_key(request: Request) -> Result<Answer, Work> {
         let mut request = match KeyRequest::new(request) {
             Ok(request) => request,
@@ -1292,7 +1284,7 @@ mod service {
         }
     }
 
-    /// Whether only the instance that is asked can answer. (A verb that no instance takes there is left to the main instance.)
+    /// Whether a follower answers this itself. A verb that the resource does not take is left to the main instance.
     fn is_about_this_instance(resource: &Resource, request: &Request) -> bool {
         match resource {
             Resource::Instance => request.verb == "GET",
@@ -1301,7 +1293,6 @@ mod service {
         }
     }
 
-    /// What a request wants done with the record of its key.
     pub enum Action {
         Get,
         Delete,
@@ -1310,7 +1301,6 @@ mod service {
     }
 
     impl Action {
-        /// Whether what it finds depends on what the key has.
         fn reads(&self) -> bool {
             matches!(self, Action::Get | Action::Delete)
         }
@@ -1325,7 +1315,7 @@ mod service {
         }
     }
 
-    /// A request for a key on its way to whoever has the key.
+    /// A request for a key. `fetched` has the groups that gave the key, each with the version of the table used.
     pub struct KeyRequest {
         hash: u64,
         key: Vec<u8>,
@@ -1333,29 +1323,23 @@ mod service {
         vocabulary: Vocabulary,
         action: Action,
         context: Option<Context>,
-        /// The groups of nodes that have given the key, each by the table of this version.
         fetched: Vec<(Option<Version>, Vec<String>)>,
-        /// Its context is not waited for any longer.
         gave_up_on_context: bool,
     }
 
-    /// What became of a request at this instance so far.
+    /// The state after one try. `Written`: other replicas lack the record. `Elsewhere`: at these nodes, in the order in
+    /// which to ask them. `Needs`: one node of each group must give the key (R1). `NeedsForContext`: the same (R7), or
+    /// None if the context names a newer table. `Unknown`: this node may not use its table yet.
     pub enum Tried {
         Done(Outcome, Option<Context>),
-        /// A record was written, which the other replicas are to have before this is answered.
         Written(Record, Outcome),
-        /// These nodes have the key; the first one is to be asked first.
         Elsewhere(Vec<String>),
-        /// A node of each of these groups has to give the key first.
         Needs(Vec<Vec<String>>),
-        /// The same, so that the answer is not older than the context; None: the context knows of a newer table.
         NeedsForContext(Option<Vec<Vec<String>>>),
-        /// This node does not know yet who has the key.
         Unknown,
     }
 
     impl KeyRequest {
-        /// The error is the refusal of a request that is about no key, or whose context is not valid.
         pub fn new(request: Request) -> Result<KeyRequest, Answer> {
             let (resource, vocabulary) = request.route();
             let Resource::Key(key) = resource else { return Err(Outcome::NotFound.answer(vocabulary, &request.verb)) };
@@ -1366,7 +1350,6 @@ mod service {
             Ok(KeyRequest { hash, key, request, vocabulary, action, context, fetched, gave_up_on_context })
         }
 
-        /// Does what the request wants if this node may.
         pub fn perform(&mut self, node: &mut Node) -> Tried {
             if let Some(refusal) = self.request.refusal_if_late() {
                 return Tried::Done(refusal, self.context.clone());
@@ -1377,7 +1360,7 @@ mod service {
             }
             match node.place(self.hash) {
                 Place::Here => {}
-                // What another node passed on is not passed on again.
+                // R1: a request is passed on once, so nodes with different tables cannot pass it in circles.
                 Place::There(_) | Place::Unknown if is_passed_on => return Tried::Done(Outcome::Elsewhere, None),
                 Place::There(nodes) => return Tried::Elsewhere(nodes),
                 Place::Unknown => return Tried::Unknown,
@@ -1386,7 +1369,7 @@ mod service {
                 if !node.is_plausible(context) {
                     return Tried::Done(Outcome::ContextInvalid, None);
                 }
-                // However many members it came with: those that matter are few.
+                // Drops what is stable, so that a forged context with many members costs no more than a real one.
                 *context = node.unstable_part(context);
             }
             let mut needs = node.pull_needs(self.hash);
@@ -1413,7 +1396,7 @@ mod service {
             let (record, outcome) = match std::mem::replace(&mut self.action, Action::Get) {
                 Action::Refuse(outcome) => return Tried::Done(outcome, self.context.clone()),
                 Action::Put(record) => (record, if found.is_some() { Outcome::Replaced } else { Outcome::Created }),
-                // A key that the client may know of is deleted, also if this replica never saw it.
+                // The key may exist at a replica that could not be asked: write the tombstone anyway.
                 Action::Delete if found.is_some() || self.gave_up_on_context => {
                     (Record::tombstone(&self.key), Outcome::Deleted)
                 }
@@ -1441,7 +1424,7 @@ mod service {
             answer.with_address(node, self.vocabulary).with_context(&self.context)
         }
 
-        /// Answers the request, of which `tried` is what came of it here so far, since it began.
+        /// Continues from the first try, made at `began`, until there is an answer.
         pub async fn answer(mut self, world: &impl World, mut tried: Tried, began: Duration) -> Answer {
             let deadline = began + self.request.patience();
             loop {
@@ -1449,7 +1432,7 @@ mod service {
                     Tried::Done(outcome, context) => return self.render(outcome, &context),
                     Tried::Written(record, outcome) => return self.acknowledge(world, record, outcome, deadline).await,
                     Tried::Elsewhere(nodes) => match self.pass_on(world, nodes, deadline).await {
-                        // Its table is not ours: one of us learns which is newer.
+                        // 421: the two nodes have different tables. They meet, and the older table gives way.
                         (owner, Some(answer)) if answer.status == 421 => {
                             meet(world, &owner).await;
                             Duration::from_millis(1)
@@ -1477,8 +1460,7 @@ mod service {
             }
         }
 
-        /// Gets what the context asks for. Returns the pause before the request is tried again. None: a read gives up, within a second. (A
-        /// DELETE goes on without.)
+        /// Gets what the context requires. Returns the pause before the next try; None ends a read, within a second.
         async fn get_for_context(
             &mut self,
             world: &impl World,
@@ -1497,7 +1479,7 @@ mod service {
             Some(Duration::from_millis(if is_met || is_late { 0 } else { 50 }))
         }
 
-        /// Gets the key from a node of each group. Some: a group of which none gave it.
+        /// Gets the key from a node of each group. Returns the first group of which none gave it.
         async fn get(&mut self, world: &impl World, groups: &[Vec<String>]) -> Option<Vec<String>> {
             for group in groups {
                 match get_key(world, &self.key, group).await {
@@ -1508,7 +1490,6 @@ mod service {
             None
         }
 
-        /// Answers for a record that was written here, as soon as the other replicas have it.
         async fn acknowledge(
             &self,
             world: &impl World,
@@ -1524,8 +1505,7 @@ mod service {
             self.render(outcome, &after)
         }
 
-        /// Takes a client's request to the nodes that have its key, one after the other as long as it cannot have taken effect. Returns who
-        /// answered, or who did not.
+        /// Asks the owners in turn until one answers or a write may have reached one. Returns that one and its answer.
         async fn pass_on(
             &self,
             world: &impl World,
@@ -1552,8 +1532,8 @@ mod service {
         }
     }
 
-    /// Meets all nodes of the view, to learn of the newer table that a context knows of. If all answer and none goes by it, it never came
-    /// to be. False if that is not known yet.
+    /// R7: meets the view to find the newer table that a context names. If all answer and none uses it, it was never in
+    /// force, and the context forgets it. Returns false while this is not known.
     async fn catch_up(world: &impl World, context: Option<&mut Context>) -> bool {
         let nodes = world.with(|node| node.table()).map_or(Vec::new(), |table| table.view.clone());
         let all = meet_all(world, &nodes).await.iter().all(Option::is_some);
@@ -1566,12 +1546,12 @@ mod service {
         true
     }
 
-    /// How long one replica has to answer a read before another one is asked.
+    /// How long a replica may take to answer a read before the next one is asked.
     const NEXT_REPLICA: Duration = Duration::from_millis(1200);
-    /// For how long other replicas are asked again for what a context asks for.
+    /// How long a request retries what its context requires.
     const CATCH_UP: Duration = Duration::from_millis(250);
 
-    /// Answers what is about no key. (Not inlined where every request passes: it would cost each connection a page of its stack.)
+    /// Not inlined, which would cost every connection a page of its stack.
     #[inline(never)]
     pub fn answer_about(request: Request) -> Answer {
         use Outcome::*;
@@ -1593,10 +1573,9 @@ mod service {
         outcome.answer(vocabulary, &request.verb)
     }
 
-    /// What a view change asks for.
     pub struct WantedView {
         pub view: Vec<String>,
-        /// The factor stays as it is if none is named.
+        /// None: the factor stays as it is.
         pub factor: Option<usize>,
         pub force: bool,
     }
@@ -1608,7 +1587,7 @@ mod service {
     }
 
     pub fn wanted_view(body: &[u8]) -> Result<WantedView, Outcome> {
-        // What a client sent is quoted, in so far as it can stand in an answer.
+        // The reason quotes the client's text, without what would have to be escaped in JSON.
         let is_unfit = |letter: char| letter == '"' || letter == '\\' || letter.is_control();
         let invalid =
             |reason: String| Outcome::ViewInvalid(reason.chars().take(400).collect::<String>().replace(is_unfit, "'"));
@@ -1659,22 +1638,18 @@ mod service {
         }
     }
 
-    /// The id of a shard by its index.
     pub fn id_of(shard: usize) -> String {
         (shard + 1).to_string()
     }
 
     pub const VERBS: [&str; 4] = ["GET", "PUT", "DELETE", "other"];
-    /// The upper limits of the histogram's buckets, in seconds; one without a limit follows.
+    /// The upper bounds of the histogram's buckets, in seconds. A bucket without a bound follows.
     const LIMITS: [f64; 6] = [0.0005, 0.001, 0.005, 0.025, 0.1, 1.0];
 
-    /// What clients were answered since the start with one verb.
+    /// Answers to clients for one verb: by first digit of the status, by bucket of the time taken, and the total time.
     struct Answered {
-        /// By the first digit of the status.
         by_class: [AtomicU64; 6],
-        /// By the bucket of the time from the request's end to its answer.
         by_time: [AtomicU64; LIMITS.len() + 1],
-        /// The sum of these times.
         micros: AtomicU64,
     }
 
@@ -1685,7 +1660,6 @@ mod service {
             micros: AtomicU64::new(0),
         }
     }; VERBS.len()];
-    /// What was relayed to other instances since the start, and how often there was no answer.
     pub static RELAYED: AtomicU64 = AtomicU64::new(0);
     pub static RELAYED_IN_VAIN: AtomicU64 = AtomicU64::new(0);
 
@@ -1699,7 +1673,7 @@ mod service {
         answered.micros.fetch_add(time.as_micros() as u64, Relaxed);
     }
 
-    /// What this instance counts, in the text format of Prometheus, version 0.0.4, without the last line break.
+    /// The metrics in the Prometheus text format 0.0.4, without the last line break.
     fn metrics() -> String {
         let head = |name: &str, kind: &str, help: &str| format!("# HELP {name} {help}\n# TYPE {name} {kind}\n");
         let mut text = head("kv_store_build_info", "gauge", "The version of the program.");
@@ -1735,7 +1709,6 @@ mod service {
         text.trim_end().to_owned()
     }
 
-    /// The lines of a histogram for one verb. Each bucket counts what is in those before it as well.
     fn histogram(verb: &str, answered: &Answered) -> String {
         let (name, mut text, mut count) = ("kv_store_request_duration_seconds", String::new(), 0);
         let limits = LIMITS.iter().map(f64::to_string).chain(["+Inf".to_owned()]);
@@ -1747,7 +1720,7 @@ mod service {
         text + &format!("{name}_sum{{verb=\"{verb}\"}} {sum}\n{name}_count{{verb=\"{verb}\"}} {count}\n")
     }
 
-    /// The memory that this process has, as the system tells it (proc(5)).
+    /// The resident memory of this process, by proc(5).
     fn resident_bytes() -> u64 {
         let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
         let kilobytes = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));
@@ -1758,9 +1731,10 @@ mod service {
 // ---- Records: keys and values, in buckets ---------------------------------------------------------------------------
 
 mod records {
-    //! The keys of a store have an order, that of their hashes, and a span is a stretch of it. (Two keys with one hash are never
-    //! parted.) Records stand in a fixed row of buckets by the upper bits of the hash, each a small hash table of its own: whatever
-    //! is done for many records goes bucket by bucket, with the lock released in between, and no big table ever has to double.
+    //! Stores the records of an instance. Keys are ordered by hash, and a `Span` is an interval of hashes; two keys
+    //! with one hash are never parted. Records stand in a fixed array of buckets, by the upper bits of the hash, each a
+    //! small hash table. So work on many records can go bucket by bucket, with the lock released in between, and no
+    //! large table ever grows at once. When records are written and dropped is decided in `node`.
 
     use hashbrown::hash_table::{Entry, HashTable};
     use serde::de::Error;
@@ -1769,7 +1743,7 @@ mod records {
     use siphasher::sip::SipHasher24;
     use triomphe::ThinArc;
 
-    /// SipHash-2-4 with a key of zeros (Aumasson and Bernstein, 2012): the same in every build.
+    /// SipHash-2-4 with a zero key (Aumasson and Bernstein, 2012), so that all nodes compute the same.
     pub fn hash_of(key: &[u8]) -> u64 {
         SipHasher24::new().hash(key)
     }
@@ -1792,12 +1766,11 @@ mod records {
             self.first <= other.last && other.first <= self.last
         }
 
-        /// How many hashes it has, less one.
+        /// The number of hashes, minus one.
         pub fn width(&self) -> u64 {
             self.last - self.first
         }
 
-        /// Cuts it where buckets begin: each part lies in one bucket.
         pub fn by_bucket(self) -> impl DoubleEndedIterator<Item = Span> {
             (bucket_of(self.first)..=bucket_of(self.last)).map(move |bucket| {
                 let whole = span_of(bucket);
@@ -1806,13 +1779,13 @@ mod records {
         }
     }
 
-    /// A key and its value in one allocation: a stamp, a byte with the key's length, the key, and the value as JSON text, as it
-    /// goes back. Cloning one copies a pointer, so that an answer is made of it after the lock on the store is gone.
+    /// A stamp, the key's length in a byte, the key, and the value as JSON text, in one allocation. A clone copies a
+    /// pointer, so that answers are made after the node is unlocked.
     #[derive(Clone, Debug)]
     pub struct Record(ThinArc<u64, u8>);
 
     impl Record {
-        /// The key must be valid, which keeps it to 200 bytes in either vocabulary. The stamp comes when it is stored.
+        /// Makes a record without a stamp. A valid key has at most 200 bytes.
         pub fn new(key: &[u8], value: &str) -> Record {
             Record::from_parts(0, &[&[key.len() as u8], key, value.as_bytes()].concat())
         }
@@ -1821,7 +1794,7 @@ mod records {
             Record(ThinArc::from_header_and_slice(stamp, bytes))
         }
 
-        /// What stays of a deleted key where another copy of it may still exist: it has no value.
+        /// A record without a value: the mark of a deletion.
         pub fn tombstone(key: &[u8]) -> Record {
             Record::new(key, "")
         }
@@ -1834,7 +1807,7 @@ mod records {
             self.0.header.header
         }
 
-        /// Stamps a record that was just made, and that nobody else has yet.
+        /// Stamps a new record, of which there is no clone yet.
         pub fn set_stamp(&mut self, stamp: u64) {
             self.0.with_arc_mut(|arc| {
                 if let Some(record) = triomphe::Arc::get_mut(arc) {
@@ -1855,26 +1828,23 @@ mod records {
             hash_of(self.key())
         }
 
-        /// Last-writer-wins: the higher stamp. (Two nodes whose names share their 12 bits may give one stamp twice.)
+        /// Last-writer-wins: the higher stamp. Nodes whose names share their 12 bits may give one stamp twice.
         pub fn beats(&self, other: &Record) -> bool {
             (self.stamp(), self.value()) > (other.stamp(), other.value())
         }
 
-        /// About what it takes in a message, in bytes.
         pub fn weight(&self) -> usize {
             self.0.slice.len() + 32
         }
     }
 
-    /// A record travels between nodes as its stamp and its bytes.
     impl Serialize for Record {
         fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
             (self.stamp(), Bytes::new(&self.0.slice)).serialize(to)
         }
     }
 
-    /// Whether the value is JSON was checked by the node that took it from a client. To check it again would hold everybody up for 5 ms
-    /// where it has 1 MiB.
+    /// Does not check that the value is JSON, which the node that took it from the client did: 1 MiB takes 5 ms.
     impl<'de> Deserialize<'de> for Record {
         fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Record, D::Error> {
             let (stamp, bytes) = <(u64, &Bytes)>::deserialize(from)?;
@@ -1885,20 +1855,17 @@ mod records {
         }
     }
 
-    /// What some records add up to.
+    /// Keys (not tombstones), bytes of all values, and XOR of a mix of hash and stamp over all records and tombstones.
     #[derive(Clone, Copy, Debug, Default, PartialEq)]
     pub struct Sums {
-        /// How many are keys, and no tombstones.
         pub count: usize,
-        /// The length of all values, as JSON text.
         pub bytes: usize,
-        /// The XOR of a mix of hash and stamp of each record, tombstones included.
         pub digest: u64,
     }
 
     impl Sums {
         fn of(hash: u64, record: &Record) -> Sums {
-            // A multiplication spreads each bit upwards (Knuth, TAOCP 6.4), and the shift brings the upper ones down.
+            // A multiplication moves bits upwards (Knuth, TAOCP 6.4), and the shift brings them down.
             let mixed = (hash ^ record.stamp().rotate_left(32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
             let count = usize::from(!record.is_tombstone());
             Sums { count, bytes: record.value().len(), digest: mixed ^ mixed >> 29 }
@@ -1917,14 +1884,13 @@ mod records {
         }
     }
 
-    /// Some records.
     #[derive(Default)]
     pub struct Bucket {
         table: HashTable<Record>,
         sums: Sums,
     }
 
-    /// How many of a hash's upper bits choose the bucket. (The simulation starts a hundred thousand nodes, each with its buckets.)
+    /// The upper bits of a hash that choose the bucket; fewer in the simulation, which starts 100,000 nodes.
     const BUCKET_BITS: u32 = if cfg!(test) { 8 } else { 14 };
 
     fn bucket_of(hash: u64) -> usize {
@@ -1936,7 +1902,6 @@ mod records {
         Span { first, last: first | u64::MAX >> BUCKET_BITS }
     }
 
-    /// The records of an instance.
     pub struct Records {
         buckets: Vec<Bucket>,
         sums: Sums,
@@ -1949,7 +1914,6 @@ mod records {
     }
 
     impl Bucket {
-        /// Takes out the records of a part of it.
         fn split_off(&mut self, part: Span) -> Bucket {
             let mut gone = Bucket::default();
             for record in self.table.extract_if(|record| part.contains(record.hash())) {
@@ -1963,7 +1927,6 @@ mod records {
     }
 
     impl Records {
-        /// The sums of all records.
         pub fn total(&self) -> Sums {
             self.sums
         }
@@ -1972,7 +1935,6 @@ mod records {
             self.buckets[bucket_of(hash)].table.find(hash, |record| record.key() == key)
         }
 
-        /// Stores a record; returns the one that it replaced.
         pub fn insert(&mut self, hash: u64, record: Record) -> Option<Record> {
             let bucket = &mut self.buckets[bucket_of(hash)];
             let came = Sums::of(hash, &record);
@@ -1992,7 +1954,6 @@ mod records {
             old
         }
 
-        /// Removes the record with this hash and stamp, if it is a tombstone.
         pub fn remove_tombstone(&mut self, hash: u64, stamp: u64) {
             let bucket = &mut self.buckets[bucket_of(hash)];
             let is_it = |record: &Record| record.stamp() == stamp && record.is_tombstone();
@@ -2003,8 +1964,7 @@ mod records {
             }
         }
 
-        /// Removes the records of a span: whole buckets at once, and of those that it cuts one by one. They are to be dropped by whoever
-        /// has released the lock, since that may take a while.
+        /// Removes a span. The caller drops the records after it has released the lock, since freeing many takes long.
         pub fn remove(&mut self, span: Span) -> Vec<Bucket> {
             let mut removed = Vec::new();
             for part in span.by_bucket() {
@@ -2019,13 +1979,12 @@ mod records {
             removed
         }
 
-        /// Looks at the records of a part of one bucket.
         fn of_part(&self, part: Span) -> impl Iterator<Item = &Record> {
             let table = &self.buckets[bucket_of(part.first)].table;
             table.iter().filter(move |record| part.contains(record.hash()))
         }
 
-        /// The sums of a span. Looks only at the records of buckets that are cut by it.
+        /// Reads single records only in buckets that the span cuts.
         pub fn sums_of(&self, span: Span) -> Sums {
             let mut sums = Sums::default();
             for part in span.by_bucket() {
@@ -2039,19 +1998,18 @@ mod records {
             sums
         }
 
-        /// The digests of a span, bucket by bucket.
         pub fn digests_of(&self, span: Span) -> Vec<u64> {
             span.by_bucket().map(|part| self.sums_of(part).digest).collect()
         }
 
-        /// The records of a span from its beginning on, of about `limit` bytes, and up to which hash these are all that there is.
+        /// The first records of a span by hash, about `limit` bytes, and the hash up to which they are complete.
         pub fn first_of(&self, span: Span, limit: usize) -> (Vec<Record>, u64) {
             let (mut found, mut weight): (Vec<Record>, usize) = (Vec::new(), 0);
             for part in span.by_bucket() {
                 let mut records: Vec<(u64, &Record)> = self.of_part(part).map(|it| (it.hash(), it)).collect();
                 records.sort_unstable_by_key(|(hash, _)| *hash);
                 for (index, (hash, record)) in records.iter().enumerate() {
-                    // Where two have one hash, both go.
+                    // Records with equal hashes stay together.
                     if weight > limit && *hash > part.first && (index == 0 || records[index - 1].0 < *hash) {
                         return (found, hash - 1);
                     }
@@ -2062,14 +2020,13 @@ mod records {
             (found, span.last)
         }
 
-        /// The hashes of the keys of a span, in order. To be used where they are few, or in a part of one bucket.
+        /// The hashes of the keys of a span, in order. Only for spans with few keys, or within one bucket.
         pub fn hashes_of(&self, span: Span) -> Vec<u64> {
             let records = self.first_of(span, usize::MAX).0;
             records.iter().filter(|record| !record.is_tombstone()).map(Record::hash).collect()
         }
 
-        /// Where to cut some spans, which stand in order, so that `n` of their keys (one at least) lie at the cut or above: in the
-        /// middle between two keys. Zero if there are no more keys than that.
+        /// R12: the hash at or above which `n` keys (at least 1) of the ordered spans lie; 0 if there are no more.
         pub fn cut_above(&self, spans: &[Span], mut n: usize) -> u64 {
             let mut above = 0;
             for part in spans.iter().rev().flat_map(|span| span.by_bucket().rev()) {
@@ -2094,8 +2051,10 @@ mod records {
 // ---- Tables: which shard owns which hashes --------------------------------------------------------------------------
 
 mod table {
-    //! A table cuts the order of hashes into ranges and says which shard owns each. It also names the *sources* of a range: groups of
-    //! nodes, each all replicas of a former owner, where these are not the same nodes as the new ones.
+    //! A table divides the hashes into ranges. It names the shard that owns each range, and its *sources*: groups of
+    //! nodes that owned it before, if they are not the owners now. `Table::next` makes the table of a view change.
+    //! `Change` plans it (R12): it deals nodes out to shards, decides how many keys move where, and spreads hash space
+    //! without keys. This is pure computation; `membership` collects the input and puts the result in force.
 
     use std::collections::BTreeSet;
     use std::fmt::{self, Display, Formatter};
@@ -2105,14 +2064,12 @@ mod table {
     use crate::records::{Span, hash_of};
     use crate::settings::{parse_view, port_of};
 
-    /// Tables come in one order: by epoch, then by number, then by who made them. A new epoch begins when silent nodes are left out: it
-    /// beats whatever these may have made.
+    /// Ordered by epoch first: leaving out silent nodes begins a new one, which beats any table that they made.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
     pub struct Version {
         pub epoch: u64,
         pub number: u64,
-        /// The incarnation of the coordinator. Nobody made a first table: there it is the number of nodes, so that the larger view
-        /// counts, and a hash of the view.
+        /// The coordinator's incarnation. In a first table the size of the view, so the larger one wins, and its hash.
         pub coordinator: u64,
     }
 
@@ -2124,9 +2081,8 @@ mod table {
 
     #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
     pub struct Range {
-        /// The first hash; the range ends where the next one begins.
+        /// The first hash. The range ends where the next one begins.
         pub from: u64,
-        /// The owner, by its index among the shards.
         pub shard: usize,
         pub sources: Vec<Vec<String>>,
     }
@@ -2134,27 +2090,23 @@ mod table {
     #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
     pub struct Table {
         pub version: Version,
-        /// The table that this one was made from.
+        /// The version of the table that this one was made from.
         pub base: Version,
-        /// What is the same in all tables that come from one first table, and differs in another store's.
+        /// Identifies the store: equal in all tables that descend from one first table.
         pub store: u64,
         pub view: Vec<String>,
-        /// How many nodes a shard has at least, as long as there are as many.
         pub factor: usize,
-        /// The nodes of each shard, its replicas, in the order of the view.
         pub shards: Vec<Vec<String>>,
         pub ranges: Vec<Range>,
-        /// How many keys change their shard with this table, and how many each shard has then.
+        /// How many keys change their shard by this table, and how many each shard has afterwards.
         pub moved: usize,
         pub counts: Vec<usize>,
     }
 
-    /// How many ranges a table from outside may have.
     const MAX_RANGES: usize = 100_000;
 
     impl Table {
-        /// The table of a store that had no view change: as much of the order for each shard, and the nodes dealt out in the
-        /// order of the view.
+        /// The table of a store without a view change: equal ranges, and nodes dealt out in the order of the view.
         pub fn first(view: Vec<String>, factor: usize) -> Table {
             let mut nodes = view.iter().cloned();
             let sizes = shard_sizes(view.len(), factor).into_iter();
@@ -2169,7 +2121,6 @@ mod table {
             Table { version, base: Version::default(), store, factor, shards, view, ranges, moved: 0, counts }
         }
 
-        /// Checks a table from outside.
         pub fn is_valid(&self) -> bool {
             let is_of_view = |shard: &Vec<String>| !shard.is_empty() && shard.iter().all(|node| self.lists(node));
             let mut sources = self.ranges.iter().flat_map(|range| range.sources.iter().flatten());
@@ -2185,7 +2136,6 @@ mod table {
                 && self.version.epoch.max(self.version.number) < u64::MAX / 2
         }
 
-        /// The range of a hash. The table must be valid.
         pub fn range_at(&self, hash: u64) -> &Range {
             &self.ranges[self.ranges.partition_point(|range| range.from <= hash) - 1]
         }
@@ -2194,7 +2144,6 @@ mod table {
             self.range_at(hash).shard
         }
 
-        /// The nodes that own a hash.
         pub fn owners(&self, hash: u64) -> &[String] {
             &self.shards[self.shard_at(hash)]
         }
@@ -2207,26 +2156,23 @@ mod table {
             self.view.iter().any(|it| it == node)
         }
 
-        /// The nodes of the view and, unless it is settled, the sources.
+        /// The nodes of the view and, unless the table is settled, of the sources.
         pub fn nodes(&self, settled: bool) -> BTreeSet<&String> {
             let sources = self.ranges.iter().filter(|_| !settled).flat_map(|range| range.sources.iter().flatten());
             self.view.iter().chain(sources).collect()
         }
 
-        /// Each range with its span.
         pub fn spans(&self) -> impl Iterator<Item = (Span, &Range)> {
             let ends = self.ranges.iter().skip(1).map(|range| range.from - 1).chain([u64::MAX]);
             self.ranges.iter().zip(ends).map(|(range, last)| (Span { first: range.from, last }, range))
         }
 
-        /// The spans of a shard, in order.
         pub fn spans_of(&self, shard: Option<usize>) -> Vec<Span> {
             self.spans().filter(|(_, range)| Some(range.shard) == shard).map(|(span, _)| span).collect()
         }
 
-        /// The table after this one: each shard goes on as the change says, and gives away what lies above its cuts. The sources of
-        /// a range are the replicas that own it by this table and, unless this one is `settled`, its sources in this one; but no
-        /// nodes that are `left_out`.
+        /// The table of a view change: each shard goes on as `change` says and gives away its cuts. The sources of a
+        /// range are its owners by this table and, until this one is settled, its sources; without those `left_out`.
         pub fn next(
             &self,
             version: Version,
@@ -2243,14 +2189,14 @@ mod table {
             for (number, from) in places.into_iter().enumerate() {
                 let before = self.range_at(from);
                 let cut = cuts.iter().rev().find(|cut| cut.giver == before.shard && cut.span.contains(from));
-                // What a shard that ends gives to nobody has no keys, or is given up: it is dealt out.
+                // A shard that ends gives its keys away by cuts. The rest has no keys, or is given up: it is dealt out.
                 let shard =
                     cut.map(|cut| cut.receiver).or(change.kept[before.shard]).unwrap_or(number % change.shards.len());
                 let owners: BTreeSet<&String> = change.shards[shard].iter().collect();
                 let mut sources: Vec<Vec<String>> = Vec::new();
                 for group in before.sources.iter().filter(|_| !settled).chain([&self.shards[before.shard]]) {
                     let group: BTreeSet<&String> = group.iter().filter(|node| !left_out.contains(node)).collect();
-                    // Where these are the owners, they have what they had, and reconcile with one another.
+                    // If the owners stay the same, they have the records and reconcile.
                     if !group.is_empty() && group != owners {
                         sources.push(group.into_iter().cloned().collect());
                     }
@@ -2267,7 +2213,7 @@ mod table {
         }
     }
 
-    /// A span that leaves its giver (a shard of the old table) for a receiver (one of the new). Of several cuts the last one counts.
+    /// A span that moves from a shard of the old table to one of the new. A later cut overrides earlier ones.
     #[derive(Clone, Debug)]
     pub struct Cut {
         pub giver: usize,
@@ -2275,41 +2221,38 @@ mod table {
         pub receiver: usize,
     }
 
-    /// A giver, a receiver, and how many keys.
+    /// Giver, receiver, number of keys.
     pub type Move = (usize, usize, usize);
 
-    /// The indices of some numbers, in the order of the numbers; of equals, the first comes first.
+    /// The indices of some numbers, sorted by number. The sort is stable.
     fn in_order(numbers: impl Iterator<Item = u64>) -> Vec<usize> {
         let mut numbers: Vec<(u64, usize)> = numbers.zip(0..).collect();
         numbers.sort_unstable();
         numbers.into_iter().map(|(_, index)| index).collect()
     }
 
-    /// How many nodes each shard has.
     fn shard_sizes(nodes: usize, factor: usize) -> Vec<usize> {
         let count = (nodes / factor).max(1);
         (0..count).map(|shard| nodes / count + usize::from(shard < nodes % count)).collect()
     }
 
-    /// Another view, dealt out in shards (R12).
     pub struct Change {
         pub view: Vec<String>,
         pub factor: usize,
         pub shards: Vec<Vec<String>>,
-        /// By the old shards: which of the new ones each goes on as, or that it ends.
+        /// For each old shard the new one that continues it; None if the shard ends.
         pub kept: Vec<Option<usize>>,
     }
 
     impl Change {
-        /// Deals out a view so that as few nodes as possible change their shard: of the old shards those with most nodes left
-        /// go on, and the nodes that are too many for one, or new, fill up the others. The shards are numbered in the order of
-        /// their first nodes in the view.
+        /// Deals out a view so that as few nodes as possible change their shard: the old shards with most nodes left go
+        /// on, and other nodes fill them up. Shards are numbered by their first nodes in the view.
         pub fn new(old: &Table, view: &[String], factor: usize) -> Change {
             let sizes = shard_sizes(view.len(), factor);
             let place = |node: &String| view.iter().position(|it| it == node).unwrap_or(0);
             let staying = |shard: &Vec<String>| view.iter().filter(|node| shard.contains(node)).cloned().collect();
             let left: Vec<Vec<String>> = old.shards.iter().map(staying).collect();
-            // The largest first, since they get the largest sizes, and the last ones end. Of equals the earlier goes on.
+            // The shards with most nodes left come first and get the largest sizes; those beyond the new number end.
             let largest_first = in_order(left.iter().map(|nodes| u64::MAX - nodes.len() as u64)).into_iter();
             let mut groups: Vec<(Option<usize>, Vec<String>)> =
                 largest_first.map(|shard| (Some(shard), left[shard].clone())).collect();
@@ -2331,8 +2274,8 @@ mod table {
             Change { view: view.to_vec(), factor, shards, kept }
         }
 
-        /// Who gives how many keys to whom so that the shards differ by one key at most, and no key moves without need; and how
-        /// many keys each has then. `held` is what the old shards have.
+        /// Plans the moves of keys and the resulting counts: shards differ by one key at most, and no more keys move
+        /// than that needs. `held` has the counts of the old shards.
         pub fn plan(&self, held: &[usize]) -> (Vec<Move>, Vec<usize>) {
             let (total, count): (usize, usize) = (held.iter().sum(), self.shards.len());
             let mut counts = vec![0; count];
@@ -2341,7 +2284,7 @@ mod table {
                     counts[*shard] = *keys;
                 }
             }
-            // The shards with most keys take the remainder: that saves them a move.
+            // The shards with the most keys take the remainder, which saves moves.
             let largest_first = in_order(counts.iter().map(|count| u64::MAX - *count as u64));
             let mut targets = vec![0; count];
             for (rank, shard) in largest_first.into_iter().enumerate() {
@@ -2362,11 +2305,11 @@ mod table {
             (moves, targets)
         }
 
-        /// What is given of stretches without keys, besides the cuts, until no shard has less than half or more than twice its part of
-        /// the order: later keys spread then. `keys` are the hashes of all keys of those shards that have few.
+        /// Adds cuts of hash space without keys, until no shard has less than half or more than twice the mean, so that
+        /// later keys spread. `keys` are the hashes of all keys of those old shards that have few.
         pub fn deal_out_stretches(&self, old: &Table, mut cuts: Vec<Cut>, keys: &[Option<Vec<u64>>]) -> Vec<Cut> {
             let mean = u64::MAX / self.shards.len() as u64;
-            // Every round evens out one shard, or uses up a stretch.
+            // Each round evens out one shard or uses up a stretch.
             for _ in 0..4 * MAX_FEW {
                 let table = old.next(Version::default(), self, &cuts, &[], true);
                 let width = |shard| table.spans_of(Some(shard)).iter().map(Span::width).sum::<u64>();
@@ -2385,11 +2328,10 @@ mod table {
         }
     }
 
-    /// Up to how many keys a shard tells the hashes of all.
+    /// Up to this number of keys, a shard reports the hashes of all of them.
     pub const MAX_FEW: usize = 1000;
 
-    /// The widest stretch without keys that a shard has by a table which is being made from an old one, and the shard that has it by the
-    /// old one.
+    /// The widest stretch without keys that a shard of the new table has, and its shard by the old one.
     fn widest_stretch(old: &Table, new: &Table, shard: usize, keys: &[Option<Vec<u64>>]) -> Option<(usize, Span)> {
         let mut stretches = Vec::new();
         for span in new.spans_of(Some(shard)) {
@@ -2415,18 +2357,18 @@ mod table {
 // ---- The node: what it knows of its store, and what it decides ------------------------------------------------------
 
 mod node {
-    //! A node as one value, which gets messages and the time and gives answers: no clock, no network, no statics. What it does over
-    //! time stands in the rooms after this one; the simulation runs many of them in one process.
+    //! A node as one value, which receives messages and the time, and returns replies. It has no clock, network or
+    //! statics, so the simulation runs many in one process. What it does over time is in `replication` and
+    //! `membership`. Begin with the fields of `Node`, then read `place`, `adopt` and `write`.
     //!
-    //! The rules that keep a store whole, and where they stand:
+    //! The rules of the protocol are stated where they are implemented: R1 answering (`place`, `pull_needs`), R2 pull
+    //! (`note_received`, `note_received_by`), R3 adopt (`adopt`, `pulls_by`), R4 write (`write`, `take`, `lacking`), R5
+    //! reconcile (`begin_to_reconcile`, `replication`), R6 stability (`refresh_stable`), R7 causal contexts
+    //! (`context_needs`), R8 settled (`settle`), R9 view change (`membership`), R10 start (`let_in`), R11 meetings
+    //! (`begin_round`), R12 planning (`table`).
     //!
-    //! - R1 answering (`place`, `pull_needs`), R2 pull (`note_received`, `note_received_by`), R3 adopt (`adopt`), R4 write (`write`, `take`), R5 reconcile
-    //!   (in `replication`; when it is due: `begin_to_reconcile`), R6 stability (`refresh_stable`), R7 causal contexts (`context_needs`,
-    //!   `context_after`), R8 settled (`hear`, `settle`).
-    //! - R9 view change, R10 start (`let_in`) and R11 meetings stand in `membership`, R12 planning in `table`.
-    //!
-    //! The words: a node is *blank* when it has just started and goes by no table yet; its *incarnation* is a random number, new at each
-    //! start. A *pull* is a span that this node owns and has not got yet. A record is *stable* when every replica of its shard has it.
+    //! Terms: a node without a table is *blank*. Its *incarnation* is a random number, new at each start. A *pull* is a
+    //! span that it owns and has not fetched; without one it is *whole*. A record that all replicas have is *stable*.
 
     use std::collections::{BTreeMap, BTreeSet};
     use std::sync::Arc;
@@ -2438,8 +2380,7 @@ mod node {
     use crate::records::{ALL, Bucket, Record, Records, Span, Sums, hash_of};
     use crate::table::{MAX_FEW, Table, Version};
 
-    /// What a client has seen, as far as some replica may lack it (R7): by node, the highest stamp that was given there. And the table
-    /// by which it was seen, as long as that is not settled.
+    /// R7: what a client saw that a replica may lack: by node, the highest stamp; and the table, until it is settled.
     #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
     pub struct Context {
         pub seen: BTreeMap<u16, u64>,
@@ -2466,10 +2407,9 @@ mod node {
         }
     }
 
-    /// With how many bits of its node's name a stamp ends. The rest, microseconds since 1970, will do until the year 2112.
+    /// A stamp ends with so many bits of its node's name. The rest, microseconds since 1970, suffices until 2112.
     const NODE_BITS: u32 = 12;
 
-    /// The bits of the node that gave a stamp.
     pub fn node_of(stamp: u64) -> u16 {
         (stamp & ((1 << NODE_BITS) - 1)) as u16
     }
@@ -2478,52 +2418,43 @@ mod node {
         node_of(hash_of(name.as_bytes()))
     }
 
-    /// The lowest stamp of a moment.
     fn stamp_at(time: Duration) -> u64 {
         (time.as_micros() as u64) << NODE_BITS
     }
 
-    /// What a node tells of itself when it meets another (R11).
+    /// R11: what a node reports in a meeting. A blank node has no version, and reports its `VIEW` until it has heard of
+    /// a table. Pulls wait for the nodes in `incoming`. `stable_at` is in the order of the view.
     #[derive(Clone, Debug, Default, Serialize, Deserialize)]
     pub struct Status {
         pub incarnation: u64,
-        /// The table that it goes by, and the store that this is of; none if it is blank.
         pub version: Option<Version>,
         pub store: u64,
         pub settled: bool,
-        /// Whether that table lists it, and how many nodes it lists.
         pub is_member: bool,
         pub members: usize,
         pub keys: usize,
         pub digest: u64,
-        /// The nodes that its pulls wait for: none if it is whole. And whether it can answer for all that it owns.
         pub incoming: Vec<String>,
         pub is_ready: bool,
         pub clock: u64,
-        /// The highest lock that it granted.
         pub promised: Version,
-        /// What it knows of all nodes' stability, in the order of the view.
         pub stable_at: Vec<u64>,
-        /// Its `VIEW` and `REPL_FACTOR` as long as it is blank and has heard of no table, and for how many rounds it has been up.
         pub first_view: Vec<String>,
         pub factor: usize,
         pub rounds: u32,
     }
 
     impl Status {
-        /// Whether it goes by a table and has no pulls.
         pub fn is_whole_by(&self, version: Version) -> bool {
             self.version == Some(version) && self.incoming.is_empty()
         }
     }
 
-    /// What a node says to another.
     #[derive(Clone, Debug, Serialize, Deserialize)]
     pub struct Envelope {
         pub from: String,
-        /// The address that the sender uses. A node ignores what is sent to another one: it would be counted under two names.
+        /// The address that the sender uses. Others are refused, or a node would count under two names.
         pub to: String,
-        /// The table that the sender goes by. All but meetings and locks is refused by who goes by another.
         pub version: Option<Version>,
         /// The incarnations of the sender, and of the addressee as the sender knows it.
         pub incarnation: u64,
@@ -2534,26 +2465,21 @@ mod node {
     #[derive(Clone, Debug, Serialize, Deserialize)]
     pub enum Message {
         Meet(Status),
-        /// Take part in a change that makes this version; nothing comes of it any more.
         Lock(Version),
         Release(Version),
-        /// Under that lock: for each of these counts, where to cut so that as many of the addressee's keys lie above.
+        /// R12: for each count, where to cut so that as many of the addressee's keys lie above.
         Survey(Version, Vec<usize>),
-        /// The sender has all that the addressee has of the range that begins here. Asks whether the addressee is whole for it.
+        /// R2: the sender has all that the addressee has of this range. Is the addressee whole for it?
         Received(u64),
-        /// Give the record of one key, if you are whole for it.
         GiveKey(ByteBuf),
-        /// Give the digests of a span, bucket by bucket.
         Digests(Span),
-        /// Compare a span with the records that the sender has of it, by hash and stamp.
+        /// R5: compare with what the sender has of a span, by hash and stamp.
         Compare(Span, Vec<(u64, u64)>),
-        /// Store these records.
         Push(Vec<Copied>),
     }
 
     impl Message {
-        /// A node that does not answer in this time is silent. A round of meetings must fit into the second that one which
-        /// starts waits to hear of the others.
+        /// A node that takes longer is silent. A meeting must fit into the second that a starting node waits (R10).
         pub fn limit(&self) -> Duration {
             Duration::from_millis(match self {
                 Message::Meet(_) | Message::GiveKey(_) => 700,
@@ -2562,7 +2488,7 @@ mod node {
             })
         }
 
-        /// Whether to answer it takes no longer than to answer a client.
+        /// Whether it takes no longer than a client's request.
         pub fn is_short(&self) -> bool {
             matches!(self, Message::Push(_) | Message::GiveKey(_) | Message::Meet(_))
         }
@@ -2570,10 +2496,9 @@ mod node {
 
     #[derive(Clone, Debug, Serialize, Deserialize)]
     pub enum Reply {
-        /// With the table, if it is newer than that of who asks. (A table comes in replies only: a message may be from a past life.)
+        /// The table if it is newer. Tables come in replies only, since a message may be from an earlier incarnation.
         Met(Status, Option<Table>),
         Locked(Status),
-        /// Another change is under way; or the version is not above this one.
         Busy,
         Outdated(Version),
         /// The cuts, and the hashes of all keys if these are few.
@@ -2581,108 +2506,97 @@ mod node {
         Whole(bool),
         Key(Option<Copied>),
         Digests(Vec<u64>),
-        /// What is newer here; what is newer there; both up to this hash.
+        /// What is newer here, hash and stamp of what is newer there, and the last hash compared.
         Compared(Vec<Copied>, Vec<(u64, u64)>, u64),
         Done,
-        /// Not by my table, not in this life, or not from me since I am not whole.
+        /// The sender has another table or incarnation, or this node is not whole.
         Refused,
     }
 
-    /// A record on its way, and its writer's context as long as that is not stable.
+    /// A record in transit, and its writer's context until that is stable.
     pub type Copied = (Record, Context);
 
-    /// How many bytes of records a message has, about. (In the simulation, one record or two.)
+    /// About how many bytes of records a message has. (In the simulation, one record or two.)
     pub const MAX_BATCH: usize = if cfg!(test) { 40 } else { 256 << 10 };
-    /// How long a lock keeps off other coordinators, and how long its own may use it.
+    /// For how long a lock excludes other coordinators, and for how long its own may use it.
     pub const LEASE: Duration = Duration::from_secs(10);
-    /// A node that did nothing for this long was asleep: a running one meets others several times a second. Others remove a silent node
-    /// after 1.95 s at the earliest: its stream ends after 1.25 s, and a meeting fails after 0.7 s.
+    /// A node that did nothing for this long was asleep. Others need 1.95 s at least to remove a silent node from the
+    /// view: 1.25 s until its stream ends, and 0.7 s for a meeting.
     const ASLEEP: Duration = Duration::from_millis(1500);
-    /// For how long it tries to meet somebody before it answers.
+    /// For how long a node that was asleep tries to meet another one before it answers.
     const WAKING: Duration = Duration::from_secs(1);
-    /// For how many rounds all nodes of a first view must have been up before it counts: a second.
+    /// R10: for how many rounds all nodes of a first view must have been up: a second.
     const FIRST: u32 = 5;
-    /// For how long the digests of two replicas must differ until they reconcile: while clients write, they differ in most meetings.
+    /// R5: for how long digests must differ. While clients write, they differ in most meetings.
     const DIFFERING: Duration = Duration::from_secs(3);
 
-    /// Who may answer for a key.
     #[derive(Debug, PartialEq)]
     pub enum Place {
         Here,
-        /// At these nodes, the best one to ask first.
         There(Vec<String>),
-        /// This node goes by no table yet, or cannot tell whether its table is still good.
+        /// This node is blank, or does not know whether its table is in force.
         Unknown,
     }
 
-    /// A span that this node owns and has not got yet (R2).
+    /// R2: a span that this node owns and has not fetched yet.
     #[derive(Clone, Debug)]
     pub struct Pull {
         pub span: Span,
-        /// The nodes of which a whole one has all of it; without this one.
+        /// The nodes to pull from. A whole one of them has every record of the span.
         pub group: Vec<String>,
-        /// Those of which this node has got all that they have of it, and which get nothing more.
+        /// Nodes that have nothing more to give.
         received: BTreeSet<String>,
-        /// A whole one is among these.
+        /// Whether one of these was whole.
         is_answerable: bool,
-        /// In how many rounds in a row all others were asked, and none was whole.
-        hollow_rounds: u32,
-        /// The table names the group as a source. (Otherwise it is the other replicas of the shard, since this node has kept nothing.)
+        /// Consecutive rounds in which all awaited nodes answered, and none was whole.
+        incomplete_rounds: u32,
+        /// Whether the table names the group. Otherwise it is the other replicas, as this node has kept no records.
         is_source: bool,
     }
 
     impl Pull {
-        /// The nodes that it waits for.
         pub fn awaited(&self) -> impl Iterator<Item = &String> {
             self.group.iter().filter(|node| !self.received.contains(*node))
         }
 
-        /// Whether it waits for nobody, or only for nodes that have all been found not to be whole in two rounds: then there was a moment
-        /// at which none of them was, and they may wait for this one as well.
+        /// No node is awaited, or two rounds in a row found none whole: at one moment none was, and all may be waiting.
         fn is_done(&self) -> bool {
-            self.hollow_rounds > 1 || self.awaited().next().is_none()
+            self.incomplete_rounds > 1 || self.awaited().next().is_none()
         }
     }
 
-    /// What a node that was pulled from is.
     #[derive(Clone, Copy, PartialEq)]
     pub enum Found {
         Whole,
         Incomplete,
-        /// It has started again, blank or as a store of its own: it has nothing for this store any more.
+        /// It restarted, blank or in another store: it has nothing for this one.
         Nothing,
     }
 
-    /// The highest lock that this node granted.
     #[derive(Clone, Debug, Default)]
     struct Promise {
         version: Version,
         granted: Option<Duration>,
-        /// It is for joining another store, whose coordinator this is: until that is decided, this node takes no writes, which it
-        /// would have to drop.
+        /// Set while this node may join this coordinator's store. It takes no writes then, since it would drop them.
         joining: Option<String>,
     }
 
-    /// What a node last heard of another.
     #[derive(Default)]
     struct Peer {
         status: Status,
         silent: bool,
-        /// Since when its digest differs, whenever it is heard.
         differs: Option<Duration>,
         is_reconciling: bool,
-        /// How often it was noted that it may lack something.
+        /// How often this node noted that the peer may lack something.
         failures: u64,
     }
 
-    /// What a node does beside whoever makes it do so.
     #[derive(Clone, Debug)]
     pub enum Activity {
         Meet(String),
         Pull,
     }
 
-    /// What is left to whoever has unlocked the node: lines for an operator, records to be dropped, and what is to be begun.
     #[derive(Default)]
     pub struct Later {
         pub lines: Vec<String>,
@@ -2690,7 +2604,7 @@ mod node {
         pub activities: Vec<Activity>,
     }
 
-    /// The nodes that have stored a write: in which incarnation, and by which table.
+    /// The nodes that have a write, in which incarnation and by which table: adopting another may have dropped it.
     pub type Stored = BTreeMap<String, (u64, Option<Version>)>;
 
     #[derive(Default)]
@@ -2703,37 +2617,33 @@ mod node {
         pub later: Later,
         table: Option<Arc<Table>>,
         shard: Option<usize>,
-        /// The table is settled (R8), and this node has no records but what it owns.
+        /// R8. This node then has no records but those it owns.
         settled: bool,
-        /// The newest table that a blank node has heard of.
         heard_of: Option<Arc<Table>>,
         promise: Promise,
         pub lease: Duration,
         coordinating: bool,
         pub records: Records,
-        /// By stamp, what is kept of records until they are stable: the hash and the writer's context. All tombstones are here.
+        /// By stamp, hash and context of the records that R6 and R7 still need. All tombstones are here.
         unstable: BTreeMap<u64, (u64, Context)>,
-        /// The highest stamp given or seen.
+        /// A hybrid logical clock (Kulkarni et al., 2014): the highest stamp given or seen.
         clock: u64,
         pulls: Vec<Pull>,
-        /// The spans whose pulls were not answerable when it adopted its table. Until that is settled, this node is not whole for them,
-        /// unless it owns them and has pulled them again.
+        /// Spans not pulled by earlier tables. Until R8 this node is whole for these only if it owns and pulled them.
         lacks: Vec<Span>,
         is_pulling: bool,
-        /// By where a range begins, who has all that this node had of it.
+        /// R2: by the first hash of a range, the nodes that have all that this one had.
         received_by: BTreeSet<(u64, String)>,
-        /// The other replicas that may lack something: the lowest stamp of what they may lack.
+        /// R5: for each replica that may lack something, the lowest stamp that it may lack.
         pub lagging: BTreeMap<String, u64>,
-        /// The stamps of its own writes that are not acknowledged yet.
+        /// The stamps of own writes that are not acknowledged yet.
         in_flight: BTreeSet<u64>,
         stable_at: Vec<u64>,
-        /// Every replica of every shard has every write up to it.
+        /// R6: every replica has every write up to this stamp.
         watermark: u64,
         peers: BTreeMap<String, Peer>,
-        /// When the last meeting that another node has answered began, and when this node last woke from a sleep.
         last_met: Duration,
         last_woke: Duration,
-        /// How many rounds of meetings it has begun.
         rounds: u32,
     }
 
@@ -2771,12 +2681,11 @@ mod node {
             self.settled
         }
 
-        /// The spans that this node owns.
         pub fn own_spans(&self) -> Vec<Span> {
             self.table.as_ref().filter(|_| self.shard.is_some()).map_or(Vec::new(), |table| table.spans_of(self.shard))
         }
 
-        /// What the records add up to that this node owns; it may have others until the table is settled.
+        /// The sums of what this node owns. Until the table is settled, it may have other records.
         pub fn sums(&self) -> Sums {
             if self.settled {
                 return self.records.total();
@@ -2786,7 +2695,6 @@ mod node {
             sums
         }
 
-        /// The other replicas of this node's shard.
         pub fn others(&self) -> Vec<String> {
             let (Some(table), Some(shard)) = (&self.table, self.shard) else { return Vec::new() };
             table.shards[shard].iter().filter(|node| **node != self.own).cloned().collect()
@@ -2796,7 +2704,7 @@ mod node {
             self.others().iter().any(|it| it == node)
         }
 
-        /// The other nodes of its table, in the order of their names; and its sources, as long as they mean something.
+        /// The other nodes of the table and, until it is settled, of its sources, in the order of their names.
         fn members(&self) -> Vec<String> {
             let nodes = self.table.iter().flat_map(|table| table.nodes(self.settled));
             nodes.filter(|node| **node != self.own).cloned().collect()
@@ -2804,9 +2712,9 @@ mod node {
 
         // -- R1 answering
 
-        /// R1: a key is answered for by the replicas of the shard that owns it by the table, and by nobody else. Who has adopted a
-        /// newer table never answers again for what it gave away: so no two nodes of different tables answer for one key, since the
-        /// new owner has first got it from one that goes by the new table.
+        /// R1: only the replicas of the shard that owns a key by the table answer for it. A node that has adopted a
+        /// newer table never answers again for what it gave away, and the new owner first gets the key from a node that
+        /// has adopted that table. So each key is answered for by one table at a time.
         pub fn place(&self, hash: u64) -> Place {
             let Some(table) = self.table.as_ref().filter(|_| self.may_answer()) else { return Place::Unknown };
             match Some(table.shard_at(hash)) == self.shard {
@@ -2815,36 +2723,34 @@ mod node {
             }
         }
 
-        /// The groups of which a node must give a key before this one may answer for it.
+        /// R1: the groups of which a whole node must give the key before this node answers.
         pub fn pull_needs(&self, hash: u64) -> Vec<Vec<String>> {
             let open = self.pulls.iter().filter(|pull| pull.span.contains(hash) && !pull.is_answerable);
             open.map(|pull| pull.group.clone()).collect()
         }
 
-        /// Some nodes in the order in which to ask them: last the silent ones (which may just be back), and before these who has to get
-        /// keys first.
+        /// Sorts nodes for asking: last the silent ones, before them those that would have to get the key first.
         pub fn ranked(&self, mut nodes: Vec<String>) -> Vec<String> {
             nodes.sort_by_key(|node| match self.peers.get(node) {
                 Some(peer) if peer.silent => 3,
                 Some(peer) if !peer.status.is_ready => 2,
-                // The same one each time, but not for every node.
+                // The same order each time, but not at every node.
                 _ => (hash_of(node.as_bytes()) ^ self.incarnation) % 2,
             });
             nodes
         }
 
-        /// Whether this node goes by a table, and that is known to be in force.
         pub fn may_answer(&self) -> bool {
             self.table.is_some() && !self.is_waking() && self.promise.joining.is_none()
         }
 
-        /// R11: a node that has just woken up does not answer before it has met somebody: it may have been let go.
+        /// R11: a node that was asleep may have been left out of the view. It meets another one before it answers.
         fn is_waking(&self) -> bool {
             let has_others = self.table.as_ref().is_some_and(|table| table.view.len() > 1);
             has_others && self.last_met < self.last_woke && self.now < self.last_woke + WAKING
         }
 
-        /// To be called whenever the time is known anew.
+        /// Sets the time. Must be called whenever the node is locked.
         pub fn look_at_clock(&mut self, now: Duration) {
             if now > self.now + ASLEEP {
                 self.last_woke = now;
@@ -2852,7 +2758,6 @@ mod node {
             self.now = self.now.max(now);
         }
 
-        /// Another node has answered what was asked at a moment.
         pub fn note_meeting(&mut self, node: &str, began: Duration) {
             if node != self.own {
                 self.last_met = self.last_met.max(began);
@@ -2861,16 +2766,16 @@ mod node {
 
         // -- R2 pull
 
-        /// Whether this node is whole for a key or a range: it owns it or has kept it, and has no pull over it.
+        /// R2: whether this node has all of a span of one range.
         fn is_whole_for(&self, span: Span) -> bool {
             let owns = self.table.as_ref().is_some_and(|table| Some(table.shard_at(span.first)) == self.shard);
             let has_kept = !self.settled && !self.lacks.iter().any(|lack| lack.overlaps(&span));
             (owns || has_kept) && !self.pulls.iter().any(|pull| pull.span.overlaps(&span))
         }
 
-        /// R2: another node has all that this one has of a range. What all owners have is dropped here: one that is killed then comes back
-        /// without it, and not with what it was before; and no source that has left the view, and is not counted in the watermark, keeps a
-        /// record whose tombstone is gone elsewhere. Says whether this node was whole for it.
+        /// R2: another node has all that this one has of a range. When all owners have, a former owner drops it: an
+        /// owner that is killed then comes back empty, not with old records; and no source outside the view, which does
+        /// not count for the watermark, keeps a record whose tombstone is gone elsewhere.
         fn note_received_by(&mut self, by: String, range: u64) -> Reply {
             let Some(table) = self.table.clone() else { return Reply::Refused };
             let Some((span, owned)) = table.spans().find(|(span, _)| span.first == range) else {
@@ -2899,34 +2804,30 @@ mod node {
             Reply::Key(self.records.get(hash, key).map(|record| self.copy_of(record)))
         }
 
-        /// A record as it goes to another node.
         pub fn copy_of(&self, record: &Record) -> Copied {
             (record.clone(), self.context_of(record))
         }
 
-        /// Has somebody see to the pulls, if there are any and nobody does.
         fn start_pulling(&mut self) {
             if !self.pulls.is_empty() && !std::mem::replace(&mut self.is_pulling, true) {
                 self.later.activities.push(Activity::Pull);
             }
         }
 
-        /// The pulls that are not done; with none left, nobody sees to them any more.
         pub fn pulls_left(&mut self) -> Vec<Pull> {
             self.is_pulling = !self.pulls.is_empty();
             self.pulls.clone()
         }
 
-        /// Ends a round of asking, by a table: notes what each awaited node of a pull was found to be, after this node got all that it has.
-        /// None is one that did not answer.
+        /// R2: ends a round of a pull. `found` says what each awaited node was, after it gave all; None: no answer.
         pub fn note_received(&mut self, version: Version, pull: &Pull, found: &[(String, Option<Found>)]) {
             if self.version() != Some(version) {
                 return;
             }
-            let is_hollow = found.iter().all(|(_, found)| *found == Some(Found::Incomplete));
+            let is_incomplete = found.iter().all(|(_, found)| *found == Some(Found::Incomplete));
             let is_it = |it: &&mut Pull| (it.span, &it.group) == (pull.span, &pull.group);
             for it in self.pulls.iter_mut().filter(is_it) {
-                it.hollow_rounds = if is_hollow { it.hollow_rounds + 1 } else { 0 };
+                it.incomplete_rounds = if is_incomplete { it.incomplete_rounds + 1 } else { 0 };
                 for (node, found) in found {
                     if let Some(Found::Whole | Found::Nothing) = found {
                         it.received.insert(node.clone());
@@ -2945,16 +2846,15 @@ mod node {
             }
         }
 
-        /// The nodes that pulls wait for.
         pub fn incoming(&self) -> BTreeSet<String> {
             self.pulls.iter().flat_map(Pull::awaited).cloned().collect()
         }
 
         // -- R3 adopt
 
-        /// R3: goes by a newer table from now on, in one step. It keeps its records if it went by the table's base and is in the view or a
-        /// source. Otherwise it drops them: the new table does not count on them. What the other replicas have, and what is stable, is to
-        /// be found out anew. True if it goes by the table.
+        /// R3: adopts a newer table in one step under the lock, unless a fresh lock of another coordinator forbids it.
+        /// A node that used the table's base, and is in its view or a source, keeps its records. Any other drops them,
+        /// since the table does not count on them. What is stable and what replicas lack is found out anew.
         pub fn adopt(&mut self, table: Arc<Table>) -> bool {
             let other = table.version.coordinator != self.promise.version.coordinator;
             let is_forbidden = self.is_locked() && other && table.version < self.promise.version;
@@ -2963,7 +2863,7 @@ mod node {
             }
             let keeps = table.nodes(false).contains(&self.own) && self.version() == Some(table.base);
             if !keeps {
-                // (These writes are answered with 503: `lacking`.)
+                // Their clients get 503 (`lacking`).
                 self.in_flight.clear();
                 self.drop_records(ALL);
                 self.unstable.clear();
@@ -2978,7 +2878,6 @@ mod node {
             (self.watermark, self.settled) = (0, false);
             self.promise.joining = None;
             if self.promise.version <= table.version {
-                // What the lock was for has come about.
                 self.promise.granted = None;
             }
             self.received_by.clear();
@@ -2990,7 +2889,8 @@ mod node {
             true
         }
 
-        /// What this node has to pull by a table.
+        /// R3: for an owned range, pulls from each source group, answerable at once if this node is in the group and
+        /// kept its records; and from the other replicas if it did not keep them.
         fn pulls_by(&self, table: &Table) -> Vec<Pull> {
             let mut pulls = Vec::new();
             for (span, range) in
@@ -3002,7 +2902,7 @@ mod node {
                     group: group.into_iter().filter(|node| *node != self.own).collect(),
                     received: BTreeSet::new(),
                     is_answerable: has_it,
-                    hollow_rounds: 0,
+                    incomplete_rounds: 0,
                     is_source,
                 };
                 for group in &range.sources {
@@ -3018,8 +2918,8 @@ mod node {
 
         // -- R4 write
 
-        /// R4: stores a record of a client under a new stamp, above all that this node knows and that the client has seen. It is in
-        /// flight until `lacking` says that nobody lacks it.
+        /// R4: stores a client's record under a stamp above all that this node knows and the client has seen. It is in
+        /// flight until no reachable replica lacks it (`lacking`).
         pub fn write(&mut self, hash: u64, mut record: Record, context: &Context) -> Record {
             let above = self.clock_now().max(context.highest());
             self.clock = ((above >> NODE_BITS) + 1) << NODE_BITS | bits_of(&self.own) as u64;
@@ -3045,8 +2945,8 @@ mod node {
             }
         }
 
-        /// Takes a record of another node, if it beats what is here; says whether it did. What is stable is here, or was deleted: it is
-        /// ignored, unless it comes by a pull that still covers the key.
+        /// R4: takes another node's record if it beats the one here. What is stable is here, or was deleted: it is
+        /// ignored, unless it comes by a pull that still covers the key. Returns whether it was taken.
         pub fn take(&mut self, (record, context): &Copied, by_pull: bool) -> bool {
             let (hash, stamp) = (record.hash(), record.stamp());
             self.clock = self.clock.max(stamp);
@@ -3061,9 +2961,7 @@ mod node {
             true
         }
 
-        /// The replicas that still lack a write, as far as they can be reached; `stored` are those that have it, in which incarnation, and
-        /// by which table (they may have dropped it with the next one). Those that cannot be reached are lagging from then on. An error:
-        /// this node has dropped what it wrote.
+        /// R4: reachable replicas that lack a write. Silent ones lag from now on. Fails if the write was dropped (R3).
         pub fn lacking(&mut self, record: &Record, stored: &Stored) -> Result<Vec<String>, ()> {
             let stamp = record.stamp();
             let Some(table) = self.table.clone().filter(|_| self.in_flight.contains(&stamp)) else { return Err(()) };
@@ -3082,13 +2980,11 @@ mod node {
             Ok(lacking)
         }
 
-        /// Gives up on replicas that did not take a write in time.
         pub fn give_up(&mut self, record: &Record, lacking: &[String]) {
             lacking.iter().for_each(|node| self.note_lagging(node, record.stamp()));
             self.in_flight.remove(&record.stamp());
         }
 
-        /// A replica may lack what was written from this stamp on.
         fn note_lagging(&mut self, node: &str, stamp: u64) {
             if self.is_replica(node) {
                 let lowest = self.lagging.entry(node.to_owned()).or_insert(stamp);
@@ -3099,8 +2995,7 @@ mod node {
 
         // -- R5 reconcile
 
-        /// Whether to reconcile with a replica now: it may lack something, or its digest has differed for a while. The number is to be
-        /// given back (`reconciled`).
+        /// R5: due if the replica may lack something or its digest differs for long. The result is for `reconciled`.
         pub fn begin_to_reconcile(&mut self, node: &str) -> Option<u64> {
             let is_due = self.is_replica(node) && self.is_ready();
             let (version, lags, now) = (self.version(), self.lagging.contains_key(node), self.now);
@@ -3113,7 +3008,7 @@ mod node {
             })
         }
 
-        /// Ends that. If all was compared, nothing failed meanwhile, and it is the same incarnation, it does not lag any more.
+        /// R5: the replica lags no longer if all was compared and nothing failed meanwhile. A restart is a failure too.
         pub fn reconciled(&mut self, node: &str, version: Version, failures: u64, is_through: bool) {
             let peer = self.peers.entry(node.to_owned()).or_default();
             peer.is_reconciling = false;
@@ -3122,7 +3017,7 @@ mod node {
             }
         }
 
-        /// Takes records of another replica, or (`by_pull`) of a source. The other replicas may lack what is new.
+        /// R5: takes records of a replica or, `by_pull`, of a source. The other replicas may lack what is new.
         pub fn take_reconciled(&mut self, version: Version, from: &str, copies: &[Copied], by_pull: bool) -> bool {
             if self.version() != Some(version) {
                 return false;
@@ -3137,8 +3032,7 @@ mod node {
             true
         }
 
-        /// Compares a span with what another node has of it, by hash and stamp: gives what is newer here, and says what is newer there, as
-        /// far as a message has room. (Of two keys with one hash, the older one is compared when it is written next.)
+        /// R5: compares a span with another node's, as far as a message has room. Keys with one hash count as one.
         fn compare(&self, span: Span, theirs: Vec<(u64, u64)>) -> Reply {
             let (records, last) = self.records.first_of(span, MAX_BATCH);
             let mut theirs: BTreeMap<u64, u64> = theirs.into_iter().filter(|(hash, _)| *hash <= last).collect();
@@ -3157,8 +3051,8 @@ mod node {
 
         // -- R6 stability
 
-        /// R6: what this node claims is stable: it is below what is in flight and what some replica may lack. It does not rise while
-        /// anything is open, and never goes down. The watermark is the lowest claim of all nodes.
+        /// R6: raises this node's claim, up to which its writes are on all replicas: below what is in flight and what a
+        /// replica may lack, once R8 holds. It never falls. The watermark is the lowest claim of all nodes.
         fn refresh_stable(&mut self) {
             self.look_whether_settled();
             let Some(table) = self.table.clone().filter(|_| self.settled) else { return };
@@ -3171,7 +3065,7 @@ mod node {
             self.clock = self.clock.max(self.watermark);
         }
 
-        /// Drops what is kept of records that are stable by now: some thousand at most. True if there is more.
+        /// R6: drops stable tombstones and contexts, up to 2,000. Returns whether there may be more.
         pub fn drop_stable(&mut self) -> bool {
             self.refresh_stable();
             for _ in 0..2000 {
@@ -3190,7 +3084,7 @@ mod node {
             self.unstable.get(&record.stamp()).map_or(Context::default(), |(_, context)| context.clone())
         }
 
-        /// What of a context is not stable. Of nodes that the table does not name, one member says as much as many.
+        /// R7: a context without what is stable. For nodes that the table does not name, the highest stamp is enough.
         pub fn unstable_part(&self, context: &Context) -> Context {
             let mut kept = Context {
                 table: context.table.filter(|it| Some(*it) > self.version() || !self.settled),
@@ -3209,20 +3103,19 @@ mod node {
             kept
         }
 
-        /// The nodes of the table, members and sources, whose names have these bits.
         fn nodes_with(&self, bits: u16) -> Vec<&String> {
             let nodes = self.table.iter().flat_map(|table| table.nodes(self.settled));
             nodes.filter(|name| bits_of(name) == bits).collect()
         }
 
-        /// A client's context can only have stamps that some clock has given, and clocks differ by less than an hour.
+        /// A forged stamp must not advance this node's clock. Real clocks differ by less than an hour.
         pub fn is_plausible(&self, context: &Context) -> bool {
             context.highest() <= stamp_at(self.now + Duration::from_secs(3600)).max(self.clock)
         }
 
-        /// R7: the nodes that must give a key before this one may answer a read by a context. A write that the context speaks of was
-        /// made at a node; unless it is stable, or older than what is here of the key, that node has to be asked whether it was to this
-        /// key. None: the context knows of a newer table.
+        /// R7: the groups of which a node must give a key before a read by this context is answered. The context names
+        /// a node and a stamp given there. Unless that write is stable, or older than the record here, it may be to
+        /// this key, so that node is asked. None: the context names a newer table.
         pub fn context_needs(&self, hash: u64, key: &[u8], context: &Context) -> Option<Vec<Vec<String>>> {
             let table = self.table.as_ref().filter(|table| context.table <= Some(table.version))?;
             let here = self.records.get(hash, key).map_or(0, Record::stamp);
@@ -3247,7 +3140,6 @@ mod node {
             Some(needs)
         }
 
-        /// A client's context after it wrote or read a record here.
         pub fn context_after(&mut self, context: &Context, record: Option<&Record>) -> Context {
             let mut after = context.clone();
             self.clock = self.clock.max(context.highest());
@@ -3262,9 +3154,8 @@ mod node {
 
         // -- R8 settled
 
-        /// R8: all nodes of the view go by this table and have no pulls. A pull ends only when each of its sources has answered by this
-        /// version, or has nothing; so sources mean nothing any more. What this node does not own it drops, so that none of it comes back
-        /// by a later table.
+        /// R8: all nodes of the view use this table, without pulls. Sources are not needed: a pull ends only when each
+        /// has answered by this version or has nothing. What is not owned is dropped, so no later table brings it back.
         pub fn settle(&mut self) {
             if std::mem::replace(&mut self.settled, true) {
                 return;
@@ -3289,7 +3180,7 @@ mod node {
         pub fn status(&mut self) -> Status {
             self.refresh_stable();
             let sums = self.sums();
-            // One that has heard of a table takes up no first one.
+            // A node that has heard of a table does not adopt a first one.
             let (table, is_blank) = (self.table.as_ref(), self.table.is_none() && self.heard_of.is_none());
             Status {
                 incarnation: self.incarnation,
@@ -3311,7 +3202,7 @@ mod node {
             }
         }
 
-        /// Whether this node can answer for all that it owns without asking others first.
+        /// Whether this node can answer for all that it owns without asking others.
         pub fn is_ready(&self) -> bool {
             self.table.is_some() && self.pulls.iter().all(|pull| pull.is_answerable)
         }
@@ -3326,12 +3217,11 @@ mod node {
             self.peers.get(node).map_or(0, |peer| peer.status.incarnation)
         }
 
-        /// Answers what another node says.
         pub fn receive(&mut self, envelope: Envelope) -> Reply {
             let Envelope { from, version, incarnation, life, message, .. } = envelope;
-            // Neither from a past life of the sender, nor to one of this node.
-            let is_present = life == self.incarnation && incarnation == self.incarnation_of(&from);
-            let is_same = version.is_some() && version == self.version() && is_present;
+            // Records are exchanged by one table, and within one incarnation of each node.
+            let is_current = life == self.incarnation && incarnation == self.incarnation_of(&from);
+            let is_same = version.is_some() && version == self.version() && is_current;
             match message {
                 Message::Meet(status) => {
                     let newer = self.table.as_deref().filter(|table| Some(table.version) > status.version).cloned();
@@ -3351,7 +3241,7 @@ mod node {
                 Message::Received(range) if is_same => self.note_received_by(from, range),
                 Message::GiveKey(key) if is_same => self.give_key(&key),
                 Message::Digests(span) if is_same && span.first <= span.last => {
-                    // What is written from now on is to reach who asks, even if it was silent until now.
+                    // From now on, writes must reach the node that pulls, even if it was silent (R2).
                     self.note_silent(&from, false);
                     Reply::Digests(self.records.digests_of(span))
                 }
@@ -3366,7 +3256,6 @@ mod node {
             }
         }
 
-        /// Takes in what another node tells of itself, in a message or in a reply.
         pub fn hear(&mut self, from: &str, status: &Status) {
             if from == self.own {
                 return;
@@ -3383,7 +3272,6 @@ mod node {
             }
             let is_decided = !self.is_locked() && status.version != Some(self.promise.version);
             if self.promise.joining.as_deref() == Some(from) && is_decided {
-                // Nothing came of it.
                 self.promise.joining = None;
             }
             let is_replica = self.is_replica(from);
@@ -3400,11 +3288,9 @@ mod node {
             self.refresh_stable();
         }
 
-        /// A node has answered, or has not in time.
         pub fn note_silent(&mut self, node: &str, silent: bool) {
             let peer = self.peers.entry(node.to_owned()).or_default();
             let is_news = std::mem::replace(&mut peer.silent, silent) != silent;
-            // (Of nodes that left nothing is told.)
             if is_news && self.members().iter().any(|it| it == node) {
                 self.say(format!("{node} is {}", if silent { "silent" } else { "back" }));
             }
@@ -3414,18 +3300,16 @@ mod node {
             self.peers.get(node).is_some_and(|peer| peer.silent)
         }
 
-        /// The silent nodes of its table.
         pub fn silent(&self) -> Vec<String> {
             self.members().into_iter().filter(|node| self.is_silent(node)).collect()
         }
 
-        /// Whether this is a store of one, without keys: it may join another store.
+        /// Whether this store of one node, without keys, may join another.
         fn is_alone(&self) -> bool {
             let is_one = self.table.as_ref().is_some_and(|table| table.view == [self.own.as_str()]);
             is_one && self.records.total().count == 0 && self.pulls.is_empty()
         }
 
-        /// Looks at a table that came in a reply.
         pub fn consider(&mut self, from: &str, table: Arc<Table>) {
             if !table.is_valid() {
                 return;
@@ -3438,16 +3322,15 @@ mod node {
                 return;
             };
             let has_left = !mine.lists(&self.own);
-            // Who has left a store follows its nodes.
+            // A node that has left a store adopts what that store's nodes use.
             let may_join = (self.is_alone() || has_left) && table.lists(&self.own) || has_left && mine.lists(from);
             if mine.store == table.store || may_join {
                 self.adopt(table);
             }
         }
 
-        /// Begins a round, several times a second: meets a neighbour, a replica of the shard, every now and then another node, and, as
-        /// often, one that is silent or blank: so an idle store costs in proportion to its nodes. Returns the nodes that a blank one is to
-        /// ask instead: all that may know.
+        /// R11: meets a neighbour, a replica, at times another node, and one that is silent or blank: so an idle store
+        /// costs in proportion to its nodes. A blank node returns all nodes to ask instead (R10).
         pub fn begin_round(&mut self) -> Option<Vec<String>> {
             self.rounds = self.rounds.saturating_add(1);
             if self.table.is_none() {
@@ -3474,7 +3357,6 @@ mod node {
 
         // -- R10 start
 
-        /// The nodes of its VIEW, of the table that it heard of, and those that go by that.
         fn nodes_to_ask(&self) -> Vec<String> {
             let mut all: BTreeSet<&String> = self.first_view.iter().collect();
             if let Some(table) = &self.heard_of {
@@ -3485,13 +3367,13 @@ mod node {
             all.into_iter().filter(|node| **node != self.own).cloned().collect()
         }
 
-        /// R10: has a blank node go by a table, after a round of asking: the newest that it heard of, if more than half of its other
-        /// members answered, and none of them has granted a lock for a newer one, which may be in force elsewhere; or if all answered that
-        /// it knows of. Or it goes by the first one, if all whom its VIEW names are blank too.
+        /// R10: a blank node adopts the newest table that it has heard of, if more than half of its other members
+        /// answered and none has granted a lock for a newer one, which may be in force elsewhere; or if all nodes that
+        /// it asks answered. Without one, it adopts the first table if all nodes of its `VIEW` are blank too.
         pub fn let_in(&mut self, answers: &BTreeMap<String, Status>) {
-            // (Also those that it has only just heard of.)
+            // Also those that were heard of only in this round.
             let has_all = self.nodes_to_ask().iter().all(|node| answers.contains_key(node));
-            // It may have been lost with all that went by it.
+            // A table that no answering node uses may be lost with all nodes that did.
             let is_alive = |table: &Arc<Table>| answers.values().any(|status| status.version == Some(table.version));
             self.heard_of = self.heard_of.take().filter(is_alive);
             let table = match self.heard_of.clone() {
@@ -3526,13 +3408,13 @@ mod node {
             (is_first && names_itself).then(|| Arc::new(Table::first(self.first_view.clone(), self.first_factor)))
         }
 
-        // -- R9 view change: the nodes' side
+        // -- R9 view change, at the locked nodes
 
         fn is_locked(&self) -> bool {
             self.promise.granted.is_some_and(|granted| self.now < granted + self.lease)
         }
 
-        /// Grants a lock: above every table and lock that it knows, while no other coordinator's is fresh.
+        /// R9: grants a lock above every table and lock known here, unless another coordinator's lock is fresh.
         fn lock(&mut self, from: &str, version: Version) -> Reply {
             let highest = self.promise.version.max(self.version().unwrap_or_default());
             if self.is_locked() && self.promise.version.coordinator != version.coordinator {
@@ -3559,8 +3441,8 @@ mod node {
             Reply::Surveyed(cuts, hashes)
         }
 
-        /// Begins to coordinate a change to a view: its base; and its version, above all that this node knows and above `least`, in a new
-        /// epoch if silent nodes are left out. None if it does already.
+        /// R9: the base of a change, and its version: above all that this node knows and above `least`, in a new epoch
+        /// if silent nodes are left out. None if it coordinates a change already.
         pub fn begin_change(&mut self, view: &[String], force: bool, least: Version) -> Option<(Arc<Table>, Version)> {
             let table = self.table.clone().filter(|_| !self.coordinating)?;
             self.coordinating = true;
@@ -3574,14 +3456,12 @@ mod node {
             self.coordinating = false;
         }
 
-        /// The change itself: the coordinator adopts its own table, while its lock is still the highest here and not old.
+        /// R9: the change itself: the coordinator adopts its table, while its lock is the highest here and fresh.
         pub fn adopt_own(&mut self, table: Arc<Table>) -> bool {
             self.promise.version == table.version && self.is_locked() && self.adopt(table)
         }
 
-        // -- What an operator sees
-
-        /// A node that this one waits for, to name it in an error.
+        /// A node that this one waits for, to be named in an error.
         pub fn missing(&self) -> String {
             let joining = self.promise.joining.iter().cloned();
             let views = joining.chain(self.silent()).chain(self.first_view.iter().cloned());
@@ -3593,8 +3473,10 @@ mod node {
 // ---- Replication: what a node does over time with records -----------------------------------------------------------
 
 mod replication {
-    //! These are async functions for one reason only: the simulation runs many of them at once, and decides the fate of each
-    //! message. In the program every wait blocks the coroutine or thread that it is in, and `block_on` polls once.
+    //! What a node does over time with records. `Node` decides under its lock; this room sends the messages, and
+    //! repeats what failed. Begin with the trait `World`, then read `replicate` (R4), `pull_all` (R2) and `reconcile`
+    //! (R5). The functions are async only for the simulation, which runs many at once and decides the fate of each
+    //! message. In the program each wait blocks its coroutine or thread, and `block_on` polls once.
 
     use std::collections::{BTreeMap, BTreeSet};
     use std::sync::Arc;
@@ -3608,32 +3490,29 @@ mod replication {
     use crate::records::{Record, Span};
     use crate::table::Version;
 
-    /// How a node reaches its own state, the others, and time.
+    /// A node's access to its own state, to other instances, and to time.
     pub trait World: Clone {
-        /// Looks at the node, or changes it, under its lock.
         fn with<T>(&self, action: impl FnOnce(&mut Node) -> T) -> T;
-        /// Takes messages to nodes, side by side; None for each that was not answered in time.
+        /// Sends messages side by side. None for each that got no answer in time.
         fn deliver(&self, envelopes: Vec<Envelope>) -> impl Future<Output = Vec<Option<Reply>>>;
-        /// Takes a client's request to a node that has its key. Without an answer, it says whether the request may have got there.
         fn relay(&self, node: &str, request: Request, patience: Duration)
         -> impl Future<Output = Result<Answer, Lost>>;
         fn sleep(&self, time: Duration) -> impl Future<Output = ()>;
     }
 
-    /// A request got no answer.
     #[derive(Clone, Copy)]
     pub struct Lost {
-        /// It may have got there, and have done what it asks for.
+        /// The request may have arrived and taken effect.
         pub was_sent: bool,
     }
 
-    /// How many nodes are asked at a time: a view of a thousand names costs no more than one of ten.
+    /// The number of messages in flight at a time, however large the view is.
     const SIDE_BY_SIDE: usize = 16;
 
-    /// How many neighbouring buckets are compared as one span, at most: so that there are several to be compared side by side.
+    /// The most adjacent buckets compared as one span. More would leave too few spans to compare side by side.
     const BUCKETS_IN_PART: usize = 128;
 
-    /// Says something to each of some nodes. Who does not answer is silent from then on.
+    /// Sends each node a message. A node that does not answer is silent from then on.
     pub async fn ask_each(world: &impl World, messages: Vec<(String, Message)>) -> Vec<Option<Reply>> {
         let mut replies = Vec::new();
         for group in messages.chunks(SIDE_BY_SIDE) {
@@ -3652,7 +3531,7 @@ mod replication {
                         node.consider(name, Arc::new(table.clone()));
                     }
                     if !matches!(answer, Some(Reply::Met(..) | Reply::Locked(_))) && node.incarnation_of(name) != life {
-                        // It has started again since: what it had is gone.
+                        // The node has restarted since, and lost what it had.
                         *answer = None;
                     }
                 }
@@ -3662,7 +3541,6 @@ mod replication {
         replies
     }
 
-    /// Says the same to some nodes.
     pub async fn ask(world: &impl World, nodes: &[String], message: Message) -> Vec<Option<Reply>> {
         ask_each(world, nodes.iter().map(|node| (node.clone(), message.clone())).collect()).await
     }
@@ -3671,7 +3549,7 @@ mod replication {
         ask_each(world, vec![(node.to_owned(), message)]).await.pop()?
     }
 
-    /// The same about records, by a table: who goes by another refuses, and the two meet then, so that the older one gives way.
+    /// A node that uses another table refuses. Then the two meet, and the older table gives way.
     async fn ask_by(world: &impl World, node: &str, version: Version, message: Message) -> Option<Reply> {
         if world.with(|node| node.version()) != Some(version) {
             return None;
@@ -3685,11 +3563,9 @@ mod replication {
         }
     }
 
-    // -- R4 write
-
-    /// R4: has the other replicas store what was written here: all that this node does not take for silent, and whoever is to have it by a
-    /// table that comes meanwhile. Only then may it be acknowledged. Silent ones are lagging from then on, until they are reconciled with.
-    /// The error is a node that did not take it in time: the write is not undone, but its client is not told that it was done.
+    /// R4: pushes a record to all replicas that are not silent, also to those of a table adopted meanwhile; only then
+    /// may the write be acknowledged. Silent ones are lagging until they are reconciled with. Fails with a node that
+    /// did not take it in time: the write is not undone, but its client gets the error.
     pub async fn replicate(world: &impl World, record: &Record, deadline: Duration) -> Result<(), String> {
         let (mut stored, mut blank) = (BTreeMap::new(), Vec::new());
         loop {
@@ -3697,7 +3573,7 @@ mod replication {
                 world.with(|node| (node.version(), node.lacking(record, &stored), node.now > deadline));
             let Ok(lacking) = lacking else { return Err(world.with(|node| node.own().to_owned())) };
             let Some(first) = lacking.first() else { return Ok(()) };
-            // Who was blank when all others had it will pull it from one of these.
+            // A replica that is blank when all others have the record pulls it from one of them.
             if late || lacking == blank {
                 world.with(|node| node.give_up(record, &lacking));
                 return if late { Err(first.clone()) } else { Ok(()) };
@@ -3719,12 +3595,9 @@ mod replication {
         }
     }
 
-    // -- R2 pull
-
-    /// R2: gets all that this node owns and has not got, by reconciling in one direction with each node of a group. So there is one way to
-    /// move records, and a pull that was interrupted goes on where digests differ. This node may answer for the span once it has got what
-    /// a whole one has. It goes on with the others, which may have had a write that a whole one lacks; one that is not whole yet is asked
-    /// again, unless none of them is whole (`Pull::is_done`).
+    /// R2: pulls by reconciling in one direction with each node of a group, so an interrupted pull goes on where
+    /// digests differ. The span is answerable when a whole node has given all. The pull goes on with the others, which
+    /// may have a write that the whole one lacks, and asks again those that are not whole (`Pull::is_done`).
     pub async fn pull_all(world: &impl World) {
         loop {
             let (version, pulls) = world.with(|node| (node.version(), node.pulls_left()));
@@ -3748,7 +3621,7 @@ mod replication {
         }
     }
 
-    /// Gets what a node has of a span, and learns what it is. None if it does not answer.
+    /// None if the node does not answer.
     async fn pull_from(world: &impl World, version: Version, pull: &Pull, node: &str) -> Option<Found> {
         if reconcile(world, node, version, pull.span, true).await.is_some() {
             return match ask_by(world, node, version, Message::Received(pull.span.first)).await? {
@@ -3761,13 +3634,13 @@ mod replication {
         meet(world, node).await.filter(|status| status.store != store).map(|_| Found::Nothing)
     }
 
-    /// Gets one key from a whole node of a group, and merges it. Returns the version by which it did; None if no such node answers.
+    /// R1: merges a key from a whole node of a group. Returns the version used; None if no such node answers.
     pub async fn get_key(world: &impl World, key: &[u8], group: &[String]) -> Option<Version> {
         let version = world.with(|node| node.version())?;
         let (silent, mut nodes): (Vec<String>, Vec<String>) =
             world.with(|own| group.iter().cloned().partition(|node| own.is_silent(node)));
         if nodes.is_empty() {
-            // One may just be back; to try them all would take too long.
+            // A silent node may be back. Trying all of them would take too long.
             nodes.extend(silent.into_iter().take(1));
         }
         for node in nodes {
@@ -3785,9 +3658,6 @@ mod replication {
         None
     }
 
-    // -- R5 reconcile
-
-    /// R5: reconciles with another replica if that is due.
     pub async fn reconcile_if_due(world: &impl World, other: &str) {
         let Some(failures) = world.with(|node| node.begin_to_reconcile(other)) else { return };
         let (version, spans) = world.with(|node| (node.version().unwrap_or_default(), node.own_spans()));
@@ -3798,15 +3668,14 @@ mod replication {
         world.with(|node| node.reconciled(other, version, failures, is_through));
     }
 
-    /// Finds out by the digests of buckets, and then by stamps, in which records of a span this node and another one differ, and takes
-    /// what is newer there; gives what is newer here, unless this is part of a pull. Holds since of two records of a key the higher stamp
-    /// stays wherever they meet. None if it could not be finished.
+    /// R5: finds what differs by digests of buckets, then by stamps. Takes what is newer there and, except in a pull,
+    /// gives what is newer here: the higher stamp wins wherever two meet. None if it could not finish.
     async fn reconcile(world: &impl World, other: &str, version: Version, span: Span, is_pull: bool) -> Option<()> {
         let Reply::Digests(theirs) = ask_by(world, other, version, Message::Digests(span)).await? else { return None };
         let ours = world.with(|node| node.records.digests_of(span));
         let buckets = span.by_bucket().zip(ours.iter().zip(&theirs));
         let differing: Vec<Span> = buckets.filter(|(_, (ours, theirs))| ours != theirs).map(|(span, _)| span).collect();
-        // Where buckets are small, a message has room for several neighbours.
+        // One message has room for several small buckets.
         let mut parts = Vec::new();
         for neighbours in differing.chunk_by(|one, next| one.last + 1 == next.first) {
             let span_of = |some: &[Span]| Span { first: some[0].first, last: some[some.len() - 1].last };
@@ -3819,7 +3688,7 @@ mod replication {
         Some(())
     }
 
-    /// Evens out some spans, side by side and as far as messages have room; returns what is left of them.
+    /// Returns the parts of the spans for which messages had no room.
     async fn exchange(
         world: &impl World,
         other: &str,
@@ -3827,7 +3696,7 @@ mod replication {
         parts: Vec<Span>,
         is_pull: bool,
     ) -> Option<Vec<Span>> {
-        // (Each on its own, so that the lock is not held for long.)
+        // Each under its own lock, so that none is held for long.
         let ours: Vec<(Vec<Record>, u64)> =
             parts.iter().map(|part| world.with(|node| node.records.first_of(*part, MAX_BATCH))).collect();
         let mut messages = Vec::new();
@@ -3857,6 +3726,10 @@ mod replication {
 // ---- Membership: starting, meeting, changing the view ---------------------------------------------------------------
 
 mod membership {
+    //! What a node does over time with other nodes. `Node` decides what to grant, adopt and believe; `table` computes a
+    //! new table. Questions of clients that need other nodes, about counts and shards, are answered here too. Begin
+    //! with `keep_in_touch` (R10, R11), then read `change_view` (R9) and `Attempt::run`.
+
     use std::collections::BTreeMap;
     use std::sync::Arc;
     use std::time::Duration;
@@ -3879,13 +3752,10 @@ mod membership {
         }
     }
 
-    // -- R11 meetings, R10 start
-
-    /// R11: meets some other nodes, beside whoever calls this; a blank node asks everybody that may know what to go by. To be done several
-    /// times a second.
+    /// Must be called several times a second.
     pub async fn keep_in_touch(world: &impl World) {
         while world.with(|node| node.drop_stable()) {
-            // Whoever waits for the lock gets it: a thread that takes it again at once would keep it.
+            // A thread that locks again at once would keep other threads waiting.
             world.sleep(Duration::from_millis(1)).await;
         }
         if let Some(nodes) = world.with(|node| node.begin_round()) {
@@ -3893,7 +3763,7 @@ mod membership {
         }
     }
 
-    /// Meets a node: each learns by what the other one goes. None if it does not answer.
+    /// None if the node does not answer.
     pub async fn meet(world: &impl World, other: &str) -> Option<Status> {
         meet_all(world, &[other.to_owned()]).await.pop()?
     }
@@ -3911,14 +3781,12 @@ mod membership {
         }
     }
 
-    /// R10: a round of a blank node's asking.
     async fn start(world: &impl World, nodes: Vec<String>) {
         let replies = meet_all(world, &nodes).await;
         let answers = nodes.iter().cloned().zip(replies).filter_map(|(node, reply)| Some((node, reply?))).collect();
         world.with(|node| node.let_in(&answers));
     }
 
-    /// Waits until this node may go by its table. The error names a node that it waits for.
     pub async fn await_table(world: &impl World) -> Result<(), Outcome> {
         let deadline = world.with(|node| node.now) + PATIENCE;
         while !world.with(|node| node.may_answer()) {
@@ -3930,7 +3798,6 @@ mod membership {
         Ok(())
     }
 
-    /// How many keys this instance has.
     pub async fn count_keys(world: &impl World) -> Result<Outcome, Outcome> {
         await_table(world).await?;
         let (count, shard) = world.with(|node| (node.sums().count, node.shard().filter(|_| !node.own().is_empty())));
@@ -3940,7 +3807,6 @@ mod membership {
         }))
     }
 
-    /// The ids of all shards; or, with an index, what one of them is.
     pub async fn describe_shards(world: &impl World, index: Option<usize>) -> Result<Outcome, Outcome> {
         await_table(world).await?;
         let table = world.with(|node| node.table()).ok_or(Outcome::NoShard)?;
@@ -3958,7 +3824,6 @@ mod membership {
         Ok(Outcome::Shard(json!({"shard-id": id_of(index), "key-count": count, "replicas": replicas})))
     }
 
-    /// How many keys a shard has, by the first of its replicas that answers.
     async fn count_of_shard(world: &impl World, replicas: &[String]) -> Option<usize> {
         for node in world.with(|node| node.ranked(replicas.to_vec())) {
             if let Some(status) = meet(world, &node).await {
@@ -3968,10 +3833,7 @@ mod membership {
         None
     }
 
-    // -- R9 view change
-
-    /// Answers a PUT of a view: changes it, or passes the request on to a node that can. One that does not answer may have changed the view
-    /// before it fell silent. If that is not known, to ask for the same once more does no harm.
+    /// R9: changes the view, here or at a better coordinator. If that one falls silent, the request may be repeated.
     pub async fn answer_view_change(world: &impl World, request: &Request, wanted: &WantedView) -> Answer {
         let render = |outcome: Outcome| outcome.answer(Vocabulary::Json, &request.verb);
         if let Err(outcome) = await_table(world).await {
@@ -3986,7 +3848,7 @@ mod membership {
             }
             let Some(node) = better else { return render(change_view(world, wanted).await) };
             let origin = Origin::Node(world.with(|node| node.store()));
-            // A change may take long before this.
+            // Without the time limit of relayed requests.
             let passed_on = Request { origin, began: None, ..request.clone() };
             match world.relay(&node, passed_on, CHANGE_LIMIT).await {
                 Ok(answer) => return answer,
@@ -3996,8 +3858,8 @@ mod membership {
         render(Outcome::NodeDown(silent))
     }
 
-    /// Who should coordinate instead of this node, if anybody: a member of its table, if this one is none. And if this node is alone and
-    /// without keys, one of the view's other nodes that has keys, or a store around it: then this one joins that store.
+    /// R9: the node that must coordinate instead of this one: a member of the table, if this node is none; or, if this
+    /// node is alone without keys, a node of the wanted view that has keys or a store.
     async fn better_coordinator(world: &impl World, view: &[String]) -> Option<String> {
         let (table, status, own) = world.with(|node| (node.table(), node.status(), node.own().to_owned()));
         let table = table?;
@@ -4009,7 +3871,7 @@ mod membership {
         let others: Vec<String> = others.iter().filter(|node| **node != own).cloned().collect();
         let replies = meet_all(world, &others).await;
         let fits = |it: &Status| {
-            // (A node that left this node's own store cannot coordinate for it.)
+            // A node that left this node's own store cannot coordinate for it.
             let has_left_another = it.version.is_some() && !it.is_member && it.store != table.store;
             !status.is_member || it.keys > 0 || it.members > 1 || has_left_another
         };
@@ -4017,19 +3879,16 @@ mod membership {
         answering.next().map(|(node, _)| node)
     }
 
-    /// Why an attempt to change the view came to nothing.
     enum Failure {
         Refused(Outcome),
-        /// To be tried again for a while, with a version above this one: another change is ending, or a node is starting.
+        /// To be retried above this version: another change is ending, or a node is starting.
         Again(Version, Outcome),
     }
 
-    /// For how long a view change is tried while other nodes are starting, or a change before it is ending.
     const TRIES: Duration = Duration::from_secs(4);
-    /// How long a node must not have answered after the change until it is not waited for any more.
+    /// A node that is silent for this long after the change is reported as unreached.
     const UNREACHED: Duration = Duration::from_secs(3);
 
-    /// R9: changes the view, as the coordinator. If that is refused, the old view stays in force.
     async fn change_view(world: &impl World, wanted: &WantedView) -> Outcome {
         let deadline = world.with(|node| node.now) + TRIES;
         let mut least = Version::default();
@@ -4058,8 +3917,6 @@ mod membership {
         }
     }
 
-    /// Waits until a change that is in force is settled, and says how it ended: how many keys it moves, the shards with their shares, and
-    /// who is not reached.
     async fn describe_change(world: &impl World, table: &Table) -> Outcome {
         let unreached = await_settled(world, table).await;
         let mut shards = Vec::new();
@@ -4079,7 +3936,7 @@ mod membership {
         Outcome::ViewChanged(change)
     }
 
-    /// Waits until a table is settled (R8). Returns the nodes that fall silent before that.
+    /// Waits until the table is settled (R8). Returns the nodes that stay silent meanwhile.
     async fn await_settled(world: &impl World, table: &Table) -> Vec<String> {
         let nodes: Vec<String> = table.nodes(false).into_iter().cloned().collect();
         let (mut silence, mut pause) = (vec![Duration::ZERO; nodes.len()], 2);
@@ -4088,12 +3945,12 @@ mod membership {
             let replies = meet_all(world, &nodes).await;
             let (now, version, settled) = world.with(|node| (node.now, node.version(), node.is_settled()));
             if settled || version != Some(table.version) {
-                // All hear of it at once.
+                // All nodes learn of it now, and not by later meetings.
                 meet_all(world, &nodes).await;
                 return Vec::new();
             }
             for (silence, reply) in silence.iter_mut().zip(replies) {
-                // (This node may have been stopped for any time.)
+                // A round counts for a second at most: this process may have been stopped.
                 let more = *silence + (now - began).min(Duration::from_secs(1)) + Duration::from_millis(pause);
                 *silence = if reply.is_some() { Duration::ZERO } else { more };
             }
@@ -4107,7 +3964,6 @@ mod membership {
         }
     }
 
-    /// An attempt to make a table from a base.
     struct Attempt<'a, W> {
         world: &'a W,
         base: Arc<Table>,
@@ -4118,7 +3974,6 @@ mod membership {
     type Granted = BTreeMap<String, Status>;
 
     impl<W: World> Attempt<'_, W> {
-        /// All whose lock is needed: the old view, the new one, and, unless the base is settled, its sources.
         fn nodes(&self) -> Vec<String> {
             let mut nodes = self.base.nodes(self.world.with(|node| node.is_settled()));
             nodes.extend(&self.wanted.view);
@@ -4129,7 +3984,7 @@ mod membership {
             Failure::Again(self.version, outcome)
         }
 
-        /// Locks the nodes, makes the table and adopts it: that step is the change.
+        /// R9: locks the nodes and makes the table. Adopting it is the change.
         async fn run(&self, nodes: &[String]) -> Result<Arc<Table>, Failure> {
             let granted = self.lock(nodes).await?;
             let silent: Vec<String> = nodes.iter().filter(|node| !granted.contains_key(*node)).cloned().collect();
@@ -4150,7 +4005,7 @@ mod membership {
             }
         }
 
-        /// Locks the nodes, the lowest address first: two coordinators contend for that one, so they do not block each other.
+        /// Locks the lowest address first: of two coordinators one fails there, and they do not block each other.
         async fn lock(&self, nodes: &[String]) -> Result<Granted, Failure> {
             let mut granted = Granted::new();
             let (lowest, rest) = nodes.split_at(1);
@@ -4159,12 +4014,11 @@ mod membership {
                     match reply {
                         Some(Reply::Locked(status)) => drop(granted.insert(name.clone(), status)),
                         Some(Reply::Outdated(newest)) => {
-                            // It may go by a newer table.
                             meet(self.world, name).await;
                             return Err(Failure::Again(newest, Outcome::ChangeUnderWay));
                         }
                         Some(_) => return Err(self.again(Outcome::ChangeUnderWay)),
-                        // The lock, or its reply, may have got lost.
+                        // The lock, or its reply, was lost.
                         None if meet(self.world, name).await.is_some() => {
                             return Err(self.again(Outcome::ChangeUnderWay));
                         }
@@ -4175,8 +4029,8 @@ mod membership {
             Ok(granted)
         }
 
-        /// Checks that nodes which do not answer may be left out: by force; or if another whole replica of each one's shard answers, and
-        /// more than half of the old view goes by the base and does, so that two sides of a cut cannot both do it.
+        /// R9: silent nodes may be left out by force; or if a whole replica of each one's shard, and more than half of
+        /// the old view, have granted the lock by the base, so that two sides of a cut cannot both do it.
         fn check_silent(&self, granted: &Granted, silent: &[String]) -> Result<(), Failure> {
             let Some(first) = silent.first() else { return Ok(()) };
             let down = |node: &String| Failure::Refused(Outcome::NodeDown(node.clone()));
@@ -4194,15 +4048,14 @@ mod membership {
             let is_starting = |node: &String| granted.contains_key(node) && !is_whole(node);
             match is_majority && silent.iter().all(has_other) {
                 true if self.version.epoch > base.version.epoch => Ok(()),
-                // It is known to be silent by now.
+                // By the next attempt its silence is known, and the version begins a new epoch.
                 true => Err(self.again(Outcome::NodeDown(first.clone()))),
                 false if base.view.iter().any(is_starting) => Err(self.again(Outcome::NodeDown(first.clone()))),
                 false => Err(down(first)),
             }
         }
 
-        /// Checks that all go by the base, or may join, and that it is settled, or waits only for those that are left out by force.
-        /// Returns whether it is settled.
+        /// R9: all must use the base or may join. Returns whether it is settled; by force, it may await nodes left out.
         fn check_granted(&self, granted: &Granted, silent: &[String]) -> Result<bool, Failure> {
             let settled = self.world.with(|node| node.is_settled()) || granted.values().any(|it| self.says_settled(it));
             for (node, status) in granted {
@@ -4225,8 +4078,7 @@ mod membership {
             status.version == Some(self.base.version) && status.settled
         }
 
-        /// Whether a node may join: it goes by our table, which does not list it; or it has left a store; or it is a store of one
-        /// without keys.
+        /// R9: a node may join if it uses the base, or if it is without keys and has left its store or is alone in it.
         fn check_joining(&self, node: &str, status: &Status) -> Result<(), Failure> {
             let is_free = if status.is_member { status.members == 1 } else { status.settled };
             if status.version.is_none() {
@@ -4243,8 +4095,7 @@ mod membership {
             }
         }
 
-        /// For each shard of which a replica has granted the lock, the one that tells what the shard has and where its cuts are: a whole
-        /// one, if there is one.
+        /// For each shard a replica that granted the lock, whole if possible: it counts the keys and finds the cuts.
         fn representatives(&self, granted: &Granted) -> Vec<(usize, String)> {
             let mut representatives = Vec::new();
             for shard in 0..self.base.shards.len() {
@@ -4255,7 +4106,6 @@ mod membership {
             representatives
         }
 
-        /// Learns where the shards are to be cut, each from its speaker.
         async fn survey(
             &self,
             change: &Change,
@@ -4996,8 +4846,8 @@ mod peers {
 // ---- World: the real lock, clock and network ------------------------------------------------------------------------
 
 mod world {
-    //! What the rooms before this one use of the system: the lock on the node, the clock, how messages go to other nodes (`Live`, in whose
-    //! place the simulation has a world of its own), sleeping, threads, and stderr.
+    //! What other rooms use of the system: lock, clock, messages, sleeping, threads, stderr. The simulation replaces
+    //! `Live`. Begin with `lock_node` and `unlock_node`, which does what is slow after the lock (`Node::later`).
 
     use std::collections::BTreeMap;
     use std::fs::File;
@@ -5024,12 +4874,9 @@ mod world {
     use crate::settings::{SETTINGS, own, port_of};
     use crate::table::Table;
 
-    // -- The node
-
-    /// What this instance holds, and what it knows of the other nodes. A std Mutex and not a coroutine's: nobody waits for
-    /// anything while holding it.
+    /// The node of this instance. Its holder waits for nothing, so a std mutex will do.
     static NODE: LazyLock<Mutex<Node>> = LazyLock::new(|| {
-        // A main instance is a store of one that nobody else knows.
+        // A main instance is a store of one node that no other one knows.
         let (own, view) =
             own().map_or((String::new(), vec![String::new()]), |own| (own.to_owned(), SETTINGS.view.clone()));
         let mut node = Node::new(own.clone(), view.clone(), SETTINGS.factor, random(), now());
@@ -5040,12 +4887,11 @@ mod world {
         Mutex::new(node)
     });
 
-    /// When this was first asked for, as an instant and as the time since 1970.
     static START: LazyLock<(Instant, Duration)> = LazyLock::new(|| {
         (Instant::now(), SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default())
     });
 
-    /// The time since 1970 at the start, and since then by a clock that nobody sets.
+    /// The time since 1970 at the start, and from then on by a clock that cannot be set.
     pub fn now() -> Duration {
         START.1 + START.0.elapsed()
     }
@@ -5054,10 +4900,10 @@ mod world {
         START.1
     }
 
-    /// A view change that is passed on to a node of the store may take as long as it takes.
+    /// A relayed view change has no shorter limit: it takes as long as moving its keys.
     pub const CHANGE_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
 
-    // (Not inlined, as `unlock_node`: there are a hundred places that look at the node.)
+    // Not inlined, as `unlock_node`: a hundred places look at the node.
     #[inline(never)]
     fn lock_node() -> MutexGuard<'static, Node> {
         let mut node = lock(&NODE);
@@ -5065,15 +4911,15 @@ mod world {
         node
     }
 
-    /// Unlocks the node, and does what it left for later.
+    /// Unlocks the node, and does what it left in `later`.
     #[inline(never)]
     fn unlock_node(mut node: MutexGuard<Node>) {
         let Later { lines, garbage, activities } = std::mem::take(&mut node.later);
-        // Still locked, so that they stay in the order in which they came about.
+        // Still locked, which keeps the lines in order.
         lines.iter().for_each(|line| say(line));
         drop(node);
         if !garbage.is_empty() {
-            // To drop many records takes a while. (Without a thread, they are dropped here.)
+            // Freeing many records takes long. Without a thread they are freed here.
             let _ = thread::Builder::new().spawn(move || drop(garbage));
         }
         for activity in activities {
@@ -5084,13 +4930,12 @@ mod world {
                 })
             };
             while spawn().is_err() {
-                // The system has no room for another thread now.
                 pause(Duration::from_millis(100));
             }
         }
     }
 
-    /// To the thread that does what would hold up all coroutines. It is one: many would compete with the worker.
+    /// The queue of the background thread. There is one: more would compete with the worker.
     pub static BACKGROUND: LazyLock<mpsc::Sender<Box<dyn FnOnce() + Send>>> = LazyLock::new(|| {
         let (sender, receiver) = mpsc::channel::<Box<dyn FnOnce() + Send>>();
         repeat(Duration::ZERO, move || {
@@ -5100,11 +4945,10 @@ mod world {
         sender
     });
 
-    /// Has the background thread do something while the calling coroutine waits. Work that waits for others comes back, for the coroutine to
-    /// do: the thread only computes. A panic there is one here.
+    /// Computes on the background thread while the caller waits. What has to wait is returned as work and runs here.
     pub fn in_background(work: impl FnOnce() -> Result<Answer, Work> + Send + 'static) -> Answer {
         let (question, waiting) = Question::new(CHANGE_LIMIT);
-        // However this ends, `waiting` is dropped then.
+        // If the work panics, `waiting` is dropped, and there is no answer.
         let _ = BACKGROUND.send(Box::new(move || waiting.deliver(work())));
         match question.answer() {
             Some(done) => done.unwrap_or_else(|work| work()),
@@ -5112,7 +4956,6 @@ mod world {
         }
     }
 
-    /// The world that this program runs in, as opposed to the one of the simulation.
     #[derive(Clone, Copy)]
     pub struct Live;
 
@@ -5125,7 +4968,7 @@ mod world {
         }
 
         async fn deliver(&self, envelopes: Vec<Envelope>) -> Vec<Option<Reply>> {
-            // All are asked before the first is waited for.
+            // All are sent before the first answer is waited for.
             let questions: Vec<Option<Arc<Question>>> = envelopes.iter().map(begin_to_deliver).collect();
             let answers = envelopes.into_iter().zip(questions).map(|(envelope, question)| match question {
                 None if own() == Some(&envelope.to) => Some(self.with(|node| node.receive(envelope))),
@@ -5143,9 +4986,9 @@ mod world {
         }
     }
 
-    /// Runs a future whose waits all block: it is ready when it is polled once.
+    /// Runs a future whose waits all block: one poll completes it.
     pub fn block_on<T>(future: impl Future<Output = T>) -> T {
-        // (Not in a Box: large allocations are slow.)
+        // Not in a Box: large allocations are slow.
         let mut future = pin!(future);
         loop {
             if let Poll::Ready(result) = future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
@@ -5154,7 +4997,7 @@ mod world {
         }
     }
 
-    /// Asks another node. None if it cannot be asked, or is this one.
+    /// None if the node cannot be asked, or is this one.
     fn begin_to_deliver(envelope: &Envelope) -> Option<Arc<Question>> {
         if own() == Some(&envelope.to) {
             return None;
@@ -5163,7 +5006,7 @@ mod world {
         let message = Request { origin: Origin::Message, body, ..Request::default() };
         let mut limit = envelope.message.limit();
         if matches!(envelope.message, Message::Meet(_)) {
-            // In a large store that starts, all ask all.
+            // In a large store that starts, all nodes ask all.
             limit = limit.max(Duration::from_millis(40) * SETTINGS.view.len() as u32);
         }
         Peer::at(&envelope.to).begin(message, limit).ok()
@@ -5173,9 +5016,8 @@ mod world {
         postcard::from_bytes(&answer.body).ok()
     }
 
-    /// Answers a message, if it is one and for this node: in the background, unless that is short. One that nobody waits for any more, since
-    /// this process was stopped meanwhile, is refused: a lock would keep off others. (A meeting is not: in a large store that starts, it may
-    /// take longer. Not inlined, as `answer_about`.)
+    /// Answers a message, in the background unless it is short. One that is too late is refused: a late lock would
+    /// exclude other coordinators. (A meeting may be slow where a large store starts.) Not inlined, as `answer_about`.
     #[inline(never)]
     pub fn answer_message(request: &Request) -> Result<Answer, Work> {
         match postcard::from_bytes::<Envelope>(&request.body) {
@@ -5193,40 +5035,38 @@ mod world {
 
     // -- Locks, sleeping, threads
 
-    /// Locks a mutex, also after a panic elsewhere: what is guarded here is whole between any two statements.
+    /// Locks a mutex, also after a panic elsewhere: what is guarded here is consistent between any two statements.
     pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
         mutex.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A number that nobody guesses: the standard library keys its hashes with such.
+    /// An unpredictable number: the standard library keys its hashes with such numbers.
     pub fn random() -> u64 {
         RandomState::new().hash_one(0)
     }
 
-    /// Has a thread of its own do something again and again.
     pub fn repeat(pause: Duration, work: impl Fn() + Send + 'static) {
         thread::spawn(move || {
             loop {
-                // What must go on for ever survives a panic, which the hook has printed.
+                // The thread survives a panic, which the hook has printed.
                 let _ = catch_unwind(AssertUnwindSafe(&work));
                 thread::sleep(pause);
             }
         });
     }
 
-    /// Who sleeps, by when they wake; the number tells apart those that wake at once.
+    /// By wake time. The number tells apart sleepers with the same time.
     static SLEEPERS: Mutex<BTreeMap<(Instant, usize), Arc<Blocker>>> = Mutex::new(BTreeMap::new());
     static SLEEPER_CAME: Condvar = Condvar::new();
-    /// How often the sleepers are looked at, in any case: so most deadlines of requests, which do not come about, wake nobody.
+    /// Sleepers are checked at least this often. A deadline further ahead, which is rarely reached, signals nothing.
     const WAKE_INTERVAL: Duration = Duration::from_millis(100);
 
-    /// Lets a coroutine, or a thread, sleep. (`may::coroutine::sleep` sets a timer and then writes to the coroutine once more: if it has
-    /// woken and ended by then, it is gone, and the process crashes.)
+    /// Replaces `may::coroutine::sleep`, which still writes to the coroutine after its timer may have ended it.
     pub fn pause(time: Duration) {
         park_until(&Blocker::current(), Instant::now() + time);
     }
 
-    /// Parks the calling coroutine, or thread, until its blocker is unparked, at that time at the latest.
+    /// Parks until the blocker is unparked, or until `time`.
     pub fn park_until(blocker: &Arc<Blocker>, time: Instant) {
         let key = (time, Arc::as_ptr(blocker) as usize);
         let mut sleepers = lock(&SLEEPERS);
@@ -5240,7 +5080,6 @@ mod world {
         lock(&SLEEPERS).remove(&key);
     }
 
-    /// Wakes the coroutines whose time has come, or waits for one. To be repeated by a thread of its own.
     pub fn wake_sleepers() {
         let mut sleepers = lock(&SLEEPERS);
         let now = Instant::now();
@@ -5250,7 +5089,7 @@ mod world {
             let next = sleepers.keys().next().map_or(WAKE_INTERVAL, |(due, _)| due.saturating_duration_since(now));
             drop(SLEEPER_CAME.wait_timeout(sleepers, next.min(WAKE_INTERVAL)));
         } else {
-            // Without the lock (`Waiting`).
+            // Without the lock, which a woken coroutine may want at once (`Waiting`).
             drop(sleepers);
             due.values().for_each(|sleeper| sleeper.unpark());
         }
@@ -5258,10 +5097,9 @@ mod world {
 
     // -- Stderr
 
-    /// What stderr was when the instance began to serve.
     static STDERR: OnceLock<File> = OnceLock::new();
 
-    /// Writes a line to stderr. The program goes on if it cannot, where eprintln! would not.
+    /// Writes a line to stderr. Unlike eprintln!, it ignores errors.
     pub fn say(line: &str) {
         let line = format!("kv-store: {}\n", line.replace('\n', "\\n"));
         let _ = match STDERR.get() {
@@ -5270,8 +5108,8 @@ mod world {
         };
     }
 
-    /// Takes stderr away from the server, which writes a line there for each malformed request; and has what this program writes
-    /// there get lost where nobody reads it, or both would stand still. (To open it anew makes only our own writes give up.)
+    /// Points the server's stderr, where it writes a line for each malformed request, to /dev/null. This program's
+    /// lines go to the old one, reopened as non-blocking (for this process only): they are lost if a pipe is not read.
     pub fn keep_stderr() -> io::Result<()> {
         let nowhere = File::options().write(true).open("/dev/null")?;
         let anew = File::options().append(true).custom_flags(libc::O_NONBLOCK).open("/proc/self/fd/2");
@@ -5301,11 +5139,10 @@ fn main() {
     }
 }
 
-/// How often a node meets others.
 const MEETINGS: Duration = Duration::from_millis(250);
 
 fn serve(Settings { listen, role, view, .. }: &'static Settings) {
-    // As PID 1 of a container a process ignores these signals unless it says otherwise. There is nothing to save.
+    // PID 1 of a container ignores these signals unless it handles them. There is nothing to save.
     for signal in [libc::SIGTERM, libc::SIGINT] {
         let _ = signal_hook::flag::register_conditional_shutdown(signal, 0, Arc::new(AtomicBool::new(true)));
     }
@@ -5315,7 +5152,7 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
         Role::Node(address) => format!("node {address} of {}", view.join(",")),
     };
     check_files();
-    // What is large goes back to the system when it is freed, however much of it there was: the allocator would keep it (mallopt(3)).
+    // Makes the allocator return large blocks to the system when they are freed (mallopt(3)).
     // SAFETY: mallopt has no preconditions.
     unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10) };
     start_worker();
@@ -5325,7 +5162,7 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
             pause(Duration::from_secs(1));
         }
     });
-    // may shares a port with whoever else does (SO_REUSEPORT), and two stores would share the clients: ask without first.
+    // may shares its port (SO_REUSEPORT), and two stores would share the clients: try first without it.
     let server = TcpListener::bind(listen).map(drop).and_then(|()| Server.start(listen)).unwrap_or_else(|error| {
         let (ip, port) = (listen.ip(), listen.port());
         fail(1, &format!("IP={ip} PORT={port}: expected an address and port that can be listened on: {error}"))
@@ -5340,24 +5177,21 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
     fail(1, &format!("IP={} PORT={}: expected to go on listening, but the server ended", listen.ip(), listen.port()))
 }
 
-/// Configures `may`: one worker thread, which runs all coroutines.
+/// Configures `may` with one worker thread, which runs all coroutines.
 ///
-/// A coroutine that waits for a socket is stored where the thread that polls finds it, and `may` 0.3.51 goes on using the socket's data
-/// after that (`subscribe` in its `io::sys::unix`). A second worker could run the coroutine to its end meanwhile, which frees the data:
-/// the heap is corrupted, within seconds to minutes of mixed load (`./test.sh sanitize`). With one worker, the thread that would
-/// run the coroutine is the one that is still in `subscribe`. This holds as long as nothing else runs coroutines, which `may`'s
-/// timer thread does: no `may::coroutine::sleep`, and no parking with a time limit. (Time limits of sockets belong to the worker. The
-/// timer thread does run one coroutine, with which may_minihttp keeps the time of day: it touches no socket and never ends.)
+/// `may` 0.3.51 stores a coroutine that waits for a socket where the polling thread finds it, and then still uses the
+/// socket's data (`subscribe` in its `io::sys::unix`). A second worker could run the coroutine to its end meanwhile,
+/// which frees the data: the heap is corrupted within minutes of mixed load (`./test.sh sanitize`). With one worker,
+/// the thread that would run it is still in `subscribe`. `may`'s timer thread must run no coroutine with a socket
+/// either: so no `may::coroutine::sleep`, and no parking with a time limit. Timeouts of sockets are the worker's.
 fn start_worker() {
     may::config().set_workers(1).set_stack_size(16 << 10).set_worker_pin(false);
-    // An idle worker looks up once a second, and not a hundred times: whoever has something for it wakes it.
+    // An idle worker polls once a second instead of a hundred times: whatever has work for it wakes it.
     may::config().set_timeout_ns(1_000_000_000);
 }
 
-/// With room for fewer connections the program does not start.
 const MIN_CONNECTIONS: u64 = 100;
 
-/// Ends the program where the system lets it open too few files for a server.
 fn check_files() {
     if *MAX_CONNECTIONS < MIN_CONNECTIONS {
         let (files, least) = (
@@ -5368,8 +5202,7 @@ fn check_files() {
     }
 }
 
-/// Asks the instance on this machine whether it answers, as Docker's health check does. (A connection to 0.0.0.0 or [::] is one
-/// to this machine.)
+/// Docker's health check. A connection to 0.0.0.0 or [::] goes to this machine.
 fn is_healthy(listen: SocketAddr) -> bool {
     let target = if own().is_some() { "/kv-store/key-count" } else { "/kv-store" };
     let request = Request { verb: "GET".into(), target: target.into(), ..Request::default() };
