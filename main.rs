@@ -276,6 +276,8 @@ mod connections {
     //! - when its client has taken nothing of an answer for ten seconds (`write_waiting`), or sent nothing for 75 (`watch`);
     //! - at once, when there are too many (`new_service`).
     //!
+    //! A connection that carries a stream is left to `peers` (`serve_stream`).
+    //!
     //! All of this runs on the worker thread (`start_worker`), so the state of connections needs no locks.
 
     use std::cell::{Cell, RefCell};
@@ -891,7 +893,7 @@ mod http {
     impl Request {
         /// Finds what the request is about, and in which words its answer is due: the whole routing.
         pub fn route<'a>(&'a self) -> (Resource<'a>, Vocabulary) {
-            let is_json = self.media_type().eq_ignore_ascii_case("application/json");
+            let is_json = self.media_type().eq_ignore_ascii_case(b"application/json");
             let typed = if is_json { Vocabulary::Json } else { Vocabulary::Form };
             let path = self.target.split('?').next().unwrap_or_default();
             let resource = match path {
@@ -915,8 +917,8 @@ mod http {
             (resource, Vocabulary::Json)
         }
 
-        fn media_type(&self) -> &str {
-            self.content_type.split(';').next().unwrap_or_default().trim()
+        fn media_type(&self) -> &[u8] {
+            self.content_type.as_bytes().split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii()
         }
 
         /// The id of the stream of which this is a part, if it is.
@@ -962,11 +964,11 @@ mod http {
 
     /// The first field `val` of the body, or else of the query, decoded.
     fn form_value(request: &Request) -> Result<String, Outcome> {
-        let query = request.target.split_once('?').map_or("", |(_, query)| query).as_bytes();
-        let is_form =
-            ["", "application/x-www-form-urlencoded"].iter().any(|it| request.media_type().eq_ignore_ascii_case(it));
-        let body = if is_form { &request.body[..] } else { &[] };
-        let value = form_field(body).or_else(|| form_field(query)).ok_or(Outcome::ValueMissing)?;
+        let query = || form_field(request.target.split_once('?')?.1.as_bytes());
+        let form: [&[u8]; 2] = [b"", b"application/x-www-form-urlencoded"];
+        let is_form = form.iter().any(|it| request.media_type().eq_ignore_ascii_case(it));
+        let body = if is_form { form_field(&request.body) } else { None };
+        let value = body.or_else(query).ok_or(Outcome::ValueMissing)?;
         String::from_utf8(value).map_err(|_| Outcome::ValueNotText)
     }
 
@@ -4412,13 +4414,11 @@ mod peers {
     }
 
     impl<T: Serialize + DeserializeOwned> Message<T> {
-        fn write(&self, out: &mut Vec<u8>) {
-            let begin = out.len() + 4;
-            out.extend([0; 4]);
+        fn write(&self, out: &mut impl Write) -> io::Result<()> {
             // Writing to a Vec cannot fail.
-            *out = postcard::to_extend(self, std::mem::take(out)).unwrap_or_default();
-            let length = (out.len() - begin) as u32;
-            out[begin - 4..begin].copy_from_slice(&length.to_le_bytes());
+            let bytes = postcard::to_stdvec(self).unwrap_or_default();
+            out.write_all(&(bytes.len() as u32).to_le_bytes())?;
+            out.write_all(&bytes)
         }
 
         /// Reads a message, and waits for it. An error is the end of the stream, or what is no message.
@@ -4488,9 +4488,7 @@ mod peers {
         /// Writes an answer, or a heartbeat, to the output.
         fn write(&self, number: u64, answer: Option<Answer>) -> io::Result<()> {
             let message = Message { number, time: clock() - self.opened, content: answer.map(Answer::joined) };
-            let mut bytes = Vec::new();
-            message.write(&mut bytes);
-            self.output.lock().unwrap_or_else(PoisonError::into_inner).write_all(&bytes)
+            message.write(&mut *self.output.lock().unwrap_or_else(PoisonError::into_inner))
         }
 
         /// Sends the output.
@@ -4869,7 +4867,7 @@ mod peers {
 
     impl Requests {
         /// What is to be written next: what is queued, or a heartbeat. None: the stream ends, since it has, or nobody needs it.
-        fn next(&mut self) -> Option<Vec<u8>> {
+        fn next(&mut self) -> Option<Vec<Message<Request>>> {
             if lock(&self.peer.traffic).queue.is_empty() {
                 thread::park_timeout(BEAT);
             }
@@ -4895,9 +4893,7 @@ mod peers {
             if batch.is_empty() {
                 batch.push(Message { number: 0, time: 0, content: None });
             }
-            let mut bytes = Vec::with_capacity(size);
-            batch.iter().for_each(|message| message.write(&mut bytes));
-            Some(bytes)
+            Some(batch)
         }
     }
 
@@ -4908,8 +4904,8 @@ mod peers {
         }
 
         fn write<W: Write>(&mut self, mut writer: W) -> io::Result<()> {
-            while let Some(bytes) = self.next() {
-                writer.write_all(&bytes)?;
+            while let Some(batch) = self.next() {
+                batch.iter().try_for_each(|message| message.write(&mut writer))?;
                 writer.flush()?;
             }
             // The rest never comes: the client is not to wait for an answer.
