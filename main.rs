@@ -490,6 +490,9 @@ mod connections {
 
         /// Sends the output, however long the client takes to read it.
         fn flush(&self) {
+            if self.output.borrow().is_empty() {
+                return;
+            }
             let mut output = self.output.take();
             // (With `writev`: `write` calls `send`, which comes here.)
             let count = self.socket().write_vectored(&[IoSlice::new(&output)]).unwrap_or(0);
@@ -4811,20 +4814,19 @@ mod peers {
 
         /// Reads answers from a stream and delivers them, until the stream ends.
         fn read_answers(&self, answers: impl Read, is_over: impl Fn() -> bool) -> io::Result<()> {
-            let mut answers = BufReader::with_capacity(CHUNK, answers);
+            let (mut answers, mut batch) = (BufReader::with_capacity(CHUNK, answers), Vec::new());
             while !is_over() {
-                let Message { number, time, content } = Message::read(&mut answers)?;
+                let Message { number, time, content } = Message::<Answer>::read(&mut answers)?;
                 let mut traffic = lock(&self.traffic);
-                let Some(answer) = content else {
-                    // The asked side opened the stream at this time or earlier: a heartbeat that waited behind large answers gives too late
-                    // a time. So the earliest counts, which may rise by 1 ms a heartbeat, since the asked side's clock may be slower.
-                    traffic.opened = clock().saturating_sub(time).min(traffic.opened.saturating_add(1));
-                    continue;
-                };
-                let waiting = traffic.sent.remove(&number);
+                match content {
+                    Some(answer) => batch.extend(traffic.sent.remove(&number).map(|waiting| (waiting, answer))),
+                    // The asked side opened the stream at this time or earlier: a heartbeat that waited behind large answers gives too
+                    // late a time. So the earliest counts, which may rise by 1 ms a heartbeat, since the asked side's clock may be slower.
+                    None => traffic.opened = clock().saturating_sub(time).min(traffic.opened.saturating_add(1)),
+                }
                 drop(traffic);
-                if let Some(waiting) = waiting {
-                    waiting.deliver(Ok(answer));
+                if !has_message(answers.buffer()) {
+                    deliver(std::mem::take(&mut batch));
                 }
             }
             Ok(())
@@ -4856,6 +4858,13 @@ mod peers {
                 let _ = thread::Builder::new().spawn(send);
             }
         }
+    }
+
+    /// Delivers answers. To wake a coroutine from a thread takes a system call; from another coroutine it takes none.
+    fn deliver(answers: Vec<(Waiting, Answer)>) {
+        let are_several = answers.len() > 1;
+        let deliver = || answers.into_iter().for_each(|(waiting, answer)| waiting.deliver(Ok(answer)));
+        if are_several { drop(may::go!(deliver)) } else { deliver() }
     }
 
     /// The body of a stream's POST.
