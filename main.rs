@@ -318,7 +318,7 @@ mod connections {
     /// How many connections are open.
     pub static CONNECTIONS: AtomicU64 = AtomicU64::new(0);
     /// A third of the files that the system lets this process open, less some for everything else: a connection that is written to or
-    /// read from while its coroutine waits takes another one, and a stream a third (`waiting_stream`, `read_requests`). And less than
+    /// read from while its coroutine waits takes another one, and a stream a third (`waiting_stream`, `carry_answers`). And less than
     /// half the mappings that Linux lets a process have: a coroutine's stack takes two, and without one the server ends.
     pub static MAX_CONNECTIONS: LazyLock<u64> = LazyLock::new(|| {
         let files = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024);
