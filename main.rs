@@ -210,6 +210,8 @@ mod connections {
     //! - when its client has taken nothing of an answer for ten seconds (`write_waiting`), or sent nothing for 75 (`watch`);
     //! - at once, when there are too many (`new_service`).
     //!
+    //! A connection that carries a stream is left to `peers` (`serve_stream`).
+    //!
     //! All of this runs on the worker thread (`start_worker`), so the state of connections needs no locks.
 
     use std::cell::{Cell, RefCell};
@@ -251,7 +253,7 @@ mod connections {
     /// How many connections are open.
     pub static CONNECTIONS: AtomicU64 = AtomicU64::new(0);
     /// A third of the files that the system lets this process open, less some for everything else: a connection that is written to or
-    /// read from while its coroutine waits takes another one, and a stream a third (`waiting_stream`, `read_requests`). And less than
+    /// read from while its coroutine waits takes another one, and a stream a third (`waiting_stream`, `carry_answers`). And less than
     /// half the mappings that Linux lets a process have: a coroutine's stack takes two, and without one the server ends.
     pub static MAX_CONNECTIONS: LazyLock<u64> = LazyLock::new(|| {
         let files = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024);
@@ -425,6 +427,9 @@ mod connections {
 
         /// Sends the output, however long the client takes to read it.
         fn flush(&self) {
+            if self.output.borrow().is_empty() {
+                return;
+            }
             let mut output = self.output.take();
             // (With `writev`: `write` calls `send`, which comes here.)
             let count = self.socket().write_vectored(&[IoSlice::new(&output)]).unwrap_or(0);
@@ -831,7 +836,7 @@ mod http {
     impl Request {
         /// Finds what the request is about, and in which words its answer is due: the whole routing.
         pub fn route<'a>(&'a self) -> (Resource<'a>, Vocabulary) {
-            let is_json = self.media_type().eq_ignore_ascii_case("application/json");
+            let is_json = self.media_type().eq_ignore_ascii_case(b"application/json");
             let typed = if is_json { Vocabulary::Json } else { Vocabulary::Form };
             let path = self.target.split('?').next().unwrap_or_default();
             let resource = match path {
@@ -855,8 +860,8 @@ mod http {
             (resource, Vocabulary::Json)
         }
 
-        fn media_type(&self) -> &str {
-            self.content_type.split(';').next().unwrap_or_default().trim()
+        fn media_type(&self) -> &[u8] {
+            self.content_type.as_bytes().split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii()
         }
 
         /// The id of the stream of which this is a part, if it is.
@@ -902,11 +907,11 @@ mod http {
 
     /// The first field `val` of the body, or else of the query, decoded.
     fn form_value(request: &Request) -> Result<String, Outcome> {
-        let query = request.target.split_once('?').map_or("", |(_, query)| query).as_bytes();
-        let is_form =
-            ["", "application/x-www-form-urlencoded"].iter().any(|it| request.media_type().eq_ignore_ascii_case(it));
-        let body = if is_form { &request.body[..] } else { &[] };
-        let value = form_field(body).or_else(|| form_field(query)).ok_or(Outcome::ValueMissing)?;
+        let query = || form_field(request.target.split_once('?')?.1.as_bytes());
+        let form: [&[u8]; 2] = [b"", b"application/x-www-form-urlencoded"];
+        let is_form = form.iter().any(|it| request.media_type().eq_ignore_ascii_case(it));
+        let body = if is_form { form_field(&request.body) } else { None };
+        let value = body.or_else(query).ok_or(Outcome::ValueMissing)?;
         String::from_utf8(value).map_err(|_| Outcome::ValueNotText)
     }
 
@@ -4273,13 +4278,11 @@ mod peers {
     }
 
     impl<T: Serialize + DeserializeOwned> Message<T> {
-        fn write(&self, out: &mut Vec<u8>) {
-            let begin = out.len() + 4;
-            out.extend([0; 4]);
+        fn write(&self, out: &mut impl Write) -> io::Result<()> {
             // Writing to a Vec cannot fail.
-            *out = postcard::to_extend(self, std::mem::take(out)).unwrap_or_default();
-            let length = (out.len() - begin) as u32;
-            out[begin - 4..begin].copy_from_slice(&length.to_le_bytes());
+            let bytes = postcard::to_stdvec(self).unwrap_or_default();
+            out.write_all(&(bytes.len() as u32).to_le_bytes())?;
+            out.write_all(&bytes)
         }
 
         /// Reads a message, and waits for it. An error is the end of the stream, or what is no message.
@@ -4349,9 +4352,7 @@ mod peers {
         /// Writes an answer, or a heartbeat, to the output.
         fn write(&self, number: u64, answer: Option<Answer>) -> io::Result<()> {
             let message = Message { number, time: clock() - self.opened, content: answer.map(Answer::joined) };
-            let mut bytes = Vec::new();
-            message.write(&mut bytes);
-            self.output.lock().unwrap_or_else(PoisonError::into_inner).write_all(&bytes)
+            message.write(&mut *self.output.lock().unwrap_or_else(PoisonError::into_inner))
         }
 
         /// Sends the output.
@@ -4674,20 +4675,19 @@ mod peers {
 
         /// Reads answers from a stream and delivers them, until the stream ends.
         fn read_answers(&self, answers: impl Read, is_over: impl Fn() -> bool) -> io::Result<()> {
-            let mut answers = BufReader::with_capacity(CHUNK, answers);
+            let (mut answers, mut batch) = (BufReader::with_capacity(CHUNK, answers), Vec::new());
             while !is_over() {
-                let Message { number, time, content } = Message::read(&mut answers)?;
+                let Message { number, time, content } = Message::<Answer>::read(&mut answers)?;
                 let mut traffic = lock(&self.traffic);
-                let Some(answer) = content else {
-                    // The asked side opened the stream at this time or earlier: a heartbeat that waited behind large answers gives too late
-                    // a time. So the earliest counts, which may rise by 1 ms a heartbeat, since the asked side's clock may be slower.
-                    traffic.opened = clock().saturating_sub(time).min(traffic.opened.saturating_add(1));
-                    continue;
-                };
-                let waiting = traffic.sent.remove(&number);
+                match content {
+                    Some(answer) => batch.extend(traffic.sent.remove(&number).map(|waiting| (waiting, answer))),
+                    // The asked side opened the stream at this time or earlier: a heartbeat that waited behind large answers gives too
+                    // late a time. So the earliest counts, which may rise by 1 ms a heartbeat, since the asked side's clock may be slower.
+                    None => traffic.opened = clock().saturating_sub(time).min(traffic.opened.saturating_add(1)),
+                }
                 drop(traffic);
-                if let Some(waiting) = waiting {
-                    waiting.deliver(Ok(answer));
+                if !has_message(answers.buffer()) {
+                    deliver(std::mem::take(&mut batch));
                 }
             }
             Ok(())
@@ -4721,6 +4721,13 @@ mod peers {
         }
     }
 
+    /// Delivers answers. To wake a coroutine from a thread takes a system call; from another coroutine it takes none.
+    fn deliver(answers: Vec<(Waiting, Answer)>) {
+        let are_several = answers.len() > 1;
+        let deliver = || answers.into_iter().for_each(|(waiting, answer)| waiting.deliver(Ok(answer)));
+        if are_several { drop(may::go!(deliver)) } else { deliver() }
+    }
+
     /// The body of a stream's POST.
     struct Requests {
         peer: Arc<Peer>,
@@ -4730,7 +4737,7 @@ mod peers {
 
     impl Requests {
         /// What is to be written next: what is queued, or a heartbeat. None: the stream ends, since it has, or nobody needs it.
-        fn next(&mut self) -> Option<Vec<u8>> {
+        fn next(&mut self) -> Option<Vec<Message<Request>>> {
             if lock(&self.peer.traffic).queue.is_empty() {
                 thread::park_timeout(BEAT);
             }
@@ -4756,9 +4763,7 @@ mod peers {
             if batch.is_empty() {
                 batch.push(Message { number: 0, time: 0, content: None });
             }
-            let mut bytes = Vec::with_capacity(size);
-            batch.iter().for_each(|message| message.write(&mut bytes));
-            Some(bytes)
+            Some(batch)
         }
     }
 
@@ -4769,8 +4774,8 @@ mod peers {
         }
 
         fn write<W: Write>(&mut self, mut writer: W) -> io::Result<()> {
-            while let Some(bytes) = self.next() {
-                writer.write_all(&bytes)?;
+            while let Some(batch) = self.next() {
+                batch.iter().try_for_each(|message| message.write(&mut writer))?;
                 writer.flush()?;
             }
             // The rest never comes: the client is not to wait for an answer.
