@@ -2141,6 +2141,11 @@ mod table {
                 && self.version.epoch.max(self.version.number) < u64::MAX / 2
         }
 
+        /// Whether no view change has made it.
+        pub fn is_first(&self) -> bool {
+            (self.version.epoch, self.version.number) == (0, 0)
+        }
+
         pub fn range_at(&self, hash: u64) -> &Range {
             &self.ranges[self.ranges.partition_point(|range| range.from <= hash) - 1]
         }
@@ -2443,6 +2448,8 @@ mod node {
         pub is_ready: bool,
         pub clock: u64,
         pub promised: Version,
+        /// The nodes that were asked for that lock, unless nothing came of it.
+        pub asked_for_lock: Vec<String>,
         pub stable_at: Vec<u64>,
         pub first_view: Vec<String>,
         pub factor: usize,
@@ -2470,11 +2477,12 @@ mod node {
     #[derive(Clone, Debug, Serialize, Deserialize)]
     pub enum Message {
         Meet(Status),
-        Lock(Version),
+        /// R9: the version to be made, and all nodes that are asked for this lock.
+        Lock(Version, Vec<String>),
         Release(Version),
         /// R12: for each count, where to cut so that as many of the addressee's keys lie above.
         Survey(Version, Vec<usize>),
-        /// R2: the sender has all that the addressee has of this range. Is the addressee whole for it?
+        /// R2: the sender has all that the addressee has of this range.
         Received(u64),
         GiveKey(ByteBuf),
         Digests(Span),
@@ -2508,9 +2516,9 @@ mod node {
         Outdated(Version),
         /// The cuts, and the hashes of all keys if these are few.
         Surveyed(Vec<u64>, Option<Vec<u64>>),
-        Whole(bool),
         Key(Option<Copied>),
-        Digests(Vec<u64>),
+        /// The digest of each bucket, and whether this node is whole for the span.
+        Digests(Vec<u64>, bool),
         /// What is newer here, hash and stamp of what is newer there, and the last hash compared.
         Compared(Vec<Copied>, Vec<(u64, u64)>, u64),
         Done,
@@ -2581,6 +2589,8 @@ mod node {
     #[derive(Clone, Debug, Default)]
     struct Promise {
         version: Version,
+        /// All nodes that were asked for it.
+        nodes: Vec<String>,
         granted: Option<Duration>,
         /// Set while this node may join this coordinator's store. It takes no writes then, since it would drop them.
         joining: Option<String>,
@@ -2719,9 +2729,11 @@ mod node {
 
         /// R1: only the replicas of the shard that owns a key by the table answer for it. A node that has adopted a
         /// newer table never answers again for what it gave away, and the new owner first gets the key from a node that
-        /// has adopted that table. So each key is answered for by one table at a time.
+        /// has adopted that table. So each key is answered for by one table at a time. A first table must be settled: a
+        /// node that is still blank has no part in a write, and could not keep it if the node that took it dies.
         pub fn place(&self, hash: u64) -> Place {
-            let Some(table) = self.table.as_ref().filter(|_| self.may_answer()) else { return Place::Unknown };
+            let is_in_force = |table: &&Arc<Table>| self.may_answer() && (self.settled || !table.is_first());
+            let Some(table) = self.table.as_ref().filter(is_in_force) else { return Place::Unknown };
             match Some(table.shard_at(hash)) == self.shard {
                 true => Place::Here,
                 false => Place::There(self.ranked(table.owners(hash).to_vec())),
@@ -2786,7 +2798,6 @@ mod node {
             let Some((span, owned)) = table.spans().find(|(span, _)| span.first == range) else {
                 return Reply::Refused;
             };
-            let is_whole = self.is_whole_for(span);
             if Some(owned.shard) != self.shard {
                 self.received_by.insert((range, by));
                 let has_it = |owner: &String| self.received_by.contains(&(range, owner.clone()));
@@ -2794,7 +2805,7 @@ mod node {
                     self.drop_records(span);
                 }
             }
-            Reply::Whole(is_whole)
+            Reply::Done
         }
 
         fn drop_records(&mut self, span: Span) {
@@ -2883,7 +2894,7 @@ mod node {
             (self.watermark, self.settled) = (0, false);
             self.promise.joining = None;
             if self.promise.version <= table.version {
-                self.promise.granted = None;
+                (self.promise.granted, self.promise.nodes) = (None, Vec::new());
             }
             self.received_by.clear();
             let incoming = self.incoming();
@@ -2891,13 +2902,15 @@ mod node {
             let (version, count) = (table.version, table.view.len());
             self.say(format!("goes by table {version} of {count} nodes, fetches from {from}"));
             self.start_pulling();
+            self.look_whether_settled();
             true
         }
 
         /// R3: for an owned range, pulls from each source group, answerable at once if this node is in the group and
-        /// kept its records; and from the other replicas if it did not keep them.
+        /// kept its records; and from the other replicas if it did not keep them. A node that granted the lock for this
+        /// table gets what they write by it as pushes, so where there are sources it does not wait for the other replicas.
         fn pulls_by(&self, table: &Table) -> Vec<Pull> {
-            let mut pulls = Vec::new();
+            let (mut pulls, has_granted) = (Vec::new(), self.promise.version == table.version);
             for (span, range) in
                 table.spans().filter(|(_, range)| self.shard.is_some() && Some(range.shard) == self.shard)
             {
@@ -2913,7 +2926,7 @@ mod node {
                 for group in &range.sources {
                     pulls.push(pull(group.clone(), has_it && group.contains(&self.own), true));
                 }
-                if !has_it {
+                if !has_it && (!has_granted || range.sources.is_empty()) {
                     pulls.push(pull(self.others(), false, false));
                 }
             }
@@ -3200,6 +3213,7 @@ mod node {
                 is_ready: self.is_ready(),
                 clock: self.clock_now(),
                 promised: self.promise.version,
+                asked_for_lock: self.promise.nodes.clone(),
                 stable_at: self.stable_at.clone(),
                 first_view: if is_blank { self.first_view.clone() } else { Vec::new() },
                 factor: self.first_factor,
@@ -3237,7 +3251,7 @@ mod node {
                     }
                     Reply::Met(self.status(), newer)
                 }
-                Message::Lock(version) => self.lock(&from, version),
+                Message::Lock(version, nodes) => self.lock(&from, version, nodes),
                 Message::Release(version) => {
                     self.release(version);
                     Reply::Done
@@ -3248,7 +3262,7 @@ mod node {
                 Message::Digests(span) if is_same && span.first <= span.last => {
                     // From now on, writes must reach the node that pulls, even if it was silent (R2).
                     self.note_silent(&from, false);
-                    Reply::Digests(self.records.digests_of(span))
+                    Reply::Digests(self.records.digests_of(span), self.is_whole_for(span))
                 }
                 Message::Compare(span, theirs) if is_same => self.compare(span, theirs),
                 Message::Push(copies) if is_same => {
@@ -3363,7 +3377,8 @@ mod node {
         // -- R10 start
 
         fn nodes_to_ask(&self) -> Vec<String> {
-            let mut all: BTreeSet<&String> = self.first_view.iter().collect();
+            let locked = self.peers.values().flat_map(|peer| &peer.status.asked_for_lock);
+            let mut all: BTreeSet<&String> = self.first_view.iter().chain(locked).collect();
             if let Some(table) = &self.heard_of {
                 let goes_by_it = |(_, peer): &(&String, &Peer)| peer.status.version == Some(table.version);
                 all.extend(table.nodes(false));
@@ -3374,13 +3389,18 @@ mod node {
 
         /// R10: a blank node adopts the newest table that it has heard of, if more than half of its other members
         /// answered and none has granted a lock for a newer one, which may be in force elsewhere; or if all nodes that
-        /// it asks answered. Without one, it adopts the first table if all nodes of its `VIEW` are blank too.
+        /// it asks answered, also those that were asked for the lock. Without one, it adopts the first table if all nodes of its `VIEW` are blank too.
         pub fn let_in(&mut self, answers: &BTreeMap<String, Status>) {
             // Also those that were heard of only in this round.
             let has_all = self.nodes_to_ask().iter().all(|node| answers.contains_key(node));
             // A table that no answering node uses may be lost with all nodes that did.
             let is_alive = |table: &Arc<Table>| answers.values().any(|status| status.version == Some(table.version));
+            let had_heard = self.heard_of.is_some();
             self.heard_of = self.heard_of.take().filter(is_alive);
+            if had_heard && self.heard_of.is_none() {
+                // The answer of its last node may have got lost: the first table waits for another second.
+                self.rounds = 0;
+            }
             let table = match self.heard_of.clone() {
                 Some(table) => {
                     let others: Vec<&String> = table.view.iter().filter(|node| **node != self.own).collect();
@@ -3420,7 +3440,7 @@ mod node {
         }
 
         /// R9: grants a lock above every table and lock known here, unless another coordinator's lock is fresh.
-        fn lock(&mut self, from: &str, version: Version) -> Reply {
+        fn lock(&mut self, from: &str, version: Version, nodes: Vec<String>) -> Reply {
             let highest = self.promise.version.max(self.version().unwrap_or_default());
             if self.is_locked() && self.promise.version.coordinator != version.coordinator {
                 return Reply::Busy;
@@ -3428,13 +3448,13 @@ mod node {
                 return Reply::Outdated(highest);
             }
             let joining = Some(from.to_owned()).filter(|from| self.is_alone() && *from != self.own);
-            self.promise = Promise { version, granted: Some(self.now), joining };
+            self.promise = Promise { version, nodes, granted: Some(self.now), joining };
             Reply::Locked(self.status())
         }
 
         fn release(&mut self, version: Version) {
             if self.promise.version == version {
-                (self.promise.granted, self.promise.joining) = (None, None);
+                self.promise = Promise { version, ..Promise::default() };
             }
         }
 
@@ -3628,12 +3648,9 @@ mod replication {
 
     /// None if the node does not answer.
     async fn pull_from(world: &impl World, version: Version, pull: &Pull, node: &str) -> Option<Found> {
-        if reconcile(world, node, version, pull.span, true).await.is_some() {
-            return match ask_by(world, node, version, Message::Received(pull.span.first)).await? {
-                Reply::Whole(true) => Some(Found::Whole),
-                Reply::Whole(false) => Some(Found::Incomplete),
-                _ => None,
-            };
+        if let Some(is_whole) = reconcile(world, node, version, pull.span, true).await {
+            ask_by(world, node, version, Message::Received(pull.span.first)).await?;
+            return Some(if is_whole { Found::Whole } else { Found::Incomplete });
         }
         let store = world.with(|own| own.store());
         meet(world, node).await.filter(|status| status.store != store).map(|_| Found::Nothing)
@@ -3674,9 +3691,11 @@ mod replication {
     }
 
     /// R5: finds what differs by digests of buckets, then by stamps. Takes what is newer there and, except in a pull,
-    /// gives what is newer here: the higher stamp wins wherever two meet. None if it could not finish.
-    async fn reconcile(world: &impl World, other: &str, version: Version, span: Span, is_pull: bool) -> Option<()> {
-        let Reply::Digests(theirs) = ask_by(world, other, version, Message::Digests(span)).await? else { return None };
+    /// gives what is newer here: the higher stamp wins wherever two meet. Returns whether the other node was whole
+    /// for the span before that: what it gets meanwhile may come too late for this. None if it could not finish.
+    async fn reconcile(world: &impl World, other: &str, version: Version, span: Span, is_pull: bool) -> Option<bool> {
+        let message = Message::Digests(span);
+        let Reply::Digests(theirs, is_whole) = ask_by(world, other, version, message).await? else { return None };
         let ours = world.with(|node| node.records.digests_of(span));
         let buckets = span.by_bucket().zip(ours.iter().zip(&theirs));
         let differing: Vec<Span> = buckets.filter(|(_, (ours, theirs))| ours != theirs).map(|(span, _)| span).collect();
@@ -3690,7 +3709,7 @@ mod replication {
             let group = parts.split_off(parts.len().saturating_sub(SIDE_BY_SIDE));
             parts.extend(exchange(world, other, version, group, is_pull).await?);
         }
-        Some(())
+        Some(is_whole)
     }
 
     /// Returns the parts of the spans for which messages had no room.
@@ -4015,7 +4034,8 @@ mod membership {
             let mut granted = Granted::new();
             let (lowest, rest) = nodes.split_at(1);
             for group in [lowest, rest] {
-                for (name, reply) in group.iter().zip(ask(self.world, group, Message::Lock(self.version)).await) {
+                let message = Message::Lock(self.version, nodes.to_vec());
+                for (name, reply) in group.iter().zip(ask(self.world, group, message).await) {
                     match reply {
                         Some(Reply::Locked(status)) => drop(granted.insert(name.clone(), status)),
                         Some(Reply::Outdated(newest)) => {
@@ -6201,6 +6221,8 @@ mod simulation {
 # Who was asleep meets somebody before it answers, or finds nobody for a second.
 2: sleep 0, pass 3000, cut 0-1 0-2 0-3, wake 0, pass 250, mute 0, pass 1500, answering 0, cut, sleep 0, pass 3000, wake 0, pass 500, \
    answering 0
+# A joining replica does not wait for another one that dies while the keys come in.
+2: change 0 0 1, pass 3000, change 0 0 1 2 3, until table 3 2, kill 2, pass 3000, ready 3
 # A node that has just started may join; one with keys of its own may not.
 1: change 0 0 1 2, pass 3000, kill 3, alone 3, change 0 0 1 2 3, pass 6000, changed 2
 1: change 0 0 1 2, pass 3000, kill 3, alone 3, pass 2000, put 3, pass 200, change 0 0 1 2 3, pass 6000, changed 1
@@ -6219,6 +6241,10 @@ mod simulation {
 
     fn version(number: u64, coordinator: u64) -> Version {
         Version { epoch: 0, number, coordinator }
+    }
+
+    fn lock_for(version: Version) -> Message {
+        Message::Lock(version, names(&[0, 1, 2]))
     }
 
     /// What a node replies to another one.
@@ -6258,16 +6284,16 @@ mod simulation {
         let it = store_of_four(2, "fill, pass 500");
         it.there(2).with(|node| {
             for (message, expected) in [
-                (Message::Lock(version(2, 7)), "Locked"),
-                (Message::Lock(version(3, 8)), "Busy"),
-                (Message::Lock(version(2, 7)), "Locked"),
-                (Message::Lock(version(3, 7)), "Locked"),
-                (Message::Lock(version(2, 7)), "Outdated"),
+                (lock_for(version(2, 7)), "Locked"),
+                (lock_for(version(3, 8)), "Busy"),
+                (lock_for(version(2, 7)), "Locked"),
+                (lock_for(version(3, 7)), "Locked"),
+                (lock_for(version(2, 7)), "Outdated"),
                 (Message::Survey(version(9, 9), Vec::new()), "Refused"),
                 (Message::Release(version(2, 7)), "Done"),
-                (Message::Lock(version(4, 8)), "Busy"),
+                (lock_for(version(4, 8)), "Busy"),
                 (Message::Release(version(3, 7)), "Done"),
-                (Message::Lock(version(4, 8)), "Locked"),
+                (lock_for(version(4, 8)), "Locked"),
             ] {
                 assert_eq!(reply(node, 1, message), expected);
             }
@@ -6278,14 +6304,14 @@ mod simulation {
         it.there(2).with(|node| {
             assert!(!node.adopt_own(next_table(node, version(4, 8))), "its lock is old");
             assert!(node.adopt(next_table(node, version(2, 7))), "an old lock keeps nobody off");
-            reply(node, 1, Message::Lock(version(9, 8)));
+            reply(node, 1, lock_for(version(9, 8)));
             assert!(node.adopt(next_table(node, version(3, 8))), "it has the lock, for another table");
-            assert_eq!(reply(node, 1, Message::Lock(version(10, 7))), "Busy");
+            assert_eq!(reply(node, 1, lock_for(version(10, 7))), "Busy");
             let record = write(node, 0);
             assert!(node.lacking(&record, &BTreeMap::new()).is_ok() && node.sums().count > 0);
             let of_another_base = Table { base: version(1, 1), ..Table::clone(&next_table(node, version(10, 7))) };
             assert!(node.adopt(Arc::new(of_another_base)) && node.records.total().count == 0);
-            assert_eq!(reply(node, 1, Message::Lock(version(11, 6))), "Locked");
+            assert_eq!(reply(node, 1, lock_for(version(11, 6))), "Locked");
             assert!(node.lacking(&record, &BTreeMap::new()).is_err(), "it has dropped what it wrote");
             assert!(!node.adopt(next_table(node, version(10, 7))), "it goes by this one");
         });
@@ -6295,7 +6321,7 @@ mod simulation {
     fn a_node_that_joins_takes_no_writes_until_that_is_decided() {
         let (mut node, is_here) = (alone(), |node: &Node| node.place(0) == Place::Here);
         assert!(is_here(&node));
-        reply(&mut node, 0, Message::Lock(version(2, 7)));
+        reply(&mut node, 0, lock_for(version(2, 7)));
         node.hear(ADDRESSES[0], &status_by(Some(version(1, 7))));
         assert!(!is_here(&node), "the lock is fresh");
         (0..11).for_each(|_| node.look_at_clock(node.now + Duration::from_secs(1)));
@@ -6304,14 +6330,14 @@ mod simulation {
         assert!(!is_here(&node), "another node says so, or it came about");
         node.hear(ADDRESSES[0], &status_by(Some(version(1, 7))));
         assert!(is_here(&node), "nothing came of it");
-        reply(&mut node, 3, Message::Lock(version(3, 7)));
+        reply(&mut node, 3, lock_for(version(3, 7)));
         assert!(is_here(&node), "its own lock");
         write(&mut node, 0);
-        reply(&mut node, 0, Message::Lock(version(4, 7)));
+        reply(&mut node, 0, lock_for(version(4, 7)));
         assert!(is_here(&node), "it has keys, and does not join");
         let mut node = alone();
         node.look_at_clock(node.now + Duration::from_secs(3));
-        reply(&mut node, 0, Message::Lock(version(2, 7)));
+        reply(&mut node, 0, lock_for(version(2, 7)));
         assert!(node.adopt(first_table(2, &[0, 3])) && !node.may_answer(), "it was asleep");
         node.note_meeting(ADDRESSES[3], node.now);
         assert!(!node.may_answer(), "it has met itself");
@@ -6387,7 +6413,7 @@ mod simulation {
                 begun
             };
             assert_eq!(begin(node, false, version(5, 0)), Some((0, 6)));
-            reply(node, 1, Message::Lock(version(8, 7)));
+            reply(node, 1, lock_for(version(8, 7)));
             assert_eq!(begin(node, false, version(5, 0)), Some((0, 9)));
             assert_eq!(begin(node, true, version(5, 0)), Some((1, 9)), "by force");
             node.note_silent(ADDRESSES[1], true);
