@@ -4418,9 +4418,9 @@ mod peers {
 
     impl<T: Serialize + DeserializeOwned> Message<T> {
         fn write(&self, out: &mut impl Write) -> io::Result<()> {
-            // Writing to a Vec cannot fail.
-            let bytes = postcard::to_stdvec(self).unwrap_or_default();
-            out.write_all(&(bytes.len() as u32).to_le_bytes())?;
+            let mut bytes = postcard::to_extend(self, vec![0; 4]).map_err(|_| io::ErrorKind::InvalidData)?;
+            let length = bytes.len() as u32 - 4;
+            bytes[..4].copy_from_slice(&length.to_le_bytes());
             out.write_all(&bytes)
         }
 
