@@ -4382,10 +4382,11 @@ mod peers {
             if self.began.is_some() { RELAYED_LIMIT.saturating_sub(self.age()) } else { PATIENCE }
         }
 
-        /// The refusal of a request that must not take effect any more, since its client may have got the error long ago.
+        /// The refusal of a request that must not take effect any more, since its client may have got the error long ago. (A GET has no
+        /// effect, and many large values may take as long.)
         pub fn refusal_if_late(&self) -> Option<Outcome> {
             let refusal = || own().map_or(Outcome::MainDown, |own| Outcome::NodeDown(own.to_owned()));
-            self.patience().is_zero().then(refusal)
+            (self.verb != "GET" && self.patience().is_zero()).then(refusal)
         }
 
         /// About how many bytes it takes in a message.
