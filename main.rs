@@ -4263,10 +4263,11 @@ mod peers {
             if self.began.is_some() { RELAYED_LIMIT.saturating_sub(self.age()) } else { PATIENCE }
         }
 
-        /// The refusal of a request that must not take effect any more, since its client may have got the error long ago.
+        /// The refusal of a request that must not take effect any more, since its client may have got the error long ago. (A GET has no
+        /// effect, and many large values may take as long.)
         pub fn refusal_if_late(&self) -> Option<Outcome> {
             let refusal = || own().map_or(Outcome::MainDown, |own| Outcome::NodeDown(own.to_owned()));
-            self.patience().is_zero().then(refusal)
+            (self.verb != "GET" && self.patience().is_zero()).then(refusal)
         }
 
         /// About how many bytes it takes in a message.
@@ -4299,9 +4300,9 @@ mod peers {
 
     impl<T: Serialize + DeserializeOwned> Message<T> {
         fn write(&self, out: &mut impl Write) -> io::Result<()> {
-            // Writing to a Vec cannot fail.
-            let bytes = postcard::to_stdvec(self).unwrap_or_default();
-            out.write_all(&(bytes.len() as u32).to_le_bytes())?;
+            let mut bytes = postcard::to_extend(self, vec![0; 4]).map_err(|_| io::ErrorKind::InvalidData)?;
+            let length = bytes.len() as u32 - 4;
+            bytes[..4].copy_from_slice(&length.to_le_bytes());
             out.write_all(&bytes)
         }
 
