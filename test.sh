@@ -946,7 +946,8 @@ test_instances() {
   goes second two
 }
 
-metric() { curl -s "${url[$1]}/metrics" | awk -v name="kv_store_$2" '$1 == name { print $2 }'; } # INSTANCE NAME{LABELS}
+metric() { sample "$1" "kv_store_$2"; } # INSTANCE NAME{LABELS}
+sample() { curl -s "${url[$1]}/metrics" | awk -v name="$2" '$1 == name { print $2 }'; }
 test_metrics() {
   local before gets
   gets=$(metric main 'requests_total{verb="GET",class="2xx"}')
@@ -954,7 +955,7 @@ test_metrics() {
   expect "a verb that they do not take" "$NO_VERB" main PUT /metrics -d val=1
   check "each has its help and type" 0 "$(curl -s "${url[main]}/metrics" | awk '
     $1 == "#" { known[$3]++; next }
-    { sub(/{.*/, "", $1); if (known[$1] != 2) wrong++ }
+    { sub(/(_(bucket|sum|count))?({.*)?$/, "", $1); if (known[$1] != 2) wrong++ }
     END { print wrong + 0 }')"
   if command -v promtool >/dev/null; then
     check "promtool has no complaint" "" "$(curl -s "${url[main]}/metrics" | promtool check metrics 2>&1)"
@@ -969,7 +970,29 @@ test_metrics() {
   check_that "asking for them is counted" "$(metric main 'requests_total{verb="GET",class="2xx"}') > $gets"
   check_that "connections, of which this is one" "$(metric main connections) > $IDLE_CLIENTS"
   goes main metric
+  test_process_metrics
   check "what is deleted counts no more" "$(tail -n 2 <<<"$before")" "$(counted | tail -n 2)"
+}
+# Of the process, and of how long requests took. There have been some.
+test_process_metrics() {
+  local count before
+  check "the version" 1 "$(metric main "build_info{version=\"$VERSION\"}")"
+  check "it was started within the last hour" yes "$(sample main process_start_time_seconds |
+    awk -v now="$(date +%s)" '$1 > now - 3600 && $1 <= now + 1 { print "yes" }')"
+  check "its memory is what the kernel says, more or less" yes "$(sample main process_resident_memory_bytes |
+    awk -v rss="$(status_field main VmRSS)" '$1 > rss * 512 && $1 < rss * 2048 { print "yes" }')"
+  before=$(metric main 'request_duration_seconds_count{verb="PUT"}')
+  check "two requests" "201 200" "$(ask main PUT took -d val=1 | code) $(ask main PUT took -d val=2 | code)"
+  count=$(metric main 'request_duration_seconds_count{verb="PUT"}')
+  check_that "durations: both are counted" "${count:-0} == ${before:-0} + 2"
+  check "durations: all are in the last bucket" "${count:-some}" \
+    "$(metric main 'request_duration_seconds_bucket{verb="PUT",le="+Inf"}')"
+  check "durations: there are buckets, none with less than the one before" yes "$(curl -s "${url[main]}/metrics" |
+    grep '^kv_store_request_duration_seconds_bucket{verb="PUT"' |
+    awk '$2 < last { fell = 1 } { last = $2 } END { print NR > 1 && !fell ? "yes" : "no" }')"
+  check "durations: their sum is plausible" yes "$(metric main 'request_duration_seconds_sum{verb="PUT"}' |
+    awk -v count="$count" '$1 > 0 && $1 < count { print "yes" }')"
+  goes main took
 }
 counted() {
   metric main 'requests_total{verb="PUT",class="2xx"}' && metric main 'requests_total{verb="PUT",class="4xx"}'
