@@ -6170,7 +6170,8 @@ mod simulation {
                     let owners = newest.owners(HASHES[*key]);
                     owners.iter().all(|node| self.machines[machine_of(node)].value_stamp(*key) > 0)
                 }
-                // They have the same value of the first key.
+                // It has no value of the first key; they have the same one.
+                ("gone", [machine]) => self.machines[*machine].value_stamp(0) == 0,
                 ("same", machines) => self.is_same(0, machines.iter().copied()),
                 _ => panic!("what is {what} {numbers:?}?"),
             }
@@ -6179,54 +6180,56 @@ mod simulation {
 
     /// So many replicas for each shard, and what happens.
     const SCRIPTS: &str = "
-    # Two sides of a cut, each with a replica of each shard, do not both change the view.
-    2: cut 0-1 0-3 2-1 2-3, change 0 0 2, change 1 1 3, pass 8000, change 0 0 2, change 1 1 3, pass 8000, changed 0
-    # A replica that has not fetched yet vouches for nobody: the other one of its shard sleeps.
-    2: sleep 0, kill 1, start 1, pass 3000, change 2 1 2 3, pass 8000, changed 0, wake 0, pass 5000, read 2
-    # It goes on fetching by a newer table: one that leaves its shard as it was, and one that makes one shard of two.
-    2: cut 0-1, kill 1, start 1, pass 3000, change 2 0 1 2 3, pass 3000, table 1 1, complete 1
-    2: cut 0-1, kill 1, start 1, pass 3000, change 2 0 1 2, pass 3000, table 1 1, complete 1
-    # A replica is ready when it has all that a whole one has. Here n1 is filled from nobody, and n0 from n1 alone; then n1 gets all from
-    # n2, the last one that has it, which is killed.
-    3: change 0 0 1 2, pass 3000, kill 1, start 1, until table 1 1, cut 1-0 1-2 1-3, pass 3000, kill 0, cut 1-2, start 0, \
-       until table 0 1, cut 0-2 1-2 0-3, pass 2500, unready 0, cut 0-1 0-2 0-3, pass 3000, kill 2, cut 0-1, start 2, \
-       until table 2 1, cut 0-1 1-2, pass 3000, unready 0
-    4: kill 3, kill 0, start 0, pass 3000, ready 0
-    4: kill 3, kill 0, cut 3-1 3-2, start 3, start 0, until table 0 0, cut 3-1 3-2 0-1 0-2, pass 3000, unready 0
-    2: cut 0-1, kill 1, start 1, pass 3000, change 2 2 3, pass 16, cut 0-1 0-2 0-3, pass 3000, unready 2
-    # A node that starts waits for a newer table that others have granted a lock for: only n0 and n1 know it, and n1 has given its keys
-    # away when it is killed.
-    1: change 0 0 2 3, until table 0 1, cut 0-2 0-3 1-2 1-3, pass 500, kill 1, start 1, cut 0-1 0-2 0-3, pass 3000, blank 1
-    # What a dead node wrote spreads without it.
-    2: change 0 0 1 2, pass 2000, cut 0-2, put 0, pass 1500, kill 0, pass 5000, same 1 2
-    # A deleted key stays deleted, however long a replica is cut off.
-    4: cut 0-3 1-3 2-3, delete 0, pass 40000, cut, pass 5000, same 0 1 2 3
-    # What a node takes late reaches the others: n0 writes to n1 alone, starts again, and finds n2 and n3 first.
-    4: cut 0-2 0-3 1-2 1-3, put 0, pass 1500, cut 1-0 1-2 1-3, kill 0, start 0, pass 3000, cut, pass 9000, same 0 1 2 3
-    # A replica that is cut off from others while it starts keeps nobody from writing.
-    4: kill 3, cut 3-1 3-2, start 3, pass 1500, put 0, pass 300, answered 7
-    # Who has not fetched from a replica that it does not reach is not ready by the next table either.
-    2: cut 0-1, kill 0, start 0, pass 3000, factor 1 2 0 1 2 3, pass 3000, unready 0
-    # A table that is made from one that is not settled has its sources as well.
-    1: change 0 0 1 2, pass 4000, cut 3-1 3-2, change 0 0 1 2 3, pass 1000, kill 3, pass 3000, force 0 0 1 2, pass 3000, kept 3
-    # Silent nodes that leave: by force, or without where another replica of their shard answers. That begins a new epoch.
-    2: kill 1, pass 3000, change 0 0 1 2 3, pass 5000, force 0 0 2 3, pass 6000, settled
-    2: change 0 0 1 2, pass 3000, kill 3, change 0 0 1, pass 5000, settled
-    2: kill 1, change 0 0 2 3, pass 9000, epoch 1
-    # Of a table that is not settled no other one is made, but by force, where it waits only for silent nodes that leave.
-    1: change 0 0 1 2, pass 4000, cut 3-1 3-2, change 0 0 1 2 3, pass 1000, change 0 0 1 2, pass 6000, changed 1
-    1: cut 3-1 3-2, change 0 0 1 2, pass 1000, force 0 0 1, pass 8000, table 0 1
-    1: cut 3-1 3-2, change 0 0 1 2, pass 1000, kill 3, pass 3000, force 0 0 1, pass 8000, epoch 1, settled
-    # When a table is settled, nobody waits for those who left.
-    2: change 0 0 1 2, pass 3000, kill 3, kill 1, start 1, pass 3000, whole 1
-    # Who was asleep meets somebody before it answers, or finds nobody for a second.
-    2: sleep 0, pass 3000, cut 0-1 0-2 0-3, wake 0, pass 250, mute 0, pass 1500, answering 0, cut, sleep 0, pass 3000, wake 0, pass 500, \
-       answering 0
-    # A joining replica does not wait for another one that dies while the keys come in.
-    2: change 0 0 1, pass 3000, change 0 0 1 2 3, until table 3 2, kill 2, pass 3000, ready 3
-    # A node that has just started may join; one with keys of its own may not.
-    1: change 0 0 1 2, pass 3000, kill 3, alone 3, change 0 0 1 2 3, pass 6000, changed 2
-    1: change 0 0 1 2, pass 3000, kill 3, alone 3, pass 2000, put 3, pass 200, change 0 0 1 2 3, pass 6000, changed 1
+        # Two sides of a cut, each with a replica of each shard, do not both change the view.
+        2: cut 0-1 0-3 2-1 2-3, change 0 0 2, change 1 1 3, pass 8000, change 0 0 2, change 1 1 3, pass 8000, changed 0
+        # A replica that has not fetched yet vouches for nobody: the other one of its shard sleeps.
+        2: sleep 0, kill 1, start 1, pass 3000, change 2 1 2 3, pass 8000, changed 0, wake 0, pass 5000, read 2
+        # It goes on fetching by a newer table: one that leaves its shard as it was, and one that makes one shard of two.
+        2: cut 0-1, kill 1, start 1, pass 3000, change 2 0 1 2 3, pass 3000, table 1 1, complete 1
+        2: cut 0-1, kill 1, start 1, pass 3000, change 2 0 1 2, pass 3000, table 1 1, complete 1
+        # A replica is ready when it has all that a whole one has. Here n1 is filled from nobody, and n0 from n1 alone; then n1 gets all from
+        # n2, the last one that has it, which is killed.
+        3: change 0 0 1 2, pass 3000, kill 1, start 1, until table 1 1, cut 1-0 1-2 1-3, pass 3000, kill 0, cut 1-2, start 0, \
+           until table 0 1, cut 0-2 1-2 0-3, pass 2500, unready 0, cut 0-1 0-2 0-3, pass 3000, kill 2, cut 0-1, start 2, \
+           until table 2 1, cut 0-1 1-2, pass 3000, unready 0
+        4: kill 3, kill 0, start 0, pass 3000, ready 0
+        4: kill 3, kill 0, cut 3-1 3-2, start 3, start 0, until table 0 0, cut 3-1 3-2 0-1 0-2, pass 3000, unready 0
+        2: cut 0-1, kill 1, start 1, pass 3000, change 2 2 3, pass 16, cut 0-1 0-2 0-3, pass 3000, unready 2
+        # A node that starts waits for a newer table that others have granted a lock for: only n0 and n1 know it, and n1 has given its keys
+        # away when it is killed.
+        1: change 0 0 2 3, until table 0 1, cut 0-2 0-3 1-2 1-3, pass 500, kill 1, start 1, cut 0-1 0-2 0-3, pass 3000, blank 1
+        # What a dead node wrote spreads without it.
+        2: change 0 0 1 2, pass 2000, cut 0-2, put 0, pass 1500, kill 0, pass 5000, same 1 2
+        # A deleted key stays deleted, however long a replica is cut off.
+        4: cut 0-3 1-3 2-3, delete 0, pass 40000, cut, pass 5000, same 0 1 2 3
+        # A node that starts again gets deletions as well.
+        4: cut 0-3 1-3 2-3, delete 0, pass 1500, kill 2, start 2, pass 3000, gone 2, cut 0-2 1-2 0-3 1-3, pass 5000, gone 2
+        # What a node takes late reaches the others: n0 writes to n1 alone, starts again, and finds n2 and n3 first.
+        4: cut 0-2 0-3 1-2 1-3, put 0, pass 1500, cut 1-0 1-2 1-3, kill 0, start 0, pass 3000, cut, pass 9000, same 0 1 2 3
+        # A replica that is cut off from others while it starts keeps nobody from writing.
+        4: kill 3, cut 3-1 3-2, start 3, pass 1500, put 0, pass 300, answered 7
+        # Who has not fetched from a replica that it does not reach is not ready by the next table either.
+        2: cut 0-1, kill 0, start 0, pass 3000, factor 1 2 0 1 2 3, pass 3000, unready 0
+        # A table that is made from one that is not settled has its sources as well.
+        1: change 0 0 1 2, pass 4000, cut 3-1 3-2, change 0 0 1 2 3, pass 1000, kill 3, pass 3000, force 0 0 1 2, pass 3000, kept 3
+        # Silent nodes that leave: by force, or without where another replica of their shard answers. That begins a new epoch.
+        2: kill 1, pass 3000, change 0 0 1 2 3, pass 5000, force 0 0 2 3, pass 6000, settled
+        2: change 0 0 1 2, pass 3000, kill 3, change 0 0 1, pass 5000, settled
+        2: kill 1, change 0 0 2 3, pass 9000, epoch 1
+        # Of a table that is not settled no other one is made, but by force, where it waits only for silent nodes that leave.
+        1: change 0 0 1 2, pass 4000, cut 3-1 3-2, change 0 0 1 2 3, pass 1000, change 0 0 1 2, pass 6000, changed 1
+        1: cut 3-1 3-2, change 0 0 1 2, pass 1000, force 0 0 1, pass 8000, table 0 1
+        1: cut 3-1 3-2, change 0 0 1 2, pass 1000, kill 3, pass 3000, force 0 0 1, pass 8000, epoch 1, settled
+        # When a table is settled, nobody waits for those who left.
+        2: change 0 0 1 2, pass 3000, kill 3, kill 1, start 1, pass 3000, whole 1
+        # Who was asleep meets somebody before it answers, or finds nobody for a second.
+        2: sleep 0, pass 3000, cut 0-1 0-2 0-3, wake 0, pass 250, mute 0, pass 1500, answering 0, cut, sleep 0, pass 3000, wake 0, pass 500, \
+           answering 0
+        # A joining replica does not wait for another one that dies while the keys come in.
+        2: change 0 0 1, pass 3000, change 0 0 1 2 3, until table 3 2, kill 2, pass 3000, ready 3
+        # A node that has just started may join; one with keys of its own may not.
+        1: change 0 0 1 2, pass 3000, kill 3, alone 3, change 0 0 1 2 3, pass 6000, changed 2
+        1: change 0 0 1 2, pass 3000, kill 3, alone 3, pass 2000, put 3, pass 200, change 0 0 1 2 3, pass 6000, changed 1, table 0 1
     ";
 
     #[test]
@@ -6549,6 +6552,7 @@ mod simulation {
             node.lagging.insert(ADDRESSES[1].to_owned(), 1);
             assert!(node.status().stable_at[0] >= before[0], "it does not go down");
             node.adopt(next_table(node, version(2, 7)));
+            node.lagging.clear();
             assert_eq!(node.status().stable_at, [0; 4], "not settled");
             let incoming = names(&[2]);
             node.hear(ADDRESSES[1], &node::Status { incoming, settled: true, ..status_by(Some(version(2, 7))) });
@@ -6643,7 +6647,44 @@ mod tests {
 
     use super::*;
     use crate::http::MAX_VALUE;
-    use crate::records::hash_of;
+    use crate::records::{Record, Records, Span, hash_of};
+
+    #[test]
+    fn records_are_a_map_in_the_order_of_hashes() {
+        let (mut records, mut model) = (Records::default(), BTreeMap::new());
+        let random = |number: u64| hash_of(&number.to_be_bytes());
+        for number in 0..60_000 {
+            let (key, value) =
+                ((random(2 * number) % 40_000).to_string(), if random(2 * number + 1) % 3 > 0 { "1" } else { "" });
+            let mut record = Record::new(key.as_bytes(), value);
+            record.set_stamp(number);
+            let old = model.insert(record.hash(), (number, record.is_tombstone()));
+            assert_eq!(old, records.insert(record.hash(), record).map(|it| (it.stamp(), it.is_tombstone())));
+            let some = model.iter().nth(number as usize % 7).map(|(hash, it)| (*hash, *it));
+            let Some((hash, (stamp, is_tombstone))) = some else { continue };
+            records.remove_tombstone(hash, stamp + 1);
+            records.remove_tombstone(hash, stamp);
+            if is_tombstone {
+                model.remove(&hash);
+            }
+        }
+        for number in 0..200 {
+            let (one, other) = (random(number), random(number + 200));
+            let mut span = Span { first: one.min(other), last: one.max(other) };
+            let expected = model.range(span.first..=span.last);
+            assert_eq!(records.sums_of(span).count, expected.clone().filter(|(_, (_, is_gone))| !is_gone).count());
+            let (mut given, mut last) = (Vec::new(), None);
+            while last != Some(span.last) {
+                span.first = last.map_or(span.first, |last| last + 1);
+                let (some, until) = records.first_of(span, 5000);
+                given.extend(some.iter().map(|record| (record.hash(), record.stamp())));
+                last = Some(until);
+            }
+            assert!(given.into_iter().eq(expected.map(|(hash, (stamp, _))| (*hash, *stamp))));
+        }
+        records.remove(crate::records::ALL);
+        assert!(records.total() == Default::default());
+    }
 
     /// A main instance in this process, where clients can be written that a shell cannot be: it starts them too slowly, and closes
     /// both directions of a connection at once.
