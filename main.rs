@@ -5573,7 +5573,8 @@ mod simulation {
         fn call(&self, node: &str, request: Request, limit: Duration) -> impl Future<Output = Option<Done>> + use<> {
             let (from, to, (result, caller)) = (self.machine, machine_of(node), self.simulation.wait(limit));
             let is_message = request.origin == Origin::Message;
-            let is_repeated = is_message && self.simulation.is_lossy() && self.simulation.percent(3);
+            let is_repeated =
+                is_message && !self.simulation.is_quiet() && self.simulation.percent(self.simulation.loss / 3);
             for _ in 0..if is_repeated { 2 } else { 1 } {
                 let (request, caller) = (request.clone(), caller.clone());
                 self.simulation.send(from, to, move |simulation| {
@@ -5781,13 +5782,9 @@ mod simulation {
             self.now.get() < self.quiet_until.get()
         }
 
-        fn is_lossy(&self) -> bool {
-            self.loss > 0 && !self.is_quiet()
-        }
-
         /// Sends what does something where it arrives, unless it is lost.
         fn send(&self, from: usize, to: usize, event: impl FnOnce(&Rc<Simulation>) + 'static) {
-            let is_lost = self.is_lossy() && self.percent(self.loss);
+            let is_lost = !self.is_quiet() && self.percent(self.loss);
             let most = match self.below(100) {
                 0 if !self.is_quiet() => 9_000_000,
                 1..5 if !self.is_quiet() => 1_000_000,
@@ -6209,6 +6206,7 @@ mod simulation {
                     }
                     ("kill", [machine]) => self.kill(*machine),
                     ("start", [machine]) => self.start(*machine, &[0, 1, 2, 3]),
+                    ("alone", [machine]) => self.start(*machine, &[*machine]),
                     ("sleep", [machine]) => self.machines[*machine].asleep_until.set(Duration::MAX),
                     ("wake", [machine]) => self.machines[*machine].asleep_until.set(Duration::ZERO),
                     ("change" | "force", [machine, view @ ..]) => self.change(*machine, view, None, verb == "force"),
@@ -6239,6 +6237,8 @@ mod simulation {
                 ("table", [machine, number]) => {
                     is(*machine, &|node| node.version().is_some_and(|it| it.number == *number as u64))
                 }
+                ("answering", [machine]) => is(*machine, &|node| node.may_answer()),
+                ("mute", [machine]) => is(*machine, &|node| !node.may_answer()),
                 ("ready", [machine]) => is(*machine, &|node| node.is_ready()),
                 ("unready", [machine]) => is(*machine, &|node| !node.is_ready()),
                 // It waits for keys of nobody.
@@ -6248,7 +6248,13 @@ mod simulation {
                     let has_it = |key| self.machines[*machine].value_stamp(key) > 0;
                     (0..KEYS).all(|key| has_it(key) || !is(*machine, &|node| answers(node, key)))
                 }
-                // They have the same value of the first key.
+                // Its owners have a value of this key.
+                ("kept", [key]) => {
+                    let owners = newest.owners(HASHES[*key]);
+                    owners.iter().all(|node| self.machines[machine_of(node)].value_stamp(*key) > 0)
+                }
+                // It has no value of the first key; they have the same one.
+                ("gone", [machine]) => self.machines[*machine].value_stamp(0) == 0,
                 ("same", machines) => self.is_same(0, machines.iter().copied()),
                 _ => panic!("what is {what} {numbers:?}?"),
             }
@@ -6257,82 +6263,377 @@ mod simulation {
 
     /// So many replicas for each shard, and what happens.
     const SCRIPTS: &str = "
-# Two sides of a cut, each with a replica of each shard, do not both change the view.
-2: cut 0-1 0-3 2-1 2-3, change 0 0 2, change 1 1 3, pass 8000, changed 0
-# A replica that has not fetched yet vouches for nobody: the other one of its shard sleeps.
-2: sleep 0, kill 1, start 1, pass 3000, change 2 1 2 3, pass 8000, changed 0, wake 0, pass 5000, read 2
-# It goes on fetching by a newer table: one that leaves its shard as it was, and one that makes one shard of two.
-2: cut 0-1, kill 1, start 1, pass 3000, change 2 0 1 2 3, pass 3000, table 1 1, complete 1
-2: cut 0-1, kill 1, start 1, pass 3000, change 2 0 1 2, pass 3000, table 1 1, complete 1
-# A replica is ready when it has all that a whole one has. Here n1 is filled from nobody, and n0 from n1 alone; then n1 gets all from
-# n2, the last one that has it, which is killed.
-3: change 0 0 1 2, pass 3000, kill 1, start 1, until table 1 1, cut 1-0 1-2 1-3, pass 3000, kill 0, cut 1-2, start 0, \
-   until table 0 1, cut 0-2 1-2 0-3, pass 2500, unready 0, cut 0-1 0-2 0-3, pass 3000, kill 2, cut 0-1, start 2, \
-   until table 2 1, cut 0-1 1-2, pass 3000, unready 0
-4: kill 3, kill 0, start 0, pass 3000, ready 0
-4: kill 3, kill 0, cut 3-1 3-2, start 3, start 0, until table 0 0, cut 3-1 3-2 0-1 0-2, pass 3000, unready 0
-2: cut 0-1, kill 1, start 1, pass 3000, change 2 2 3, pass 16, cut 0-1 0-2 0-3, pass 3000, unready 2
-# A node that starts waits for a newer table that others have granted a lock for: only n0 and n1 know it, and n1 has given its keys
-# away when it is killed.
-1: change 0 0 2 3, until table 0 1, cut 0-2 0-3 1-2 1-3, pass 500, kill 1, start 1, cut 0-1 0-2 0-3, pass 3000, blank 1
-# What a dead node wrote spreads without it.
-2: change 0 0 1 2, pass 2000, cut 0-2, put 0, pass 1500, kill 0, pass 5000, same 1 2
-# A deleted key stays deleted, however long a replica is cut off.
-4: cut 0-3 1-3 2-3, delete 0, pass 40000, cut, pass 5000, same 0 1 2 3
-# What a node takes late reaches the others: n0 writes to n1 alone, starts again, and finds n2 and n3 first.
-4: cut 0-2 0-3 1-2 1-3, put 0, pass 1500, cut 1-0 1-2 1-3, kill 0, start 0, pass 3000, cut, pass 9000, same 0 1 2 3
-";
+        # Two sides of a cut, each with a replica of each shard, do not both change the view.
+        2: cut 0-1 0-3 2-1 2-3, change 0 0 2, change 1 1 3, pass 8000, change 0 0 2, change 1 1 3, pass 8000, changed 0
+        # A replica that has not fetched yet vouches for nobody: the other one of its shard sleeps.
+        2: sleep 0, kill 1, start 1, pass 3000, change 2 1 2 3, pass 8000, changed 0, wake 0, pass 5000, read 2
+        # It goes on fetching by a newer table: one that leaves its shard as it was, and one that makes one shard of two.
+        2: cut 0-1, kill 1, start 1, pass 3000, change 2 0 1 2 3, pass 3000, table 1 1, complete 1
+        2: cut 0-1, kill 1, start 1, pass 3000, change 2 0 1 2, pass 3000, table 1 1, complete 1
+        # A replica is ready when it has all that a whole one has. Here n1 is filled from nobody, and n0 from n1 alone; then n1 gets all from
+        # n2, the last one that has it, which is killed.
+        3: change 0 0 1 2, pass 3000, kill 1, start 1, until table 1 1, cut 1-0 1-2 1-3, pass 3000, kill 0, cut 1-2, start 0, \
+           until table 0 1, cut 0-2 1-2 0-3, pass 2500, unready 0, cut 0-1 0-2 0-3, pass 3000, kill 2, cut 0-1, start 2, \
+           until table 2 1, cut 0-1 1-2, pass 3000, unready 0
+        4: kill 3, kill 0, start 0, pass 3000, ready 0
+        4: kill 3, kill 0, cut 3-1 3-2, start 3, start 0, until table 0 0, cut 3-1 3-2 0-1 0-2, pass 3000, unready 0
+        2: cut 0-1, kill 1, start 1, pass 3000, change 2 2 3, pass 16, cut 0-1 0-2 0-3, pass 3000, unready 2
+        # A node that starts waits for a newer table that others have granted a lock for: only n0 and n1 know it, and n1 has given its keys
+        # away when it is killed.
+        1: change 0 0 2 3, until table 0 1, cut 0-2 0-3 1-2 1-3, pass 500, kill 1, start 1, cut 0-1 0-2 0-3, pass 3000, blank 1
+        # What a dead node wrote spreads without it.
+        2: change 0 0 1 2, pass 2000, cut 0-2, put 0, pass 1500, kill 0, pass 5000, same 1 2
+        # A deleted key stays deleted, however long a replica is cut off.
+        4: cut 0-3 1-3 2-3, delete 0, pass 40000, cut, pass 5000, same 0 1 2 3
+        # A node that starts again gets deletions as well.
+        4: cut 0-3 1-3 2-3, delete 0, pass 1500, kill 2, start 2, pass 3000, gone 2, cut 0-2 1-2 0-3 1-3, pass 5000, gone 2
+        # What a node takes late reaches the others: n0 writes to n1 alone, starts again, and finds n2 and n3 first.
+        4: cut 0-2 0-3 1-2 1-3, put 0, pass 1500, cut 1-0 1-2 1-3, kill 0, start 0, pass 3000, cut, pass 9000, same 0 1 2 3
+        # A replica that is cut off from others while it starts keeps nobody from writing.
+        4: kill 3, cut 3-1 3-2, start 3, pass 1500, put 0, pass 300, answered 7
+        # Who has not fetched from a replica that it does not reach is not ready by the next table either.
+        2: cut 0-1, kill 0, start 0, pass 3000, factor 1 2 0 1 2 3, pass 3000, unready 0
+        # A table that is made from one that is not settled has its sources as well.
+        1: change 0 0 1 2, pass 4000, cut 3-1 3-2, change 0 0 1 2 3, pass 1000, kill 3, pass 3000, force 0 0 1 2, pass 3000, kept 3
+        # Silent nodes that leave: by force, or without where another replica of their shard answers. That begins a new epoch.
+        2: kill 1, pass 3000, change 0 0 1 2 3, pass 5000, force 0 0 2 3, pass 6000, settled
+        2: change 0 0 1 2, pass 3000, kill 3, change 0 0 1, pass 5000, settled
+        2: kill 1, change 0 0 2 3, pass 9000, epoch 1
+        # Of a table that is not settled no other one is made, but by force, where it waits only for silent nodes that leave.
+        1: change 0 0 1 2, pass 4000, cut 3-1 3-2, change 0 0 1 2 3, pass 1000, change 0 0 1 2, pass 6000, changed 1
+        1: cut 3-1 3-2, change 0 0 1 2, pass 1000, force 0 0 1, pass 8000, table 0 1
+        1: cut 3-1 3-2, change 0 0 1 2, pass 1000, kill 3, pass 3000, force 0 0 1, pass 8000, epoch 1, settled
+        # When a table is settled, nobody waits for those who left.
+        2: change 0 0 1 2, pass 3000, kill 3, kill 1, start 1, pass 3000, whole 1
+        # Who was asleep meets somebody before it answers, or finds nobody for a second.
+        2: sleep 0, pass 3000, cut 0-1 0-2 0-3, wake 0, pass 250, mute 0, pass 1500, answering 0, cut, sleep 0, pass 3000, wake 0, pass 500, \
+           answering 0
+        # A node that has just started may join; one with keys of its own may not.
+        1: change 0 0 1 2, pass 3000, kill 3, alone 3, change 0 0 1 2 3, pass 6000, changed 2
+        1: change 0 0 1 2, pass 3000, kill 3, alone 3, pass 2000, put 3, pass 200, change 0 0 1 2 3, pass 6000, changed 1, table 0 1
+    ";
 
     #[test]
     fn scripts() {
         let is_script = |line: &&str| !line.is_empty() && !line.starts_with('#');
-        for line in SCRIPTS.lines().filter(is_script) {
+        for line in SCRIPTS.lines().map(str::trim).filter(is_script) {
             let (factor, script) = line.split_once(": ").expect("a factor");
             store_of_four(factor.parse().expect("a number"), &format!("fill, pass 500, {script}"));
         }
     }
 
+    // -- What a single node decides
+
+    fn version(number: u64, coordinator: u64) -> Version {
+        Version { epoch: 0, number, coordinator }
+    }
+
+    /// What a node replies to another one.
+    fn reply(node: &mut Node, from: usize, message: Message) -> String {
+        let (from, to) = (ADDRESSES[from].to_owned(), node.own().to_owned());
+        let reply = node.receive(Envelope { from, to, version: None, incarnation: 0, life: 0, message });
+        format!("{reply:?}").chars().take_while(|letter| letter.is_alphabetic()).collect()
+    }
+
+    /// A table made from the one that a node goes by.
+    fn next_table(node: &Node, version: Version) -> Arc<Table> {
+        let table = node.table().expect("a table");
+        Arc::new(Table { version, base: table.version, ..Table::clone(&table) })
+    }
+
+    fn first_table(number: u64, view: &[usize]) -> Arc<Table> {
+        Arc::new(Table { version: version(number, 9), ..Table::first(names(view), 2) })
+    }
+
+    fn status_by(version: Option<Version>) -> node::Status {
+        node::Status { version, incarnation: 3, ..node::Status::default() }
+    }
+
+    /// A store of one, n3.
+    fn alone() -> Node {
+        let mut node = Node::new(ADDRESSES[3].into(), names(&[3]), 1, 5, Duration::from_secs(1000));
+        node.adopt(Arc::new(Table::first(names(&[3]), 1)));
+        node
+    }
+
+    fn write(node: &mut Node, key: usize) -> Record {
+        node.write(HASHES[key], Record::new(NAMES[key].as_bytes(), "1"), &Context::default())
+    }
+
     #[test]
-    fn a_late_message_to_a_node_that_was_killed_since_does_nothing() {
+    fn locks_and_tables() {
         let it = store_of_four(2, "fill, pass 500");
-        // k0's owners, and k0 on its way from one to the other.
-        let table = it.newest().expect("a table");
-        let owners = table.owners(HASHES[0]);
-        let (one, other) = (machine_of(&owners[0]), machine_of(&owners[1]));
-        let late = it.there(one).with(|node| {
-            let copy = node.copy_of(&record(node, 0).cloned().expect("it has the key"));
-            node.compose(&owners[1], Message::Push(vec![copy]))
+        it.there(2).with(|node| {
+            for (message, expected) in [
+                (Message::Lock(version(2, 7)), "Locked"),
+                (Message::Lock(version(3, 8)), "Busy"),
+                (Message::Lock(version(2, 7)), "Locked"),
+                (Message::Lock(version(3, 7)), "Locked"),
+                (Message::Lock(version(2, 7)), "Outdated"),
+                (Message::Survey(version(9, 9), Vec::new()), "Refused"),
+                (Message::Release(version(2, 7)), "Done"),
+                (Message::Lock(version(4, 8)), "Busy"),
+                (Message::Release(version(3, 7)), "Done"),
+                (Message::Lock(version(4, 8)), "Locked"),
+            ] {
+                assert_eq!(reply(node, 1, message), expected);
+            }
+            assert!(!node.adopt(next_table(node, version(3, 7))), "another one has the lock");
+            assert!(!node.adopt_own(next_table(node, version(5, 8))), "its lock is not the highest");
         });
-        it.play(&format!("delete {one}, pass 4000, kill {other}, start {other}, until table {other} 0"));
-        it.there(other).with(|node| node.receive(late));
-        it.pass(8000);
-        assert_eq!(it.machines[other].value_stamp(0), 0, "a deleted key is back");
+        it.pass(11_000);
+        it.there(2).with(|node| {
+            assert!(!node.adopt_own(next_table(node, version(4, 8))), "its lock is old");
+            assert!(node.adopt(next_table(node, version(2, 7))), "an old lock keeps nobody off");
+            reply(node, 1, Message::Lock(version(9, 8)));
+            assert!(node.adopt(next_table(node, version(3, 8))), "it has the lock, for another table");
+            assert_eq!(reply(node, 1, Message::Lock(version(10, 7))), "Busy");
+            let record = write(node, 0);
+            assert!(node.lacking(&record, &BTreeMap::new()).is_ok() && node.sums().count > 0);
+            let of_another_base = Table { base: version(1, 1), ..Table::clone(&next_table(node, version(10, 7))) };
+            assert!(node.adopt(Arc::new(of_another_base)) && node.records.total().count == 0);
+            assert_eq!(reply(node, 1, Message::Lock(version(11, 6))), "Locked");
+            assert!(node.lacking(&record, &BTreeMap::new()).is_err(), "it has dropped what it wrote");
+            assert!(!node.adopt(next_table(node, version(10, 7))), "it goes by this one");
+        });
     }
 
     #[test]
-    fn a_source_that_was_killed_does_not_vouch_for_what_it_had() {
-        let it = store_of_four(
-            2,
-            "fill, pass 500, change 2 2 3, pass 2000, kill 1, start 1, pass 4000, table 1 1, table 2 1",
-        );
-        let question = it.there(2).with(|node| node.compose(ADDRESSES[1], Message::GiveKey(b"k0".to_vec().into())));
-        let life = it.there(1).with(|node| node.status().incarnation);
-        let reply = it.there(1).with(|node| node.receive(Envelope { life, ..question }));
-        assert!(matches!(reply, Reply::Refused), "{reply:?}");
+    fn a_node_that_joins_takes_no_writes_until_that_is_decided() {
+        let (mut node, is_here) = (alone(), |node: &Node| node.place(0) == Place::Here);
+        assert!(is_here(&node));
+        reply(&mut node, 0, Message::Lock(version(2, 7)));
+        node.hear(ADDRESSES[0], &status_by(Some(version(1, 7))));
+        assert!(!is_here(&node), "the lock is fresh");
+        (0..11).for_each(|_| node.look_at_clock(node.now + Duration::from_secs(1)));
+        node.hear(ADDRESSES[1], &status_by(Some(version(1, 7))));
+        node.hear(ADDRESSES[0], &status_by(Some(version(2, 7))));
+        assert!(!is_here(&node), "another node says so, or it came about");
+        node.hear(ADDRESSES[0], &status_by(Some(version(1, 7))));
+        assert!(is_here(&node), "nothing came of it");
+        reply(&mut node, 3, Message::Lock(version(3, 7)));
+        assert!(is_here(&node), "its own lock");
+        write(&mut node, 0);
+        reply(&mut node, 0, Message::Lock(version(4, 7)));
+        assert!(is_here(&node), "it has keys, and does not join");
+        let mut node = alone();
+        node.look_at_clock(node.now + Duration::from_secs(3));
+        reply(&mut node, 0, Message::Lock(version(2, 7)));
+        assert!(node.adopt(first_table(2, &[0, 3])) && !node.may_answer(), "it was asleep");
+        node.note_meeting(ADDRESSES[3], node.now);
+        assert!(!node.may_answer(), "it has met itself");
+        node.note_meeting(ADDRESSES[0], node.now);
+        assert!(node.may_answer());
     }
 
     #[test]
-    fn a_push_that_fails_during_a_reconciliation_is_not_forgotten() {
-        let (it, other) = (store_of_four(4, "fill, pass 500"), ADDRESSES[1]);
-        let failures = it.there(0).with(|node| {
-            node.lagging.insert(other.to_owned(), 0);
-            node.begin_to_reconcile(other)
-        });
-        it.play("cut 0-1, put 0, pass 1500");
+    fn a_node_takes_tables_of_other_stores_only_where_it_joins_or_has_left() {
+        for (keys, has_left, from, view, is_taken) in [
+            (0, false, 0, [0, 1, 3], true),
+            (1, false, 0, [0, 1, 3], false),
+            (0, false, 0, [0, 1, 2], false),
+            (0, true, 0, [0, 1, 2], true),
+            (0, true, 4, [0, 1, 2], false),
+            (1, true, 4, [0, 1, 3], true),
+        ] {
+            let mut node = alone();
+            (0..keys).for_each(|key| drop(write(&mut node, key)));
+            let left = Table { base: node.version().expect("a table"), ..Table::clone(&first_table(1, &[0, 1])) };
+            assert!(!has_left || node.adopt(Arc::new(left)) && node.records.total().count == 0);
+            node.consider(ADDRESSES[from], first_table(9, &view));
+            assert_eq!(node.version() == Some(version(9, 9)), is_taken, "{keys} {has_left} {from} {view:?}");
+        }
+    }
+
+    #[test]
+    fn starts() {
+        let node = |rounds: u32| {
+            let mut node = Node::new(ADDRESSES[0].into(), names(&[0, 1]), 2, 5, Duration::from_secs(1000));
+            (0..rounds).for_each(|_| drop(node.begin_round()));
+            node
+        };
+        let is_in = |node: &mut Node, answers: &[(usize, &node::Status)]| {
+            node.let_in(&answers.iter().map(|(it, status)| (ADDRESSES[*it].to_owned(), (*status).clone())).collect());
+            node.table().is_some()
+        };
+        let (good, blank) = (status_by(Some(version(3, 9))), status_by(None));
+        let promised = node::Status { promised: version(4, 1), ..good.clone() };
+        let mut heard = node(0);
+        heard.consider(ADDRESSES[2], first_table(3, &[2, 3]));
+        assert_eq!(heard.begin_round(), Some(names(&[1])), "a stranger's table");
+        heard.consider(ADDRESSES[1], first_table(3, &[0, 1, 2, 3]));
+        heard.consider(ADDRESSES[1], first_table(2, &[0, 1, 4]));
+        assert_eq!(heard.begin_round(), Some(names(&[1, 2, 3])), "the newest");
+        assert!(heard.status().first_view.is_empty());
+        heard.hear(ADDRESSES[4], &good);
+        assert_eq!(heard.begin_round(), Some(names(&[1, 2, 3, 4])), "who goes by it");
+        assert!(!is_in(&mut heard, &[(1, &good)]), "one of three");
+        assert!(!is_in(&mut heard, &[(1, &good), (2, &promised)]), "a lock for a newer one");
+        assert!(is_in(&mut heard, &[(1, &good), (2, &blank)]), "two of three");
+        let mut heard = node(0);
+        heard.consider(ADDRESSES[1], first_table(3, &[0, 1, 2, 3]));
+        assert!(!is_in(&mut heard, &[(1, &blank), (2, &blank)]), "nobody goes by it any more");
+        assert_eq!(heard.begin_round(), Some(names(&[1])));
+        let first = node::Status { first_view: names(&[0, 1]), factor: 2, rounds: 9, ..blank.clone() };
+        let (other_factor, young) =
+            (node::Status { factor: 1, ..first.clone() }, node::Status { rounds: 1, ..first.clone() });
+        for answers in [&[][..], &[(1, &other_factor)], &[(1, &young)], &[(1, &blank)]] {
+            assert!(!is_in(&mut node(9), answers));
+        }
+        assert!(!is_in(&mut node(1), &[(1, &first)]) && is_in(&mut node(9), &[(1, &first)]));
+    }
+
+    #[test]
+    fn a_view_change_is_above_all_that_its_coordinator_knows() {
+        let it = store_of_four(2, "pass 0");
         it.there(0).with(|node| {
-            let version = node.version().expect("a table");
-            node.reconciled(other, version, failures.expect("it is due"), true);
-            assert!(node.lagging.contains_key(other));
+            let begin = |node: &mut Node, force, least| {
+                let begun = node.begin_change(&names(&[0, 1, 2]), force, least).map(|(_, it)| (it.epoch, it.number));
+                assert!(node.begin_change(&names(&[0, 1, 2]), force, least).is_none(), "one at a time");
+                node.end_change();
+                begun
+            };
+            assert_eq!(begin(node, false, version(5, 0)), Some((0, 6)));
+            reply(node, 1, Message::Lock(version(8, 7)));
+            assert_eq!(begin(node, false, version(5, 0)), Some((0, 9)));
+            assert_eq!(begin(node, true, version(5, 0)), Some((1, 9)), "by force");
+            node.note_silent(ADDRESSES[1], true);
+            assert_eq!(begin(node, false, version(5, 0)), Some((0, 9)), "a silent node stays");
+            node.note_silent(ADDRESSES[3], true);
+            assert_eq!(begin(node, false, version(5, 0)), Some((1, 9)), "a silent node leaves");
+            assert_eq!(begin(node, false, Version { epoch: 1, ..version(9, 0) }), Some((1, 10)), "in that epoch");
+        });
+    }
+
+    #[test]
+    fn messages_of_another_life_or_table_are_refused() {
+        let it = store_of_four(2, "fill, pass 500");
+        let question = it.there(3).with(|node| node.compose(ADDRESSES[2], Message::GiveKey(b"k0".to_vec().into())));
+        let is_answered = |message: Envelope| it.there(2).with(|node| !matches!(node.receive(message), Reply::Refused));
+        assert!(is_answered(question.clone()));
+        assert!(!is_answered(Envelope { version: Some(version(7, 7)), ..question.clone() }), "by another table");
+        assert!(!is_answered(Envelope { life: 7, ..question.clone() }), "to another life");
+        let late = it.there(2).with(|node| {
+            let copy = node.copy_of(record(node, 0).expect("it has the key"));
+            node.compose(ADDRESSES[3], Message::Push(vec![copy]))
+        });
+        it.play("delete 2, pass 4000, kill 3, start 3, until table 3 0");
+        assert!(!is_answered(question), "from another life");
+        it.there(3).with(|node| node.receive(late));
+        it.play("pass 8000, same 2 3");
+        // A source that was killed does not vouch for what it had.
+        it.play("change 2 2 3, pass 2000, kill 1, start 1, pass 4000, table 1 1, table 2 1");
+        let question = it.there(2).with(|node| node.compose(ADDRESSES[1], Message::GiveKey(b"k1".to_vec().into())));
+        let life = it.there(1).with(|node| node.status().incarnation);
+        assert!(it.there(1).with(|node| matches!(node.receive(Envelope { life, ..question }), Reply::Refused)));
+    }
+
+    #[test]
+    fn what_a_write_lacks_and_what_lags() {
+        let it = store_of_four(4, "fill, pass 5000");
+        let (record, mut stored) = it.there(0).with(|node| {
+            let stored = |it: usize| (ADDRESSES[it].to_owned(), (node.incarnation_of(ADDRESSES[it]), node.version()));
+            let stored: node::Stored = (1..4).map(stored).collect();
+            (write(node, 0), stored)
+        });
+        it.play("kill 1, start 1, pass 2000");
+        it.there(0).with(|node| {
+            let (by, copy) = (node.version().expect("a table"), node.copy_of(&record));
+            assert!(node.status().stable_at[0] < record.stamp(), "in flight");
+            assert_eq!(node.lacking(&record, &stored), Ok(names(&[1])), "another incarnation");
+            stored.values_mut().for_each(|it| it.1 = None);
+            assert_eq!(node.lacking(&record, &stored), Ok(names(&[1, 2, 3])), "by another table");
+            node.lagging.clear();
+            node.give_up(&record, &names(&[2]));
+            assert!(node.lagging.contains_key(ADDRESSES[2]) && node.lacking(&record, &stored).is_err());
+            assert!(node.status().stable_at[0] < record.stamp(), "lagging");
+            // Who reconciles with it, and whether that is forgotten.
+            assert!(node.begin_to_reconcile(ADDRESSES[3]).is_none(), "it does not lag");
+            node.note_silent(ADDRESSES[2], true);
+            assert!(node.begin_to_reconcile(ADDRESSES[2]).is_none(), "it is silent");
+            node.note_silent(ADDRESSES[2], false);
+            let failures = node.begin_to_reconcile(ADDRESSES[2]).expect("it lags");
+            assert!(node.begin_to_reconcile(ADDRESSES[2]).is_none(), "it is under way");
+            node.reconciled(ADDRESSES[2], version(7, 7), failures, true);
+            node.reconciled(ADDRESSES[2], by, failures, false);
+            assert!(node.lagging.contains_key(ADDRESSES[2]), "by another table, or not all");
+            node.lagging.insert(ADDRESSES[2].to_owned(), u64::MAX);
+            node.give_up(&record, &names(&[2]));
+            node.reconciled(ADDRESSES[2], by, failures, true);
+            assert_eq!(node.lagging.get(ADDRESSES[2]), Some(&record.stamp()), "a push failed meanwhile");
+            for (version, is_ready) in [(version(7, 7), true), (by, false)] {
+                node.hear(ADDRESSES[2], &node::Status { is_ready, ..status_by(Some(version)) });
+                assert!(node.begin_to_reconcile(ADDRESSES[2]).is_none(), "by another table, or not ready");
+            }
+            node.lagging.clear();
+            // What is taken from another replica, the others may lack; but not what is stable.
+            let mut new = copy.clone();
+            new.0 = Record::new(b"k0", "7");
+            new.0.set_stamp(copy.0.stamp() + (1 << 40));
+            let mut old = new.clone();
+            old.0 = Record::new(b"old", "7");
+            assert!(!node.take(&old, false) && !node.take(&old, true), "stable");
+            assert!(node.take_reconciled(by, ADDRESSES[1], &[copy], false) && node.lagging.is_empty(), "no news");
+            assert!(!node.take_reconciled(version(7, 7), ADDRESSES[1], &[new.clone()], false), "by another table");
+            assert!(node.take_reconciled(by, ADDRESSES[1], &[new], false));
+            assert!(node.lagging.keys().eq(&names(&[2, 3])), "{:?}", node.lagging);
+        });
+    }
+
+    #[test]
+    fn what_is_got_by_pulls() {
+        let it = store_of_four(2, "fill, pass 5000, cut 0-1, kill 1, start 1, pass 3000");
+        it.there(1).with(|node| {
+            let (by, pull, own) =
+                (node.version().expect("a table"), node.pulls_left().remove(0), node.own().to_owned());
+            let found = [(ADDRESSES[0].to_owned(), Some(node::Found::Whole))];
+            node.note_received(version(7, 7), &pull, &found);
+            let mut of_another_group = pull.clone();
+            of_another_group.group = vec![own];
+            node.note_received(by, &of_another_group, &found);
+            assert!(!node.is_ready(), "nothing came of that");
+            node.lagging.clear();
+            node.look_at_clock(node.now + Duration::from_secs(3600));
+            assert!(node.status().stable_at[1] < node.status().clock, "it has a pull");
+            let old = |key: usize| (Record::new(NAMES[key].as_bytes(), "1"), Context::default());
+            assert!(!node.take(&old(1), false), "it is stable");
+            assert!(!node.take(&old(0), true), "no pull covers it");
+            assert!(node.take(&old(1), true));
+            node.note_received(by, &pull, &found);
+            assert!(node.incoming().is_empty());
+        });
+        // n0 has a key of n2 and n3, until both have said by one table that they have got it.
+        let (range, (two, three)) = (1 << 63, (ADDRESSES[2], ADDRESSES[3]));
+        it.there(0).with(|node| {
+            write(node, 0);
+            let received = |node: &mut Node, from: &str| {
+                let (life, incarnation, message) =
+                    (node.status().incarnation, node.incarnation_of(from), Message::Received(range));
+                let (from, to, version) = (from.to_owned(), node.own().to_owned(), node.version());
+                node.receive(Envelope { from, to, version, incarnation, life, message });
+                record(node, 0).is_none()
+            };
+            assert!(!received(node, two) && node.adopt(next_table(node, version(1, 7))));
+            assert!(!received(node, three) && received(node, two));
+        });
+    }
+
+    #[test]
+    fn what_is_claimed_to_be_stable() {
+        let it = store_of_four(4, "fill, pass 5000");
+        it.there(0).with(|node| {
+            let before = node.status().stable_at;
+            let claim = |version| node::Status { stable_at: vec![u64::MAX / 2; 4], ..status_by(Some(version)) };
+            node.hear(ADDRESSES[1], &claim(version(7, 7)));
+            assert_eq!(node.status().stable_at[1..], before[1..], "by another table");
+            node.lagging.insert(ADDRESSES[1].to_owned(), 1);
+            assert!(node.status().stable_at[0] >= before[0], "it does not go down");
+            node.adopt(next_table(node, version(2, 7)));
+            node.lagging.clear();
+            assert_eq!(node.status().stable_at, [0; 4], "not settled");
+            let incoming = names(&[2]);
+            node.hear(ADDRESSES[1], &node::Status { incoming, settled: true, ..status_by(Some(version(2, 7))) });
+            assert!(node.is_settled());
         });
     }
 
@@ -6425,38 +6726,34 @@ mod tests {
 
     #[test]
     fn records_are_a_map_in_the_order_of_hashes() {
-        let mut number = 0;
-        let mut random = || {
-            number += 1;
-            hash_of(&u64::to_be_bytes(number))
-        };
         let (mut records, mut model) = (Records::default(), BTreeMap::new());
-        for stamp in 0..60_000 {
-            let key = (random() % 40_000).to_string();
-            let mut record = Record::new(key.as_bytes(), if random() % 3 > 0 { "1" } else { "" });
-            record.set_stamp(stamp);
-            let old = model.insert(record.hash(), (stamp, record.is_tombstone()));
-            let removed = records.insert(record.hash(), record);
-            assert_eq!(removed.map(|it| (it.stamp(), it.is_tombstone())), old);
-            let some = model.iter().nth(stamp as usize % 7).map(|(hash, it)| (*hash, *it));
-            if let Some((hash, (stamp, true))) = some {
-                records.remove_tombstone(hash, stamp);
+        let random = |number: u64| hash_of(&number.to_be_bytes());
+        for number in 0..60_000 {
+            let (key, value) =
+                ((random(2 * number) % 40_000).to_string(), if random(2 * number + 1) % 3 > 0 { "1" } else { "" });
+            let mut record = Record::new(key.as_bytes(), value);
+            record.set_stamp(number);
+            let old = model.insert(record.hash(), (number, record.is_tombstone()));
+            assert_eq!(old, records.insert(record.hash(), record).map(|it| (it.stamp(), it.is_tombstone())));
+            let some = model.iter().nth(number as usize % 7).map(|(hash, it)| (*hash, *it));
+            let Some((hash, (stamp, is_tombstone))) = some else { continue };
+            records.remove_tombstone(hash, stamp + 1);
+            records.remove_tombstone(hash, stamp);
+            if is_tombstone {
                 model.remove(&hash);
             }
         }
-        for _ in 0..200 {
-            let (one, other) = (random(), random());
+        for number in 0..200 {
+            let (one, other) = (random(number), random(number + 200));
             let mut span = Span { first: one.min(other), last: one.max(other) };
             let expected = model.range(span.first..=span.last);
             assert_eq!(records.sums_of(span).count, expected.clone().filter(|(_, (_, is_gone))| !is_gone).count());
-            let mut given = Vec::new();
-            loop {
-                let (some, last) = records.first_of(span, 5000);
+            let (mut given, mut last) = (Vec::new(), None);
+            while last != Some(span.last) {
+                span.first = last.map_or(span.first, |last| last + 1);
+                let (some, until) = records.first_of(span, 5000);
                 given.extend(some.iter().map(|record| (record.hash(), record.stamp())));
-                if last == span.last {
-                    break;
-                }
-                span.first = last + 1;
+                last = Some(until);
             }
             assert!(given.into_iter().eq(expected.map(|(hash, (stamp, _))| (*hash, *stamp))));
         }
