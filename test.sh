@@ -1310,7 +1310,7 @@ status_on_stream() {
 # name TEXT: as it stands in a message.
 name() { printf '\\x%02x%s' "${#1}" "$1"; }
 # greeting FROM TO: who says it and to whom; a blank node's status (incarnation 1); and nothing but that.
-greeting() { printf '%s' "$(name "$1")$(name "$2")\x00\x00\x00\x00\x01" && printf '\\x00%.0s' {1..17}; }
+greeting() { printf '%s' "$(name "$1")$(name "$2")\x00\x00\x00\x00\x01" && printf '\\x00%.0s' {1..18}; }
 # message TEXT: a request whose body is what one node says to another. Verb, target, type and Via are empty.
 message() { printf '%s' "\\x00\\x00\\x00\\x00\\x02\\x$(printf '%b' "$1" | wc -c | xargs printf %02x)$1"; }
 
