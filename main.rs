@@ -2882,7 +2882,6 @@ mod node {
                 // Their clients get 503 (`lacking`).
                 self.in_flight.clear();
                 self.drop_records(ALL);
-                self.unstable.clear();
                 self.lacks = vec![ALL];
             }
             self.lacks.extend(self.pulls.iter().filter(|pull| !pull.is_answerable).map(|pull| pull.span));
@@ -3079,8 +3078,7 @@ mod node {
                 let lowest = open.copied().min().unwrap_or(u64::MAX);
                 self.stable_at[own] = self.stable_at[own].max(self.clock_now().min(lowest.saturating_sub(1)));
             }
-            self.watermark = self.watermark.max(self.stable_at.iter().copied().min().unwrap_or(0));
-            self.clock = self.clock.max(self.watermark);
+            self.watermark = self.stable_at.iter().copied().min().unwrap_or(0);
         }
 
         /// R6: drops stable tombstones and contexts, up to 2,000. Returns whether there may be more.
@@ -3280,7 +3278,7 @@ mod node {
                 return;
             }
             self.clock = self.clock.max(status.clock);
-            let is_same = status.version.is_some() && status.version == self.version();
+            let is_same = status.version == self.version();
             if is_same {
                 for (known, told) in self.stable_at.iter_mut().zip(&status.stable_at) {
                     *known = (*known).max(*told);
