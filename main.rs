@@ -1229,6 +1229,7 @@ mod service {
 
     use std::collections::BTreeMap;
     use std::fs;
+    use std::sync::LazyLock;
     use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
     use std::time::Duration;
 
@@ -1245,7 +1246,7 @@ mod service {
     use crate::replication::{World, get_key, replicate};
     use crate::settings::{Role, SETTINGS, own, parse_factor, parse_view};
     use crate::table::{Table, Version};
-    use crate::world::{CHANGE_LIMIT, Live, answer_message, block_on, in_background, started};
+    use crate::world::{CHANGE_LIMIT, Live, START, answer_message, block_on, in_background};
 
     pub type Work = Box<dyn FnOnce() -> Answer + Send>;
 
@@ -1652,19 +1653,14 @@ mod service {
     const LIMITS: [f64; 6] = [0.0005, 0.001, 0.005, 0.025, 0.1, 1.0];
 
     /// Answers to clients for one verb: by first digit of the status, by bucket of the time taken, and the total time.
+    #[derive(Default)]
     struct Answered {
         by_class: [AtomicU64; 6],
         by_time: [AtomicU64; LIMITS.len() + 1],
         micros: AtomicU64,
     }
 
-    static ANSWERED: [Answered; VERBS.len()] = [const {
-        Answered {
-            by_class: [const { AtomicU64::new(0) }; 6],
-            by_time: [const { AtomicU64::new(0) }; LIMITS.len() + 1],
-            micros: AtomicU64::new(0),
-        }
-    }; VERBS.len()];
+    static ANSWERED: LazyLock<[Answered; VERBS.len()]> = LazyLock::new(Default::default);
     pub static RELAYED: AtomicU64 = AtomicU64::new(0);
     pub static RELAYED_IN_VAIN: AtomicU64 = AtomicU64::new(0);
 
@@ -1684,14 +1680,14 @@ mod service {
         let mut text = head("kv_store_build_info", "gauge", "The version of the program.");
         text += &format!("kv_store_build_info{{version=\"{VERSION}\"}} 1\n");
         text += &head("kv_store_requests_total", "counter", "Answers to clients, by verb and class of status.");
-        for (verb, answered) in VERBS.iter().zip(&ANSWERED) {
+        for (verb, answered) in VERBS.iter().zip(&*ANSWERED) {
             for (class, count) in answered.by_class.iter().enumerate().skip(2) {
                 let count = count.load(Relaxed);
                 text += &format!("kv_store_requests_total{{verb=\"{verb}\",class=\"{class}xx\"}} {count}\n");
             }
         }
         text += &head("kv_store_request_duration_seconds", "histogram", "From a request's arrival to its answer.");
-        for (verb, answered) in VERBS.iter().zip(&ANSWERED).take(3) {
+        for (verb, answered) in VERBS.iter().zip(&*ANSWERED).take(3) {
             text += &histogram(verb, answered);
         }
         let (sums, version, incoming, silent) =
@@ -1706,7 +1702,7 @@ mod service {
             ("kv_store_table_number", "gauge", "Number of that table within its epoch.", version.number),
             ("kv_store_incoming_nodes", "gauge", "Nodes from which keys still come in.", incoming.len() as u64),
             ("kv_store_silent_nodes", "gauge", "Nodes that do not answer this one.", silent.len() as u64),
-            ("process_start_time_seconds", "gauge", "When the process started, in Unix time.", started().as_secs()),
+            ("process_start_time_seconds", "gauge", "When the process started, in Unix time.", START.1.as_secs()),
             ("process_resident_memory_bytes", "gauge", "Resident memory.", resident_bytes()),
         ] {
             text += &format!("{}{name} {value}\n", head(name, kind, help));
@@ -2139,11 +2135,6 @@ mod table {
                 && self.ranges.iter().all(|range| range.shard < self.shards.len())
                 && sources.all(|source| port_of(source).is_some())
                 && self.version.epoch.max(self.version.number) < u64::MAX / 2
-        }
-
-        /// Whether no view change has made it.
-        pub fn is_first(&self) -> bool {
-            (self.version.epoch, self.version.number) == (0, 0)
         }
 
         pub fn range_at(&self, hash: u64) -> &Range {
@@ -2631,9 +2622,9 @@ mod node {
         pub now: Duration,
         pub later: Later,
         table: Option<Arc<Table>>,
-        shard: Option<usize>,
+        pub shard: Option<usize>,
         /// R8. This node then has no records but those it owns.
-        settled: bool,
+        pub settled: bool,
         heard_of: Option<Arc<Table>>,
         promise: Promise,
         pub lease: Duration,
@@ -2688,14 +2679,6 @@ mod node {
             self.table.as_ref().map_or(0, |table| table.store)
         }
 
-        pub fn shard(&self) -> Option<usize> {
-            self.shard
-        }
-
-        pub fn is_settled(&self) -> bool {
-            self.settled
-        }
-
         pub fn own_spans(&self) -> Vec<Span> {
             self.table.as_ref().filter(|_| self.shard.is_some()).map_or(Vec::new(), |table| table.spans_of(self.shard))
         }
@@ -2732,7 +2715,7 @@ mod node {
         /// has adopted that table. So each key is answered for by one table at a time. A first table must be settled: a
         /// node that is still blank has no part in a write, and could not keep it if the node that took it dies.
         pub fn place(&self, hash: u64) -> Place {
-            let is_in_force = |table: &&Arc<Table>| self.may_answer() && (self.settled || !table.is_first());
+            let is_in_force = |table: &&Arc<Table>| self.may_answer() && (self.settled || table.version.number > 0);
             let Some(table) = self.table.as_ref().filter(is_in_force) else { return Place::Unknown };
             match Some(table.shard_at(hash)) == self.shard {
                 true => Place::Here,
@@ -3822,7 +3805,7 @@ mod membership {
 
     pub async fn count_keys(world: &impl World) -> Result<Outcome, Outcome> {
         await_table(world).await?;
-        let (count, shard) = world.with(|node| (node.sums().count, node.shard().filter(|_| !node.own().is_empty())));
+        let (count, shard) = world.with(|node| (node.sums().count, node.shard.filter(|_| !node.own().is_empty())));
         Ok(Outcome::KeyCount(match shard {
             Some(shard) => json!({"key-count": count, "shard-id": id_of(shard)}),
             None => json!({"key-count": count}),
@@ -3965,7 +3948,7 @@ mod membership {
         loop {
             let began = world.with(|node| node.now);
             let replies = meet_all(world, &nodes).await;
-            let (now, version, settled) = world.with(|node| (node.now, node.version(), node.is_settled()));
+            let (now, version, settled) = world.with(|node| (node.now, node.version(), node.settled));
             if settled || version != Some(table.version) {
                 // All nodes learn of it now, and not by later meetings.
                 meet_all(world, &nodes).await;
@@ -3997,7 +3980,7 @@ mod membership {
 
     impl<W: World> Attempt<'_, W> {
         fn nodes(&self) -> Vec<String> {
-            let mut nodes = self.base.nodes(self.world.with(|node| node.is_settled()));
+            let mut nodes = self.base.nodes(self.world.with(|node| node.settled));
             nodes.extend(&self.wanted.view);
             nodes.into_iter().cloned().collect()
         }
@@ -4080,7 +4063,7 @@ mod membership {
 
         /// R9: all must use the base or may join. Returns whether it is settled; by force, it may await nodes left out.
         fn check_granted(&self, granted: &Granted, silent: &[String]) -> Result<bool, Failure> {
-            let settled = self.world.with(|node| node.is_settled()) || granted.values().any(|it| self.says_settled(it));
+            let settled = self.world.with(|node| node.settled) || granted.values().any(|it| self.says_settled(it));
             for (node, status) in granted {
                 let is_part = self.base.nodes(settled).contains(node);
                 let newer = status.store == self.base.store && status.version > Some(self.base.version);
@@ -4911,17 +4894,13 @@ mod world {
         Mutex::new(node)
     });
 
-    static START: LazyLock<(Instant, Duration)> = LazyLock::new(|| {
+    pub static START: LazyLock<(Instant, Duration)> = LazyLock::new(|| {
         (Instant::now(), SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default())
     });
 
     /// The time since 1970 at the start, and from then on by a clock that cannot be set.
     pub fn now() -> Duration {
         START.1 + START.0.elapsed()
-    }
-
-    pub fn started() -> Duration {
-        START.1
     }
 
     /// A relayed view change has no shorter limit: it takes as long as moving its keys.
@@ -4947,13 +4926,8 @@ mod world {
             let _ = thread::Builder::new().spawn(move || drop(garbage));
         }
         for activity in activities {
-            let spawn = || {
-                thread::Builder::new().spawn({
-                    let activity = activity.clone();
-                    move || block_on(run(Live, activity))
-                })
-            };
-            while spawn().is_err() {
+            let work = move || block_on(run(Live, activity));
+            while thread::Builder::new().spawn(work.clone()).is_err() {
                 pause(Duration::from_millis(100));
             }
         }
@@ -5307,7 +5281,7 @@ mod simulation {
     }
 
     fn owns(node: &Node, key: usize) -> bool {
-        node.table().is_some_and(|table| Some(table.shard_at(HASHES[key])) == node.shard())
+        node.table().is_some_and(|table| Some(table.shard_at(HASHES[key])) == node.shard)
     }
 
     /// Whether a node has to get a key before it may answer for it.
@@ -6072,7 +6046,7 @@ mod simulation {
         /// All members of the newest table go by it and have what it gives them.
         fn is_settled(&self) -> bool {
             let Some(newest) = self.newest() else { return false };
-            let has_all = |it: &Node| it.is_settled() && it.may_answer() && it.incoming().is_empty();
+            let has_all = |it: &Node| it.settled && it.may_answer() && it.incoming().is_empty();
             let is_so = |it: &Node| it.version() == Some(newest.version) && has_all(it);
             newest.view.iter().all(|node| self.machines[machine_of(node)].is(is_so))
         }
@@ -6554,7 +6528,7 @@ mod simulation {
             assert_eq!(node.status().stable_at, [0; 4], "not settled");
             let incoming = names(&[2]);
             node.hear(ADDRESSES[1], &node::Status { incoming, settled: true, ..status_by(Some(version(2, 7))) });
-            assert!(node.is_settled());
+            assert!(node.settled);
         });
     }
 
@@ -6586,7 +6560,7 @@ mod simulation {
                 for moved in [total - stays.sum::<usize>(), 0] {
                     let before = it.newest();
                     it.change(machine_of(&table.view[0]), &view, None, false);
-                    let is_settled = || it.machines.iter().all(|machine| machine.is(Node::is_settled));
+                    let is_settled = || it.machines.iter().all(|machine| machine.is(|node| node.settled));
                     it.pass_until(60, "no change", || it.newest() != before && is_settled());
                     let table = it.newest().expect("a table");
                     assert_eq!(table.moved, moved, "case {case}, round {round}");
