@@ -1299,7 +1299,7 @@ mod service {
         }
     }
 
-    pub enum Action {
+    enum Action {
         Get,
         Delete,
         Put(Record),
@@ -1307,11 +1307,7 @@ mod service {
     }
 
     impl Action {
-        fn reads(&self) -> bool {
-            matches!(self, Action::Get | Action::Delete)
-        }
-
-        pub fn of(key: &[u8], request: &Request, vocabulary: Vocabulary) -> Action {
+        fn of(key: &[u8], request: &Request, vocabulary: Vocabulary) -> Action {
             match request.verb.as_str() {
                 "GET" => Action::Get,
                 "DELETE" => Action::Delete,
@@ -1378,21 +1374,27 @@ mod service {
                 // Drops what is stable, so that a forged context with many members costs no more than a real one.
                 *context = node.unstable_part(context);
             }
-            let mut needs = node.pull_needs(self.hash);
-            needs.retain(|group| !self.fetched.contains(&(node.version(), group.clone())));
+            let needs = self.not_fetched(node, node.pull_needs(self.hash));
             if !needs.is_empty() {
                 return Tried::Needs(needs);
             }
-            if let Some(context) = self.context.as_ref().filter(|_| self.action.reads() && !self.gave_up_on_context) {
-                let Some(mut needs) = node.context_needs(self.hash, &self.key, context) else {
+            let reads = matches!(self.action, Action::Get | Action::Delete);
+            if let Some(context) = self.context.as_ref().filter(|_| reads && !self.gave_up_on_context) {
+                let Some(needs) = node.context_needs(self.hash, &self.key, context) else {
                     return Tried::NeedsForContext(None);
                 };
-                needs.retain(|group| !self.fetched.contains(&(node.version(), group.clone())));
+                let needs = self.not_fetched(node, needs);
                 if !needs.is_empty() {
                     return Tried::NeedsForContext(Some(needs));
                 }
             }
             self.perform_here(node)
+        }
+
+        /// The groups of which none has given the key by the present table.
+        fn not_fetched(&self, node: &Node, mut groups: Vec<Vec<String>>) -> Vec<Vec<String>> {
+            groups.retain(|group| !self.fetched.contains(&(node.version(), group.clone())));
+            groups
         }
 
         fn perform_here(&mut self, node: &mut Node) -> Tried {
@@ -1669,7 +1671,8 @@ mod service {
         if let Some(count) = answered.by_class.get(status as usize / 100) {
             count.fetch_add(1, Relaxed);
         }
-        let bucket = LIMITS.iter().position(|limit| time.as_secs_f64() <= *limit).unwrap_or(LIMITS.len());
+        let seconds = time.as_secs_f64();
+        let bucket = LIMITS.iter().position(|limit| seconds <= *limit).unwrap_or(LIMITS.len());
         answered.by_time[bucket].fetch_add(1, Relaxed);
         answered.micros.fetch_add(time.as_micros() as u64, Relaxed);
     }
@@ -4351,15 +4354,15 @@ mod peers {
     }
 
     impl Asked {
+        /// Locks the output, also after a panic of a coroutine that had it.
+        fn output(&self) -> may::sync::MutexGuard<'_, BufWriter<may::net::TcpStream>> {
+            self.output.lock().unwrap_or_else(PoisonError::into_inner)
+        }
+
         /// Writes an answer, or a heartbeat, to the output.
         fn write(&self, number: u64, answer: Option<Answer>) -> io::Result<()> {
             let message = Message { number, time: clock() - self.opened, content: answer.map(Answer::joined) };
-            message.write(&mut *self.output.lock().unwrap_or_else(PoisonError::into_inner))
-        }
-
-        /// Sends the output.
-        fn flush(&self) -> io::Result<()> {
-            self.output.lock().unwrap_or_else(PoisonError::into_inner).flush()
+            message.write(&mut *self.output())
         }
 
         /// Ends the stream: nothing more can be written, and the asking side learns of it.
@@ -4384,7 +4387,7 @@ mod peers {
             let mut reader = BufReader::new(begun.chain(connection));
             loop {
                 if !has_message(reader.buffer()) {
-                    self.flush()?;
+                    self.output().flush()?;
                     // What is read next is acknowledged at once: the other side sends no second small packet before that (RFC 896), and
                     // nothing goes back on this connection that could carry it along. (The kernel forgets this setting.)
                     set_option(socket, libc::IPPROTO_TCP, libc::TCP_QUICKACK, 1);
@@ -4405,7 +4408,7 @@ mod peers {
                 return self.write(number, Some(Outcome::NotOfStore.answer(request.route().1, &request.verb)));
             }
             while self.held.load(SeqCst) > MAX_HELD || is_from_client && HELD.load(SeqCst) > MAX_HELD_IN_ALL {
-                self.flush()?;
+                self.output().flush()?;
                 pause(Duration::from_millis(1));
             }
             let size = (request.size() + STACK) as isize;
@@ -4424,7 +4427,7 @@ mod peers {
                 // What others write that are ready now goes along.
                 yield_now();
                 // After a panic, the asking side must not wait in vain.
-                if !is_written || stream.flush().is_err() {
+                if !is_written || stream.output().flush().is_err() {
                     stream.end();
                 }
                 stream.hold(-size - length);
@@ -4473,9 +4476,9 @@ mod peers {
         let proof = proof.map_or(String::new(), |proof| format!("Authentication-Info: {proof}\r\n"));
         // Without a length, the body ends with the connection (RFC 9112 section 6.3).
         let head = format!("HTTP/1.1 200 OK\r\nServer: M\r\nContent-Type: {STREAM}\r\n{proof}{CLOSE}\r\n");
-        let mut written = asked.output.lock().unwrap_or_else(PoisonError::into_inner).write_all(head.as_bytes());
+        let mut written = asked.output().write_all(head.as_bytes());
         while written.is_ok() && (asked.has_begun.load(SeqCst) || clock() - opened < SILENCE.as_millis() as i64) {
-            written = asked.write(0, None).and_then(|()| asked.flush());
+            written = asked.write(0, None).and_then(|()| asked.output().flush());
             pause(BEAT);
         }
         lock(&ASKED).remove(id);
@@ -4970,7 +4973,7 @@ mod world {
             let questions: Vec<Option<Arc<Question>>> = envelopes.iter().map(begin_to_deliver).collect();
             let answers = envelopes.into_iter().zip(questions).map(|(envelope, question)| match question {
                 None if own() == Some(&envelope.to) => Some(self.with(|node| node.receive(envelope))),
-                question => read_reply(&question?.answer()?.ok()?),
+                question => postcard::from_bytes(&question?.answer()?.ok()?.body).ok(),
             });
             answers.collect()
         }
@@ -5008,10 +5011,6 @@ mod world {
             limit = limit.max(Duration::from_millis(40) * SETTINGS.view.len() as u32);
         }
         Peer::at(&envelope.to).begin(message, limit).ok()
-    }
-
-    pub fn read_reply(answer: &Answer) -> Option<Reply> {
-        postcard::from_bytes(&answer.body).ok()
     }
 
     /// Answers a message, in the background unless it is short. One that is too late is refused: a late lock would
@@ -5243,7 +5242,7 @@ mod simulation {
     use crate::replication::{Lost, World};
     use crate::service::{KeyRequest, wanted_view};
     use crate::table::{Table, Version};
-    use crate::world::{lock, read_reply};
+    use crate::world::lock;
 
     const KEYS: usize = 6;
     const NAMES: [&str; KEYS] = ["k0", "k1", "k2", "k3", "k4", "k5"];
@@ -5444,7 +5443,7 @@ mod simulation {
                 calls.push(self.call(&envelope.to, message, envelope.message.limit()));
             }
             for call in calls {
-                replies.push(call.await.and_then(|(answer, _)| read_reply(&answer)));
+                replies.push(call.await.and_then(|(answer, _)| postcard::from_bytes(&answer.body).ok()));
             }
             replies
         }

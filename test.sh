@@ -895,7 +895,8 @@ test_instances() {
   goes second two
 }
 
-metric() { curl -s "${url[$1]}/metrics" | awk -v name="kv_store_$2" '$1 == name { print $2 }'; } # INSTANCE NAME{LABELS}
+sample() { curl -s "${url[$1]}/metrics" | awk -v name="$2" '$1 == name { print $2 }'; } # INSTANCE NAME{LABELS}
+metric() { sample "$1" "kv_store_$2"; }                                                 # the same, of our own names
 test_metrics() {
   local before gets
   gets=$(metric main 'requests_total{verb="GET",class="2xx"}')
@@ -925,9 +926,9 @@ test_metrics() {
 test_process_metrics() {
   local count before
   check "the version" 1 "$(metric main "build_info{version=\"$VERSION\"}")"
-  check "it was started within the last hour" yes "$(process_metric start_time_seconds |
+  check "it was started within the last hour" yes "$(sample main process_start_time_seconds |
     awk -v now="$(date +%s)" '{ print ($1 > now - 3600 && $1 <= now + 1) ? "yes" : $1 }')"
-  check "its memory is what the kernel says, more or less" yes "$(process_metric resident_memory_bytes |
+  check "its memory is what the kernel says, more or less" yes "$(sample main process_resident_memory_bytes |
     awk -v rss="$(status_field main VmRSS)" '{ print ($1 > rss * 512 && $1 < rss * 2048) ? "yes" : $1 }')"
   before=$(metric main 'request_duration_seconds_count{verb="PUT"}')
   ask main PUT /kv-store/took -d val=1 >/dev/null
@@ -943,7 +944,6 @@ test_process_metrics() {
     awk -v count="$count" '{ print ($1 > 0 && $1 < count) ? "yes" : $1 }')"
   goes main took
 }
-process_metric() { curl -s "${url[main]}/metrics" | awk -v name="process_$1" '$1 == name { print $2 }'; } # NAME
 metrics_now() {
   metric main 'requests_total{verb="PUT",class="2xx"}'
   metric main 'requests_total{verb="PUT",class="4xx"}'
