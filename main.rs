@@ -1317,7 +1317,8 @@ mod service {
         }
     }
 
-    /// A request for a key. `fetched` has the groups that gave the key, each with the version of the table used.
+    /// A request for a key. `fetched` has the groups that gave the key, each with the version of the table used, and
+    /// `failed` the nodes to which it was passed on in vain.
     pub struct KeyRequest {
         hash: u64,
         key: Vec<u8>,
@@ -1326,6 +1327,7 @@ mod service {
         action: Action,
         context: Option<Context>,
         fetched: Vec<(Option<Version>, Vec<String>)>,
+        failed: Vec<String>,
         gave_up_on_context: bool,
     }
 
@@ -1348,24 +1350,21 @@ mod service {
             let context = causal_context(&request, vocabulary);
             let context = context.map_err(|refusal| refusal.answer(vocabulary, &request.verb))?;
             let (hash, action, key) = (hash_of(&key), Action::of(&key, &request, vocabulary), key.into_owned());
-            let (fetched, gave_up_on_context) = (Vec::new(), false);
-            Ok(KeyRequest { hash, key, request, vocabulary, action, context, fetched, gave_up_on_context })
+            let (fetched, failed, gave_up_on_context) = (Vec::new(), Vec::new(), false);
+            Ok(KeyRequest { hash, key, request, vocabulary, action, context, fetched, failed, gave_up_on_context })
         }
 
         pub fn perform(&mut self, node: &mut Node) -> Tried {
             if let Some(refusal) = self.request.refusal_if_late() {
                 return Tried::Done(refusal, self.context.clone());
             }
-            let is_passed_on = self.request.origin != Origin::Client;
-            if matches!(self.request.origin, Origin::Node(store) if node.table().is_some() && node.store() != store) {
-                return Tried::Done(Outcome::Elsewhere, None);
-            }
-            match node.place(self.hash) {
-                Place::Here => {}
+            match (node.place(self.hash), self.request.origin) {
+                (Place::Here, Origin::Node(store)) if store == node.store() => {}
                 // R1: a request is passed on once, so nodes with different tables cannot pass it in circles.
-                Place::There(_) | Place::Unknown if is_passed_on => return Tried::Done(Outcome::Elsewhere, None),
-                Place::There(nodes) => return Tried::Elsewhere(nodes),
-                Place::Unknown => return Tried::Unknown,
+                (_, Origin::Node(_)) => return Tried::Done(Outcome::Elsewhere, None),
+                (Place::Here, _) => {}
+                (Place::There(nodes), _) => return Tried::Elsewhere(nodes),
+                (Place::Unknown, _) => return Tried::Unknown,
             }
             if let Some(context) = &mut self.context {
                 if !node.is_plausible(context) {
@@ -1409,18 +1408,19 @@ mod service {
                     (Record::tombstone(&self.key), Outcome::Deleted)
                 }
                 Action::Get | Action::Delete => {
-                    let after = self.context.as_ref().map(|context| node.context_after(context, here.as_ref()));
+                    let after = self.context_after(node, here.as_ref());
                     return Tried::Done(found.map_or(Outcome::Missing, Outcome::Found), after);
                 }
             };
             let record = node.write(self.hash, record, &known);
             match node.lacking(&record, &BTreeMap::new()) {
-                Ok(lacking) if lacking.is_empty() => {
-                    let after = self.context.as_ref().map(|context| node.context_after(context, Some(&record)));
-                    Tried::Done(outcome, after)
-                }
+                Ok(lacking) if lacking.is_empty() => Tried::Done(outcome, self.context_after(node, Some(&record))),
                 _ => Tried::Written(record, outcome),
             }
+        }
+
+        fn context_after(&self, node: &mut Node, record: Option<&Record>) -> Option<Context> {
+            self.context.as_ref().map(|context| node.context_after(context, record))
         }
 
         fn render(&self, outcome: Outcome, context: &Option<Context>) -> Answer {
@@ -1438,15 +1438,16 @@ mod service {
             loop {
                 let retry = match tried {
                     Tried::Done(outcome, context) => return self.render(outcome, &context),
-                    Tried::Written(record, outcome) => return self.acknowledge(world, record, outcome, deadline).await,
-                    Tried::Elsewhere(nodes) => match self.pass_on(world, nodes, deadline).await {
-                        // 421: the two nodes have different tables. They meet, and the older table gives way.
-                        (owner, Some(answer)) if answer.status == 421 => {
-                            meet(world, &owner).await;
-                            Duration::from_millis(1)
+                    Tried::Written(record, outcome) => {
+                        if let Err(missing) = replicate(world, &record, deadline).await {
+                            return self.render_down(&missing);
                         }
-                        (owner, Some(answer)) => return answer.with_address(&owner, self.vocabulary),
-                        (owner, None) => return self.render_down(&owner),
+                        let after = world.with(|node| self.context_after(node, Some(&record)));
+                        return self.render(outcome, &after);
+                    }
+                    Tried::Elsewhere(nodes) => match self.pass_on(world, &nodes, deadline).await {
+                        Some(answer) => return answer,
+                        None => Duration::from_millis(1),
                     },
                     Tried::Needs(groups) => match self.get(world, &groups).await {
                         Some(group) if world.with(|node| node.now) > deadline => return self.render_down(&group[0]),
@@ -1477,7 +1478,7 @@ mod service {
         ) -> Option<Duration> {
             let is_met = match groups {
                 Some(groups) => self.get(world, &groups).await.is_none(),
-                None => catch_up(world, self.context.as_mut()).await,
+                None => self.catch_up(world).await,
             };
             let is_late = world.with(|node| node.now) > began + CATCH_UP;
             self.gave_up_on_context = !is_met && is_late;
@@ -1498,60 +1499,40 @@ mod service {
             None
         }
 
-        async fn acknowledge(
-            &self,
-            world: &impl World,
-            record: Record,
-            outcome: Outcome,
-            deadline: Duration,
-        ) -> Answer {
-            if let Err(missing) = replicate(world, &record, deadline).await {
-                return self.render_down(&missing);
-            }
-            let after =
-                self.context.as_ref().map(|context| world.with(|node| node.context_after(context, Some(&record))));
-            self.render(outcome, &after)
+        /// R7: meets the view to find the newer table that the context names. If all answer and none uses it, it was
+        /// never in force, and the context forgets it. Returns false while this is not known.
+        async fn catch_up(&mut self, world: &impl World) -> bool {
+            let nodes = world.with(|node| node.table()).map_or(Vec::new(), |table| table.view.clone());
+            let all = meet_all(world, &nodes).await.iter().all(Option::is_some);
+            let own = world.with(|node| node.version());
+            let Some(context) = &mut self.context else { return true };
+            context.table = context.table.filter(|table| Some(*table) <= own || !all);
+            context.table <= own
         }
 
-        /// Asks the owners in turn until one answers or a write may have reached one. Returns that one and its answer.
-        async fn pass_on(
-            &self,
-            world: &impl World,
-            mut nodes: Vec<String>,
-            deadline: Duration,
-        ) -> (String, Option<Answer>) {
+        /// Relays the request to the first of these nodes that has not failed. None: try again, since this one has a
+        /// different table, or failed without effect.
+        async fn pass_on(&mut self, world: &impl World, nodes: &[String], deadline: Duration) -> Option<Answer> {
             let is_read = self.request.verb == "GET";
-            nodes.reverse();
-            let mut owner = nodes.pop().unwrap_or_default();
-            loop {
-                let (store, now) = world.with(|node| (node.store(), node.now));
-                let limit = if is_read && !nodes.is_empty() { NEXT_REPLICA } else { PATIENCE };
-                let passed_on = Request { origin: Origin::Node(store), ..self.request.clone() };
-                let lost = match world.relay(&owner, passed_on, deadline.saturating_sub(now).min(limit)).await {
-                    Ok(answer) => return (owner, Some(answer)),
-                    Err(lost) => lost,
-                };
-                world.with(|node| node.note_silent(&owner, true));
-                match nodes.pop().filter(|_| is_read || !lost.was_sent) {
-                    Some(next) => owner = next,
-                    None => return (owner, None),
+            let left: Vec<&String> = nodes.iter().filter(|node| !self.failed.contains(node)).collect();
+            let Some(owner) = left.first() else { return Some(self.render_down(&nodes[0])) };
+            let (store, now) = world.with(|node| (node.store(), node.now));
+            let limit = if is_read && left.len() > 1 { NEXT_REPLICA } else { PATIENCE };
+            let passed_on = Request { origin: Origin::Node(store), ..self.request.clone() };
+            match world.relay(owner, passed_on, deadline.saturating_sub(now).min(limit)).await {
+                Ok(answer) if answer.status == 421 => {
+                    // The older table gives way.
+                    meet(world, owner).await;
+                    None
+                }
+                Ok(answer) => Some(answer.with_address(owner, self.vocabulary)),
+                Err(lost) => {
+                    world.with(|node| node.note_silent(owner, true));
+                    self.failed.push((*owner).clone());
+                    (!is_read && lost.was_sent).then(|| self.render_down(owner))
                 }
             }
         }
-    }
-
-    /// R7: meets the view to find the newer table that a context names. If all answer and none uses it, it was never in
-    /// force, and the context forgets it. Returns false while this is not known.
-    async fn catch_up(world: &impl World, context: Option<&mut Context>) -> bool {
-        let nodes = world.with(|node| node.table()).map_or(Vec::new(), |table| table.view.clone());
-        let all = meet_all(world, &nodes).await.iter().all(Option::is_some);
-        let own = world.with(|node| node.version());
-        match context {
-            Some(context) if context.table > own && all => context.table = None,
-            Some(context) => return context.table <= own,
-            None => {}
-        }
-        true
     }
 
     /// How long a replica may take to answer a read before the next one is asked.
@@ -2366,7 +2347,7 @@ mod node {
     //! `membership`. Begin with the fields of `Node`, then read `place`, `adopt` and `write`.
     //!
     //! The rules of the protocol are stated where they are implemented: R1 answering (`place`, `pull_needs`), R2 pull
-    //! (`note_received`, `note_received_by`), R3 adopt (`adopt`, `pulls_by`), R4 write (`write`, `take`, `lacking`), R5
+    //! (`note_received`), R3 adopt (`adopt`, `pulls_by`), R4 write (`write`, `take`, `lacking`), R5
     //! reconcile (`begin_to_reconcile`, `replication`), R6 stability (`refresh_stable`), R7 causal contexts
     //! (`context_needs`), R8 settled (`settle`), R9 view change (`membership`), R10 start (`let_in`), R11 meetings
     //! (`begin_round`), R12 planning (`table`).
@@ -2476,8 +2457,6 @@ mod node {
         Release(Version),
         /// R12: for each count, where to cut so that as many of the addressee's keys lie above.
         Survey(Version, Vec<usize>),
-        /// R2: the sender has all that the addressee has of this range.
-        Received(u64),
         GiveKey(ByteBuf),
         Digests(Span),
         /// R5: compare with what the sender has of a span, by hash and stamp.
@@ -2525,7 +2504,7 @@ mod node {
 
     /// About how many bytes of records a message has. (In the simulation, one record or two.)
     pub const MAX_BATCH: usize = if cfg!(test) { 40 } else { 256 << 10 };
-    /// For how long a lock excludes other coordinators, and for how long its own may use it.
+    /// For how long a lock excludes other coordinators.
     pub const LEASE: Duration = Duration::from_secs(10);
     /// A node that did nothing for this long was asleep. Others need 1.95 s at least to remove a silent node from the
     /// view: 1.25 s until its stream ends, and 0.7 s for a meeting.
@@ -2641,8 +2620,6 @@ mod node {
         /// Spans not pulled by earlier tables. Until R8 this node is whole for these only if it owns and pulled them.
         lacks: Vec<Span>,
         is_pulling: bool,
-        /// R2: by the first hash of a range, the nodes that have all that this one had.
-        received_by: BTreeSet<(u64, String)>,
         /// R5: for each replica that may lack something, the lowest stamp that it may lack.
         pub lagging: BTreeMap<String, u64>,
         /// The stamps of own writes that are not acknowledged yet.
@@ -2776,24 +2753,6 @@ mod node {
             (owns || has_kept) && !self.pulls.iter().any(|pull| pull.span.overlaps(&span))
         }
 
-        /// R2: another node has all that this one has of a range. When all owners have, a former owner drops it: an
-        /// owner that is killed then comes back empty, not with old records; and no source outside the view, which does
-        /// not count for the watermark, keeps a record whose tombstone is gone elsewhere.
-        fn note_received_by(&mut self, by: String, range: u64) -> Reply {
-            let Some(table) = self.table.clone() else { return Reply::Refused };
-            let Some((span, owned)) = table.spans().find(|(span, _)| span.first == range) else {
-                return Reply::Refused;
-            };
-            if Some(owned.shard) != self.shard {
-                self.received_by.insert((range, by));
-                let has_it = |owner: &String| self.received_by.contains(&(range, owner.clone()));
-                if table.owners(range).iter().all(has_it) {
-                    self.drop_records(span);
-                }
-            }
-            Reply::Done
-        }
-
         fn drop_records(&mut self, span: Span) {
             self.later.garbage.extend(self.records.remove(span));
         }
@@ -2881,7 +2840,6 @@ mod node {
             if self.promise.version <= table.version {
                 (self.promise.granted, self.promise.nodes) = (None, Vec::new());
             }
-            self.received_by.clear();
             let incoming = self.incoming();
             let from = if incoming.is_empty() { "nobody".into() } else { Vec::from_iter(incoming).join(", ") };
             let (version, count) = (table.version, table.view.len());
@@ -3241,7 +3199,6 @@ mod node {
                     Reply::Done
                 }
                 Message::Survey(version, counts) if self.promise.version == version => self.survey(&counts),
-                Message::Received(range) if is_same => self.note_received_by(from, range),
                 Message::GiveKey(key) if is_same => self.give_key(&key),
                 Message::Digests(span) if is_same && span.first <= span.last => {
                     // From now on, writes must reach the node that pulls, even if it was silent (R2).
@@ -3398,6 +3355,8 @@ mod node {
             let Some(table) = table else { return };
             self.say(format!("started blank, takes up table {}", table.version));
             self.adopt(table);
+            // What is settled has no sources (R8): one that is cut off may still have what was deleted since.
+            answers.iter().for_each(|(node, status)| self.hear(node, status));
         }
 
         fn first_table(&mut self, answers: &BTreeMap<String, Status>) -> Option<Arc<Table>> {
@@ -3465,9 +3424,11 @@ mod node {
             self.coordinating = false;
         }
 
-        /// R9: the change itself: the coordinator adopts its table, while its lock is the highest here and fresh.
+        /// R9: the change itself: the coordinator adopts its table, while its lock is the highest here and not older than
+        /// 8 s of the 10: other nodes granted it up to 2 s before this one, and their locks must still be fresh.
         pub fn adopt_own(&mut self, table: Arc<Table>) -> bool {
-            self.promise.version == table.version && self.is_locked() && self.adopt(table)
+            let is_fresh = self.promise.granted.is_some_and(|granted| self.now < granted + self.lease * 4 / 5);
+            self.promise.version == table.version && is_fresh && self.adopt(table)
         }
 
         /// A node that this one waits for, to be named in an error.
@@ -3532,12 +3493,13 @@ mod replication {
             world.with(|node| {
                 for (((name, _), answer), life) in group.iter().zip(&mut answers).zip(lives) {
                     node.note_silent(name, answer.is_none());
+                    if let Some(Reply::Met(_, Some(table))) = answer {
+                        node.consider(name, Arc::new(table.clone()));
+                    }
+                    // After the table was adopted: the status may say that it is settled (R8).
                     if let Some(Reply::Met(status, _) | Reply::Locked(status)) = answer {
                         node.hear(name, status);
                         node.note_meeting(name, began);
-                    }
-                    if let Some(Reply::Met(_, Some(table))) = answer {
-                        node.consider(name, Arc::new(table.clone()));
                     }
                     if !matches!(answer, Some(Reply::Met(..) | Reply::Locked(_))) && node.incarnation_of(name) != life {
                         // The node has restarted since, and lost what it had.
@@ -3633,7 +3595,6 @@ mod replication {
     /// None if the node does not answer.
     async fn pull_from(world: &impl World, version: Version, pull: &Pull, node: &str) -> Option<Found> {
         if let Some(is_whole) = reconcile(world, node, version, pull.span, true).await {
-            ask_by(world, node, version, Message::Received(pull.span.first)).await?;
             return Some(if is_whole { Found::Whole } else { Found::Incomplete });
         }
         let store = world.with(|own| own.store());
@@ -4970,12 +4931,8 @@ mod world {
 
         async fn deliver(&self, envelopes: Vec<Envelope>) -> Vec<Option<Reply>> {
             // All are sent before the first answer is waited for.
-            let questions: Vec<Option<Arc<Question>>> = envelopes.iter().map(begin_to_deliver).collect();
-            let answers = envelopes.into_iter().zip(questions).map(|(envelope, question)| match question {
-                None if own() == Some(&envelope.to) => Some(self.with(|node| node.receive(envelope))),
-                question => postcard::from_bytes(&question?.answer()?.ok()?.body).ok(),
-            });
-            answers.collect()
+            let replies: Vec<_> = envelopes.into_iter().map(begin_to_deliver).collect();
+            replies.into_iter().map(|reply| reply()).collect()
         }
 
         async fn relay(&self, node: &str, request: Request, patience: Duration) -> Result<Answer, Lost> {
@@ -4998,19 +4955,20 @@ mod world {
         }
     }
 
-    /// None if the node cannot be asked, or is this one.
-    fn begin_to_deliver(envelope: &Envelope) -> Option<Arc<Question>> {
+    /// Sends a message. Returns the wait for its reply, which is None if there is none in time.
+    fn begin_to_deliver(envelope: Envelope) -> Box<dyn FnOnce() -> Option<Reply>> {
         if own() == Some(&envelope.to) {
-            return None;
+            return Box::new(|| Some(Live.with(|node| node.receive(envelope))));
         }
-        let body = postcard::to_stdvec(envelope).ok()?;
+        let body = postcard::to_stdvec(&envelope).unwrap_or_default();
         let message = Request { origin: Origin::Message, body, ..Request::default() };
         let mut limit = envelope.message.limit();
         if matches!(envelope.message, Message::Meet(_)) {
             // In a large store that starts, all nodes ask all.
             limit = limit.max(Duration::from_millis(40) * SETTINGS.view.len() as u32);
         }
-        Peer::at(&envelope.to).begin(message, limit).ok()
+        let question = Peer::at(&envelope.to).begin(message, limit);
+        Box::new(|| postcard::from_bytes(&question.ok()?.answer()?.ok()?.body).ok())
     }
 
     /// Answers a message, in the background unless it is short. One that is too late is refused: a late lock would
@@ -6495,20 +6453,6 @@ mod simulation {
             assert!(node.take(&old(1), true));
             node.note_received(by, &pull, &found);
             assert!(node.incoming().is_empty());
-        });
-        // n0 has a key of n2 and n3, until both have said by one table that they have got it.
-        let (range, (two, three)) = (1 << 63, (ADDRESSES[2], ADDRESSES[3]));
-        it.there(0).with(|node| {
-            write(node, 0);
-            let received = |node: &mut Node, from: &str| {
-                let (life, incarnation, message) =
-                    (node.status().incarnation, node.incarnation_of(from), Message::Received(range));
-                let (from, to, version) = (from.to_owned(), node.own().to_owned(), node.version());
-                node.receive(Envelope { from, to, version, incarnation, life, message });
-                record(node, 0).is_none()
-            };
-            assert!(!received(node, two) && node.adopt(next_table(node, version(1, 7))));
-            assert!(!received(node, three) && received(node, two));
         });
     }
 
