@@ -1242,7 +1242,7 @@ mod service {
     use crate::membership::{answer_view_change, count_keys, describe_shards, meet, meet_all};
     use crate::node::{Context, Node, Place};
     use crate::peers::{PATIENCE, Peer};
-    use crate::records::{Record, hash_of};
+    use crate::records::{MAX_KEY, Record, hash_of};
     use crate::replication::{World, get_key, replicate};
     use crate::settings::{Role, SETTINGS, own, parse_factor, parse_view};
     use crate::table::{Table, Version};
@@ -1309,6 +1309,8 @@ mod service {
     impl Action {
         fn of(key: &[u8], request: &Request, vocabulary: Vocabulary) -> Action {
             match request.verb.as_str() {
+                // It cannot exist.
+                "GET" | "DELETE" if key.len() > MAX_KEY => Action::Refuse(Outcome::Missing),
                 "GET" => Action::Get,
                 "DELETE" => Action::Delete,
                 "PUT" => record_of(key, request, vocabulary).map_or_else(Action::Refuse, Action::Put),
@@ -1764,14 +1766,18 @@ mod records {
         }
     }
 
+    /// The limit of a key, in bytes: the contract allows 200 letters, or 50 characters of UTF-8.
+    pub const MAX_KEY: usize = 200;
+
     /// A stamp, the key's length in a byte, the key, and the value as JSON text, in one allocation. A clone copies a
     /// pointer, so that answers are made after the node is unlocked.
     #[derive(Clone, Debug)]
     pub struct Record(ThinArc<u64, u8>);
 
     impl Record {
-        /// Makes a record without a stamp. A valid key has at most 200 bytes.
+        /// Makes a record without a stamp. Panics if the key is longer than `MAX_KEY`.
         pub fn new(key: &[u8], value: &str) -> Record {
+            assert!(key.len() <= MAX_KEY);
             Record::from_parts(0, &[&[key.len() as u8], key, value.as_bytes()].concat())
         }
 
@@ -2058,6 +2064,13 @@ mod table {
         pub coordinator: u64,
     }
 
+    impl Version {
+        /// Versions count upwards by one: a number so high is none.
+        pub fn is_valid(&self) -> bool {
+            self.epoch.max(self.number) < u64::MAX / 2
+        }
+    }
+
     impl Display for Version {
         fn fmt(&self, out: &mut Formatter) -> fmt::Result {
             write!(out, "{}.{}", self.epoch, self.number)
@@ -2118,11 +2131,15 @@ mod table {
                 && self.ranges.is_sorted_by(|one, next| one.from < next.from)
                 && self.ranges.iter().all(|range| range.shard < self.shards.len())
                 && sources.all(|source| port_of(source).is_some())
-                && self.version.epoch.max(self.version.number) < u64::MAX / 2
+                && self.version.is_valid()
+        }
+
+        fn index_at(&self, hash: u64) -> usize {
+            self.ranges.partition_point(|range| range.from <= hash) - 1
         }
 
         pub fn range_at(&self, hash: u64) -> &Range {
-            &self.ranges[self.ranges.partition_point(|range| range.from <= hash) - 1]
+            &self.ranges[self.index_at(hash)]
         }
 
         pub fn shard_at(&self, hash: u64) -> usize {
@@ -2171,12 +2188,13 @@ mod table {
             places.sort_unstable();
             places.dedup();
             let mut ranges: Vec<Range> = Vec::new();
-            for (number, from) in places.into_iter().enumerate() {
-                let before = self.range_at(from);
+            for from in places {
+                let index = self.index_at(from);
+                let before = &self.ranges[index];
                 let cut = cuts.iter().rev().find(|cut| cut.giver == before.shard && cut.span.contains(from));
                 // A shard that ends gives its keys away by cuts. The rest has no keys, or is given up: it is dealt out.
                 let shard =
-                    cut.map(|cut| cut.receiver).or(change.kept[before.shard]).unwrap_or(number % change.shards.len());
+                    cut.map(|cut| cut.receiver).or(change.kept[before.shard]).unwrap_or(index % change.shards.len());
                 let owners: BTreeSet<&String> = change.shards[shard].iter().collect();
                 let mut sources: Vec<Vec<String>> = Vec::new();
                 for group in before.sources.iter().filter(|_| !settled).chain([&self.shards[before.shard]]) {
@@ -2290,24 +2308,29 @@ mod table {
             (moves, targets)
         }
 
-        /// Adds cuts of hash space without keys, until no shard has less than half or more than twice the mean, so that
-        /// later keys spread. `keys` are the hashes of all keys of those old shards that have few.
+        /// Adds cuts of hash space without keys if a shard has less than half or more than twice the mean, so that later
+        /// keys spread. `keys` are the hashes of all keys of those old shards that have few.
         pub fn deal_out_stretches(&self, old: &Table, mut cuts: Vec<Cut>, keys: &[Option<Vec<u64>>]) -> Vec<Cut> {
             let mean = u64::MAX / self.shards.len() as u64;
-            // Each round evens out one shard or uses up a stretch.
-            for _ in 0..4 * MAX_FEW {
-                let table = old.next(Version::default(), self, &cuts, &[], true);
-                let width = |shard| table.spans_of(Some(shard)).iter().map(Span::width).sum::<u64>();
-                let widths: Vec<u64> = (0..self.shards.len()).map(width).collect();
-                let by_width = in_order(widths.iter().copied());
-                let (Some(poor), Some(rich)) = (by_width.first(), by_width.last()) else { break };
-                if widths[*poor] >= mean / 2 && widths[*rich] / 2 <= mean {
-                    break;
+            let table = old.next(Version::default(), self, &cuts, &[], true);
+            let mut widths = vec![0; self.shards.len()];
+            table.spans().for_each(|(span, range)| widths[range.shard] += span.width());
+            if widths.iter().all(|width| *width >= mean / 2 && *width / 2 <= mean) {
+                return cuts;
+            }
+            let mut poor = in_order(widths.iter().map(|width| u64::MAX - width));
+            poor.retain(|shard| widths[*shard] < mean);
+            for (giver, rich, mut stretch) in widest_stretches(old, &table, keys) {
+                while let Some(receiver) = poor.last().copied().filter(|_| widths[rich] > mean && stretch.width() > 0) {
+                    let part = (mean - widths[receiver]).min(widths[rich] - mean).min(stretch.width());
+                    cuts.push(Cut { giver, span: Span { first: stretch.last - part + 1, ..stretch }, receiver });
+                    stretch.last -= part;
+                    widths[rich] -= part;
+                    widths[receiver] += part;
+                    if widths[receiver] == mean {
+                        poor.pop();
+                    }
                 }
-                let wanted = (mean - widths[*poor].min(mean)).min(widths[*rich].saturating_sub(mean));
-                let Some((giver, stretch)) = widest_stretch(old, &table, *rich, keys) else { break };
-                let span = Span { first: stretch.last - wanted.min(stretch.width()), last: stretch.last };
-                cuts.push(Cut { giver, span, receiver: *poor });
             }
             cuts
         }
@@ -2316,26 +2339,27 @@ mod table {
     /// Up to this number of keys, a shard reports the hashes of all of them.
     pub const MAX_FEW: usize = 1000;
 
-    /// The widest stretch without keys that a shard of the new table has, and its shard by the old one.
-    fn widest_stretch(old: &Table, new: &Table, shard: usize, keys: &[Option<Vec<u64>>]) -> Option<(usize, Span)> {
+    /// The stretches without keys, the widest first, each with its shards by the old and by the new table.
+    fn widest_stretches(old: &Table, new: &Table, keys: &[Option<Vec<u64>>]) -> Vec<(usize, usize, Span)> {
         let mut stretches = Vec::new();
-        for span in new.spans_of(Some(shard)) {
-            for (part, range) in old.spans().filter(|(part, _)| part.overlaps(&span)) {
-                let Some(keys) = &keys[range.shard] else { continue };
+        for (span, range) in new.spans() {
+            for (part, before) in old.spans().filter(|(part, _)| part.overlaps(&span)) {
+                let Some(keys) = &keys[before.shard] else { continue };
                 let both = Span { first: span.first.max(part.first), last: span.last.min(part.last) };
                 let Span { mut first, last } = both;
                 for key in keys.iter().filter(|key| both.contains(**key)) {
                     if first < *key {
-                        stretches.push((range.shard, Span { first, last: key - 1 }));
+                        stretches.push((before.shard, range.shard, Span { first, last: key - 1 }));
                     }
                     first = key.saturating_add(1);
                 }
                 if first <= last {
-                    stretches.push((range.shard, Span { first, last }));
+                    stretches.push((before.shard, range.shard, Span { first, last }));
                 }
             }
         }
-        stretches.into_iter().max_by_key(|(_, stretch)| stretch.width())
+        stretches.sort_by_key(|(.., stretch)| u64::MAX - stretch.width());
+        stretches
     }
 }
 
@@ -2543,7 +2567,8 @@ mod node {
             self.group.iter().filter(|node| !self.received.contains(*node))
         }
 
-        /// No node is awaited, or two rounds in a row found none whole: at one moment none was, and all may be waiting.
+        /// No node is awaited, or in two rounds in a row each was incomplete. One that was so in both was so while the
+        /// others were asked: no whole node existed, and what all have together is all there is.
         fn is_done(&self) -> bool {
             self.incomplete_rounds > 1 || self.awaited().next().is_none()
         }
@@ -2610,12 +2635,13 @@ mod node {
         pub lease: Duration,
         coordinating: bool,
         pub records: Records,
-        /// By stamp, hash and context of the records that R6 and R7 still need. All tombstones are here.
-        unstable: BTreeMap<u64, (u64, Context)>,
+        /// By stamp and hash, the contexts of the records that R6 and R7 still need. All tombstones are here.
+        unstable: BTreeMap<(u64, u64), Context>,
         /// A hybrid logical clock (Kulkarni et al., 2014): the highest stamp given or seen.
         clock: u64,
         pulls: Vec<Pull>,
-        /// Spans not pulled by earlier tables. Until R8 this node is whole for these only if it owns and pulled them.
+        /// Spans that this node owned by earlier tables and has not pulled. It is not whole for these unless it owns and
+        /// has pulled them now. Empty once the table is settled.
         lacks: Vec<Span>,
         is_pulling: bool,
         /// R5: for each replica that may lack something, the lowest stamp that it may lack.
@@ -2897,10 +2923,10 @@ mod node {
         fn store_record(&mut self, hash: u64, record: Record, context: Context) {
             let (stamp, is_tombstone) = (record.stamp(), record.is_tombstone());
             if let Some(old) = self.records.insert(hash, record) {
-                self.unstable.remove(&old.stamp());
+                self.unstable.remove(&(old.stamp(), hash));
             }
             if is_tombstone || !context.is_empty() {
-                self.unstable.insert(stamp, (hash, context));
+                self.unstable.insert((stamp, hash), context);
             }
         }
 
@@ -3027,10 +3053,10 @@ mod node {
         pub fn drop_stable(&mut self) -> bool {
             self.refresh_stable();
             for _ in 0..2000 {
-                let Some(entry) = self.unstable.first_entry().filter(|it| *it.key() <= self.watermark) else {
+                let Some(entry) = self.unstable.first_entry().filter(|it| it.key().0 <= self.watermark) else {
                     return false;
                 };
-                let (stamp, (hash, _)) = entry.remove_entry();
+                let ((stamp, hash), _) = entry.remove_entry();
                 self.records.remove_tombstone(hash, stamp);
             }
             true
@@ -3039,7 +3065,7 @@ mod node {
         // -- R7 causal contexts
 
         fn context_of(&self, record: &Record) -> Context {
-            self.unstable.get(&record.stamp()).map_or(Context::default(), |(_, context)| context.clone())
+            self.unstable.get(&(record.stamp(), record.hash())).cloned().unwrap_or_default()
         }
 
         /// R7: a context without what is stable. For nodes that the table does not name, the highest stamp is enough.
@@ -3113,7 +3139,8 @@ mod node {
         // -- R8 settled
 
         /// R8: all nodes of the view use this table, without pulls. Sources are not needed: a pull ends only when each
-        /// has answered by this version or has nothing. What is not owned is dropped, so no later table brings it back.
+        /// has answered by this version or has nothing. What is not owned is dropped. A source that has not heard of
+        /// this still has it, and may not join again before it has (`check_joining`).
         pub fn settle(&mut self) {
             if std::mem::replace(&mut self.settled, true) {
                 return;
@@ -3389,7 +3416,7 @@ mod node {
         /// R9: grants a lock above every table and lock known here, unless another coordinator's lock is fresh.
         fn lock(&mut self, from: &str, version: Version, nodes: Vec<String>) {
             let is_other = self.promise.version.coordinator != version.coordinator;
-            let is_above = Some(version) > self.version() && version > self.promise.version;
+            let is_above = Some(version) > self.version() && version > self.promise.version && version.is_valid();
             if self.is_locked() && is_other || !is_above && version != self.promise.version {
                 return;
             }
@@ -3425,12 +3452,15 @@ mod node {
 
         pub fn end_change(&mut self) {
             self.coordinating = false;
+            // A view may name anything: of what is no member, nothing is kept.
+            let members = self.members();
+            self.peers.retain(|node, _| members.contains(node));
         }
 
-        /// R9: the change itself: the coordinator adopts its table, while its lock is the highest here and not older than
-        /// 8 s of the 10: other nodes granted it up to 2 s before this one, and their locks must still be fresh.
-        pub fn adopt_own(&mut self, table: Arc<Table>) -> bool {
-            let is_fresh = self.promise.granted.is_some_and(|granted| self.now < granted + self.lease * 4 / 5);
+        /// R9: the change itself: the coordinator adopts its table, while its lock is the highest here. All nodes granted
+        /// theirs after the change `began`, so they are fresh for 10 s from then on. It uses 8 s.
+        pub fn adopt_own(&mut self, table: Arc<Table>, began: Duration) -> bool {
+            let is_fresh = self.now < began + self.lease * 4 / 5;
             self.promise.version == table.version && is_fresh && self.adopt(table)
         }
 
@@ -3546,7 +3576,7 @@ mod replication {
                 world.with(|node| (node.version(), node.lacking(record, &stored), node.now > deadline));
             let Ok(lacking) = lacking else { return Err(world.with(|node| node.own().to_owned())) };
             let Some(first) = lacking.first() else { return Ok(()) };
-            // A replica that is blank when all others have the record pulls it from one of them.
+            // All others have the record (`lacking`), so a replica that is blank pulls it from one of them.
             if late || lacking == blank {
                 world.with(|node| node.give_up(record, &lacking));
                 return if late { Err(first.clone()) } else { Ok(()) };
@@ -3950,6 +3980,7 @@ mod membership {
 
         /// R9: locks the nodes and makes the table. Adopting it is the change.
         async fn run(&self, nodes: &[String]) -> Result<Arc<Table>, Failure> {
+            let began = self.world.with(|node| node.now);
             let granted = self.lock(nodes).await?;
             let silent: Vec<String> = nodes.iter().filter(|node| !granted.contains_key(*node)).cloned().collect();
             self.check_silent(&granted, &silent)?;
@@ -3963,7 +3994,7 @@ mod membership {
             let mut table = self.base.next(self.version, &change, &cuts, &silent, settled);
             (table.moved, table.counts) = (moves.iter().map(|(.., count)| count).sum(), counts);
             let table = Arc::new(table);
-            match self.world.with(|node| node.adopt_own(table.clone())) {
+            match self.world.with(|node| node.adopt_own(table.clone(), began)) {
                 true => Ok(table),
                 false => Err(Failure::Again(Outcome::ChangeUnderWay)),
             }
@@ -3973,6 +4004,7 @@ mod membership {
         async fn lock(&self, nodes: &[String]) -> Result<Granted, Failure> {
             let mut granted = Granted::new();
             let (lowest, rest) = nodes.split_at(1);
+            let mut missing = Vec::new();
             for group in [lowest, rest] {
                 let message = Message::Lock(self.version, nodes.to_vec());
                 for (name, reply) in group.iter().zip(ask(self.world, group, message).await) {
@@ -3980,13 +4012,16 @@ mod membership {
                         Some(Reply::Met(status, _)) if status.promised == self.version => {
                             granted.insert(name.clone(), *status);
                         }
-                        None if meet(self.world, name).await.is_none() => {}
-                        // It was not granted, or the lock or its reply was lost.
-                        _ => return Err(Failure::Again(Outcome::ChangeUnderWay)),
+                        Some(_) => return Err(Failure::Again(Outcome::ChangeUnderWay)),
+                        None => missing.push(name.clone()),
                     }
                 }
             }
-            Ok(granted)
+            // Of a node that is up, the lock or its reply was lost.
+            match meet_all(self.world, &missing).await.iter().any(Option::is_some) {
+                true => Err(Failure::Again(Outcome::ChangeUnderWay)),
+                false => Ok(granted),
+            }
         }
 
         /// R9: silent nodes may be left out by force; or if a whole replica of each one's shard, and more than half of
@@ -4024,7 +4059,7 @@ mod membership {
                 if newer || is_part && status.version.is_some_and(|version| version != self.base.version) {
                     return Err(Failure::Again(Outcome::ChangeUnderWay));
                 } else if self.wanted.view.contains(node) && !self.base.lists(node) {
-                    self.check_joining(node, status)?;
+                    self.check_joining(node, status, settled)?;
                 }
                 let is_waited_for = |it: &&String| !(self.wanted.force && silent.contains(it));
                 if !settled && (!self.wanted.force || status.incoming.iter().any(|it| is_waited_for(&it))) {
@@ -4039,14 +4074,14 @@ mod membership {
         }
 
         /// R9: a node may join if it uses the base, or if it is without keys and has left its store or is alone in it.
-        fn check_joining(&self, node: &str, status: &Status) -> Result<(), Failure> {
+        /// One that uses the base must know if that is settled: it would keep what was deleted since.
+        fn check_joining(&self, node: &str, status: &Status, settled: bool) -> Result<(), Failure> {
+            let uses_base = status.version == Some(self.base.version) && status.settled == settled;
             let is_free = if status.is_member { status.members == 1 } else { status.settled };
             if status.version.is_none() {
                 // It has just started, and may belong to a store that it has not heard of yet.
                 Err(Failure::Again(Outcome::NodeDown(node.to_owned())))
-            } else if status.version == Some(self.base.version)
-                || is_free && status.keys == 0 && status.incoming.is_empty()
-            {
+            } else if uses_base || is_free && status.keys == 0 && status.incoming.is_empty() {
                 Ok(())
             } else if status.is_member {
                 Err(Failure::Refused(Outcome::HoldsKeys(node.to_owned())))
@@ -6117,6 +6152,9 @@ mod simulation {
         # A node that starts waits for a newer table that others have granted a lock for: only n0 and n1 know it, and n1 has given its keys
         # away when it is killed.
         1: change 0 0 2 3, until table 0 1, cut 0-2 0-3 1-2 1-3, pass 500, kill 1, start 1, cut 0-1 0-2 0-3, pass 3000, blank 1
+        # A key stays deleted where a node that left while it was cut off joins again: first it drops what it had.
+        1: change 0 0 1 3, until table 0 1, until table 1 1, until table 3 1, until whole 0, until whole 1, until whole 3, \
+           cut 2-0 2-1 2-3, delete 0, pass 3000, cut, change 0 0 1 2 3, pass 6000, changed 2, gone 0, gone 1, gone 2, gone 3
         # What a dead node wrote spreads without it.
         2: change 0 0 1 2, pass 2000, cut 0-2, put 0, pass 1500, kill 0, pass 5000, same 1 2
         # A deleted key stays deleted, however long a replica is cut off.
@@ -6223,11 +6261,13 @@ mod simulation {
             assert_eq!(reply(node, 1, Message::Release(version(3, 7))), "Done");
             assert!(locks(node, (4, 8)));
             assert!(!node.adopt(next_table(node, version(3, 7))), "another one has the lock");
-            assert!(!node.adopt_own(next_table(node, version(5, 8))), "its lock is not the highest");
+            assert!(!node.adopt_own(next_table(node, version(5, 8)), node.now), "its lock is not the highest");
+            assert!(!locks(node, (u64::MAX, 8)), "no such version");
         });
+        let began = it.there(2).with(|node| node.now);
         it.pass(11_000);
         it.there(2).with(|node| {
-            assert!(!node.adopt_own(next_table(node, version(4, 8))), "its lock is old");
+            assert!(!node.adopt_own(next_table(node, version(4, 8)), began), "its lock is old");
             assert!(node.adopt(next_table(node, version(2, 7))), "an old lock keeps nobody off");
             reply(node, 1, lock_for(version(9, 8)));
             assert!(node.adopt(next_table(node, version(3, 8))), "it has the lock, for another table");
