@@ -123,15 +123,11 @@ log_container() { timeout 60 docker logs "${process[$1]}" 2>&1; }
 pid_process() { echo "${process[$1]}"; }
 pid_container() { engine inspect -f '{{.State.Pid}}' "${process[$1]}"; }
 # run_process "VARIABLE=VALUE..." [ARGUMENT...]: runs the program to its end; prints its output and its exit status.
-run_process() {
-  # shellcheck disable=SC2086 # settings are words
-  timeout 30 env $1 "$binary" "${@:2}" 2>&1
-  echo "status $?"
-}
+# shellcheck disable=SC2086 # settings are words
+run_process() { timeout 60 env $1 "$binary" "${@:2}" 2>&1; echo "status $?"; }
 run_container() {
   # shellcheck disable=SC2046,SC2086
-  timeout 60 docker run --rm $([ -z "$1" ] || printf -- '-e %s ' $1) "$image" "${@:2}" 2>&1
-  echo "status $?"
+  timeout 60 docker run --rm $([ -z "$1" ] || printf -- '-e %s ' $1) "$image" "${@:2}" 2>&1; echo "status $?"
 }
 # health_process INSTANCE: what its health check says.
 health_process() { run_process "IP=127.0.0.1 PORT=${address[$1]#*:} ${settings[$1]}" --health | tail -n 1; }
@@ -390,11 +386,10 @@ later() {
     if [ "$SECONDS" -ge "$deadline" ] || given_up; then again=''; fi
   done
 }
-# await WHAT EXPECTED COMMAND...: until this is what the command prints. await_less WHAT LIMIT COMMAND...: or less.
+# await WHAT EXPECTED COMMAND...: until this is what the command prints.
 await() { later check_output "$@"; }
 check_output() { skip "$1" || check "$1" "$2" "$("${@:3}")"; }
-await_less() { later check_less "$@"; }
-check_less() { check_that "$1" "$("${@:3}") < $2"; }
+check_less() { check_that "$1" "$("${@:3}") < $2"; } # WHAT LIMIT COMMAND...: it prints less
 
 # judge ANSWER: of the answers that are read, how many are such, and the first that is none; then their mistakes, a line
 # each. Objects may have more members than expected, and "(any)" is any value. A mistake that was made before in this
@@ -527,15 +522,14 @@ goes() { # INSTANCE KEY...
 test_form() { # INSTANCE
   local i=$1
   test_single "$i"
-  expect "PUT with a value" "$REPLACED" "$i" PUT foo -d val=baz
-  expect "the other vocabulary reads it" "$(json_value '"baz"')" "$i" GET keys/foo
+  expect "the other vocabulary reads what is there" "$(json_value '"again"')" "$i" GET keys/foo
   expect "PUT with another field" "$NO_VALUE" "$i" PUT foo -d value=1
   expect "PUT with a body that is no form" "$NO_VALUE" "$i" PUT foo -H 'Content-Type: text/html' -d val=bar
   expect "PUT with a form in parts" "$NO_VALUE" "$i" PUT foo -F val=bar
   expect "PUT with a key that is not valid" "$BAD_KEY" "$i" PUT f-oo -d val=bar
   expect "the key is checked before the value" "$BAD_KEY" "$i" PUT f-oo
   expect "PUT with a value that is not UTF-8" "$(form_error 403 'Value is not valid UTF-8')" "$i" PUT foo -d val=%ff
-  expect "no refused PUT changes the value" "$(form_value baz)" "$i" GET foo
+  expect "no refused PUT changes the value" "$(form_value again)" "$i" GET foo
   expect "PUT with an empty value" "$REPLACED" "$i" PUT foo -d val=
   expect "GET gives the empty value" "$(form_value '')" "$i" GET foo
   expect "the first val counts" "$REPLACED" "$i" PUT 'foo?val=4' -d 'a=0&val=1&val=2'
@@ -678,7 +672,7 @@ UNPARSED=$(form_error 400 'Bad request: not HTTP/1.1, or more than 16 headers')
 
 # test_http INSTANCE: where requests begin and end.
 test_http() {
-  local i=$1 n body="$FIVE\r\nval=1"
+  local i=$1 n fd body="$FIVE\r\nval=1"
   expect_raw "a new key, kept open, then closed" "$MADE $ONE" "$i" "$PUT$body$GET$CLOSE"
   expect_raw "not HTTP" "$UNPARSED" "$i" 'hello\r\n\r\n'
   expect_raw "HTTP/2" "$UNPARSED" "$i" 'GET /kv-store/h HTTP/2.0\r\n\r\n'
@@ -697,8 +691,11 @@ test_http() {
   expect_raw "bodies on GET and DELETE" "$ONE $NOT_FOUND $ONE" "$i" "$GET${body}DELETE /n HTTP/1.1\r\n$body$GET$CLOSE"
   expect "a body of 20 MB on GET is read and ignored" "$ONE" "$i" GET /kv-store/h -H Expect: -d "@$work/huge"
   expect_raw "asked to continue" "100 $REPLACED" "$i" "${PUT}Expect: 100-continue\r\n$FIVE${CLOSE}val=1"
-  send_half "$i" PUT
-  send_half "$i" DELETE
+  for n in PUT DELETE; do
+    connect "$i"
+    printf '%s /kv-store/h HTTP/1.1\r\nHost: test\r\nContent-Length: 500\r\n\r\nval=2' "$n" >&"$fd"
+    exec {fd}>&-
+  done
   expect "half a body is no request, and none of it changed the value" "$ONE" "$i" GET /kv-store/h
 }
 # test_heads INSTANCE: what stands in the heads of requests.
@@ -729,12 +726,6 @@ test_heads() {
   check "HEAD gives the length that GET has" "$((${#ONE} - 3))" \
     "$(curl -s -I -o /dev/null -w '%header{content-length}' "${url[$i]}/kv-store/h")"
   goes "$i" h
-}
-send_half() { # INSTANCE VERB
-  local fd
-  connect "$1"
-  printf '%s /kv-store/h HTTP/1.1\r\nHost: test\r\nContent-Length: 500\r\n\r\nval=2' "$2" >&"$fd"
-  exec {fd}>&-
 }
 
 test_pipelines() { # INSTANCE
@@ -872,7 +863,7 @@ test_unread_streams() {
     sleep 1 # there is nothing to see of what it has read
     check "$instance: others are answered meanwhile" 200 "$(status_of "$instance" GET /kv-store)"
     for fd in "${fds[@]}"; do exec {fd}>&-; done
-    await_less "$instance: with the clients, the memory goes" 65536 status_field "$instance" VmRSS
+    later check_less "$instance: with the clients, the memory goes" 65536 status_field "$instance" VmRSS
   done
   check_that "memory stays under 128 MiB" "$(status_field flooded VmHWM) < 131072"
   check_that "... where answers come that were asked for before, 512 MiB" "$(status_field relaying VmHWM) < 524288"
@@ -888,7 +879,7 @@ test_streams_that_leave() {
     exec {fd}>&- {answers}>&-
   done
   check "they were streams" 300 "$opened"
-  await_less "... and leave no files open" $((files + 100)) files_of follower
+  later check_less "... and leave no files open" $((files + 100)) files_of follower
   act resume main
 }
 files_of() { find "/proc/${process[$1]}/fd" 2>/dev/null | wc -l; } # INSTANCE, a process
@@ -1595,17 +1586,9 @@ agree_on() {
     awk '{ values = values $0 "; " } END { print NR == 1 && /^"value"/ ? "agreed" : values }'
 }
 # check_get WHAT VALUE NODE KEY [CONTEXT] / check_put WHAT ANSWER NODE KEY VALUE [CONTEXT]: if there is a context in the
-# request, there is one in the answer. That to a PUT is then in $context.
-check_get() {
-  local answer context
-  answer=$(get "${@:3}")
-  check_context "$1" "$(json_value "\"$2\"")" "$answer" "${5-}"
-}
-check_put() {
-  local answer
-  answer=$(put "${@:3}")
-  check_context "$1" "$2" "$answer" "${6-}"
-}
+# request, there is one in the answer. It is then in $context.
+check_get() { check_context "$1" "$(json_value "\"$2\"")" "$(get "${@:3}")" "${5-}"; }
+check_put() { check_context "$1" "$2" "$(put "${@:3}")" "${6-}"; }
 check_context() { # WHAT ANSWER GOT CONTEXT-OF-THE-REQUEST
   local expected=$2
   if [ -n "$4" ]; then
@@ -1727,7 +1710,7 @@ test_whole_again() {
     later check_get "healed: $node has the later value" newer "$node" "${own[4]}"
     later expect_all "healed: $node has not what was deleted" 1 "$(no_such_key GET)" "$node" GET "keys/${own[5]}"
   done
-  await "healed: no context is needed any more" '{}' context_after_get "$first" "${own[4]}" "$context"
+  await "healed: no context is needed any more" '{}' context_after_get "$first" "${own[4]}" "$seen"
   check_put "healed: (the deleted key is made again)" "$ADDED" "$first" "${own[5]}" 'of a'
 }
 context_after_get() { context_of "$(get "$@")"; } # NODE KEY CONTEXT
