@@ -701,7 +701,6 @@ mod http {
     use serde_json::value::RawValue;
 
     use crate::node::{Context, node_of};
-    use crate::peers::{self, STREAM};
     use crate::records::Record;
     use crate::service::answer_about;
 
@@ -862,12 +861,6 @@ mod http {
 
         fn media_type(&self) -> &[u8] {
             self.content_type.as_bytes().split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii()
-        }
-
-        /// The id of the stream of which this is a part, if it is.
-        pub fn stream_id(&self) -> Option<&str> {
-            let is_part = matches!(self.verb.as_str(), "GET" | "POST") && self.content_type == STREAM;
-            peers::stream_id(&self.target).filter(|_| is_part)
         }
     }
 
@@ -1241,7 +1234,7 @@ mod service {
     use crate::http::{causal_context, member, record_of};
     use crate::membership::{answer_view_change, count_keys, describe_shards, meet, meet_all};
     use crate::node::{Context, Node, Place};
-    use crate::peers::{PATIENCE, Peer};
+    use crate::peers::{PATIENCE, relay};
     use crate::records::{Record, hash_of};
     use crate::replication::{World, get_key, replicate};
     use crate::settings::{Role, SETTINGS, own, parse_factor, parse_view};
@@ -1265,7 +1258,7 @@ mod service {
                 Err(Box::new(move || {
                     let verb = request.verb.clone();
                     let down = |_| Outcome::MainDown.answer(vocabulary, &verb);
-                    Peer::at(main).relay(request, patience).unwrap_or_else(down)
+                    relay(main, request, patience).unwrap_or_else(down)
                 }))
             }
             (_, Resource::Key(_)) if request.body.len() > LARGE_BODY => {
@@ -4156,38 +4149,42 @@ mod membership {
 // ---- Peers: what one instance asks another --------------------------------------------------------------------------
 
 mod peers {
-    //! A *stream* carries requests to another instance, and their answers back in any order. It consists of two HTTP requests that share a
-    //! random id and do not end: the body of a POST carries requests, and the body of the answer to a GET carries answers.
+    //! Carries requests to other instances, and serves theirs.
     //!
-    //! - On the asking side, one thread reads, and starts one that writes. A caller queues its request and waits; what is queued during
-    //!   one write goes out with the next. The stream ends when there is nothing more to read: then every request that was sent on it
-    //!   fails at once, and what is still queued goes on a new stream.
-    //! - On the asked side, the two requests are connections like others. The coroutine of the POST reads requests, answers them, and sends
-    //!   the answers when it has dealt with all that it has read, as a connection of a client does. What has to wait for other instances is
-    //!   *deferred* to a coroutine of its own, which sends its answer itself. Whoever sends waits until the other side reads.
+    //! A *stream* carries requests one way and their answers the other way, in any order. It consists of two HTTP
+    //! requests with the same random id: the body of a POST carries the requests, and the body of the answer to a GET
+    //! carries the answers. Both last as long as the stream.
     //!
-    //! Each side sends something every `BEAT`, and ends the stream if it reads nothing for `SILENCE`.
+    //! - The asking side has one stream to each instance: one thread writes requests, another reads answers. A caller
+    //!   queues its request and waits; what is queued during one write leaves with the next. When a stream ends, all its
+    //!   requests fail, and the next request opens a new stream.
+    //! - The asked side serves both HTTP requests as connections. The coroutine of the POST reads requests, answers
+    //!   them, and flushes the answers once it has handled all that it has read. A request that has to wait for other
+    //!   instances is *deferred* to a coroutine of its own, which writes the answer itself.
     //!
-    //! *What happens to a relayed write when the main instance is unplugged?* The stream ends after 1.5 s, and the client gets the error.
-    //! The write may still be in a buffer of the kernel, which delivers it if the cable is back in time. Therefore each message says when
-    //! its request began, across any number of followers, and the asked side refuses a request that is older than `RELAYED_LIMIT`. A
-    //! client gets the error after its request began, so the write takes effect within 3 s of the error, or never. The same rule covers
-    //! a process that is stopped and goes on.
+    //! Each side sends something at least every `BEAT`, and ends the stream when it has read nothing for `SILENCE`.
     //!
-    //! A message gives that time in milliseconds since the stream was opened, which each side measures by its own clock: the asked side
-    //! from just before it writes the head of its answer, the asking side from when it has read that head. So the asked side takes a
-    //! request to be older than it is, by the time that the head traveled, and never younger. Heartbeats keep it so when the clocks drift
-    //! apart (`read_answers`).
+    //! **Late writes.** When the network to the main instance is cut, the stream ends after 1.5 s and the client gets
+    //! the error. The kernel may still hold the write, and delivers it if the network heals soon. Therefore each
+    //! message carries the time at which its request began, across any number of followers, and the asked side refuses
+    //! a request that is older than `RELAYED_LIMIT`. The client gets the error after its request began, so the write
+    //! takes effect within 3 s of the error or never. The same holds for a process that is stopped and continued.
     //!
-    //! Nodes take streams, and so does a main instance of this program. Any other main instance answers the GET with something else. It
-    //! gets plain requests, each from a thread that is blocked meanwhile.
+    //! This needs no common clock. Times are in milliseconds since the stream was opened, and each side measures them by
+    //! its own clock: the asked side from just before it writes the head of its answer, the asking side from when it
+    //! has read that head. So the asked side overestimates the age of a request, by the time that the head traveled, and
+    //! never underestimates it. Heartbeats keep it so when the clocks drift apart (`read_answers`).
+    //!
+    //! Nodes and main instances of this program take streams. Any other main instance answers the GET with something
+    //! else: it gets plain requests, each from a thread of its own.
 
-    use std::collections::{HashMap, VecDeque};
+    use std::collections::hash_map::Entry;
+    use std::collections::{BTreeSet, HashMap, VecDeque};
     use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
     use std::net::{Shutdown, TcpStream, ToSocketAddrs};
     use std::panic::{AssertUnwindSafe, catch_unwind};
-    use std::sync::atomic::{AtomicBool, AtomicIsize, Ordering::SeqCst};
-    use std::sync::{Arc, LazyLock, Mutex, Once, PoisonError, mpsc};
+    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+    use std::sync::{Arc, LazyLock, Mutex, PoisonError, mpsc};
     use std::thread::{self, Thread};
     use std::time::{Duration, Instant};
 
@@ -4210,24 +4207,22 @@ mod peers {
     use crate::settings::{SETTINGS, own};
     use crate::world::{lock, now, park_until, pause, random, say};
 
-    /// A peer that is gone is reported within 2 s (the contract, "A follower"): a connection must come about before.
+    /// A connection must be established within this time: the contract reports an instance that is gone within 2 s.
     const CONNECT_LIMIT: Duration = Duration::from_millis(1100);
-    /// A peer that takes no streams, accepts and never answers is reported within 5 s.
+    /// A plain request must be answered within this time: the contract reports an instance that hangs within 5 s.
     const ANSWER_LIMIT: Duration = Duration::from_millis(4200);
-    /// How long a client's request may take in all, on its way through other instances and back.
+    /// The time limit of a client's request, on its way through other instances and back.
     pub const PATIENCE: Duration = Duration::from_millis(4400);
-    /// A request from another instance takes effect within this time of its beginning, or never: the contract says 3 s.
+    /// The time within which a request from another instance takes effect. The contract allows 3 s.
     const RELAYED_LIMIT: Duration = Duration::from_millis(2900);
-    /// How often each side of a stream sends something, and after what silence it ends.
     const BEAT: Duration = Duration::from_millis(250);
     const SILENCE: Duration = Duration::from_millis(1500);
-    /// A stream is ended after this long without a request. Between neighbours, which meet more often, it stays.
+    /// A stream without requests is ended after this time, in milliseconds. Neighbours meet more often and keep theirs.
     const REST: i64 = 400;
-    /// For how long it is remembered that a peer takes no streams.
+    /// How long to remember that an instance takes no streams, in milliseconds.
     const PLAIN_LIMIT: i64 = 60_000;
-    /// How long it may take to look a name up.
     const LOOKUP_LIMIT: Duration = Duration::from_millis(700);
-    /// How many threads may be waiting for answers of a peer that takes no streams.
+    /// The number of threads that may wait for an instance that takes no streams.
     const MAX_THREADS: usize = 64;
 
     /// Milliseconds by this side's clock.
@@ -4236,25 +4231,30 @@ mod peers {
     }
 
     impl Request {
-        /// How long ago it began, if it comes from another instance.
+        /// The time since it began; zero for a request of this instance's own client.
         pub fn age(&self) -> Duration {
             let age = self.began.map_or(0, |began| clock().saturating_sub(began));
             Duration::from_millis(age.try_into().unwrap_or(0))
         }
 
-        /// How long it may still take.
+        /// The time that it may still take.
         pub fn patience(&self) -> Duration {
             if self.began.is_some() { RELAYED_LIMIT.saturating_sub(self.age()) } else { PATIENCE }
         }
 
-        /// The refusal of a request that must not take effect any more, since its client may have got the error long ago. (A GET has no
-        /// effect, and many large values may take as long.)
+        /// Refuses a write whose client may have got the error already. A GET has no effect and is never late.
         pub fn refusal_if_late(&self) -> Option<Outcome> {
             let refusal = || own().map_or(Outcome::MainDown, |own| Outcome::NodeDown(own.to_owned()));
             (self.verb != "GET" && self.patience().is_zero()).then(refusal)
         }
 
-        /// About how many bytes it takes in a message.
+        /// The id of the stream that this request is a part of, if it is.
+        pub fn stream_id(&self) -> Option<&str> {
+            let is_part = matches!(self.verb.as_str(), "GET" | "POST") && self.content_type == STREAM;
+            self.target.strip_prefix(TARGET).filter(|id| is_part && !id.is_empty())
+        }
+
+        /// The approximate size of its message, in bytes.
         fn size(&self) -> usize {
             self.body.len() + self.target.len() + self.via.len() + self.content_type.len() + 64
         }
@@ -4263,18 +4263,18 @@ mod peers {
     // -- Messages
 
     /// The media type of both requests of a stream, and of their answers.
-    pub const STREAM: &str = "application/x-kv-store-stream";
-    /// Where they go, followed by the id.
+    const STREAM: &str = "application/x-kv-store-stream";
+    /// The target of both requests, without the id.
     const TARGET: &str = "/kv-store?stream=";
-    /// How many bytes a message may have: an answer, or a request with its head.
+    /// The limit of a message, and of a plain answer's body, in bytes.
     const MAX_MESSAGE: u32 = 17 << 20;
-    /// About how many bytes of messages are read, written or dealt with at a time.
+    /// About how many bytes of messages are read or written at a time.
     const CHUNK: usize = 64 << 10;
 
-    /// On the wire, a message follows its length (4 bytes, little-endian).
+    /// On the wire, a message follows its length (4 bytes, little-endian) and is encoded by `postcard`.
     #[derive(Serialize, Deserialize)]
     struct Message<T> {
-        /// A request and its answer have the same.
+        /// An answer has the number of its request.
         number: u64,
         /// When the request began, or the answer or heartbeat was queued: milliseconds since the stream was opened.
         time: i64,
@@ -4290,7 +4290,7 @@ mod peers {
             out.write_all(&bytes)
         }
 
-        /// Reads a message, and waits for it. An error is the end of the stream, or what is no message.
+        /// Waits for a message and reads it. An error is the end of the stream, or bytes that are no message.
         fn read(reader: &mut impl Read) -> io::Result<Message<T>> {
             let mut length = [0; 4];
             reader.read_exact(&mut length)?;
@@ -4301,12 +4301,17 @@ mod peers {
         }
     }
 
+    /// Whether these bytes begin with a whole message.
+    fn has_message(bytes: &[u8]) -> bool {
+        bytes.split_first_chunk().is_some_and(|(length, rest)| rest.len() >= u32::from_le_bytes(*length) as usize)
+    }
+
     // -- The secret
 
-    /// Proves to the other side of a stream that this one knows the secret, without telling it: any client can have a node open a
-    /// stream to anywhere, by naming it in a view. The proof is good for this stream (its `id`), this `direction`, and this node that is
-    /// asked: what one node answers proves nothing in the name of another. (SipHash is made to be a code for messages under a secret
-    /// key.) None without a secret.
+    /// A proof that this side of a stream knows the secret, which is not sent itself: any client can make a node open a
+    /// stream to any address, by naming it in a view. The proof holds for one stream (`id`), one `direction` and one
+    /// asked node, so a node cannot pass off another node's answer as its own. SipHash is a message authentication
+    /// code. None without a secret.
     fn proof(id: &str, direction: &str, address: &str) -> Option<String> {
         let secret = SETTINGS.secret.as_ref()?;
         let key = sip128::SipHasher24::new().hash(secret.as_bytes());
@@ -4315,46 +4320,36 @@ mod peers {
         Some(format!("{:032x}", code.as_u128()))
     }
 
-    /// Whether what the other side sent is that proof; also where there is no secret to be proven. Comparing takes as long whatever
-    /// was sent.
+    /// Whether `given` is that proof, or this node has no secret. Compares in constant time.
     fn is_proven(given: &[u8], id: &str, direction: &str, address: &str) -> bool {
         proof(id, direction, address).is_none_or(|proof| proof.as_bytes().ct_eq(given).into())
     }
 
     // -- The asked side
 
-    /// How many streams are taken. Half of them are for those who prove that they know the secret.
-    const MAX_STREAMS: usize = 1000;
-    /// How many bytes a stream may hold for *deferred* requests, which are answered in coroutines of their own: each with its stack, perhaps
-    /// a body of 1 MiB, and its answer until that is written. While it holds more, no requests of it are read. So some 500 small
-    /// requests of a stream can wait for an instance that does not answer before they hold up others.
-    const MAX_HELD: isize = 4 << 20;
-    /// How many bytes all streams may hold, before no requests of clients are read: a process has mappings for some 4000 more stacks. A
-    /// stream of which an answer comes while they hold four times as much ends.
-    const MAX_HELD_IN_ALL: isize = 32 << 20;
-    /// What a deferred request takes, beside its size.
+    /// The limit of what deferred requests hold, in bytes: each its stack, its body, and its answer until that is
+    /// written. Beyond it no further request is read from a stream. The clients of followers may take up half of it, so
+    /// that they cannot keep nodes from answering one another. It keeps the stacks below the number of mappings that
+    /// `MAX_CONNECTIONS` leaves.
+    const MAX_HELD: usize = 32 << 20;
+    /// What a deferred request takes besides its message, in bytes.
     const STACK: usize = 8 << 10;
 
+    static HELD: AtomicUsize = AtomicUsize::new(0);
     /// The streams on which this instance is asked, by their ids.
     static ASKED: LazyLock<Mutex<HashMap<String, Arc<Asked>>>> = LazyLock::new(Default::default);
-    static HELD: AtomicIsize = AtomicIsize::new(0);
 
-    /// A stream on which this instance is asked. It belongs to coroutines.
+    /// A stream on which this instance is asked. Only coroutines use it.
     struct Asked {
-        /// Who opened it proves to know the secret, or there is none.
-        knows_secret: bool,
         /// When it was opened, by this side's clock.
         opened: i64,
-        /// Requests have come.
-        has_begun: AtomicBool,
-        held: AtomicIsize,
-        /// The connection of the answers, also while a coroutine has locked `output` and waits until the other side reads.
+        /// The connection of the GET, for `end`: `output` may be locked by a coroutine that waits for the other side.
         socket: TcpStream,
         output: may::sync::Mutex<BufWriter<may::net::TcpStream>>,
     }
 
     impl Asked {
-        /// Locks the output, also after a panic of a coroutine that had it.
+        /// Locks the output, also after a panic of a coroutine that held it.
         fn output(&self) -> may::sync::MutexGuard<'_, BufWriter<may::net::TcpStream>> {
             self.output.lock().unwrap_or_else(PoisonError::into_inner)
         }
@@ -4365,89 +4360,72 @@ mod peers {
             message.write(&mut *self.output())
         }
 
-        /// Ends the stream: nothing more can be written, and the asking side learns of it.
         fn end(&self) {
             let _ = self.socket.shutdown(Shutdown::Both);
         }
 
-        /// Counts bytes that are held from now on, or if negative, no longer.
-        fn hold(&self, bytes: isize) {
-            self.held.fetch_add(bytes, SeqCst);
-            HELD.fetch_add(bytes, SeqCst);
-        }
-
-        /// Reads requests and has them answered, until the stream ends.
-        fn serve(self: &Arc<Asked>, body: &mut BodyReader, socket: &TcpStream) -> io::Result<()> {
-            // The limit is for each read, and not for each message: a large one on a slow link takes longer.
+        /// Reads and answers requests until the stream ends.
+        fn serve(self: &Arc<Asked>, body: &mut BodyReader, socket: &TcpStream, knows_secret: bool) -> io::Result<()> {
+            // The limit is for each read, not for each message: a large message on a slow link takes longer.
             let connection = waiting_stream(socket, Some(SILENCE))?;
-            // The server has read what came with the head of the POST.
+            // What the server has read together with the head of the POST.
             let begun = body.fill_buf()?.to_vec();
             body.consume(begun.len());
-            self.has_begun.store(true, SeqCst);
             let mut reader = BufReader::new(begun.chain(connection));
             loop {
                 if !has_message(reader.buffer()) {
                     self.output().flush()?;
-                    // What is read next is acknowledged at once: the other side sends no second small packet before that (RFC 896), and
-                    // nothing goes back on this connection that could carry it along. (The kernel forgets this setting.)
+                    // Acknowledge the next packet at once. The other side sends no second small packet before (RFC 896),
+                    // and no answer on this connection would carry the acknowledgement. The kernel resets this option.
                     set_option(socket, libc::IPPROTO_TCP, libc::TCP_QUICKACK, 1);
                 }
                 let Message { number, time, content } = Message::<Request>::read(&mut reader)?;
                 let Some(mut request) = content else { continue };
                 request.began = Some(self.opened.saturating_add(time));
                 let size = request.size();
-                self.answer(number, request)?;
+                if request.origin == Origin::Client || knows_secret {
+                    self.answer(number, request)?;
+                } else {
+                    self.write(number, Some(Outcome::NotOfStore.answer(request.route().1, &request.verb)))?;
+                }
                 take_turn(socket, size);
             }
         }
 
-        /// Answers a request, now or later. What nodes say to one another is taken only from who knows the store's secret.
+        /// Answers a request, now or in a coroutine of its own.
         fn answer(self: &Arc<Asked>, number: u64, request: Request) -> io::Result<()> {
-            let is_from_client = request.origin == Origin::Client;
-            if !is_from_client && !self.knows_secret {
-                return self.write(number, Some(Outcome::NotOfStore.answer(request.route().1, &request.verb)));
-            }
-            while self.held.load(SeqCst) > MAX_HELD || is_from_client && HELD.load(SeqCst) > MAX_HELD_IN_ALL {
+            let limit = if request.origin == Origin::Client { MAX_HELD / 2 } else { MAX_HELD };
+            while HELD.load(SeqCst) > limit {
                 self.output().flush()?;
                 pause(Duration::from_millis(1));
             }
-            let size = (request.size() + STACK) as isize;
+            let size = request.size() + STACK;
             let work = match answer_or_defer(request) {
                 Ok(answer) => return self.write(number, Some(answer)),
                 Err(work) => work,
             };
-            self.hold(size);
+            HELD.fetch_add(size, SeqCst);
             let stream = self.clone();
             may::go!(move || {
-                let answer =
-                    catch_unwind(AssertUnwindSafe(work)).ok().filter(|_| HELD.load(SeqCst) < 4 * MAX_HELD_IN_ALL);
-                let length = answer.as_ref().map_or(0, Answer::length) as isize;
-                stream.hold(length);
+                // Too many large answers that nobody reads end their streams.
+                let answer = catch_unwind(AssertUnwindSafe(work)).ok().filter(|_| HELD.load(SeqCst) < 4 * MAX_HELD);
+                let length = answer.as_ref().map_or(0, Answer::length);
+                HELD.fetch_add(length, SeqCst);
                 let is_written = answer.is_some_and(|answer| stream.write(number, Some(answer)).is_ok());
-                // What others write that are ready now goes along.
+                // The answers of other coroutines that are ready leave with this one.
                 yield_now();
-                // After a panic, the asking side must not wait in vain.
+                // Without an answer, as after a panic, the asking side must not wait.
                 if !is_written || stream.output().flush().is_err() {
                     stream.end();
                 }
-                stream.hold(-size - length);
+                HELD.fetch_sub(size + length, SeqCst);
             });
             Ok(())
         }
     }
 
-    /// Whether these bytes begin with a whole message.
-    fn has_message(bytes: &[u8]) -> bool {
-        bytes.split_first_chunk().is_some_and(|(length, rest)| rest.len() >= u32::from_le_bytes(*length) as usize)
-    }
-
-    /// The id of a stream, if a target is that of one of its requests.
-    pub fn stream_id(target: &str) -> Option<&str> {
-        target.strip_prefix(TARGET).filter(|id| !id.is_empty())
-    }
-
-    /// Whether who opens a stream proves (in the form of RFC 6750 section 2.1) that it knows what the nodes of this store share. An
-    /// error is a proof that is none.
+    /// Whether a request of a stream proves that its sender knows the secret, in the form of RFC 6750 section 2.1. A
+    /// wrong proof is an error; a follower gives none.
     pub fn knows_secret(parsed: &Parsed, id: &str) -> Result<bool, Outcome> {
         let mut headers = parsed.headers().iter();
         let given = headers.find(|header| header.name.eq_ignore_ascii_case("Authorization"));
@@ -4458,26 +4436,18 @@ mod peers {
         }
     }
 
-    /// Serves the GET of a stream on its connection, which carries answers: keeps it open until the stream ends.
+    /// Serves the GET of a stream: sends answers and heartbeats until the stream ends.
     pub fn carry_answers(id: &str, socket: &TcpStream, knows_secret: bool) -> io::Result<()> {
         let output = may::sync::Mutex::new(BufWriter::new(waiting_stream(socket, Some(WRITE_LIMIT))?));
-        let (opened, has_begun, held, socket) = (clock(), false.into(), 0.into(), socket.try_clone()?);
-        let asked = Arc::new(Asked { knows_secret, opened, has_begun, held, socket, output });
-        let mut streams = lock(&ASKED);
-        let strangers = streams.values().filter(|stream| !stream.knows_secret).count();
-        let are_too_many = streams.len() >= MAX_STREAMS || !knows_secret && strangers >= MAX_STREAMS / 2;
-        if are_too_many || streams.contains_key(id) {
-            return Ok(());
-        }
-        streams.insert(id.to_owned(), asked.clone());
-        drop(streams);
-        // Nothing is proven to whoever proves nothing.
+        let asked = Arc::new(Asked { opened: clock(), socket: socket.try_clone()?, output });
+        lock(&ASKED).insert(id.to_owned(), asked.clone());
+        // Only who has given a proof gets one.
         let proof = proof(id, "answer", own().unwrap_or_default()).filter(|_| knows_secret);
         let proof = proof.map_or(String::new(), |proof| format!("Authentication-Info: {proof}\r\n"));
         // Without a length, the body ends with the connection (RFC 9112 section 6.3).
         let head = format!("HTTP/1.1 200 OK\r\nServer: M\r\nContent-Type: {STREAM}\r\n{proof}{CLOSE}\r\n");
         let mut written = asked.output().write_all(head.as_bytes());
-        while written.is_ok() && (asked.has_begun.load(SeqCst) || clock() - opened < SILENCE.as_millis() as i64) {
+        while written.is_ok() {
             written = asked.write(0, None).and_then(|()| asked.output().flush());
             pause(BEAT);
         }
@@ -4485,57 +4455,30 @@ mod peers {
         written
     }
 
-    /// Serves the POST of a stream on its connection: answers requests, until the stream ends.
+    /// Serves the POST of a stream: answers requests until the stream ends.
     pub fn read_requests(id: &str, mut body: BodyReader, socket: &TcpStream, knows_secret: bool) {
-        let asked = lock(&ASKED).get(id).filter(|asked| asked.knows_secret == knows_secret).cloned();
+        let asked = lock(&ASKED).get(id).cloned();
         if let Some(asked) = asked {
             // A panic ends the stream.
-            let _ = catch_unwind(AssertUnwindSafe(|| asked.serve(&mut body, socket)));
+            let _ = catch_unwind(AssertUnwindSafe(|| asked.serve(&mut body, socket, knows_secret)));
             asked.end();
         }
-        // Before `body` is dropped: that reads up to its end, which never comes.
+        // Before `body` is dropped, which reads up to its end: that never comes.
         let _ = socket.shutdown(Shutdown::Both);
     }
 
-    // -- The asking side
+    // -- Questions
 
-    /// This process, in the `Via` of what it relays: a request that comes back with it runs in a ring.
-    static VIA: LazyLock<String> = LazyLock::new(|| format!("1.1 kv-store-{:016x}", random()));
-
-    static PEERS: LazyLock<Mutex<HashMap<String, Arc<Peer>>>> = LazyLock::new(Default::default);
-
-    /// Another instance, and what is to be sent there.
-    pub struct Peer {
-        /// Its `host:port`.
-        address: String,
-        traffic: Mutex<Traffic>,
-        /// Whether stderr was told that the peer has another secret: nodes try again four times a second.
-        stranger: Once,
-    }
-
-    #[derive(Default)]
-    struct Traffic {
-        /// Requests of which nothing was sent yet, and who waits for their answers.
-        queue: VecDeque<(Request, Waiting)>,
-        /// Who waits for the answers to requests that were sent on the present stream, by number.
-        sent: HashMap<u64, Waiting>,
-        last_number: u64,
-        /// When the present stream was opened, by this side's clock.
-        opened: i64,
-        /// The thread that takes what is queued, while there is one: that of the present stream.
-        sender: Option<Thread>,
-    }
-
-    /// An answer that a coroutine, or a thread, waits for, and another one delivers.
+    /// An answer that a coroutine or thread waits for.
     pub struct Question<T = Result<Answer, Lost>> {
         asker: Arc<Blocker>,
         deadline: Instant,
         answer: Mutex<Option<T>>,
     }
 
-    /// The other end of a question. Dropping it wakes who waits, with an answer or without. It is never dropped by who holds a lock: a
-    /// coroutine that is woken while it parks goes on inside the call that parks it, and to drop its Blocker waits for that call to
-    /// return. If the coroutine came to want the lock, both would wait for ever.
+    /// The other end of a question. Dropping it wakes the asker, with an answer or without. Never drop it while holding
+    /// a lock: a coroutine that is woken while it parks continues inside the call that parks it, and dropping its
+    /// Blocker waits for that call to return. If the coroutine then wants the lock, both wait for ever.
     pub struct Waiting<T = Result<Answer, Lost>>(Arc<Question<T>>);
 
     impl<T> Question<T> {
@@ -4545,7 +4488,7 @@ mod peers {
             (question.clone(), Waiting(question))
         }
 
-        /// Waits for the answer. None if there is none in time, or it was given up.
+        /// Waits for the answer. None if the deadline has passed or `Waiting` was dropped.
         pub fn answer(&self) -> Option<T> {
             park_until(&self.asker, self.deadline);
             lock(&self.answer).take()
@@ -4564,88 +4507,130 @@ mod peers {
         }
     }
 
-    impl Peer {
-        pub fn at(address: &str) -> Arc<Peer> {
-            let mut peers = lock(&PEERS);
-            if !peers.contains_key(address) {
-                // Any client can name a thousand nodes in a view: those that nobody asks are forgotten.
-                peers.retain(|_, peer| Arc::strong_count(peer) > 1);
-            }
-            let new = || Arc::new(Peer { address: address.into(), traffic: Mutex::default(), stranger: Once::new() });
-            peers.entry(address.into()).or_insert_with(new).clone()
+    /// Delivers answers. Waking a coroutine takes a system call from a thread, and none from another coroutine.
+    fn deliver(answers: Vec<(Waiting, Answer)>) {
+        let are_several = answers.len() > 1;
+        let deliver = || answers.into_iter().for_each(|(waiting, answer)| waiting.deliver(Ok(answer)));
+        if are_several { drop(may::go!(deliver)) } else { deliver() }
+    }
+
+    // -- The asking side
+
+    /// Identifies this process in the `Via` of what it relays. A request that comes back with it runs in a ring.
+    static VIA: LazyLock<String> = LazyLock::new(|| format!("1.1 kv-store-{:016x}", random()));
+    /// What is being asked of each instance, by its address. An entry lasts as long as its stream.
+    static TRAFFIC: LazyLock<Mutex<HashMap<String, Traffic>>> = LazyLock::new(Default::default);
+    /// The nodes that stderr was told are of another store: this node asks them four times a second.
+    static STRANGERS: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+
+    struct Traffic {
+        /// The id of the stream.
+        id: u64,
+        /// The thread that takes what is queued.
+        sender: Thread,
+        /// When the stream was opened, by this side's clock.
+        opened: i64,
+        /// When a request was last queued, by this side's clock.
+        last_asked: i64,
+        last_number: u64,
+        queue: VecDeque<(Request, Waiting)>,
+        /// Who waits for the answers to requests that were sent, by number.
+        sent: HashMap<u64, Waiting>,
+    }
+
+    impl Traffic {
+        /// Starts the thread of a new stream. It cannot look for its entry before the caller has unlocked `TRAFFIC`.
+        fn begin(address: &str) -> io::Result<Traffic> {
+            let id = random();
+            let stream = Stream { address: address.to_owned(), id };
+            let sender = thread::Builder::new().spawn(move || stream.run())?.thread().clone();
+            let (opened, last_asked, last_number, queue, sent) = Default::default();
+            Ok(Traffic { id, sender, opened, last_asked, last_number, queue, sent })
         }
 
-        /// Takes a request to the peer and returns its answer; an error if there is none in time, or the request runs in a ring.
-        /// The request is sent once at most.
-        pub fn relay(self: Arc<Peer>, request: Request, patience: Duration) -> Result<Answer, Lost> {
-            let no_answer = Err(Lost { was_sent: true });
-            let result = self.begin(request, patience).and_then(|question| question.answer().unwrap_or(no_answer));
-            RELAYED.fetch_add(1, SeqCst);
-            RELAYED_IN_VAIN.fetch_add(result.is_err().into(), SeqCst);
-            result
+        fn is_idle(&self) -> bool {
+            self.queue.is_empty() && self.sent.is_empty() && clock() - self.last_asked > REST
+        }
+    }
+
+    /// Relays a request to the instance at `address` and waits for its answer. An error: there is none within
+    /// `patience`, or the request runs in a ring. The request is sent at most once.
+    pub fn relay(address: &str, request: Request, patience: Duration) -> Result<Answer, Lost> {
+        let no_answer = Err(Lost { was_sent: true });
+        let result = begin(address, request, patience).and_then(|question| question.answer().unwrap_or(no_answer));
+        RELAYED.fetch_add(1, SeqCst);
+        RELAYED_IN_VAIN.fetch_add(result.is_err().into(), SeqCst);
+        result
+    }
+
+    /// Queues a request to the instance at `address`. The caller may queue others before it waits for the answer.
+    pub fn begin(address: &str, mut request: Request, patience: Duration) -> Result<Arc<Question>, Lost> {
+        let not_sent = Lost { was_sent: false };
+        // Messages are never relayed further.
+        if request.origin != Origin::Message {
+            if request.via.split(',').any(|hop| hop.trim() == *VIA) {
+                return Err(not_sent);
+            }
+            request.via = if request.via.is_empty() { VIA.clone() } else { format!("{}, {}", request.via, *VIA) };
+        }
+        request.began.get_or_insert_with(clock);
+        let (question, waiting) = Question::new(patience);
+        let mut all = lock(&TRAFFIC);
+        let traffic = match all.entry(address.to_owned()) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(Traffic::begin(address).map_err(|_| not_sent)?),
+        };
+        traffic.last_asked = clock();
+        traffic.queue.push_back((request, waiting));
+        let sender = (traffic.queue.len() == 1).then(|| traffic.sender.clone());
+        drop(all);
+        if let Some(sender) = sender {
+            // The requests of other coroutines that are ready leave with this one.
+            yield_now();
+            sender.unpark();
+        }
+        Ok(question)
+    }
+
+    /// A stream to another instance, or plain requests to one that takes no streams.
+    #[derive(Clone)]
+    struct Stream {
+        address: String,
+        id: u64,
+    }
+
+    impl Stream {
+        /// Looks at the stream's entry. None if the stream has ended.
+        fn with<T>(&self, action: impl FnOnce(&mut Traffic) -> T) -> Option<T> {
+            lock(&TRAFFIC).get_mut(&self.address).filter(|traffic| traffic.id == self.id).map(action)
         }
 
-        /// Begins to ask: what others are asked meanwhile goes on beside it.
-        pub fn begin(self: Arc<Peer>, mut request: Request, patience: Duration) -> Result<Arc<Question>, Lost> {
-            // (What nodes say to one another is not passed on.)
-            if request.origin != Origin::Message {
-                if request.via.split(',').any(|hop| hop.trim() == *VIA) {
-                    return Err(Lost { was_sent: false });
-                }
-                request.via = if request.via.is_empty() { VIA.clone() } else { format!("{}, {}", request.via, *VIA) };
+        /// Ends the stream if the condition holds: what is queued fails, and what was sent gets no answer. Returns
+        /// whether it has ended.
+        fn end_if(&self, condition: impl FnOnce(&Traffic) -> bool) -> bool {
+            let mut all = lock(&TRAFFIC);
+            match all.get(&self.address).filter(|traffic| traffic.id == self.id) {
+                Some(traffic) if !condition(traffic) => return false,
+                Some(_) => {}
+                None => return true,
             }
-            request.began.get_or_insert_with(clock);
-            let (question, waiting) = Question::new(patience);
-            let mut traffic = lock(&self.traffic);
-            traffic.queue.push_back((request, waiting));
-            let is_first = traffic.queue.len() == 1;
-            let sender = traffic.sender.clone();
-            if sender.is_none() {
-                // (Where the system has no room for a thread, the next request tries again.)
-                let peer = self.clone();
-                let spawned = thread::Builder::new().spawn(move || peer.take_queue());
-                traffic.sender = spawned.ok().map(|taker| taker.thread().clone());
-            }
-            drop(traffic);
-            if let Some(sender) = sender.filter(|_| is_first) {
-                // What other coroutines ask that are ready now goes along.
-                yield_now();
-                sender.unpark();
-            }
-            Ok(question)
+            let traffic = all.remove(&self.address);
+            drop(all);
+            let queued = traffic.into_iter().flat_map(|traffic| traffic.queue);
+            queued.for_each(|(_, waiting)| waiting.deliver(Err(Lost { was_sent: false })));
+            true
         }
 
-        /// Takes what is queued to the peer, on one stream after the other or as plain requests, until nothing is.
-        fn take_queue(self: Arc<Peer>) {
-            loop {
-                match catch_unwind(AssertUnwindSafe(|| self.run_stream())) {
-                    Ok(Ok(true)) => {}
-                    Ok(Ok(false)) => self.send_plainly(),
-                    // There is no way to the peer.
-                    Ok(Err(_)) | Err(_) => {
-                        let queue = std::mem::take(&mut lock(&self.traffic).queue);
-                        queue.into_iter().for_each(|(_, waiting)| waiting.deliver(Err(Lost { was_sent: false })));
-                    }
-                }
-                let mut traffic = lock(&self.traffic);
-                // The thread that wrote on the stream may be blocked in a write for minutes. It finds that it is not the sender any more.
-                traffic.sender = Some(thread::current()).filter(|_| !traffic.queue.is_empty());
-                let is_done = traffic.sender.is_none();
-                let sent = std::mem::take(&mut traffic.sent);
-                drop(traffic);
-                // The stream has ended: no answer comes to what was sent on it.
-                drop(sent);
-                if is_done {
-                    return;
-                }
-            }
+        fn run(self) {
+            // A panic ends the stream, as an error does.
+            let _ = catch_unwind(AssertUnwindSafe(|| self.carry()));
+            self.end_if(|_| true);
         }
 
-        /// Opens a stream, starts the thread that writes on it, and reads answers until it ends. False: the peer takes no streams. An
-        /// error: there was no answer.
-        fn run_stream(self: &Arc<Peer>) -> attohttpc::Result<bool> {
+        /// Opens the stream, starts the thread that writes requests, and reads answers until the stream ends.
+        fn carry(&self) -> attohttpc::Result<()> {
             let host = find_host(&self.address)?;
-            let id = format!("{:016x}", random());
+            let id = format!("{:016x}", self.id);
             let open = |verb: &str| {
                 let builder = client(verb, &format!("http://{host}{TARGET}{id}"), SILENCE)?;
                 let builder = builder.try_header("Content-Type", STREAM)?.try_header("Via", VIA.as_str())?;
@@ -4654,136 +4639,117 @@ mod peers {
                     None => builder,
                 })
             };
-            let (status, headers, answers) = open("GET")?.send()?.split();
+            let (_, headers, answers) = open("GET")?.send()?.split();
             let given = headers.get("Authentication-Info").map_or(&b""[..], |value| value.as_bytes());
             let is_stream = headers.get("Content-Type").is_some_and(|it| it == STREAM);
-            let is_proven = is_proven(given, &id, "answer", &self.address);
-            if status == StatusCode::FORBIDDEN || is_stream && !is_proven {
-                let line = || say(&format!("node {} is of another store: its SECRET is another one", self.address));
-                self.stranger.call_once(line);
+            if !is_stream || !is_proven(given, &id, "answer", &self.address) {
+                if own().is_none() {
+                    self.send_plainly();
+                    return Ok(());
+                }
+                // A node takes streams from all nodes of its store.
+                if lock(&STRANGERS).insert(self.address.clone()) {
+                    say(&format!("node {} is of another store, or has another SECRET", self.address));
+                }
+                return Err(io::Error::from(io::ErrorKind::PermissionDenied).into());
             }
-            if !is_stream || !is_proven {
-                // A node is never asked without a stream: one that takes none from here is of another store.
-                let error = io::Error::from(io::ErrorKind::PermissionDenied);
-                return if own().is_some() { Err(error.into()) } else { Ok(false) };
-            }
-            let post = open("POST")?.body(Requests { peer: self.clone(), last_needed: clock() });
-            let mut traffic = lock(&self.traffic);
-            traffic.opened = clock();
-            // It ends with the stream, and always with an error. Then it closes its connection, whereupon the peer closes the other one.
-            let sender = thread::Builder::new().spawn(move || post.send())?;
-            traffic.sender = Some(sender.thread().clone());
-            drop(traffic);
-            let _ = self.read_answers(answers, || sender.is_finished());
-            Ok(true)
+            self.with(|traffic| traffic.opened = clock());
+            let (post, stream) = (open("POST")?.body(Requests(self.clone())), self.clone());
+            // `send` returns when the stream has ended, and closes the connection. Then the other side closes the other one.
+            let send = move || (post.send().is_ok(), stream.end_if(|_| true));
+            thread::Builder::new().spawn(send)?;
+            Ok(self.read_answers(answers)?)
         }
 
-        /// Reads answers from a stream and delivers them, until the stream ends.
-        fn read_answers(&self, answers: impl Read, is_over: impl Fn() -> bool) -> io::Result<()> {
+        fn read_answers(&self, answers: impl Read) -> io::Result<()> {
             let (mut answers, mut batch) = (BufReader::with_capacity(CHUNK, answers), Vec::new());
-            while !is_over() {
+            loop {
                 let Message { number, time, content } = Message::<Answer>::read(&mut answers)?;
-                let mut traffic = lock(&self.traffic);
-                match content {
+                let read = self.with(|traffic| match content {
                     Some(answer) => batch.extend(traffic.sent.remove(&number).map(|waiting| (waiting, answer))),
-                    // The asked side opened the stream at this time or earlier: a heartbeat that waited behind large answers gives too
-                    // late a time. So the earliest counts, which may rise by 1 ms a heartbeat, since the asked side's clock may be slower.
+                    // The asked side opened the stream at this time or earlier. A heartbeat that waited behind large
+                    // answers gives too late a time, so the earliest counts. It may rise by 1 ms a heartbeat, since the
+                    // asked side's clock may be slower.
                     None => traffic.opened = clock().saturating_sub(time).min(traffic.opened.saturating_add(1)),
+                });
+                if read.is_none() {
+                    return Ok(());
                 }
-                drop(traffic);
                 if !has_message(answers.buffer()) {
                     deliver(std::mem::take(&mut batch));
                 }
             }
-            Ok(())
         }
 
-        /// Takes each queued request to the peer from a thread of its own. After a while the peer may be another program.
-        fn send_plainly(self: &Arc<Peer>) {
+        /// What the sender writes next: what is queued, or else a heartbeat. None if the stream has ended.
+        fn next_batch(&self) -> Option<Vec<Message<Request>>> {
+            if self.with(|traffic| traffic.queue.is_empty())? {
+                thread::park_timeout(BEAT);
+            }
+            self.with(|traffic| {
+                let (mut batch, mut size) = (Vec::new(), 0);
+                while size < CHUNK
+                    && let Some((request, waiting)) = traffic.queue.pop_front()
+                {
+                    size += request.size();
+                    traffic.last_number += 1;
+                    traffic.sent.insert(traffic.last_number, waiting);
+                    let time = request.began.map_or(0, |began| began.saturating_sub(traffic.opened));
+                    batch.push(Message { number: traffic.last_number, time, content: Some(request) });
+                }
+                if batch.is_empty() {
+                    batch.push(Message { number: 0, time: 0, content: None });
+                }
+                batch
+            })
+        }
+
+        /// Sends each queued request from a thread of its own. Ends after `PLAIN_LIMIT`: by then the instance may be
+        /// another program.
+        fn send_plainly(&self) {
             let (threads, end) = (Arc::new(()), clock() + PLAIN_LIMIT);
-            while clock() < end {
+            while clock() < end || !self.end_if(|traffic| traffic.queue.is_empty()) {
                 if Arc::strong_count(&threads) > MAX_THREADS {
                     thread::sleep(Duration::from_millis(1));
                     continue;
                 }
-                let next = lock(&self.traffic).queue.pop_front();
-                let Some((request, waiting)) = next else {
+                let Some((request, waiting)) = self.with(|traffic| traffic.queue.pop_front()).flatten() else {
                     thread::park_timeout(BEAT);
                     continue;
                 };
-                let (peer, counted) = (self.clone(), threads.clone());
+                let (address, thread) = (self.address.clone(), threads.clone());
                 let send = move || {
                     if request.refusal_if_late().is_none()
-                        && let Ok(host) = find_host(&peer.address)
+                        && let Ok(host) = find_host(&address)
                         && let Ok(answer) = request.send(&host)
                     {
                         waiting.deliver(Ok(answer));
                     }
-                    drop(counted);
+                    drop(thread);
                 };
                 let _ = thread::Builder::new().spawn(send);
             }
         }
     }
 
-    /// Delivers answers. To wake a coroutine from a thread takes a system call; from another coroutine it takes none.
-    fn deliver(answers: Vec<(Waiting, Answer)>) {
-        let are_several = answers.len() > 1;
-        let deliver = || answers.into_iter().for_each(|(waiting, answer)| waiting.deliver(Ok(answer)));
-        if are_several { drop(may::go!(deliver)) } else { deliver() }
-    }
-
     /// The body of a stream's POST.
-    struct Requests {
-        peer: Arc<Peer>,
-        /// When an answer was last waited for.
-        last_needed: i64,
-    }
-
-    impl Requests {
-        /// What is to be written next: what is queued, or a heartbeat. None: the stream ends, since it has, or nobody needs it.
-        fn next(&mut self) -> Option<Vec<Message<Request>>> {
-            if lock(&self.peer.traffic).queue.is_empty() {
-                thread::park_timeout(BEAT);
-            }
-            let mut guard = lock(&self.peer.traffic);
-            let traffic = &mut *guard;
-            traffic.sender.as_ref().filter(|sender| sender.id() == thread::current().id())?;
-            let (mut batch, mut size) = (Vec::new(), 0);
-            while size < CHUNK
-                && let Some((request, waiting)) = traffic.queue.pop_front()
-            {
-                size += request.size();
-                traffic.last_number += 1;
-                traffic.sent.insert(traffic.last_number, waiting);
-                let time = request.began.map_or(0, |began| began.saturating_sub(traffic.opened));
-                batch.push(Message { number: traffic.last_number, time, content: Some(request) });
-            }
-            if !traffic.sent.is_empty() {
-                self.last_needed = clock();
-            } else if clock() - self.last_needed > REST {
-                return None;
-            }
-            drop(guard);
-            if batch.is_empty() {
-                batch.push(Message { number: 0, time: 0, content: None });
-            }
-            Some(batch)
-        }
-    }
+    struct Requests(Stream);
 
     impl Body for Requests {
         fn kind(&mut self) -> io::Result<BodyKind> {
-            // No stream carries as much.
+            // More than any stream carries.
             Ok(BodyKind::KnownLength(1 << 62))
         }
 
         fn write<W: Write>(&mut self, mut writer: W) -> io::Result<()> {
-            while let Some(batch) = self.next() {
+            let Requests(stream) = self;
+            stream.with(|traffic| traffic.sender = thread::current());
+            while let Some(batch) = stream.next_batch() {
                 batch.iter().try_for_each(|message| message.write(&mut writer))?;
                 writer.flush()?;
+                stream.end_if(Traffic::is_idle);
             }
-            // The rest never comes: the client is not to wait for an answer.
+            // An error makes attohttpc give up: it must not wait for an answer to a body that is cut off.
             Err(io::ErrorKind::ConnectionAborted.into())
         }
     }
@@ -4878,7 +4844,7 @@ mod world {
     use crate::http::{Answer, Origin, Outcome, Request, Vocabulary};
     use crate::membership::run;
     use crate::node::{Envelope, Later, Message, Node, Reply};
-    use crate::peers::{Peer, Question};
+    use crate::peers::{self, Question};
     use crate::replication::{Lost, World};
     use crate::service::Work;
     use crate::settings::{SETTINGS, own, port_of};
@@ -4979,7 +4945,7 @@ mod world {
         }
 
         async fn relay(&self, node: &str, request: Request, patience: Duration) -> Result<Answer, Lost> {
-            Peer::at(node).relay(request, patience)
+            peers::relay(node, request, patience)
         }
 
         async fn sleep(&self, time: Duration) {
@@ -5010,7 +4976,7 @@ mod world {
             // In a large store that starts, all nodes ask all.
             limit = limit.max(Duration::from_millis(40) * SETTINGS.view.len() as u32);
         }
-        Peer::at(&envelope.to).begin(message, limit).ok()
+        peers::begin(&envelope.to, message, limit).ok()
     }
 
     /// Answers a message, in the background unless it is short. One that is too late is refused: a late lock would
