@@ -48,8 +48,9 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 // ---- Settings: what the environment says ----------------------------------------------------------------------------
 
 mod settings {
-    //! What the environment says: every variable is read once and checked, and one that is malformed ends the program (`Settings::read`).
-    //! What is an address is decided here as well, for views and peers.
+    //! Reads the environment, and checks addresses.
+    //!
+    //! Each variable is read once. A malformed or contradictory one ends the program with a line on stderr.
 
     use std::net::{IpAddr, SocketAddr};
     use std::sync::LazyLock;
@@ -75,29 +76,28 @@ environment (an empty variable is an unset one):
   SECRET              what the nodes of a store share: 1 to 200 visible ASCII characters [none]
 ";
 
-    /// What this instance is. A follower has its main instance's address, a node its own.
+    /// A follower has the address of its main instance, a node its own address.
     pub enum Role {
         Main,
         Follower(String),
         Node(String),
     }
 
-    /// This node's own address; None for a main instance and a follower.
+    /// This node's own address. None for a main instance and for a follower.
     pub fn own() -> Option<&'static str> {
         if let Role::Node(own) = &SETTINGS.role { Some(own) } else { None }
     }
 
-    /// What the environment asks of this process.
     pub struct Settings {
         pub listen: SocketAddr,
         pub role: Role,
-        /// The first view of a node, and how many nodes hold each shard then.
+        /// A node's first view, and the number of replicas of each shard in it.
         pub view: Vec<String>,
         pub factor: usize,
-        /// What the nodes of the store share.
         pub secret: Option<String>,
     }
 
+    /// The settings of this process. The first use ends the program if they are not valid.
     pub static SETTINGS: LazyLock<Settings> = LazyLock::new(|| {
         let variable = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
         Settings::read(variable).unwrap_or_else(|line| fail(2, &line))
@@ -114,29 +114,25 @@ environment (an empty variable is an unset one):
                 value => Ok(value.map(|value| value.to_ascii_lowercase())),
             };
             let own = address("ADDRESS")?;
-            let main = match address("FORWARDING_ADDRESS")? {
-                None => address("MAINIP")?,
-                main => main,
+            let main = address(if get("FORWARDING_ADDRESS").is_some() { "FORWARDING_ADDRESS" } else { "MAINIP" })?;
+            let expected = match (&own, &main) {
+                (Some(_), None) => None,
+                (Some(_), Some(_)) => Some("no FORWARDING_ADDRESS or MAINIP"),
+                (None, _) => Some("ADDRESS to be set too, this node's own host:port"),
             };
-            for name in ["VIEW", "REPL_FACTOR", "SECRET"] {
-                let Some(value) = get(name) else { continue };
-                let value = if name == "SECRET" { "..." } else { &value };
-                if own.is_none() {
-                    return Err(format!("{name}={value}: expected ADDRESS to be set too, this node's own host:port"));
-                } else if let Some(main) = &main {
-                    return Err(format!("{name}={value}: expected no FORWARDING_ADDRESS or MAINIP, but one is {main}"));
-                }
+            let of_nodes = ["VIEW", "REPL_FACTOR", "SECRET"].into_iter().find(|name| get(name).is_some());
+            if let (Some(name), Some(expected)) = (of_nodes, expected) {
+                let value = get(name).filter(|_| name != "SECRET").unwrap_or("...".into());
+                return Err(format!("{name}={value}: expected {expected}"));
             }
             let view = match get("VIEW") {
                 None => own.iter().cloned().collect(),
                 Some(text) => parse_view(text.split(','))
                     .map_err(|why| format!("VIEW={text}: expected host:port,host:port,..., but {why}"))?,
             };
-            let factor = match get("REPL_FACTOR") {
-                None => 1,
-                Some(text) => parse_factor(&text, view.len())
-                    .map_err(|expected| format!("REPL_FACTOR={text}: expected {expected}"))?,
-            };
+            let factor = get("REPL_FACTOR").unwrap_or("1".into());
+            let factor = parse_factor(&factor, view.len().max(1))
+                .map_err(|expected| format!("REPL_FACTOR={factor}: expected {expected}"))?;
             let secret = get("SECRET");
             if secret.iter().any(|text| text.len() > 200 || !text.bytes().all(|byte| byte.is_ascii_graphic())) {
                 return Err("SECRET=...: expected 1 to 200 visible ASCII characters (its value is not shown)".into());
@@ -148,18 +144,18 @@ environment (an empty variable is an unset one):
     }
 
     fn listen_address(ip: Option<String>, port: Option<String>, own: Option<&str>) -> Result<SocketAddr, String> {
-        let port = match (port, own) {
-            (Some(port), _) => port_of(&format!("localhost:{port}"))
+        let port = match port {
+            Some(port) => port_of(&format!("localhost:{port}"))
                 .ok_or_else(|| format!("PORT={port}: expected a number from 1 to 65535"))?,
-            (None, Some(own)) => port_of(own).unwrap_or_default(),
-            (None, None) => 8080,
+            None => own.and_then(port_of).unwrap_or(8080),
         };
         let ip = ip.unwrap_or("0.0.0.0".into());
         let ip: IpAddr = ip.parse().map_err(|_| format!("IP={ip}: expected an IPv4 or IPv6 address"))?;
         Ok(SocketAddr::new(ip, port))
     }
 
-    /// Checks the addresses of a view. The error says what is wrong with which. (Names are the same in either case, RFC 4343.)
+    /// Checks the addresses of a view and returns them in lower case (RFC 4343). The error is the end of a sentence
+    /// that says what is wrong.
     pub fn parse_view<'a>(addresses: impl Iterator<Item = &'a str>) -> Result<Vec<String>, String> {
         let mut view = Vec::new();
         for text in addresses.take(1001).map(str::trim) {
@@ -174,18 +170,18 @@ environment (an empty variable is an unset one):
         if (1..=1000).contains(&view.len()) { Ok(view) } else { Err("it must name 1 to 1000 nodes".into()) }
     }
 
-    /// Reads a replication factor for a number of nodes. The error says what was expected.
+    /// Reads a replication factor for a store of `nodes` nodes. The error says what was expected.
     pub fn parse_factor(text: &str, nodes: usize) -> Result<usize, String> {
         let factor = text.parse().ok().filter(|factor| (1..=nodes).contains(factor) && !text.starts_with('+'));
         factor.ok_or(format!("a whole number from 1 to {nodes}, the number of nodes"))
     }
 
-    /// The port of `host:port`, where the host is a name, an IPv4 address or an IPv6 address in brackets: what stands unchanged
-    /// in a URL, and nothing else.
+    /// The port of `host:port`, where the host is a name, an IPv4 address, or an IPv6 address in brackets. None if a
+    /// URL would spell the address in another way.
     pub fn port_of(text: &str) -> Option<u16> {
         let url = Url::parse(&format!("http://{text}")).ok()?;
         let (host, port) = (url.host_str()?, url.port_or_known_default().filter(|port| *port > 0)?);
-        // The URL parser takes more characters, such as a quotation mark, than may stand in an answer.
+        // The URL parser takes more characters, such as a quotation mark, than an answer may contain.
         let is_plain = text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte));
         (is_plain && text.len() <= 300 && text.eq_ignore_ascii_case(&format!("{host}:{port}"))).then_some(port)
     }
@@ -194,23 +190,27 @@ environment (an empty variable is an unset one):
 // ---- Connections: where bytes come in and answers go out ------------------------------------------------------------
 
 mod connections {
-    //! may_minihttp parses requests, and sends answers when it has dealt with all that it read. Much it cannot do: answer what it
-    //! refused to parse, answer without a body (HEAD) or with headers that are not known when it is compiled, answer before the next
-    //! request's body has come, close, and wait for a client that does not read. So a connection keeps its answers itself, as its
-    //! *output* (`write`). The server has an empty answer for each, and when it sends these, `send` sends the output in their place.
+    //! Receives requests on clients' connections, and sends the answers.
     //!
-    //! Output leaves when the server sends, when there is much of it, and before anything that may wait: another instance, a body, a
-    //! large value (`flush`). A large value is not copied into the output but written straight from the record, while the coroutine
-    //! waits for the client (`write_waiting`): a client that does not read costs a pointer, and there is nothing to account for.
+    //! may_minihttp parses requests and sends answers once it has handled all that it has read. It cannot answer a
+    //! request that it fails to parse, answer HEAD without a body, set headers at run time, answer while it waits for
+    //! the next request's body, wait for a slow reader, or close. Therefore each connection keeps its answers in an
+    //! *output* buffer of its own (`Client::write`) and gives the server empty answers. When the server sends these,
+    //! `send` sends the output instead.
     //!
-    //! A connection is closed (`close`)
-    //! - after the answer to `Connection: close` and HTTP/1.0 (`close_with`);
-    //! - after a refusal, since where the next request begins is not known, or not worth reading up to it (`refuse`);
-    //! - without an answer, when a body ends before its length (`serve`), or the stream that it carries ends (`serve_stream`);
-    //! - when its client has taken nothing of an answer for ten seconds (`write_waiting`), or sent nothing for 75 (`watch`);
-    //! - at once, when there are too many (`new_service`).
+    //! The output is flushed when the server sends, when it exceeds `BATCH`, and before anything that may wait: a
+    //! request to another instance, a body, a large value. A large value is not copied: `write_waiting` writes it
+    //! directly from the record while the coroutine waits for the client. So a client that does not read costs a
+    //! pointer, and buffers need no accounting.
     //!
-    //! A connection that carries a stream is left to `peers` (`serve_stream`).
+    //! A connection is closed
+    //! - after the answer to `Connection: close` or HTTP/1.0 (`close_with`);
+    //! - after a refusal, when the end of the request is not known or too far to read on (`refuse`);
+    //! - without an answer, when a body ends before its length (`serve`) or a stream ends (`serve_stream`);
+    //! - when its client takes nothing of an answer for 10 s (`write_waiting`), or sends nothing for 75 s (`watch`);
+    //! - at once, when there are too many connections (`new_service`).
+    //!
+    //! The two connections of a stream are handed to `peers` (`serve_stream`).
     //!
     //! All of this runs on the worker thread (`start_worker`), so the state of connections needs no locks.
 
@@ -235,55 +235,56 @@ mod connections {
     use crate::service::{LARGE_BODY, VERBS, answer_or_defer, count_answer};
     use crate::world::pause;
 
-    /// The output of a connection is sent when it has more than so many bytes. A value that is longer is not copied to it.
+    /// The output is flushed when it exceeds this size, in bytes. A larger value is not copied to it.
     const BATCH: usize = 32 << 10;
-    /// How many bytes may be received and answered, without a pause, before other clients have their turn.
+    /// The number of bytes to receive and answer before other coroutines must run.
     const TURN: usize = 128 << 10;
-    /// How many bytes large bodies may have together: more are not read before there is room.
+    /// The limit of all large bodies that are being read or answered, in bytes. Further ones are not read meanwhile.
     const MAX_BODIES: usize = 64 << 20;
-    /// What the server reads of a client before a request's head is whole, in bytes, at most. It reads ahead by as much as it has, and
-    /// the limit of a head is exact only where the whole head is there.
+    /// The number of bytes that the server may read before it has parsed another request. It reads ahead, so `MAX_HEAD`
+    /// can be checked only once a head is complete.
     const MAX_READ: usize = 3 * MAX_HEAD;
-    /// A client that takes nothing of an answer for this long is given up. (The kernel asks for more when 16 KiB are gone, `BATCH`.)
+    /// A client that takes nothing of an answer for this time is disconnected.
     pub const WRITE_LIMIT: Duration = Duration::from_secs(10);
-    /// A connection on which nothing happens for so many seconds is closed. Load balancers do so after 60 s: the client's side should be
-    /// the first, or a request may meet a connection that is just being closed.
+    /// The idle timeout, in seconds. Load balancers have one of 60 s: if the server's were shorter, they would send
+    /// requests on connections that are just being closed.
     const IDLE_LIMIT: u32 = 75;
 
-    /// How many connections are open.
+    /// The number of open connections.
     pub static CONNECTIONS: AtomicU64 = AtomicU64::new(0);
-    /// A third of the files that the system lets this process open, less some for everything else: a connection that is written to or
-    /// read from while its coroutine waits takes another one, and a stream a third (`waiting_stream`, `carry_answers`). And less than
-    /// half the mappings that Linux lets a process have: a coroutine's stack takes two, and without one the server ends.
+    /// The limit of open connections. One may take three open files: its socket, a second descriptor while its
+    /// coroutine waits for the client, and a third while it carries a stream. It takes two memory mappings, for its
+    /// coroutine's stack, of the 65,530 that Linux allows a process; without one the server ends. Deferred requests
+    /// take the rest (`MAX_HELD`).
     pub static MAX_CONNECTIONS: LazyLock<u64> = LazyLock::new(|| {
         let files = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024);
         (files.saturating_sub(OTHER_FILES) / 3).min(28_000)
     });
-    /// The files that are left for all but connections.
+    /// The number of open files that are reserved for everything but connections.
     pub const OTHER_FILES: u64 = 200;
 
     thread_local! {
-        /// The clients, by the descriptors of their sockets. The worker has them; in any other thread there are none.
+        /// The clients, by the descriptors of their sockets. Only the worker thread has any.
         static CLIENTS: RefCell<Vec<Option<Rc<Client>>>> = const { RefCell::new(Vec::new()) };
-        /// How many bytes the large bodies have that are being read, or answered.
+        /// The total length of the large bodies that are being read or answered.
         static BODIES: Cell<usize> = const { Cell::new(0) };
-        /// The time of day, as answers give it.
+        /// The `Date` of answers.
         static DATE: RefCell<String> = RefCell::new(date());
-        /// How many bytes were received and answered since a client last let others have their turn.
+        /// The number of bytes received and answered since other coroutines last ran.
         static SERVED: Cell<usize> = const { Cell::new(0) };
     }
 
-    /// A connection, as the service, the watch, and `recv` and `send` see it.
+    /// The state of a connection that the service, the watch, and `recv` and `send` share.
     struct Client {
         fd: RawFd,
         phase: Cell<Phase>,
-        /// For how many seconds nothing has happened.
+        /// The number of seconds since something last happened.
         idle: Cell<u32>,
-        /// When the head of the request that is being answered was whole.
+        /// When the head of the current request was complete.
         asked: Cell<Instant>,
-        /// How many bytes were read since a request was last dealt with: of the next one's head, or what the server read ahead.
+        /// The number of bytes read since the last request was parsed.
         head: Cell<usize>,
-        /// Answers that are still to be sent.
+        /// Answers that are not sent yet.
         output: RefCell<Vec<u8>>,
     }
 
@@ -291,26 +292,27 @@ mod connections {
     enum Phase {
         /// The server reads the head of the next request.
         Head,
-        /// As `Head`, but the client sends nothing more: with its next read, the server is told.
+        /// As `Head`, after the client has closed its side. The server learns of it from its next read.
         LastHead,
         /// A request is being answered.
         Request,
-        /// As `Request`, and some of its body is read from the socket, since not all of it came with the head.
+        /// As `Request`, and its body did not arrive with its head: it is read from the socket.
         Body,
-        /// Nothing more is answered or sent: the connection is being closed, or carries a stream.
+        /// Nothing more is answered: the connection is being closed, or carries a stream.
         Closing,
     }
 
     impl Client {
-        /// The client whose socket has this descriptor. None if it is something else's.
+        /// The client whose socket has this descriptor. None for a descriptor of anything else.
         fn at(fd: RawFd) -> Option<Rc<Client>> {
             CLIENTS.try_with(|clients| clients.borrow().get(fd as usize).cloned().flatten()).ok().flatten()
         }
 
-        /// The socket, which the server owns, and closes after the service has taken the client out of `CLIENTS`.
+        /// The socket. The server owns it, and closes it after `Connection::drop` has removed the client from
+        /// `CLIENTS`.
         fn socket(&self) -> ManuallyDrop<TcpStream> {
-            // SAFETY: whoever has a client got it from `CLIENTS` in a call of the server, which keeps the descriptor open until the call
-            // returns, or in the watch, which nothing interrupts; and ManuallyDrop never closes it.
+            // SAFETY: a client is taken from `CLIENTS` in a call by the server, which keeps the descriptor open until
+            // the call returns, or in the watch, which does not yield. ManuallyDrop never closes it.
             ManuallyDrop::new(unsafe { TcpStream::from_raw_fd(self.fd) })
         }
 
@@ -318,7 +320,7 @@ mod connections {
             self.phase.get() == Phase::Closing
         }
 
-        /// Closes the connection: nothing more is sent, and when the server finds that it cannot, it closes the socket.
+        /// Closes the connection. The server closes the socket when its next read or write fails.
         fn close(&self, how: Shutdown) {
             self.phase.set(Phase::Closing);
             let _ = self.socket().shutdown(how);
@@ -336,20 +338,18 @@ mod connections {
             if request.verb == "PUT" && framing.length > MAX_BODY {
                 return self.close_with(answer_unread(request), verb, false);
             }
-            let is_kept = framing.length <= MAX_BODY;
-            let _room = (is_kept && framing.length > LARGE_BODY).then(|| self.wait_for_room(framing.length));
+            let is_large = (LARGE_BODY + 1..=MAX_BODY).contains(&framing.length);
+            let _room = is_large.then(|| self.wait_for_room(framing.length));
             if framing.expects_continue {
-                // (RFC 9110 section 10.1.1)
+                // RFC 9110 section 10.1.1.
                 self.output.borrow_mut().extend(b"HTTP/1.1 100 Continue\r\n\r\n");
             }
-            let body = is_kept.then_some(&mut request.body);
-            if framing.length > 0 && !self.read_body(parsed.body(), framing.length, body) {
-                // What it sent before is answered.
+            if framing.length > 0 && !self.read_body(parsed.body(), framing.length, &mut request.body) {
                 self.flush();
                 return self.close(Shutdown::Write);
             }
             let answer = answer_or_defer(request).unwrap_or_else(|work| {
-                // That may take long, and what was asked before is answered.
+                // The work may take long: send the answers to earlier requests.
                 self.flush();
                 work()
             });
@@ -359,7 +359,7 @@ mod connections {
             self.write(answer, verb, "", framing.is_head);
         }
 
-        /// Becomes one half of a stream, as long as that lives.
+        /// Carries one half of a stream for as long as that lives.
         fn serve_stream(&self, id: &str, parsed: Parsed) {
             let knows_secret = match knows_secret(&parsed, id) {
                 Ok(knows) => knows,
@@ -374,7 +374,7 @@ mod connections {
             self.close(Shutdown::Write);
         }
 
-        /// Waits until another large body may be read.
+        /// Waits until `MAX_BODIES` allows another large body.
         fn wait_for_room(&self, length: usize) -> Room {
             self.flush();
             while BODIES.get() + length > MAX_BODIES {
@@ -384,14 +384,15 @@ mod connections {
             Room(length)
         }
 
-        /// Reads a whole body, to keep it or not. False is a client that left before it was complete: its request never happened.
-        fn read_body(&self, mut reader: BodyReader, length: usize, mut body: Option<&mut Vec<u8>>) -> bool {
+        /// Reads a whole body, and keeps it unless it is over `MAX_BODY`. Returns false if the connection ended before:
+        /// then the request counts as never made.
+        fn read_body(&self, mut reader: BodyReader, length: usize, body: &mut Vec<u8>) -> bool {
             let mut taken = 0;
             while taken < length {
                 self.idle.set(0);
                 let Ok(arrived @ [_, ..]) = reader.fill_buf() else { return false };
                 let count = arrived.len();
-                if let Some(body) = &mut body {
+                if length <= MAX_BODY {
                     body.extend(arrived);
                 }
                 reader.consume(count);
@@ -399,15 +400,16 @@ mod connections {
                 take_turn(&self.socket(), count);
             }
             if self.phase.get() == Phase::Body {
-                // The server waits for a signal that comes once an arrival, and reading the body has used it up: a request that came
-                // with the body's end would be left lying.
+                // epoll is edge-triggered, and reading the body has consumed the edge: the server would not notice a
+                // request that arrived with the end of the body.
                 self.phase.set(Phase::Request);
                 signal_again(&self.socket());
             }
             true
         }
 
-        /// Writes an answer to the output, and a large value to the socket. `connection` is what its head says of the connection.
+        /// Writes an answer to the output, or a large value to the socket. `connection` is its `Connection` header, or
+        /// empty.
         fn write(&self, answer: Answer, verb: &str, connection: &str, is_head: bool) {
             count_answer(verb, answer.status, self.asked.get().elapsed());
             DATE.with_borrow(|date| answer.write_head(&mut self.output.borrow_mut(), date, connection));
@@ -425,24 +427,24 @@ mod connections {
             take_turn(&self.socket(), answer.length());
         }
 
-        /// Sends the output, however long the client takes to read it.
+        /// Sends the output, and waits until the client has taken it.
         fn flush(&self) {
             if self.output.borrow().is_empty() {
                 return;
             }
             let mut output = self.output.take();
-            // (With `writev`: `write` calls `send`, which comes here.)
+            // `write_vectored` calls `writev`. `write` would call `send`, which calls this function.
             let count = self.socket().write_vectored(&[IoSlice::new(&output)]).unwrap_or(0);
             if count < output.len() {
                 self.write_waiting(&output[count..]);
             }
             output.clear();
-            // (Idle connections keep little.)
+            // Idle connections keep little memory.
             output.shrink_to(4 << 10);
             self.output.replace(output);
         }
 
-        /// Writes bytes on the socket, and makes the coroutine wait for the client to read. One that takes none for long is given up.
+        /// Writes to the socket while the coroutine waits for the client to read, for up to `WRITE_LIMIT` at a time.
         fn write_waiting(&self, bytes: &[u8]) {
             let stream = waiting_stream(&self.socket(), Some(WRITE_LIMIT));
             if self.is_closing() || stream.and_then(|mut stream| stream.write_all(bytes)).is_err() {
@@ -450,16 +452,16 @@ mod connections {
             }
         }
 
-        /// Answers a request whose end is not known or not worth reading up to it.
+        /// Refuses a request after which the connection cannot be used further.
         fn refuse(&self, refusal: Outcome, is_head: bool) {
             self.close_with(refusal.answer(Vocabulary::Form, "GET"), "other", is_head);
         }
 
         /// Sends a last answer and closes the connection.
         fn close_with(&self, answer: Answer, verb: &str, is_head: bool) {
-            // The last packet is held back until the stream ends, so that a client that has the whole answer has its end as well. So this
-            // side, and not a relaying one, is the first to close and has its port in TIME_WAIT (RFC 9293 section 3.6.1): 28,000
-            // relays in a minute would use up the other side's ports.
+            // Holds back the last packet until the stream ends, so that it carries the end as well. Then this side
+            // closes first and keeps the port in TIME_WAIT for a minute (RFC 9293 section 3.6.1), and not a proxy,
+            // which would run out of ports.
             set_option(&self.socket(), libc::IPPROTO_TCP, libc::TCP_CORK, 1);
             self.write(answer, verb, CLOSE, is_head);
             self.flush();
@@ -467,8 +469,8 @@ mod connections {
             self.linger();
         }
 
-        /// Reads and drops what a client still sends, for up to 5 seconds: to close a socket with unread input resets the connection, and the
-        /// reset may reach the client before it has read its answer.
+        /// Discards what the client still sends, for up to 5 s. Closing a socket with unread input resets the
+        /// connection, and the reset may reach the client before it has read its answer.
         fn linger(&self) {
             let Ok(mut stream) = waiting_stream(&self.socket(), Some(Duration::from_secs(1))) else { return };
             let (deadline, mut buffer) = (Instant::now() + Duration::from_secs(5), vec![0; BATCH]);
@@ -479,12 +481,12 @@ mod connections {
             }
         }
 
-        /// Notes that `recv` has returned `count` to the server. Returns what it is to return instead.
+        /// Follows the result of a `recv` by the server, and returns what to tell the server instead.
         fn after_read(&self, count: isize) -> isize {
             match (self.phase.get(), count) {
                 (Phase::Request | Phase::Body, _) => self.phase.set(Phase::Body),
                 (Phase::Head, 0) => {
-                    // The kernel has to signal the end once more, or there is no next read.
+                    // Told of the end now, the server would drop the requests that it has just read.
                     self.phase.set(Phase::LastHead);
                     signal_again(&self.socket());
                     return fail_with(libc::EAGAIN);
@@ -502,7 +504,7 @@ mod connections {
         }
     }
 
-    /// A part of `BODIES`.
+    /// A part of `BODIES`, which it gives back when dropped.
     struct Room(usize);
 
     impl Drop for Room {
@@ -515,17 +517,16 @@ mod connections {
         HttpDate::from(SystemTime::now()).to_string()
     }
 
-    /// Looks at the time of day, and closes connections on whose clients the server waits in vain. To be repeated every second by a
-    /// coroutine, which the worker runs.
+    /// Updates the date, and closes the connections that exceed the idle timeout. Must run every second in a coroutine.
     pub fn watch() {
         DATE.set(date());
         CLIENTS.with_borrow(|clients| {
-            let is_waited_for =
-                |client: &&Rc<Client>| matches!(client.phase.get(), Phase::Head | Phase::LastHead | Phase::Body);
-            for client in clients.iter().flatten().filter(is_waited_for) {
-                client.idle.set(client.idle.get() + 1);
-                if client.idle.get() > IDLE_LIMIT {
-                    client.close(Shutdown::Both);
+            for client in clients.iter().flatten() {
+                if matches!(client.phase.get(), Phase::Head | Phase::LastHead | Phase::Body) {
+                    client.idle.set(client.idle.get() + 1);
+                    if client.idle.get() > IDLE_LIMIT {
+                        client.close(Shutdown::Both);
+                    }
                 }
             }
         });
@@ -541,19 +542,18 @@ mod connections {
     impl HttpServiceFactory for Server {
         type Service = Connection;
 
-        /// Called once for each connection. `id` is the descriptor of its socket, open until after the service is dropped.
+        /// The server calls this once for each connection. The descriptor `id` stays open until the service is dropped.
         fn new_service(&self, id: usize) -> Connection {
             let fd = id as RawFd;
             let (phase, idle, head, output) = (Cell::new(Phase::Head), Cell::new(0), Cell::new(0), RefCell::default());
-            let asked = Cell::new(Instant::now());
-            let client = Rc::new(Client { fd, phase, idle, asked, head, output });
+            let client = Rc::new(Client { fd, phase, idle, asked: Cell::new(Instant::now()), head, output });
             let socket = client.socket();
-            // Without this, an answer that leaves in two writes waits 40 ms for the client's delayed acknowledgement.
+            // Otherwise an answer in two writes waits 40 ms for the client's delayed acknowledgement.
             let _ = socket.set_nodelay(true);
-            // The kernel asks for more when it has sent most of what it has, and not when a third of its buffer is free, which may take
-            // a slow reader a minute.
+            // The kernel asks for more when `BATCH` bytes are left to send. By default it asks when a third of its
+            // buffer is free, which may take longer than `WRITE_LIMIT` with a slow reader.
             set_option(&socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, BATCH as libc::c_int);
-            // The accept loop would spin without end if descriptors ran out: the last ones are never used.
+            // The server's accept loop would spin if it ran out of descriptors.
             if CONNECTIONS.fetch_add(1, Relaxed) >= *MAX_CONNECTIONS {
                 client.close(Shutdown::Both);
             }
@@ -581,53 +581,52 @@ mod connections {
         }
     }
 
-    /// The server is done with the connection: the client left, or sent something that is not HTTP or has too many headers. To
-    /// that, the server says nothing; this does, after the answers that are still to be sent.
+    /// The server drops the service when the connection has ended or a request does not parse. It sends nothing then,
+    /// so the answers that are left, and a refusal, are sent here.
     impl Drop for Connection {
         fn drop(&mut self) {
             let Some(client) = Client::at(self.0) else { return };
-            let (phase, head) = (client.phase.get(), client.head.get());
-            if phase == Phase::Closing || thread::panicking() {
-                // Nothing can be sent any more. (A coroutine that panics cannot wait.)
-            } else if phase == Phase::LastHead && head <= "\r\n".len() {
-                // The client sends nothing more, but may still be reading. (After a request, a line's end may follow that is nothing.)
-                client.flush();
-            } else {
-                client.refuse(if head > MAX_READ { Outcome::BadRequest } else { Outcome::Unparsed }, false);
+            let head = client.head.get();
+            match client.phase.get() {
+                // A coroutine that panics cannot wait.
+                _ if thread::panicking() => {}
+                Phase::Closing => {}
+                // The client has closed its side, and may still read. An empty line may follow its last request.
+                Phase::LastHead if head <= "\r\n".len() => client.flush(),
+                _ => client.refuse(if head > MAX_READ { Outcome::BadRequest } else { Outcome::Unparsed }, false),
             }
             CLIENTS.with_borrow_mut(|clients| clients[self.0 as usize] = None);
             CONNECTIONS.fetch_sub(1, Relaxed);
         }
     }
 
-    // -- The socket, behind the server's back. Both functions are called in the coroutine of the connection, so they may wait.
+    // -- Functions of the C library. The server calls them in the coroutine of the connection, so they may wait.
 
-    /// Takes the place of the C library's function of this name, with which the server, as the whole standard library, reads from
-    /// sockets. Without it, a request that comes together with the end of the stream is lost, since the server throws away what it has
-    /// read then: here the end comes one read later. And an endless head, of which the server collects hundreds of megabytes a
-    /// second, ends here. (A coroutine that has waited for input then reads with `read`, which is not seen here.)
-    // SAFETY: it has the type of the function of that name, and does what recv(2) says that may happen.
+    /// Replaces the C library's `recv`, with which the standard library, and so the server, reads from sockets. It
+    /// delays the end of the stream until all requests before it are served, and ends a connection whose head does not
+    /// end: the server would buffer it without limit. A coroutine that had to wait for input reads with `read`, which
+    /// is not seen here.
+    // SAFETY: the signature and the behavior are those of recv(2).
     #[unsafe(no_mangle)]
     unsafe extern "C" fn recv(fd: RawFd, buffer: *mut libc::c_void, size: usize, flags: libc::c_int) -> isize {
         let client = Client::at(fd);
         if let Some(client) = &client
             && matches!(client.phase.get(), Phase::Request | Phase::Body)
         {
-            // Before it sends the rest of a body, the client may wait for answers to what came before.
+            // The client may wait for earlier answers before it sends the rest of a body.
             client.flush();
         }
-        // SAFETY: this is what recv is (recv(2)), and the caller answers for the rest.
+        // SAFETY: the same call as `recv` (recv(2)), with the caller's arguments.
         let count = unsafe { libc::recvfrom(fd, buffer, size, flags, std::ptr::null_mut(), std::ptr::null_mut()) };
         client.map_or(count, |client| client.after_read(count))
     }
 
-    /// Takes the place of the C library's function of this name, with which the server sends. What it sends is empty answers: these
-    /// never leave, and count as sent when the connection's output is.
-    // SAFETY: as `recv`.
+    /// Replaces the C library's `send`. What the server sends to a client is empty answers: the output is sent instead.
+    // SAFETY: the signature and the behavior are those of send(2).
     #[unsafe(no_mangle)]
     unsafe extern "C" fn send(fd: RawFd, buffer: *const libc::c_void, size: usize, flags: libc::c_int) -> isize {
         match Client::at(fd) {
-            // SAFETY: as in `recv`.
+            // SAFETY: the same call as `send` (send(2)), with the caller's arguments.
             None => unsafe { libc::sendto(fd, buffer, size, flags, std::ptr::null(), 0) },
             Some(client) => {
                 client.flush();
@@ -636,26 +635,28 @@ mod connections {
         }
     }
 
-    /// What a function of the C library returns when it fails.
     fn fail_with(error: libc::c_int) -> isize {
         Errno::set_raw(error);
         -1
     }
 
-    /// A socket as a stream that makes the coroutine wait, and not its worker: for `limit` at most, if there is one.
+    // -- Sockets
+
+    /// A second descriptor of a socket, on which the coroutine waits, and not the worker thread. `limit` is for each
+    /// read and write.
     pub fn waiting_stream(socket: &TcpStream, limit: Option<Duration>) -> io::Result<may::net::TcpStream> {
-        // (`may::io::CoIo` would be safe to make, but closes its descriptor before it takes it out of epoll, which then reports events
-        // of the socket to memory that was freed.)
-        // SAFETY: the descriptor is a fresh one, and the stream becomes its only owner.
+        // `may::io::CoIo` closes the descriptor before it removes it from epoll, which then reports events to memory
+        // that is freed.
+        // SAFETY: the descriptor is new, and the stream becomes its only owner.
         let stream = unsafe { may::net::TcpStream::from_raw_fd(socket.try_clone()?.into_raw_fd()) };
         stream.set_read_timeout(limit)?;
         stream.set_write_timeout(limit)?;
         Ok(stream)
     }
 
-    /// Counts bytes that were dealt with, and lets others have their turn when they are many. To yield would not do: the worker polls only
-    /// when no coroutine is ready, and of two clients that send without end one always is. But the poll signals a socket that it was
-    /// just told of, so whoever waits for that comes after all others.
+    /// Counts bytes that were served, and lets other coroutines run after `TURN` of them. Yielding is not enough: the
+    /// worker polls sockets only when no coroutine is ready, and among busy clients one always is. Waiting for a new
+    /// epoll registration, which is signalled at once, puts this coroutine behind all others.
     pub fn take_turn(socket: &TcpStream, count: usize) {
         SERVED.set(SERVED.get() + count);
         if SERVED.get() > TURN {
@@ -666,7 +667,7 @@ mod connections {
         }
     }
 
-    /// Has the kernel signal input once more, if there is any or the client has sent its end: setting SO_RCVLOWAT does.
+    /// Makes epoll signal the socket again if it has input or its end. Setting SO_RCVLOWAT does that.
     fn signal_again(socket: &TcpStream) {
         set_option(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, 1);
     }
@@ -681,11 +682,13 @@ mod connections {
 // ---- Requests and answers: what a client asks for, and what it is told -----------------------------------------------
 
 mod http {
-    //! What a client asks for, and what it is told. `read_head` makes a `Request` of what the server has parsed, and `route` finds what it is
-    //! about. `record_of` takes key and value out of a PUT, and `causal_context` a context out of a body.
+    //! Parses requests and renders answers.
     //!
-    //! An `Outcome` (created, found, missing, refused because ...) knows nothing of HTTP. It becomes an `Answer` by the contract's two
-    //! vocabularies, which are the two columns of one table (`Outcome::row`).
+    //! `read_head` makes a `Request` of what the server has parsed, and `Request::route` finds the resource.
+    //! `record_of` reads key and value of a PUT, and `causal_context` the context in a body.
+    //!
+    //! An `Outcome` (created, found, missing, a refusal) is independent of HTTP. `Outcome::answer` renders it in one of
+    //! the contract's two vocabularies, which are the two columns of one table (`Outcome::row`).
 
     use std::borrow::Cow;
     use std::collections::BTreeMap;
@@ -704,44 +707,46 @@ mod http {
     use crate::records::Record;
     use crate::service::answer_about;
 
-    /// The limit of a value, in bytes: of a string its UTF-8, of anything else its JSON text (the contract, "Size limit").
+    /// The limit of a value, in bytes: of the UTF-8 of a string, and of the JSON text of anything else.
     pub const MAX_VALUE: usize = 1 << 20;
-    /// The limit of a body, in bytes (the contract, "Size limit").
+    /// The limit of a body, in bytes. A larger one is not kept.
     pub const MAX_BODY: usize = 4 << 20;
-    /// The limit of a request's head. The server has none of its own and would collect an endless head in memory.
+    /// The limit of a request's head, in bytes.
     pub const MAX_HEAD: usize = 64 << 10;
 
-    /// A whole request. HEAD is a GET here: only the connection knows that its answer leaves without the body.
+    /// A whole request, as it also travels between instances. HEAD is a GET here: only the connection leaves out the
+    /// body.
     #[derive(Clone, Default, Serialize, Deserialize)]
     pub struct Request {
         pub verb: String,
         /// Path and query as they came, percent-encoded.
         pub target: String,
         pub content_type: String,
-        /// The instances that relayed this request so far (RFC 9110 section 7.6.3).
+        /// The instances that have relayed this request (RFC 9110 section 7.6.3).
         pub via: String,
         pub origin: Origin,
-        /// When it began at the instance that got it from a client, by the clock of this one, in milliseconds. None: here and now.
+        /// When a request from another instance began, in milliseconds by the clock of this one. None: here and now.
         #[serde(skip)]
         pub began: Option<i64>,
         #[serde(with = "serde_bytes")]
         pub body: Vec<u8>,
     }
 
-    /// What a request is between instances, where it travels on a stream.
+    /// The kind of a request on a stream.
     #[derive(Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
     pub enum Origin {
-        /// A client's request, relayed or not.
+        /// From a client, directly or through followers.
         #[default]
         Client,
-        /// A client's request that a node sends to the one that owns the key by its table, which is of this store: the owner may
-        /// have started again since, and be a store of its own.
+        /// From a client by way of a node, which takes this one for the owner of the key. The number is the store's id:
+        /// a node that has started again may be a store of its own.
         Node(u64),
-        /// No client's request: the body is what one node says to another (`Envelope`).
+        /// From a node itself: the body is an `Envelope`.
         Message,
     }
 
-    /// What the head of a request tells the connection.
+    /// What the head of a request tells its connection.
+    #[derive(Default)]
     pub struct Framing {
         /// The length of the body, in bytes.
         pub length: usize,
@@ -751,63 +756,72 @@ mod http {
         pub expects_continue: bool,
     }
 
-    /// Reads the head of a request that the server took apart; the body is still missing. The error is the refusal of a request
-    /// whose body's length cannot be trusted: where the next request begins is not known, so the connection must be closed.
+    impl Framing {
+        fn of(parsed: &Parsed) -> Result<Framing, Outcome> {
+            let is_1_0 = parsed.version() == 0;
+            let mut framing = Framing { is_head: parsed.method() == "HEAD", closing: is_1_0, ..Framing::default() };
+            let (mut hosts, mut lengths, mut size, mut is_sound) = (0, 0, parsed.path().len(), true);
+            for header in parsed.headers() {
+                let is = |name: &str| header.name.eq_ignore_ascii_case(name);
+                let text = || String::from_utf8_lossy(header.value);
+                size += header.name.len() + header.value.len();
+                if is("Transfer-Encoding") {
+                    return Err(Outcome::LengthRequired);
+                } else if is("Host") {
+                    hosts += 1;
+                    is_sound &= is_host(header.value);
+                } else if is("Content-Length") {
+                    // Digits only (RFC 9110 section 8.6), where `parse` takes a sign. Repeated lengths must agree.
+                    let length = text().parse().ok().filter(|_| !header.value.starts_with(b"+"));
+                    is_sound &= length.is_some() && (lengths == 0 || length == Some(framing.length));
+                    framing.length = length.unwrap_or(0);
+                    lengths += 1;
+                } else if is("Connection") {
+                    framing.closing |= text().split(',').any(|option| option.trim().eq_ignore_ascii_case("close"));
+                } else if is("Expect") {
+                    framing.expects_continue = !is_1_0 && header.value.eq_ignore_ascii_case(b"100-continue");
+                }
+            }
+            // One host, or none in HTTP/1.0 (RFC 9112 section 3.2).
+            is_sound &= size <= MAX_HEAD && (hosts == 1 || hosts == 0 && is_1_0);
+            if is_sound { Ok(framing) } else { Err(Outcome::BadRequest) }
+        }
+    }
+
+    /// Reads the head of a request that the server has parsed; the body is still missing. An error means that the end
+    /// of the request is not known, so the connection must be closed.
     pub fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
-        let (verb, target, headers) = (parsed.method(), parsed.path(), parsed.headers());
-        let all = |name: &'static str| {
-            headers.iter().filter(move |header| header.name.eq_ignore_ascii_case(name)).map(|header| header.value)
-        };
-        let texts = |name| all(name).map(|value| String::from_utf8_lossy(value).into_owned());
-        let joined = |name| texts(name).reduce(|list, next| list + ", " + &next).unwrap_or_default();
-        if all("Transfer-Encoding").next().is_some() {
-            return Err(Outcome::LengthRequired);
+        let framing = Framing::of(parsed)?;
+        let verb = if framing.is_head { "GET" } else { parsed.method() }.into();
+        let target = origin_form(parsed.path()).ok_or(Outcome::BadRequest)?;
+        let mut request = Request { verb, target, ..Request::default() };
+        for header in parsed.headers() {
+            let text = || String::from_utf8_lossy(header.value);
+            if header.name.eq_ignore_ascii_case("Content-Type") {
+                request.content_type = text().into_owned();
+            } else if header.name.eq_ignore_ascii_case("Via") {
+                request.via += if request.via.is_empty() { "" } else { ", " };
+                request.via += &text();
+            }
         }
-        let size: usize = headers.iter().map(|header| header.name.len() + header.value.len()).sum();
-        // Digits only (RFC 9110 section 8.6); Rust's own parser would take a sign as well.
-        let digits = |value| str::from_utf8(value).ok().filter(|text| !text.starts_with('+'));
-        let mut lengths = all("Content-Length").map(|value| digits(value)?.parse().ok());
-        let length = lengths.next().unwrap_or(Some(0)).ok_or(Outcome::BadRequest)?;
-        // One host, or none in HTTP/1.0 (RFC 9112 section 3.2).
-        let mut hosts = all("Host");
-        let has_host = hosts.next().map_or(parsed.version() == 0, is_host) && hosts.next().is_none();
-        let fits = size + target.len() <= MAX_HEAD;
-        if !has_host || !fits || lengths.any(|another| another != Some(length)) {
-            return Err(Outcome::BadRequest);
-        }
-        let connection = joined("Connection").to_ascii_lowercase();
-        let framing = Framing {
-            length,
-            is_head: verb == "HEAD",
-            closing: parsed.version() == 0 || connection.split(',').any(|option| option.trim() == "close"),
-            expects_continue: parsed.version() == 1
-                && length > 0
-                && joined("Expect").eq_ignore_ascii_case("100-continue"),
-        };
-        let request = Request {
-            verb: if framing.is_head { "GET" } else { verb }.into(),
-            target: origin_form(target).ok_or(Outcome::BadRequest)?.into_owned(),
-            content_type: joined("Content-Type"),
-            via: joined("Via"),
-            ..Request::default()
-        };
         Ok((request, framing))
     }
 
-    /// The path and query of a target. In absolute form, scheme and host stand before them (RFC 9112 section 3.2.2); None is a host
-    /// that is not valid. Whatever else does not begin with a slash (OPTIONS *, CONNECT host:port) is a path that does not exist.
-    fn origin_form(target: &str) -> Option<Cow<'_, str>> {
+    /// The path and query of a target. In absolute form, scheme and host precede them (RFC 9112 section 3.2.2). None if
+    /// that host is not valid. Any other target that does not begin with a slash (OPTIONS *, CONNECT host:port) is a
+    /// path that does not exist.
+    fn origin_form(target: &str) -> Option<String> {
         let is_http = |scheme: &str| scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https");
-        let absolute = target.split_once(':').filter(|(scheme, _)| is_http(scheme));
-        let Some(rest) = absolute.and_then(|(_, rest)| rest.strip_prefix("//")) else { return Some(target.into()) };
+        let absolute = if target.starts_with('/') { None } else { target.split_once("://") };
+        let Some((_, rest)) = absolute.filter(|(scheme, _)| is_http(scheme)) else { return Some(target.into()) };
         let (host, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
         let slash = if path.starts_with('/') { "" } else { "/" };
-        (!host.is_empty() && is_host(host.as_bytes())).then(|| format!("{slash}{path}").into())
+        (!host.is_empty() && is_host(host.as_bytes())).then(|| format!("{slash}{path}"))
     }
 
-    /// Whether this is a host as a request may name it, with or without a port (RFC 3986 section 3.2.2). It may be empty.
+    /// Whether this is a valid host, with or without a port (RFC 3986 section 3.2.2). It may be empty.
     fn is_host(text: &[u8]) -> bool {
-        // The colons of an IPv6 address stand before its closing bracket.
+        // The colons inside an IPv6 address precede its closing bracket.
         let colon = text.iter().rposition(|byte| b":]".contains(byte)).filter(|at| text[*at] == b':');
         let (name, port) = text.split_at(colon.unwrap_or(text.len()));
         let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%[:]".contains(byte);
@@ -820,43 +834,38 @@ mod http {
         Json,
     }
 
-    /// What a path names.
+    /// What a path identifies.
     pub enum Resource<'a> {
         Instance,
         Metrics,
         KeyCount,
         ViewChange,
-        /// All shards, or one by its index.
+        /// All shards, or the one with this index.
         Shards(Option<usize>),
         Key(Cow<'a, [u8]>),
         Unknown,
     }
 
     impl Request {
-        /// Finds what the request is about, and in which words its answer is due: the whole routing.
+        /// What the request is about, and the vocabulary of its answer.
         pub fn route<'a>(&'a self) -> (Resource<'a>, Vocabulary) {
             let is_json = self.media_type().eq_ignore_ascii_case(b"application/json");
-            let typed = if is_json { Vocabulary::Json } else { Vocabulary::Form };
-            let path = self.target.split('?').next().unwrap_or_default();
-            let resource = match path {
-                "/metrics" => return (Resource::Metrics, typed),
-                "/kv-store" | "/kv-store/" => Resource::Instance,
-                "/kv-store/key-count" => Resource::KeyCount,
-                "/kv-store/view-change" => Resource::ViewChange,
-                "/kv-store/shards" => Resource::Shards(None),
-                _ => {
-                    let key = |segment: &'a str| Resource::Key(percent_decode(segment.as_bytes()).into());
-                    let Some(rest) = path.strip_prefix("/kv-store/") else { return (Resource::Unknown, typed) };
-                    // A key is one path segment; a slash inside a key arrives as %2F.
-                    match rest.split_once('/') {
-                        None => return (key(rest), typed),
-                        Some(("keys", segment)) if !segment.contains('/') => key(segment),
-                        Some(("shards", id)) if !id.contains('/') => Resource::Shards(Some(shard_index(id))),
-                        _ => return (Resource::Unknown, typed),
-                    }
-                }
-            };
-            (resource, Vocabulary::Json)
+            let (typed, json) = (if is_json { Vocabulary::Json } else { Vocabulary::Form }, Vocabulary::Json);
+            // A slash inside a key arrives as %2F.
+            let key = |segment: &'a str| Resource::Key(percent_decode(segment.as_bytes()).into());
+            let path = self.target.split_once('?').map_or(&*self.target, |(path, _)| path);
+            let below = path.strip_prefix("/kv-store/");
+            match (path, below, below.and_then(|below| below.split_once('/'))) {
+                ("/metrics", ..) => (Resource::Metrics, typed),
+                ("/kv-store" | "/kv-store/", ..) => (Resource::Instance, json),
+                ("/kv-store/key-count", ..) => (Resource::KeyCount, json),
+                ("/kv-store/view-change", ..) => (Resource::ViewChange, json),
+                ("/kv-store/shards", ..) => (Resource::Shards(None), json),
+                (.., Some(("shards", id))) if !id.contains('/') => (Resource::Shards(Some(shard_index(id))), json),
+                (.., Some(("keys", segment))) if !segment.contains('/') => (key(segment), json),
+                (_, Some(segment), None) => (key(segment), typed),
+                _ => (Resource::Unknown, typed),
+            }
         }
 
         fn media_type(&self) -> &[u8] {
@@ -864,13 +873,13 @@ mod http {
         }
     }
 
-    /// The index of a shard by its id, which counts from 1; one that no shard has for what is no id.
+    /// The index of a shard by its id, which counts from 1. For a text that is no id, an index that no shard has.
     fn shard_index(id: &str) -> usize {
         let number: Option<usize> = id.parse().ok().filter(|_| !id.starts_with(['0', '+']));
         number.map_or(usize::MAX, |number| number - 1)
     }
 
-    /// Whether a key may be stored. Any key may be asked for: one that cannot exist does not exist.
+    /// Whether a key may be stored. GET and DELETE take any key: one that cannot exist does not exist.
     fn is_valid_key(key: &[u8], vocabulary: Vocabulary) -> bool {
         let is_form_byte = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'_';
         match vocabulary {
@@ -879,14 +888,14 @@ mod http {
         }
     }
 
-    /// The answer to a PUT whose body is too large to be read.
+    /// The answer to a PUT whose body is over `MAX_BODY`.
     pub fn answer_unread(request: Request) -> Answer {
         let (Resource::Key(key), vocabulary) = request.route() else { return answer_about(request) };
         let refusal = if is_valid_key(&key, vocabulary) { Outcome::ValueTooLarge } else { Outcome::KeyInvalid };
         refusal.answer(vocabulary, &request.verb)
     }
 
-    /// The record that a PUT wants stored, or why it is refused. The checks run in the contract's order: key, value, size.
+    /// The record that a PUT stores, or its refusal. The checks run in the contract's order: key, value, size.
     pub fn record_of(key: &[u8], request: &Request, vocabulary: Vocabulary) -> Result<Record, Outcome> {
         if !is_valid_key(key, vocabulary) {
             return Err(Outcome::KeyInvalid);
@@ -908,10 +917,10 @@ mod http {
         String::from_utf8(value).map_err(|_| Outcome::ValueNotText)
     }
 
-    /// Finds the field `val` of an application/x-www-form-urlencoded text. The `form_urlencoded` crate would replace bytes that
-    /// are not UTF-8 instead of telling.
+    /// The first field `val` of an application/x-www-form-urlencoded text, decoded. The `form_urlencoded` crate is of
+    /// no use: it replaces bytes that are not UTF-8.
     fn form_field(text: &[u8]) -> Option<Vec<u8>> {
-        // (With its `=`, if it has one.)
+        // The value begins with its `=`, if there is one.
         let value_at = |field: &[u8]| field.iter().position(|byte| *byte == b'=').unwrap_or(field.len());
         let mut fields = text.split(|byte| *byte == b'&').map(|field| field.split_at(value_at(field)));
         let (_, value) = fields.find(|(name, _)| percent_decode(name).eq(*b"val"))?;
@@ -919,8 +928,8 @@ mod http {
         Some(if spaced.contains(&b'%') { percent_decode(&spaced).collect() } else { spaced })
     }
 
-    /// The member `value` of a JSON object, as the JSON text it came as, so that it goes back digit for digit; only a string is
-    /// written anew, as short as can be. Nothing here recurses, however deep the value is nested.
+    /// The JSON text of the member `value` of a JSON object. It is kept as it came, so that no digit changes; only a
+    /// string is written again, in its shortest form. Nothing here recurses, however deeply the value is nested.
     fn json_value(body: &[u8]) -> Result<String, Outcome> {
         let not_text = |refusal| if is_value_broken(body) { Outcome::ValueNotText } else { refusal };
         match member(body, "value").map_err(not_text)? {
@@ -934,20 +943,22 @@ mod http {
         }
     }
 
-    /// Whether all strings in a JSON text are text: JSON can spell half of a surrogate pair (RFC 8259 section 8.2). Only escapes can be
-    /// wrong, so the parser reads all of the text as one string, without what ends a string or may not be in one. (`\/` is an escape.)
+    /// Whether all strings in a JSON text are valid Unicode: an escape may be half of a surrogate pair (RFC 8259
+    /// section 8.2). Only escapes can be wrong, so the parser reads the whole text as one string. What would end this
+    /// string, or may not be in one, is replaced by a slash, since `\/` is an escape too.
     fn is_text(json: &str) -> bool {
         let as_string = || format!("\"{}\"", json.replace(['"', '\n', '\r', '\t'], "/"));
         !json.contains("\\u") || serde_json::from_str::<String>(&as_string()).is_ok()
     }
 
-    /// Whether a body was refused since its value is a string with bytes that are no UTF-8: replaced, they are no fault any more.
+    /// Whether a body was refused because its value is a string that is not UTF-8: with these bytes replaced, it
+    /// parses.
     fn is_value_broken(body: &[u8]) -> bool {
         let mended = String::from_utf8_lossy(body);
         member(mended.as_bytes(), "value").is_ok_and(|value| value.starts_with('"') && value.contains('\u{fffd}'))
     }
 
-    /// A text as a JSON string. The limit is that of the text: escapes make up to six bytes of one.
+    /// A text as a JSON string. The limit applies to the text: escapes make up to six bytes of one.
     fn json_of(text: &str) -> Result<String, Outcome> {
         if text.len() > MAX_VALUE {
             return Err(Outcome::ValueTooLarge);
@@ -956,24 +967,24 @@ mod http {
         Ok(serde_json::to_string(text).unwrap_or_default())
     }
 
-    /// The JSON text of a member of the JSON object that a body is: `null` if there is no such member, or no body. Of members with
-    /// the same name the last one counts. The others are passed over, so that a million of them take no memory.
+    /// The JSON text of a member of a body that is a JSON object; `null` if there is no such member or no body. Of
+    /// several members with the name, the last one counts. Other members are skipped and take no memory.
     pub fn member<'a>(body: &'a [u8], name: &str) -> Result<&'a str, Outcome> {
         Ok(find_member(body, name)?.unwrap_or("null"))
     }
 
     fn find_member<'a>(body: &'a [u8], name: &str) -> Result<Option<&'a str>, Outcome> {
-        // JSON is UTF-8 (RFC 8259 section 8.1), also where the parser passes over it.
+        // JSON is UTF-8 (RFC 8259 section 8.1), which the parser does not check where it skips.
         let body = str::from_utf8(if body.is_empty() { b"{}" } else { body }).map_err(|_| Outcome::BodyNotObject)?;
         let mut parser = serde_json::Deserializer::from_str(body);
         let value = parser.deserialize_map(Member(name)).and_then(|value| parser.end().map(|()| value));
         Ok(value.map_err(|_| Outcome::BodyNotObject)?.map(RawValue::get))
     }
 
-    /// The causal context in the body of a request in the JSON vocabulary (`with_context` spells it). None if there is none; an error if
-    /// it is not ours. (A body that is no JSON object is none of this function's business: a GET may have any.)
+    /// The causal context in the body of a request in the JSON vocabulary, as `with_context` writes it. None without
+    /// one, and for a body that is no JSON object, which a GET may have. An error if it is not one of ours.
     pub fn causal_context(request: &Request, vocabulary: Vocabulary) -> Result<Option<Context>, Outcome> {
-        // Hardly any request has one: it is not worth reading a large body twice.
+        // A quick check first: few requests have one, and a body may be large.
         let may_have_it = || str::from_utf8(&request.body).is_ok_and(|body| body.contains("causal-context"));
         if matches!(vocabulary, Vocabulary::Form) || !may_have_it() {
             return Ok(None);
@@ -989,7 +1000,7 @@ mod http {
         if is_ours { Ok(Some(context)) } else { Err(Outcome::ContextInvalid) }
     }
 
-    /// Looks for the member of this name.
+    /// Visits a JSON object and returns the member of this name.
     struct Member<'n>(&'n str);
 
     impl<'a> Visitor<'a> for Member<'_> {
@@ -1012,19 +1023,19 @@ mod http {
         }
     }
 
-    /// What became of a request, before anyone thinks of HTTP.
+    /// The result of a request, independent of HTTP and of the vocabulary.
     #[rustfmt::skip]
     pub enum Outcome {
         Created, Replaced, Found(Record), Deleted, Missing,
         KeyInvalid, ValueMissing, ValueTooLarge, ValueNotText, BodyNotObject,
         ContextInvalid, Unsatisfied,
         MainDown, NotFound, BadRequest, Unparsed, LengthRequired, AddressNotSet, ViewMissing, ChangeUnderWay, Elsewhere, NotOfStore,
-        /// With the header that tells which verbs the path takes.
+        /// With the headers that say which verbs the path takes.
         VerbNotAllowed(&'static str),
         NoShard,
-        /// With an object that has the members beside those of the row.
+        /// With an object whose members follow those of the row.
         KeyCount(Value), Instance(Value), Shard(Value), Shards(Value), ViewChanged(Value),
-        /// With the text, but for its last line break.
+        /// With the text, without its last line break.
         Metrics(String),
         /// With the address of the node.
         NodeDown(String), HoldsKeys(String),
@@ -1033,8 +1044,8 @@ mod http {
     }
 
     impl Outcome {
-        /// The answers of the contract: status and body in the form vocabulary, and in the JSON vocabulary; of an error, only
-        /// what is wrong. `answer` completes it, and fills in `text`. What only one vocabulary can say stands there twice.
+        /// The answers of the contract: status and body in the form vocabulary and in the JSON vocabulary. Of an error,
+        /// only its message. `answer` completes it and replaces `%`. What only one vocabulary can say is there twice.
         #[rustfmt::skip]
         fn row(&self) -> [(u16, &'static str); 2] {
             use Outcome::*;
@@ -1076,12 +1087,12 @@ mod http {
                 NotOfStore        => [(403, "Not a node of this store"); 2],
                 HoldsKeys(_)      => [(409, "Node % holds keys of another store"); 2],
                 ViewChanged(_)    => [(200, r#"{"message":"View change successful",%}"#); 2],
-                // Only between nodes: the owner is another one by this node's table.
+                // Only between nodes: by this node's table it is not the owner.
                 Elsewhere         => [(421, "Not the owner"); 2],
             }
         }
 
-        /// What goes in the place of `%`, unless it is a value.
+        /// What replaces `%`, unless it is a value.
         fn text(&self) -> Cow<'_, str> {
             use Outcome::*;
             match self {
@@ -1094,7 +1105,7 @@ mod http {
             }
         }
 
-        /// Says the outcome in a vocabulary.
+        /// Renders the outcome in a vocabulary.
         pub fn answer(self, vocabulary: Vocabulary, verb: &str) -> Answer {
             let (status, text) = self.row()[vocabulary as usize];
             let flag = if let Outcome::Missing = self { r#""doesExist":false,"# } else { "" };
@@ -1118,7 +1129,7 @@ mod http {
         }
     }
 
-    /// The headers that our answers have, beside those that every answer has.
+    // The headers of an answer, besides those that all answers have.
     const JSON: &str = "Content-Type: application/json";
     const METRICS: &str = "Content-Type: text/plain; version=0.0.4";
     pub const CLOSE: &str = "Connection: close\r\n";
@@ -1126,62 +1137,54 @@ mod http {
     pub const PUT_ONLY: &str = "Content-Type: application/json\r\nAllow: PUT";
     pub const KEY_VERBS: &str = "Content-Type: application/json\r\nAllow: GET, HEAD, PUT, DELETE";
 
-    /// A status, `Content-Type` and perhaps `Allow`, and a body: what a relay passes on of an answer.
+    /// An answer: the part of it that a relay passes on.
     #[derive(Clone, Serialize, Deserialize)]
     pub struct Answer {
         pub status: u16,
+        /// `Content-Type`, and `Allow` if there is one, without the last line break.
         pub header: Cow<'static, str>,
         #[serde(with = "serde_bytes")]
         pub body: Vec<u8>,
-        /// The value that was asked for is not copied into the body: it belongs at this place of it.
+        /// A value that belongs at this offset of the body. It is not copied there.
         #[serde(skip)]
         pub value: Option<(usize, Record)>,
     }
 
     impl Answer {
-        /// What the body consists of.
+        /// The parts of the whole body.
         pub fn pieces(&self) -> [&[u8]; 3] {
             let (at, value) = self.value.as_ref().map_or((0, &[][..]), |(at, record)| (*at, record.value()));
             let (before, after) = self.body.split_at(at);
             [before, value, after]
         }
 
-        /// The same answer with the value in its body, as it goes to another instance.
+        /// Copies the value into the body, for another instance.
         pub fn joined(self) -> Answer {
             if self.value.is_some() { Answer { body: self.pieces().concat(), value: None, ..self } } else { self }
         }
 
-        /// Writes the head of the answer as HTTP. `connection` is what it says of the connection, if anything.
+        /// Writes the head of the answer. `connection` is a `Connection` header, or empty.
         pub fn write_head(&self, out: &mut Vec<u8>, date: &str, connection: &str) {
             let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::BAD_GATEWAY);
-            let reason = status.canonical_reason().unwrap_or("Unknown");
-            for text in ["HTTP/1.1 ", status.as_str(), " ", reason, "\r\nServer: M\r\nDate: "] {
-                out.extend(text.as_bytes());
-            }
-            // Writing to a Vec cannot fail.
-            let _ = write!(out, "{date}\r\nContent-Length: {}\r\n", self.length());
-            for text in [&self.header, "\r\n", connection, "\r\n"] {
-                out.extend(text.as_bytes());
-            }
+            let (reason, length) = (status.canonical_reason().unwrap_or("Unknown"), self.length().to_string());
+            let line = ["HTTP/1.1 ", status.as_str(), " ", reason, "\r\nServer: M\r\nDate: ", date];
+            let headers = ["\r\nContent-Length: ", &length, "\r\n", &self.header, "\r\n", connection, "\r\n"];
+            line.into_iter().chain(headers).for_each(|text| out.extend(text.as_bytes()));
         }
 
-        /// How many bytes the body has.
+        /// The length of the whole body, in bytes.
         pub fn length(&self) -> usize {
             self.pieces().into_iter().map(<[u8]>::len).sum()
         }
 
-        /// What instances say to one another, as bytes.
+        /// A message between nodes, which never becomes HTTP.
         pub fn message(content: &impl Serialize) -> Answer {
             // Writing to a Vec cannot fail.
-            Answer {
-                status: 200,
-                header: "".into(),
-                body: postcard::to_stdvec(content).unwrap_or_default(),
-                value: None,
-            }
+            let body = postcard::to_stdvec(content).unwrap_or_default();
+            Answer { status: 200, header: "".into(), body, value: None }
         }
 
-        /// Adds which node answered, where there is a place for it.
+        /// Adds the address of the node that answered, in the JSON vocabulary.
         pub fn with_address(self, node: &str, vocabulary: Vocabulary) -> Answer {
             match vocabulary {
                 Vocabulary::Json => self.with_member(&format!(r#""address":"{node}""#)),
@@ -1189,8 +1192,8 @@ mod http {
             }
         }
 
-        /// Adds the causal context, if the request had one: as a list of bytes, since JSON's numbers are not exact everywhere, and stamps are
-        /// large.
+        /// Adds the causal context if the request had one. It is a list of bytes: stamps exceed the integers that all
+        /// JSON parsers keep exact.
         pub fn with_context(self, context: &Option<Context>) -> Answer {
             let Some(context) = context else { return self };
             if context.is_empty() {
@@ -4156,8 +4159,8 @@ mod peers {
     //! carries the answers. Both last as long as the stream.
     //!
     //! - The asking side has one stream to each instance: one thread writes requests, another reads answers. A caller
-    //!   queues its request and waits; what is queued during one write leaves with the next. When a stream ends, all its
-    //!   requests fail, and the next request opens a new stream.
+    //!   queues its request and waits; what is queued during one write leaves with the next. When a stream ends, all
+    //!   its requests fail, and the next request opens a new stream.
     //! - The asked side serves both HTTP requests as connections. The coroutine of the POST reads requests, answers
     //!   them, and flushes the answers once it has handled all that it has read. A request that has to wait for other
     //!   instances is *deferred* to a coroutine of its own, which writes the answer itself.
@@ -4170,10 +4173,10 @@ mod peers {
     //! a request that is older than `RELAYED_LIMIT`. The client gets the error after its request began, so the write
     //! takes effect within 3 s of the error or never. The same holds for a process that is stopped and continued.
     //!
-    //! This needs no common clock. Times are in milliseconds since the stream was opened, and each side measures them by
-    //! its own clock: the asked side from just before it writes the head of its answer, the asking side from when it
-    //! has read that head. So the asked side overestimates the age of a request, by the time that the head traveled, and
-    //! never underestimates it. Heartbeats keep it so when the clocks drift apart (`read_answers`).
+    //! This needs no common clock. Times are in milliseconds since the stream was opened, and each side measures them
+    //! by its own clock: the asked side from just before it writes the head of its answer, the asking side from when it
+    //! has read that head. So the asked side overestimates the age of a request, by the time that the head traveled,
+    //! and never underestimates it. Heartbeats keep it so when the clocks drift apart (`read_answers`).
     //!
     //! Nodes and main instances of this program take streams. Any other main instance answers the GET with something
     //! else: it gets plain requests, each from a thread of its own.
@@ -4375,8 +4378,9 @@ mod peers {
             loop {
                 if !has_message(reader.buffer()) {
                     self.output().flush()?;
-                    // Acknowledge the next packet at once. The other side sends no second small packet before (RFC 896),
-                    // and no answer on this connection would carry the acknowledgement. The kernel resets this option.
+                    // Acknowledge the next packet at once. The other side sends no second small packet before (RFC
+                    // 896), and no answer on this connection would carry the acknowledgement. The kernel resets this
+                    // option.
                     set_option(socket, libc::IPPROTO_TCP, libc::TCP_QUICKACK, 1);
                 }
                 let Message { number, time, content } = Message::<Request>::read(&mut reader)?;
@@ -4655,7 +4659,8 @@ mod peers {
             }
             self.with(|traffic| traffic.opened = clock());
             let (post, stream) = (open("POST")?.body(Requests(self.clone())), self.clone());
-            // `send` returns when the stream has ended, and closes the connection. Then the other side closes the other one.
+            // `send` returns when the stream has ended, and closes the connection. Then the other side closes the other
+            // one.
             let send = move || (post.send().is_ok(), stream.end_if(|_| true));
             thread::Builder::new().spawn(send)?;
             Ok(self.read_answers(answers)?)
@@ -4756,9 +4761,9 @@ mod peers {
 
     // -- The client
 
-    /// A `host:port` with the name looked up, which the client would do without a limit: a name server that does not answer holds a
-    /// lookup for ten seconds, so it has a thread of its own, which ends when it ends. A name that stands for several addresses is left
-    /// to the client, since it tries them side by side.
+    /// A `host:port` with the name looked up, which the client would do without a limit: a name server that does not
+    /// answer holds a lookup for ten seconds, so it has a thread of its own, which ends when it ends. A name that
+    /// stands for several addresses is left to the client, since it tries them side by side.
     fn find_host(address: &str) -> io::Result<String> {
         let (name, (tell, told)) = (address.to_owned(), mpsc::channel());
         let look_up = move || tell.send(name.to_socket_addrs().map_or(Vec::new(), Iterator::collect));
@@ -4770,8 +4775,8 @@ mod peers {
         }
     }
 
-    /// A request of the client, without what it would do by itself: it reads `http_proxy`, and follows redirects. The limit is for
-    /// connecting, and for each read.
+    /// A request of the client, without what it would do by itself: it reads `http_proxy`, and follows redirects. The
+    /// limit is for connecting, and for each read.
     fn client(verb: &str, url: &str, limit: Duration) -> attohttpc::Result<RequestBuilder> {
         let method = Method::from_bytes(verb.as_bytes()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         let builder = RequestBuilder::try_new(method, url)?.proxy_settings(ProxySettings::builder().build());
@@ -4779,8 +4784,9 @@ mod peers {
     }
 
     impl Request {
-        /// The target on a host. None if plain HTTP cannot carry it: the client takes the segments `.` and `..`, which may be keys, out of
-        /// a target, and makes something of its own of CONNECT. A target that is no path would go on with the host: `@another:80/`.
+        /// The target on a host. None if plain HTTP cannot carry it: the client takes the segments `.` and `..`, which
+        /// may be keys, out of a target, and makes something of its own of CONNECT. A target that is no path would go
+        /// on with the host: `@another:80/`.
         fn url(&self, host: &str) -> Option<String> {
             let url = format!("http://{host}{}", self.target);
             let same =
@@ -4789,8 +4795,8 @@ mod peers {
             is_kept.then_some(url)
         }
 
-        /// Sends the request to a host and reads the answer, of which status, `Content-Type`, `Allow` and body go on. The limit
-        /// is for all of it, however slowly the answer drips.
+        /// Sends the request to a host and reads the answer, of which status, `Content-Type`, `Allow` and body go on.
+        /// The limit is for all of it, however slowly the answer drips.
         pub fn send(&self, host: &str) -> attohttpc::Result<Answer> {
             let url = self.url(host).ok_or(io::Error::from(io::ErrorKind::InvalidInput))?;
             let mut builder = client(&self.verb, &url, ANSWER_LIMIT)?.timeout(ANSWER_LIMIT);
