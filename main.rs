@@ -338,9 +338,9 @@ mod connections {
             if request.verb == "PUT" && framing.length > MAX_BODY {
                 return self.close_with(answer_unread(request), verb, false);
             }
-            let is_large = (LARGE_BODY + 1..=MAX_BODY).contains(&framing.length);
+            let is_large = framing.length > LARGE_BODY && framing.length <= MAX_BODY;
             let _room = is_large.then(|| self.wait_for_room(framing.length));
-            if framing.expects_continue {
+            if framing.expects_continue && framing.length > 0 {
                 // RFC 9110 section 10.1.1.
                 self.output.borrow_mut().extend(b"HTTP/1.1 100 Continue\r\n\r\n");
             }
@@ -714,8 +714,7 @@ mod http {
     /// The limit of a request's head, in bytes.
     pub const MAX_HEAD: usize = 64 << 10;
 
-    /// A whole request, as it also travels between instances. HEAD is a GET here: only the connection leaves out the
-    /// body.
+    /// A whole request, as it also travels between instances. HEAD is a GET here: the connection leaves out the body.
     #[derive(Clone, Default, Serialize, Deserialize)]
     pub struct Request {
         pub verb: String,
@@ -951,8 +950,7 @@ mod http {
         !json.contains("\\u") || serde_json::from_str::<String>(&as_string()).is_ok()
     }
 
-    /// Whether a body was refused because its value is a string that is not UTF-8: with these bytes replaced, it
-    /// parses.
+    /// Whether a body was refused because its value is a string that is not UTF-8: with its bytes replaced, it parses.
     fn is_value_broken(body: &[u8]) -> bool {
         let mended = String::from_utf8_lossy(body);
         member(mended.as_bytes(), "value").is_ok_and(|value| value.starts_with('"') && value.contains('\u{fffd}'))
@@ -4159,8 +4157,8 @@ mod peers {
     //! carries the answers. Both last as long as the stream.
     //!
     //! - The asking side has one stream to each instance: one thread writes requests, another reads answers. A caller
-    //!   queues its request and waits; what is queued during one write leaves with the next. When a stream ends, all
-    //!   its requests fail, and the next request opens a new stream.
+    //!   queues its request and waits; what is queued during one write leaves with the next. When a stream ends, the
+    //!   requests that were sent on it fail, and the others go to a new stream.
     //! - The asked side serves both HTTP requests as connections. The coroutine of the POST reads requests, answers
     //!   them, and flushes the answers once it has handled all that it has read. A request that has to wait for other
     //!   instances is *deferred* to a coroutine of its own, which writes the answer itself.
@@ -4181,7 +4179,6 @@ mod peers {
     //! Nodes and main instances of this program take streams. Any other main instance answers the GET with something
     //! else: it gets plain requests, each from a thread of its own.
 
-    use std::collections::hash_map::Entry;
     use std::collections::{BTreeSet, HashMap, VecDeque};
     use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
     use std::net::{Shutdown, TcpStream, ToSocketAddrs};
@@ -4532,7 +4529,7 @@ mod peers {
         id: u64,
         /// The thread that takes what is queued.
         sender: Thread,
-        /// When the stream was opened, by this side's clock.
+        /// When the stream was opened, by this side's clock; 0 before.
         opened: i64,
         /// When a request was last queued, by this side's clock.
         last_asked: i64,
@@ -4579,11 +4576,20 @@ mod peers {
         }
         request.began.get_or_insert_with(clock);
         let (question, waiting) = Question::new(patience);
+        enqueue(address, request, waiting);
+        Ok(question)
+    }
+
+    /// Queues a request, on a new stream if there is none. Where the system has no room for a thread, it gets no
+    /// answer.
+    fn enqueue(address: &str, request: Request, waiting: Waiting) {
         let mut all = lock(&TRAFFIC);
-        let traffic = match all.entry(address.to_owned()) {
-            Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => entry.insert(Traffic::begin(address).map_err(|_| not_sent)?),
-        };
+        if !all.contains_key(address)
+            && let Ok(traffic) = Traffic::begin(address)
+        {
+            all.insert(address.to_owned(), traffic);
+        }
+        let Some(traffic) = all.get_mut(address) else { return };
         traffic.last_asked = clock();
         traffic.queue.push_back((request, waiting));
         let sender = (traffic.queue.len() == 1).then(|| traffic.sender.clone());
@@ -4593,7 +4599,6 @@ mod peers {
             yield_now();
             sender.unpark();
         }
-        Ok(question)
     }
 
     /// A stream to another instance, or plain requests to one that takes no streams.
@@ -4609,20 +4614,22 @@ mod peers {
             lock(&TRAFFIC).get_mut(&self.address).filter(|traffic| traffic.id == self.id).map(action)
         }
 
-        /// Ends the stream if the condition holds: what is queued fails, and what was sent gets no answer. Returns
-        /// whether it has ended.
+        /// Ends the stream if the condition holds. What was sent gets no answer. What is queued goes to a new stream,
+        /// or fails if this one could not be opened. Returns whether the stream has ended.
         fn end_if(&self, condition: impl FnOnce(&Traffic) -> bool) -> bool {
             let mut all = lock(&TRAFFIC);
-            match all.get(&self.address).filter(|traffic| traffic.id == self.id) {
-                Some(traffic) if !condition(traffic) => return false,
-                Some(_) => {}
-                None => return true,
-            }
-            let traffic = all.remove(&self.address);
+            let is_due = all.get(&self.address).filter(|traffic| traffic.id == self.id).map(condition);
+            let ended = if is_due == Some(true) { all.remove(&self.address) } else { None };
             drop(all);
-            let queued = traffic.into_iter().flat_map(|traffic| traffic.queue);
-            queued.for_each(|(_, waiting)| waiting.deliver(Err(Lost { was_sent: false })));
-            true
+            let was_open = ended.as_ref().is_some_and(|traffic| traffic.opened > 0);
+            for (request, waiting) in ended.into_iter().flat_map(|traffic| traffic.queue) {
+                if was_open {
+                    enqueue(&self.address, request, waiting);
+                } else {
+                    waiting.deliver(Err(Lost { was_sent: false }));
+                }
+            }
+            is_due != Some(false)
         }
 
         fn run(self) {
@@ -4658,7 +4665,7 @@ mod peers {
                 return Err(io::Error::from(io::ErrorKind::PermissionDenied).into());
             }
             self.with(|traffic| traffic.opened = clock());
-            let (post, stream) = (open("POST")?.body(Requests(self.clone())), self.clone());
+            let (post, stream) = (open("POST")?.body(self.clone()), self.clone());
             // `send` returns when the stream has ended, and closes the connection. Then the other side closes the other
             // one.
             let send = move || (post.send().is_ok(), stream.end_if(|_| true));
@@ -4688,7 +4695,8 @@ mod peers {
 
         /// What the sender writes next: what is queued, or else a heartbeat. None if the stream has ended.
         fn next_batch(&self) -> Option<Vec<Message<Request>>> {
-            if self.with(|traffic| traffic.queue.is_empty())? {
+            let began = Instant::now();
+            while began.elapsed() < BEAT && self.with(|traffic| traffic.queue.is_empty())? {
                 thread::park_timeout(BEAT);
             }
             self.with(|traffic| {
@@ -4714,12 +4722,11 @@ mod peers {
         fn send_plainly(&self) {
             let (threads, end) = (Arc::new(()), clock() + PLAIN_LIMIT);
             while clock() < end || !self.end_if(|traffic| traffic.queue.is_empty()) {
-                if Arc::strong_count(&threads) > MAX_THREADS {
-                    thread::sleep(Duration::from_millis(1));
-                    continue;
-                }
-                let Some((request, waiting)) = self.with(|traffic| traffic.queue.pop_front()).flatten() else {
-                    thread::park_timeout(BEAT);
+                let may_send = Arc::strong_count(&threads) <= MAX_THREADS;
+                let next = self.with(|traffic| traffic.queue.pop_front_if(|_| may_send));
+                let Some((request, waiting)) = next.flatten() else {
+                    // The end of a thread wakes nobody.
+                    thread::park_timeout(Duration::from_millis(10));
                     continue;
                 };
                 let (address, thread) = (self.address.clone(), threads.clone());
@@ -4737,22 +4744,19 @@ mod peers {
         }
     }
 
-    /// The body of a stream's POST.
-    struct Requests(Stream);
-
-    impl Body for Requests {
+    /// The body of the stream's POST, which carries the requests.
+    impl Body for Stream {
         fn kind(&mut self) -> io::Result<BodyKind> {
             // More than any stream carries.
             Ok(BodyKind::KnownLength(1 << 62))
         }
 
         fn write<W: Write>(&mut self, mut writer: W) -> io::Result<()> {
-            let Requests(stream) = self;
-            stream.with(|traffic| traffic.sender = thread::current());
-            while let Some(batch) = stream.next_batch() {
+            self.with(|traffic| traffic.sender = thread::current());
+            while let Some(batch) = self.next_batch() {
                 batch.iter().try_for_each(|message| message.write(&mut writer))?;
                 writer.flush()?;
-                stream.end_if(Traffic::is_idle);
+                self.end_if(Traffic::is_idle);
             }
             // An error makes attohttpc give up: it must not wait for an answer to a body that is cut off.
             Err(io::ErrorKind::ConnectionAborted.into())
