@@ -268,8 +268,8 @@ mod connections {
         static CLIENTS: RefCell<Vec<Option<Rc<Client>>>> = const { RefCell::new(Vec::new()) };
         /// The total length of the large bodies that are being read or answered.
         static BODIES: Cell<usize> = const { Cell::new(0) };
-        /// The `Date` of answers.
-        static DATE: RefCell<String> = RefCell::new(date());
+        /// The `Date` of answers, which `watch` updates.
+        static DATE: RefCell<String> = const { RefCell::new(String::new()) };
         /// The number of bytes received and answered since other coroutines last ran.
         static SERVED: Cell<usize> = const { Cell::new(0) };
     }
@@ -513,13 +513,9 @@ mod connections {
         }
     }
 
-    fn date() -> String {
-        HttpDate::from(SystemTime::now()).to_string()
-    }
-
     /// Updates the date, and closes the connections that exceed the idle timeout. Must run every second in a coroutine.
     pub fn watch() {
-        DATE.set(date());
+        DATE.set(HttpDate::from(SystemTime::now()).to_string());
         CLIENTS.with_borrow(|clients| {
             for client in clients.iter().flatten() {
                 if matches!(client.phase.get(), Phase::Head | Phase::LastHead | Phase::Body) {
@@ -762,7 +758,7 @@ mod http {
             let (mut hosts, mut lengths, mut size, mut is_sound) = (0, 0, parsed.path().len(), true);
             for header in parsed.headers() {
                 let is = |name: &str| header.name.eq_ignore_ascii_case(name);
-                let text = || String::from_utf8_lossy(header.value);
+                let text = || str::from_utf8(header.value).unwrap_or_default();
                 size += header.name.len() + header.value.len();
                 if is("Transfer-Encoding") {
                     return Err(Outcome::LengthRequired);
@@ -771,7 +767,7 @@ mod http {
                     is_sound &= is_host(header.value);
                 } else if is("Content-Length") {
                     // Digits only (RFC 9110 section 8.6), where `parse` takes a sign. Repeated lengths must agree.
-                    let length = text().parse().ok().filter(|_| !header.value.starts_with(b"+"));
+                    let length = text().parse().ok().filter(|_| !text().starts_with('+'));
                     is_sound &= length.is_some() && (lengths == 0 || length == Some(framing.length));
                     framing.length = length.unwrap_or(0);
                     lengths += 1;
@@ -795,12 +791,12 @@ mod http {
         let target = origin_form(parsed.path()).ok_or(Outcome::BadRequest)?;
         let mut request = Request { verb, target, ..Request::default() };
         for header in parsed.headers() {
-            let text = || String::from_utf8_lossy(header.value);
+            let text = || str::from_utf8(header.value).unwrap_or_default();
             if header.name.eq_ignore_ascii_case("Content-Type") {
-                request.content_type = text().into_owned();
+                request.content_type = text().into();
             } else if header.name.eq_ignore_ascii_case("Via") {
                 request.via += if request.via.is_empty() { "" } else { ", " };
-                request.via += &text();
+                request.via += text();
             }
         }
         Ok((request, framing))
@@ -4544,7 +4540,12 @@ mod peers {
         fn begin(address: &str) -> io::Result<Traffic> {
             let id = random();
             let stream = Stream { address: address.to_owned(), id };
-            let sender = thread::Builder::new().spawn(move || stream.run())?.thread().clone();
+            let run = move || {
+                // A panic ends the stream, as an error does.
+                let _ = catch_unwind(AssertUnwindSafe(|| stream.carry()));
+                stream.end_if(|_| true);
+            };
+            let sender = thread::Builder::new().spawn(run)?.thread().clone();
             let (opened, last_asked, last_number, queue, sent) = Default::default();
             Ok(Traffic { id, sender, opened, last_asked, last_number, queue, sent })
         }
@@ -4630,12 +4631,6 @@ mod peers {
                 }
             }
             is_due != Some(false)
-        }
-
-        fn run(self) {
-            // A panic ends the stream, as an error does.
-            let _ = catch_unwind(AssertUnwindSafe(|| self.carry()));
-            self.end_if(|_| true);
         }
 
         /// Opens the stream, starts the thread that writes requests, and reads answers until the stream ends.
