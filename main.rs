@@ -844,8 +844,8 @@ mod http {
     impl Request {
         /// What the request is about, and the vocabulary of its answer.
         pub fn route<'a>(&'a self) -> (Resource<'a>, Vocabulary) {
-            let is_json = self.media_type().eq_ignore_ascii_case(b"application/json");
-            let (typed, json) = (if is_json { Vocabulary::Json } else { Vocabulary::Form }, Vocabulary::Json);
+            let json = Vocabulary::Json;
+            let typed = if self.is_of_type("application/json") { json } else { Vocabulary::Form };
             // A slash inside a key arrives as %2F.
             let key = |segment: &'a str| Resource::Key(percent_decode(segment.as_bytes()).into());
             let path = self.target.split_once('?').map_or(&*self.target, |(path, _)| path);
@@ -863,8 +863,12 @@ mod http {
             }
         }
 
-        fn media_type(&self) -> &[u8] {
-            self.content_type.as_bytes().split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii()
+        /// Whether the body is of this media type, whose parameters do not matter. An empty name stands for no type.
+        fn is_of_type(&self, name: &str) -> bool {
+            let split = self.content_type.split_at_checked(name.len());
+            split.is_some_and(|(start, rest)| {
+                start.eq_ignore_ascii_case(name) && matches!(rest.trim_start().bytes().next(), None | Some(b';'))
+            })
         }
     }
 
@@ -905,8 +909,7 @@ mod http {
     /// The first field `val` of the body, or else of the query, decoded.
     fn form_value(request: &Request) -> Result<String, Outcome> {
         let query = || form_field(request.target.split_once('?')?.1.as_bytes());
-        let form: [&[u8]; 2] = [b"", b"application/x-www-form-urlencoded"];
-        let is_form = form.iter().any(|it| request.media_type().eq_ignore_ascii_case(it));
+        let is_form = request.is_of_type("") || request.is_of_type("application/x-www-form-urlencoded");
         let body = if is_form { form_field(&request.body) } else { None };
         let value = body.or_else(query).ok_or(Outcome::ValueMissing)?;
         String::from_utf8(value).map_err(|_| Outcome::ValueNotText)
