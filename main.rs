@@ -48,8 +48,9 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 // ---- Settings: what the environment says ----------------------------------------------------------------------------
 
 mod settings {
-    //! What the environment says: every variable is read once and checked, and one that is malformed ends the program (`Settings::read`).
-    //! What is an address is decided here as well, for views and peers.
+    //! Reads the environment, and checks addresses.
+    //!
+    //! Each variable is read once. A malformed or contradictory one ends the program with a line on stderr.
 
     use std::net::{IpAddr, SocketAddr};
     use std::sync::LazyLock;
@@ -75,29 +76,28 @@ environment (an empty variable is an unset one):
   SECRET              what the nodes of a store share: 1 to 200 visible ASCII characters [none]
 ";
 
-    /// What this instance is. A follower has its main instance's address, a node its own.
+    /// A follower has the address of its main instance, a node its own address.
     pub enum Role {
         Main,
         Follower(String),
         Node(String),
     }
 
-    /// This node's own address; None for a main instance and a follower.
+    /// This node's own address. None for a main instance and for a follower.
     pub fn own() -> Option<&'static str> {
         if let Role::Node(own) = &SETTINGS.role { Some(own) } else { None }
     }
 
-    /// What the environment asks of this process.
     pub struct Settings {
         pub listen: SocketAddr,
         pub role: Role,
-        /// The first view of a node, and how many nodes hold each shard then.
+        /// A node's first view, and the number of replicas of each shard in it.
         pub view: Vec<String>,
         pub factor: usize,
-        /// What the nodes of the store share.
         pub secret: Option<String>,
     }
 
+    /// The settings of this process. The first use ends the program if they are not valid.
     pub static SETTINGS: LazyLock<Settings> = LazyLock::new(|| {
         let variable = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
         Settings::read(variable).unwrap_or_else(|line| fail(2, &line))
@@ -114,29 +114,25 @@ environment (an empty variable is an unset one):
                 value => Ok(value.map(|value| value.to_ascii_lowercase())),
             };
             let own = address("ADDRESS")?;
-            let main = match address("FORWARDING_ADDRESS")? {
-                None => address("MAINIP")?,
-                main => main,
+            let main = address(if get("FORWARDING_ADDRESS").is_some() { "FORWARDING_ADDRESS" } else { "MAINIP" })?;
+            let expected = match (&own, &main) {
+                (Some(_), None) => None,
+                (Some(_), Some(_)) => Some("no FORWARDING_ADDRESS or MAINIP"),
+                (None, _) => Some("ADDRESS to be set too, this node's own host:port"),
             };
-            for name in ["VIEW", "REPL_FACTOR", "SECRET"] {
-                let Some(value) = get(name) else { continue };
-                let value = if name == "SECRET" { "..." } else { &value };
-                if own.is_none() {
-                    return Err(format!("{name}={value}: expected ADDRESS to be set too, this node's own host:port"));
-                } else if let Some(main) = &main {
-                    return Err(format!("{name}={value}: expected no FORWARDING_ADDRESS or MAINIP, but one is {main}"));
-                }
+            let of_nodes = ["VIEW", "REPL_FACTOR", "SECRET"].into_iter().find(|name| get(name).is_some());
+            if let (Some(name), Some(expected)) = (of_nodes, expected) {
+                let value = get(name).filter(|_| name != "SECRET").unwrap_or("...".into());
+                return Err(format!("{name}={value}: expected {expected}"));
             }
             let view = match get("VIEW") {
                 None => own.iter().cloned().collect(),
                 Some(text) => parse_view(text.split(','))
                     .map_err(|why| format!("VIEW={text}: expected host:port,host:port,..., but {why}"))?,
             };
-            let factor = match get("REPL_FACTOR") {
-                None => 1,
-                Some(text) => parse_factor(&text, view.len())
-                    .map_err(|expected| format!("REPL_FACTOR={text}: expected {expected}"))?,
-            };
+            let factor = get("REPL_FACTOR").unwrap_or("1".into());
+            let factor = parse_factor(&factor, view.len().max(1))
+                .map_err(|expected| format!("REPL_FACTOR={factor}: expected {expected}"))?;
             let secret = get("SECRET");
             if secret.iter().any(|text| text.len() > 200 || !text.bytes().all(|byte| byte.is_ascii_graphic())) {
                 return Err("SECRET=...: expected 1 to 200 visible ASCII characters (its value is not shown)".into());
@@ -148,18 +144,18 @@ environment (an empty variable is an unset one):
     }
 
     fn listen_address(ip: Option<String>, port: Option<String>, own: Option<&str>) -> Result<SocketAddr, String> {
-        let port = match (port, own) {
-            (Some(port), _) => port_of(&format!("localhost:{port}"))
+        let port = match port {
+            Some(port) => port_of(&format!("localhost:{port}"))
                 .ok_or_else(|| format!("PORT={port}: expected a number from 1 to 65535"))?,
-            (None, Some(own)) => port_of(own).unwrap_or_default(),
-            (None, None) => 8080,
+            None => own.and_then(port_of).unwrap_or(8080),
         };
         let ip = ip.unwrap_or("0.0.0.0".into());
         let ip: IpAddr = ip.parse().map_err(|_| format!("IP={ip}: expected an IPv4 or IPv6 address"))?;
         Ok(SocketAddr::new(ip, port))
     }
 
-    /// Checks the addresses of a view. The error says what is wrong with which. (Names are the same in either case, RFC 4343.)
+    /// Checks the addresses of a view and returns them in lower case (RFC 4343). The error is the end of a sentence
+    /// that says what is wrong.
     pub fn parse_view<'a>(addresses: impl Iterator<Item = &'a str>) -> Result<Vec<String>, String> {
         let mut view = Vec::new();
         for text in addresses.take(1001).map(str::trim) {
@@ -174,18 +170,18 @@ environment (an empty variable is an unset one):
         if (1..=1000).contains(&view.len()) { Ok(view) } else { Err("it must name 1 to 1000 nodes".into()) }
     }
 
-    /// Reads a replication factor for a number of nodes. The error says what was expected.
+    /// Reads a replication factor for a store of `nodes` nodes. The error says what was expected.
     pub fn parse_factor(text: &str, nodes: usize) -> Result<usize, String> {
         let factor = text.parse().ok().filter(|factor| (1..=nodes).contains(factor) && !text.starts_with('+'));
         factor.ok_or(format!("a whole number from 1 to {nodes}, the number of nodes"))
     }
 
-    /// The port of `host:port`, where the host is a name, an IPv4 address or an IPv6 address in brackets: what stands unchanged
-    /// in a URL, and nothing else.
+    /// The port of `host:port`, where the host is a name, an IPv4 address, or an IPv6 address in brackets. None if a
+    /// URL would spell the address in another way.
     pub fn port_of(text: &str) -> Option<u16> {
         let url = Url::parse(&format!("http://{text}")).ok()?;
         let (host, port) = (url.host_str()?, url.port_or_known_default().filter(|port| *port > 0)?);
-        // The URL parser takes more characters, such as a quotation mark, than may stand in an answer.
+        // The URL parser takes more characters, such as a quotation mark, than an answer may contain.
         let is_plain = text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte));
         (is_plain && text.len() <= 300 && text.eq_ignore_ascii_case(&format!("{host}:{port}"))).then_some(port)
     }
@@ -194,23 +190,27 @@ environment (an empty variable is an unset one):
 // ---- Connections: where bytes come in and answers go out ------------------------------------------------------------
 
 mod connections {
-    //! may_minihttp parses requests, and sends answers when it has dealt with all that it read. Much it cannot do: answer what it
-    //! refused to parse, answer without a body (HEAD) or with headers that are not known when it is compiled, answer before the next
-    //! request's body has come, close, and wait for a client that does not read. So a connection keeps its answers itself, as its
-    //! *output* (`write`). The server has an empty answer for each, and when it sends these, `send` sends the output in their place.
+    //! Receives requests on clients' connections, and sends the answers.
     //!
-    //! Output leaves when the server sends, when there is much of it, and before anything that may wait: another instance, a body, a
-    //! large value (`flush`). A large value is not copied into the output but written straight from the record, while the coroutine
-    //! waits for the client (`write_waiting`): a client that does not read costs a pointer, and there is nothing to account for.
+    //! may_minihttp parses requests and sends answers once it has handled all that it has read. It cannot answer a
+    //! request that it fails to parse, answer HEAD without a body, set headers at run time, answer while it waits for
+    //! the next request's body, wait for a slow reader, or close. Therefore each connection keeps its answers in an
+    //! *output* buffer of its own (`Client::write`) and gives the server empty answers. When the server sends these,
+    //! `send` sends the output instead.
     //!
-    //! A connection is closed (`close`)
-    //! - after the answer to `Connection: close` and HTTP/1.0 (`close_with`);
-    //! - after a refusal, since where the next request begins is not known, or not worth reading up to it (`refuse`);
-    //! - without an answer, when a body ends before its length (`serve`), or the stream that it carries ends (`serve_stream`);
-    //! - when its client has taken nothing of an answer for ten seconds (`write_waiting`), or sent nothing for 75 (`watch`);
-    //! - at once, when there are too many (`new_service`).
+    //! The output is flushed when the server sends, when it exceeds `BATCH`, and before anything that may wait: a
+    //! request to another instance, a body, a large value. A large value is not copied: `write_waiting` writes it
+    //! directly from the record while the coroutine waits for the client. So a client that does not read costs a
+    //! pointer, and buffers need no accounting.
     //!
-    //! A connection that carries a stream is left to `peers` (`serve_stream`).
+    //! A connection is closed
+    //! - after the answer to `Connection: close` or HTTP/1.0 (`close_with`);
+    //! - after a refusal, when the end of the request is not known or too far to read on (`refuse`);
+    //! - without an answer, when a body ends before its length (`serve`) or a stream ends (`serve_stream`);
+    //! - when its client takes nothing of an answer for 10 s (`write_waiting`), or sends nothing for 75 s (`watch`);
+    //! - at once, when there are too many connections (`new_service`).
+    //!
+    //! The two connections of a stream are handed to `peers` (`serve_stream`).
     //!
     //! All of this runs on the worker thread (`start_worker`), so the state of connections needs no locks.
 
@@ -235,55 +235,56 @@ mod connections {
     use crate::service::{LARGE_BODY, VERBS, answer_or_defer, count_answer};
     use crate::world::pause;
 
-    /// The output of a connection is sent when it has more than so many bytes. A value that is longer is not copied to it.
+    /// The output is flushed when it exceeds this size, in bytes. A larger value is not copied to it.
     const BATCH: usize = 32 << 10;
-    /// How many bytes may be received and answered, without a pause, before other clients have their turn.
+    /// The number of bytes to receive and answer before other coroutines must run.
     const TURN: usize = 128 << 10;
-    /// How many bytes large bodies may have together: more are not read before there is room.
+    /// The limit of all large bodies that are being read or answered, in bytes. Further ones are not read meanwhile.
     const MAX_BODIES: usize = 64 << 20;
-    /// What the server reads of a client before a request's head is whole, in bytes, at most. It reads ahead by as much as it has, and
-    /// the limit of a head is exact only where the whole head is there.
+    /// The number of bytes that the server may read before it has parsed another request. It reads ahead, so `MAX_HEAD`
+    /// can be checked only once a head is complete.
     const MAX_READ: usize = 3 * MAX_HEAD;
-    /// A client that takes nothing of an answer for this long is given up. (The kernel asks for more when 16 KiB are gone, `BATCH`.)
+    /// A client that takes nothing of an answer for this time is disconnected.
     pub const WRITE_LIMIT: Duration = Duration::from_secs(10);
-    /// A connection on which nothing happens for so many seconds is closed. Load balancers do so after 60 s: the client's side should be
-    /// the first, or a request may meet a connection that is just being closed.
+    /// The idle timeout, in seconds. Load balancers have one of 60 s: if the server's were shorter, they would send
+    /// requests on connections that are just being closed.
     const IDLE_LIMIT: u32 = 75;
 
-    /// How many connections are open.
+    /// The number of open connections.
     pub static CONNECTIONS: AtomicU64 = AtomicU64::new(0);
-    /// A third of the files that the system lets this process open, less some for everything else: a connection that is written to or
-    /// read from while its coroutine waits takes another one, and a stream a third (`waiting_stream`, `carry_answers`). And less than
-    /// half the mappings that Linux lets a process have: a coroutine's stack takes two, and without one the server ends.
+    /// The limit of open connections. One may take three open files: its socket, a second descriptor while its
+    /// coroutine waits for the client, and a third while it carries a stream. It takes two memory mappings, for its
+    /// coroutine's stack, of the 65,530 that Linux allows a process; without one the server ends. Deferred requests
+    /// take the rest (`MAX_HELD`).
     pub static MAX_CONNECTIONS: LazyLock<u64> = LazyLock::new(|| {
         let files = rlimit::increase_nofile_limit(u64::MAX).unwrap_or(1024);
         (files.saturating_sub(OTHER_FILES) / 3).min(28_000)
     });
-    /// The files that are left for all but connections.
+    /// The number of open files that are reserved for everything but connections.
     pub const OTHER_FILES: u64 = 200;
 
     thread_local! {
-        /// The clients, by the descriptors of their sockets. The worker has them; in any other thread there are none.
+        /// The clients, by the descriptors of their sockets. Only the worker thread has any.
         static CLIENTS: RefCell<Vec<Option<Rc<Client>>>> = const { RefCell::new(Vec::new()) };
-        /// How many bytes the large bodies have that are being read, or answered.
+        /// The total length of the large bodies that are being read or answered.
         static BODIES: Cell<usize> = const { Cell::new(0) };
-        /// The time of day, as answers give it.
-        static DATE: RefCell<String> = RefCell::new(date());
-        /// How many bytes were received and answered since a client last let others have their turn.
+        /// The `Date` of answers, which `watch` updates.
+        static DATE: RefCell<String> = const { RefCell::new(String::new()) };
+        /// The number of bytes received and answered since other coroutines last ran.
         static SERVED: Cell<usize> = const { Cell::new(0) };
     }
 
-    /// A connection, as the service, the watch, and `recv` and `send` see it.
+    /// The state of a connection that the service, the watch, and `recv` and `send` share.
     struct Client {
         fd: RawFd,
         phase: Cell<Phase>,
-        /// For how many seconds nothing has happened.
+        /// The number of seconds since something last happened.
         idle: Cell<u32>,
-        /// When the head of the request that is being answered was whole.
+        /// When the head of the current request was complete.
         asked: Cell<Instant>,
-        /// How many bytes were read since a request was last dealt with: of the next one's head, or what the server read ahead.
+        /// The number of bytes read since the last request was parsed.
         head: Cell<usize>,
-        /// Answers that are still to be sent.
+        /// Answers that are not sent yet.
         output: RefCell<Vec<u8>>,
     }
 
@@ -291,26 +292,27 @@ mod connections {
     enum Phase {
         /// The server reads the head of the next request.
         Head,
-        /// As `Head`, but the client sends nothing more: with its next read, the server is told.
+        /// As `Head`, after the client has closed its side. The server learns of it from its next read.
         LastHead,
         /// A request is being answered.
         Request,
-        /// As `Request`, and some of its body is read from the socket, since not all of it came with the head.
+        /// As `Request`, and its body did not arrive with its head: it is read from the socket.
         Body,
-        /// Nothing more is answered or sent: the connection is being closed, or carries a stream.
+        /// Nothing more is answered: the connection is being closed, or carries a stream.
         Closing,
     }
 
     impl Client {
-        /// The client whose socket has this descriptor. None if it is something else's.
+        /// The client whose socket has this descriptor. None for a descriptor of anything else.
         fn at(fd: RawFd) -> Option<Rc<Client>> {
             CLIENTS.try_with(|clients| clients.borrow().get(fd as usize).cloned().flatten()).ok().flatten()
         }
 
-        /// The socket, which the server owns, and closes after the service has taken the client out of `CLIENTS`.
+        /// The socket. The server owns it, and closes it after `Connection::drop` has removed the client from
+        /// `CLIENTS`.
         fn socket(&self) -> ManuallyDrop<TcpStream> {
-            // SAFETY: whoever has a client got it from `CLIENTS` in a call of the server, which keeps the descriptor open until the call
-            // returns, or in the watch, which nothing interrupts; and ManuallyDrop never closes it.
+            // SAFETY: a client is taken from `CLIENTS` in a call by the server, which keeps the descriptor open until
+            // the call returns, or in the watch, which does not yield. ManuallyDrop never closes it.
             ManuallyDrop::new(unsafe { TcpStream::from_raw_fd(self.fd) })
         }
 
@@ -318,7 +320,7 @@ mod connections {
             self.phase.get() == Phase::Closing
         }
 
-        /// Closes the connection: nothing more is sent, and when the server finds that it cannot, it closes the socket.
+        /// Closes the connection. The server closes the socket when its next read or write fails.
         fn close(&self, how: Shutdown) {
             self.phase.set(Phase::Closing);
             let _ = self.socket().shutdown(how);
@@ -336,20 +338,18 @@ mod connections {
             if request.verb == "PUT" && framing.length > MAX_BODY {
                 return self.close_with(answer_unread(request), verb, false);
             }
-            let is_kept = framing.length <= MAX_BODY;
-            let _room = (is_kept && framing.length > LARGE_BODY).then(|| self.wait_for_room(framing.length));
-            if framing.expects_continue {
-                // (RFC 9110 section 10.1.1)
+            let is_large = framing.length > LARGE_BODY && framing.length <= MAX_BODY;
+            let _room = is_large.then(|| self.wait_for_room(framing.length));
+            if framing.expects_continue && framing.length > 0 {
+                // RFC 9110 section 10.1.1.
                 self.output.borrow_mut().extend(b"HTTP/1.1 100 Continue\r\n\r\n");
             }
-            let body = is_kept.then_some(&mut request.body);
-            if framing.length > 0 && !self.read_body(parsed.body(), framing.length, body) {
-                // What it sent before is answered.
+            if framing.length > 0 && !self.read_body(parsed.body(), framing.length, &mut request.body) {
                 self.flush();
                 return self.close(Shutdown::Write);
             }
             let answer = answer_or_defer(request).unwrap_or_else(|work| {
-                // That may take long, and what was asked before is answered.
+                // The work may take long: send the answers to earlier requests.
                 self.flush();
                 work()
             });
@@ -359,7 +359,7 @@ mod connections {
             self.write(answer, verb, "", framing.is_head);
         }
 
-        /// Becomes one half of a stream, as long as that lives.
+        /// Carries one half of a stream for as long as that lives.
         fn serve_stream(&self, id: &str, parsed: Parsed) {
             let knows_secret = match knows_secret(&parsed, id) {
                 Ok(knows) => knows,
@@ -374,7 +374,7 @@ mod connections {
             self.close(Shutdown::Write);
         }
 
-        /// Waits until another large body may be read.
+        /// Waits until `MAX_BODIES` allows another large body.
         fn wait_for_room(&self, length: usize) -> Room {
             self.flush();
             while BODIES.get() + length > MAX_BODIES {
@@ -384,14 +384,15 @@ mod connections {
             Room(length)
         }
 
-        /// Reads a whole body, to keep it or not. False is a client that left before it was complete: its request never happened.
-        fn read_body(&self, mut reader: BodyReader, length: usize, mut body: Option<&mut Vec<u8>>) -> bool {
+        /// Reads a whole body, and keeps it unless it is over `MAX_BODY`. Returns false if the connection ended before:
+        /// then the request counts as never made.
+        fn read_body(&self, mut reader: BodyReader, length: usize, body: &mut Vec<u8>) -> bool {
             let mut taken = 0;
             while taken < length {
                 self.idle.set(0);
                 let Ok(arrived @ [_, ..]) = reader.fill_buf() else { return false };
                 let count = arrived.len();
-                if let Some(body) = &mut body {
+                if length <= MAX_BODY {
                     body.extend(arrived);
                 }
                 reader.consume(count);
@@ -399,15 +400,16 @@ mod connections {
                 take_turn(&self.socket(), count);
             }
             if self.phase.get() == Phase::Body {
-                // The server waits for a signal that comes once an arrival, and reading the body has used it up: a request that came
-                // with the body's end would be left lying.
+                // epoll is edge-triggered, and reading the body has consumed the edge: the server would not notice a
+                // request that arrived with the end of the body.
                 self.phase.set(Phase::Request);
                 signal_again(&self.socket());
             }
             true
         }
 
-        /// Writes an answer to the output, and a large value to the socket. `connection` is what its head says of the connection.
+        /// Writes an answer to the output, or a large value to the socket. `connection` is its `Connection` header, or
+        /// empty.
         fn write(&self, answer: Answer, verb: &str, connection: &str, is_head: bool) {
             count_answer(verb, answer.status, self.asked.get().elapsed());
             DATE.with_borrow(|date| answer.write_head(&mut self.output.borrow_mut(), date, connection));
@@ -425,24 +427,24 @@ mod connections {
             take_turn(&self.socket(), answer.length());
         }
 
-        /// Sends the output, however long the client takes to read it.
+        /// Sends the output, and waits until the client has taken it.
         fn flush(&self) {
             if self.output.borrow().is_empty() {
                 return;
             }
             let mut output = self.output.take();
-            // (With `writev`: `write` calls `send`, which comes here.)
+            // `write_vectored` calls `writev`. `write` would call `send`, which calls this function.
             let count = self.socket().write_vectored(&[IoSlice::new(&output)]).unwrap_or(0);
             if count < output.len() {
                 self.write_waiting(&output[count..]);
             }
             output.clear();
-            // (Idle connections keep little.)
+            // Idle connections keep little memory.
             output.shrink_to(4 << 10);
             self.output.replace(output);
         }
 
-        /// Writes bytes on the socket, and makes the coroutine wait for the client to read. One that takes none for long is given up.
+        /// Writes to the socket while the coroutine waits for the client to read, for up to `WRITE_LIMIT` at a time.
         fn write_waiting(&self, bytes: &[u8]) {
             let stream = waiting_stream(&self.socket(), Some(WRITE_LIMIT));
             if self.is_closing() || stream.and_then(|mut stream| stream.write_all(bytes)).is_err() {
@@ -450,16 +452,16 @@ mod connections {
             }
         }
 
-        /// Answers a request whose end is not known or not worth reading up to it.
+        /// Refuses a request after which the connection cannot be used further.
         fn refuse(&self, refusal: Outcome, is_head: bool) {
             self.close_with(refusal.answer(Vocabulary::Form, "GET"), "other", is_head);
         }
 
         /// Sends a last answer and closes the connection.
         fn close_with(&self, answer: Answer, verb: &str, is_head: bool) {
-            // The last packet is held back until the stream ends, so that a client that has the whole answer has its end as well. So this
-            // side, and not a relaying one, is the first to close and has its port in TIME_WAIT (RFC 9293 section 3.6.1): 28,000
-            // relays in a minute would use up the other side's ports.
+            // Holds back the last packet until the stream ends, so that it carries the end as well. Then this side
+            // closes first and keeps the port in TIME_WAIT for a minute (RFC 9293 section 3.6.1), and not a proxy,
+            // which would run out of ports.
             set_option(&self.socket(), libc::IPPROTO_TCP, libc::TCP_CORK, 1);
             self.write(answer, verb, CLOSE, is_head);
             self.flush();
@@ -467,8 +469,8 @@ mod connections {
             self.linger();
         }
 
-        /// Reads and drops what a client still sends, for up to 5 seconds: to close a socket with unread input resets the connection, and the
-        /// reset may reach the client before it has read its answer.
+        /// Discards what the client still sends, for up to 5 s. Closing a socket with unread input resets the
+        /// connection, and the reset may reach the client before it has read its answer.
         fn linger(&self) {
             let Ok(mut stream) = waiting_stream(&self.socket(), Some(Duration::from_secs(1))) else { return };
             let (deadline, mut buffer) = (Instant::now() + Duration::from_secs(5), vec![0; BATCH]);
@@ -479,12 +481,12 @@ mod connections {
             }
         }
 
-        /// Notes that `recv` has returned `count` to the server. Returns what it is to return instead.
+        /// Follows the result of a `recv` by the server, and returns what to tell the server instead.
         fn after_read(&self, count: isize) -> isize {
             match (self.phase.get(), count) {
                 (Phase::Request | Phase::Body, _) => self.phase.set(Phase::Body),
                 (Phase::Head, 0) => {
-                    // The kernel has to signal the end once more, or there is no next read.
+                    // Told of the end now, the server would drop the requests that it has just read.
                     self.phase.set(Phase::LastHead);
                     signal_again(&self.socket());
                     return fail_with(libc::EAGAIN);
@@ -502,7 +504,7 @@ mod connections {
         }
     }
 
-    /// A part of `BODIES`.
+    /// A part of `BODIES`, which it gives back when dropped.
     struct Room(usize);
 
     impl Drop for Room {
@@ -511,21 +513,16 @@ mod connections {
         }
     }
 
-    fn date() -> String {
-        HttpDate::from(SystemTime::now()).to_string()
-    }
-
-    /// Looks at the time of day, and closes connections on whose clients the server waits in vain. To be repeated every second by a
-    /// coroutine, which the worker runs.
+    /// Updates the date, and closes the connections that exceed the idle timeout. Must run every second in a coroutine.
     pub fn watch() {
-        DATE.set(date());
+        DATE.set(HttpDate::from(SystemTime::now()).to_string());
         CLIENTS.with_borrow(|clients| {
-            let is_waited_for =
-                |client: &&Rc<Client>| matches!(client.phase.get(), Phase::Head | Phase::LastHead | Phase::Body);
-            for client in clients.iter().flatten().filter(is_waited_for) {
-                client.idle.set(client.idle.get() + 1);
-                if client.idle.get() > IDLE_LIMIT {
-                    client.close(Shutdown::Both);
+            for client in clients.iter().flatten() {
+                if matches!(client.phase.get(), Phase::Head | Phase::LastHead | Phase::Body) {
+                    client.idle.set(client.idle.get() + 1);
+                    if client.idle.get() > IDLE_LIMIT {
+                        client.close(Shutdown::Both);
+                    }
                 }
             }
         });
@@ -541,19 +538,18 @@ mod connections {
     impl HttpServiceFactory for Server {
         type Service = Connection;
 
-        /// Called once for each connection. `id` is the descriptor of its socket, open until after the service is dropped.
+        /// The server calls this once for each connection. The descriptor `id` stays open until the service is dropped.
         fn new_service(&self, id: usize) -> Connection {
             let fd = id as RawFd;
             let (phase, idle, head, output) = (Cell::new(Phase::Head), Cell::new(0), Cell::new(0), RefCell::default());
-            let asked = Cell::new(Instant::now());
-            let client = Rc::new(Client { fd, phase, idle, asked, head, output });
+            let client = Rc::new(Client { fd, phase, idle, asked: Cell::new(Instant::now()), head, output });
             let socket = client.socket();
-            // Without this, an answer that leaves in two writes waits 40 ms for the client's delayed acknowledgement.
+            // Otherwise an answer in two writes waits 40 ms for the client's delayed acknowledgement.
             let _ = socket.set_nodelay(true);
-            // The kernel asks for more when it has sent most of what it has, and not when a third of its buffer is free, which may take
-            // a slow reader a minute.
+            // The kernel asks for more when `BATCH` bytes are left to send. By default it asks when a third of its
+            // buffer is free, which may take longer than `WRITE_LIMIT` with a slow reader.
             set_option(&socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, BATCH as libc::c_int);
-            // The accept loop would spin without end if descriptors ran out: the last ones are never used.
+            // The server's accept loop would spin if it ran out of descriptors.
             if CONNECTIONS.fetch_add(1, Relaxed) >= *MAX_CONNECTIONS {
                 client.close(Shutdown::Both);
             }
@@ -581,53 +577,52 @@ mod connections {
         }
     }
 
-    /// The server is done with the connection: the client left, or sent something that is not HTTP or has too many headers. To
-    /// that, the server says nothing; this does, after the answers that are still to be sent.
+    /// The server drops the service when the connection has ended or a request does not parse. It sends nothing then,
+    /// so the answers that are left, and a refusal, are sent here.
     impl Drop for Connection {
         fn drop(&mut self) {
             let Some(client) = Client::at(self.0) else { return };
-            let (phase, head) = (client.phase.get(), client.head.get());
-            if phase == Phase::Closing || thread::panicking() {
-                // Nothing can be sent any more. (A coroutine that panics cannot wait.)
-            } else if phase == Phase::LastHead && head <= "\r\n".len() {
-                // The client sends nothing more, but may still be reading. (After a request, a line's end may follow that is nothing.)
-                client.flush();
-            } else {
-                client.refuse(if head > MAX_READ { Outcome::BadRequest } else { Outcome::Unparsed }, false);
+            let head = client.head.get();
+            match client.phase.get() {
+                // A coroutine that panics cannot wait.
+                _ if thread::panicking() => {}
+                Phase::Closing => {}
+                // The client has closed its side, and may still read. An empty line may follow its last request.
+                Phase::LastHead if head <= "\r\n".len() => client.flush(),
+                _ => client.refuse(if head > MAX_READ { Outcome::BadRequest } else { Outcome::Unparsed }, false),
             }
             CLIENTS.with_borrow_mut(|clients| clients[self.0 as usize] = None);
             CONNECTIONS.fetch_sub(1, Relaxed);
         }
     }
 
-    // -- The socket, behind the server's back. Both functions are called in the coroutine of the connection, so they may wait.
+    // -- Functions of the C library. The server calls them in the coroutine of the connection, so they may wait.
 
-    /// Takes the place of the C library's function of this name, with which the server, as the whole standard library, reads from
-    /// sockets. Without it, a request that comes together with the end of the stream is lost, since the server throws away what it has
-    /// read then: here the end comes one read later. And an endless head, of which the server collects hundreds of megabytes a
-    /// second, ends here. (A coroutine that has waited for input then reads with `read`, which is not seen here.)
-    // SAFETY: it has the type of the function of that name, and does what recv(2) says that may happen.
+    /// Replaces the C library's `recv`, with which the standard library, and so the server, reads from sockets. It
+    /// delays the end of the stream until all requests before it are served, and ends a connection whose head does not
+    /// end: the server would buffer it without limit. A coroutine that had to wait for input reads with `read`, which
+    /// is not seen here.
+    // SAFETY: the signature and the behavior are those of recv(2).
     #[unsafe(no_mangle)]
     unsafe extern "C" fn recv(fd: RawFd, buffer: *mut libc::c_void, size: usize, flags: libc::c_int) -> isize {
         let client = Client::at(fd);
         if let Some(client) = &client
             && matches!(client.phase.get(), Phase::Request | Phase::Body)
         {
-            // Before it sends the rest of a body, the client may wait for answers to what came before.
+            // The client may wait for earlier answers before it sends the rest of a body.
             client.flush();
         }
-        // SAFETY: this is what recv is (recv(2)), and the caller answers for the rest.
+        // SAFETY: the same call as `recv` (recv(2)), with the caller's arguments.
         let count = unsafe { libc::recvfrom(fd, buffer, size, flags, std::ptr::null_mut(), std::ptr::null_mut()) };
         client.map_or(count, |client| client.after_read(count))
     }
 
-    /// Takes the place of the C library's function of this name, with which the server sends. What it sends is empty answers: these
-    /// never leave, and count as sent when the connection's output is.
-    // SAFETY: as `recv`.
+    /// Replaces the C library's `send`. What the server sends to a client is empty answers: the output is sent instead.
+    // SAFETY: the signature and the behavior are those of send(2).
     #[unsafe(no_mangle)]
     unsafe extern "C" fn send(fd: RawFd, buffer: *const libc::c_void, size: usize, flags: libc::c_int) -> isize {
         match Client::at(fd) {
-            // SAFETY: as in `recv`.
+            // SAFETY: the same call as `send` (send(2)), with the caller's arguments.
             None => unsafe { libc::sendto(fd, buffer, size, flags, std::ptr::null(), 0) },
             Some(client) => {
                 client.flush();
@@ -636,26 +631,28 @@ mod connections {
         }
     }
 
-    /// What a function of the C library returns when it fails.
     fn fail_with(error: libc::c_int) -> isize {
         Errno::set_raw(error);
         -1
     }
 
-    /// A socket as a stream that makes the coroutine wait, and not its worker: for `limit` at most, if there is one.
+    // -- Sockets
+
+    /// A second descriptor of a socket, on which the coroutine waits, and not the worker thread. `limit` is for each
+    /// read and write.
     pub fn waiting_stream(socket: &TcpStream, limit: Option<Duration>) -> io::Result<may::net::TcpStream> {
-        // (`may::io::CoIo` would be safe to make, but closes its descriptor before it takes it out of epoll, which then reports events
-        // of the socket to memory that was freed.)
-        // SAFETY: the descriptor is a fresh one, and the stream becomes its only owner.
+        // `may::io::CoIo` closes the descriptor before it removes it from epoll, which then reports events to memory
+        // that is freed.
+        // SAFETY: the descriptor is new, and the stream becomes its only owner.
         let stream = unsafe { may::net::TcpStream::from_raw_fd(socket.try_clone()?.into_raw_fd()) };
         stream.set_read_timeout(limit)?;
         stream.set_write_timeout(limit)?;
         Ok(stream)
     }
 
-    /// Counts bytes that were dealt with, and lets others have their turn when they are many. To yield would not do: the worker polls only
-    /// when no coroutine is ready, and of two clients that send without end one always is. But the poll signals a socket that it was
-    /// just told of, so whoever waits for that comes after all others.
+    /// Counts bytes that were served, and lets other coroutines run after `TURN` of them. Yielding is not enough: the
+    /// worker polls sockets only when no coroutine is ready, and among busy clients one always is. Waiting for a new
+    /// epoll registration, which is signalled at once, puts this coroutine behind all others.
     pub fn take_turn(socket: &TcpStream, count: usize) {
         SERVED.set(SERVED.get() + count);
         if SERVED.get() > TURN {
@@ -666,7 +663,7 @@ mod connections {
         }
     }
 
-    /// Has the kernel signal input once more, if there is any or the client has sent its end: setting SO_RCVLOWAT does.
+    /// Makes epoll signal the socket again if it has input or its end. Setting SO_RCVLOWAT does that.
     fn signal_again(socket: &TcpStream) {
         set_option(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, 1);
     }
@@ -681,11 +678,13 @@ mod connections {
 // ---- Requests and answers: what a client asks for, and what it is told -----------------------------------------------
 
 mod http {
-    //! What a client asks for, and what it is told. `read_head` makes a `Request` of what the server has parsed, and `route` finds what it is
-    //! about. `record_of` takes key and value out of a PUT, and `causal_context` a context out of a body.
+    //! Parses requests and renders answers.
     //!
-    //! An `Outcome` (created, found, missing, refused because ...) knows nothing of HTTP. It becomes an `Answer` by the contract's two
-    //! vocabularies, which are the two columns of one table (`Outcome::row`).
+    //! `read_head` makes a `Request` of what the server has parsed, and `Request::route` finds the resource.
+    //! `record_of` reads key and value of a PUT, and `causal_context` the context in a body.
+    //!
+    //! An `Outcome` (created, found, missing, a refusal) is independent of HTTP. `Outcome::answer` renders it in one of
+    //! the contract's two vocabularies, which are the two columns of one table (`Outcome::row`).
 
     use std::borrow::Cow;
     use std::collections::BTreeMap;
@@ -701,48 +700,48 @@ mod http {
     use serde_json::value::RawValue;
 
     use crate::node::{Context, node_of};
-    use crate::peers::{self, STREAM};
     use crate::records::Record;
     use crate::service::answer_about;
 
-    /// The limit of a value, in bytes: of a string its UTF-8, of anything else its JSON text (the contract, "Size limit").
+    /// The limit of a value, in bytes: of the UTF-8 of a string, and of the JSON text of anything else.
     pub const MAX_VALUE: usize = 1 << 20;
-    /// The limit of a body, in bytes (the contract, "Size limit").
+    /// The limit of a body, in bytes. A larger one is not kept.
     pub const MAX_BODY: usize = 4 << 20;
-    /// The limit of a request's head. The server has none of its own and would collect an endless head in memory.
+    /// The limit of a request's head, in bytes.
     pub const MAX_HEAD: usize = 64 << 10;
 
-    /// A whole request. HEAD is a GET here: only the connection knows that its answer leaves without the body.
+    /// A whole request, as it also travels between instances. HEAD is a GET here: the connection leaves out the body.
     #[derive(Clone, Default, Serialize, Deserialize)]
     pub struct Request {
         pub verb: String,
         /// Path and query as they came, percent-encoded.
         pub target: String,
         pub content_type: String,
-        /// The instances that relayed this request so far (RFC 9110 section 7.6.3).
+        /// The instances that have relayed this request (RFC 9110 section 7.6.3).
         pub via: String,
         pub origin: Origin,
-        /// When it began at the instance that got it from a client, by the clock of this one, in milliseconds. None: here and now.
+        /// When a request from another instance began, in milliseconds by the clock of this one. None: here and now.
         #[serde(skip)]
         pub began: Option<i64>,
         #[serde(with = "serde_bytes")]
         pub body: Vec<u8>,
     }
 
-    /// What a request is between instances, where it travels on a stream.
+    /// The kind of a request on a stream.
     #[derive(Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
     pub enum Origin {
-        /// A client's request, relayed or not.
+        /// From a client, directly or through followers.
         #[default]
         Client,
-        /// A client's request that a node sends to the one that owns the key by its table, which is of this store: the owner may
-        /// have started again since, and be a store of its own.
+        /// From a client by way of a node, which takes this one for the owner of the key. The number is the store's id:
+        /// a node that has started again may be a store of its own.
         Node(u64),
-        /// No client's request: the body is what one node says to another (`Envelope`).
+        /// From a node itself: the body is an `Envelope`.
         Message,
     }
 
-    /// What the head of a request tells the connection.
+    /// What the head of a request tells its connection.
+    #[derive(Default)]
     pub struct Framing {
         /// The length of the body, in bytes.
         pub length: usize,
@@ -752,63 +751,72 @@ mod http {
         pub expects_continue: bool,
     }
 
-    /// Reads the head of a request that the server took apart; the body is still missing. The error is the refusal of a request
-    /// whose body's length cannot be trusted: where the next request begins is not known, so the connection must be closed.
+    impl Framing {
+        fn of(parsed: &Parsed) -> Result<Framing, Outcome> {
+            let is_1_0 = parsed.version() == 0;
+            let mut framing = Framing { is_head: parsed.method() == "HEAD", closing: is_1_0, ..Framing::default() };
+            let (mut hosts, mut lengths, mut size, mut is_sound) = (0, 0, parsed.path().len(), true);
+            for header in parsed.headers() {
+                let is = |name: &str| header.name.eq_ignore_ascii_case(name);
+                let text = || str::from_utf8(header.value).unwrap_or_default();
+                size += header.name.len() + header.value.len();
+                if is("Transfer-Encoding") {
+                    return Err(Outcome::LengthRequired);
+                } else if is("Host") {
+                    hosts += 1;
+                    is_sound &= is_host(header.value);
+                } else if is("Content-Length") {
+                    // Digits only (RFC 9110 section 8.6), where `parse` takes a sign. Repeated lengths must agree.
+                    let length = text().parse().ok().filter(|_| !text().starts_with('+'));
+                    is_sound &= length.is_some() && (lengths == 0 || length == Some(framing.length));
+                    framing.length = length.unwrap_or(0);
+                    lengths += 1;
+                } else if is("Connection") {
+                    framing.closing |= text().split(',').any(|option| option.trim().eq_ignore_ascii_case("close"));
+                } else if is("Expect") {
+                    framing.expects_continue = !is_1_0 && header.value.eq_ignore_ascii_case(b"100-continue");
+                }
+            }
+            // One host, or none in HTTP/1.0 (RFC 9112 section 3.2).
+            is_sound &= size <= MAX_HEAD && (hosts == 1 || hosts == 0 && is_1_0);
+            if is_sound { Ok(framing) } else { Err(Outcome::BadRequest) }
+        }
+    }
+
+    /// Reads the head of a request that the server has parsed; the body is still missing. An error means that the end
+    /// of the request is not known, so the connection must be closed.
     pub fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
-        let (verb, target, headers) = (parsed.method(), parsed.path(), parsed.headers());
-        let all = |name: &'static str| {
-            headers.iter().filter(move |header| header.name.eq_ignore_ascii_case(name)).map(|header| header.value)
-        };
-        let texts = |name| all(name).map(|value| String::from_utf8_lossy(value).into_owned());
-        let joined = |name| texts(name).reduce(|list, next| list + ", " + &next).unwrap_or_default();
-        if all("Transfer-Encoding").next().is_some() {
-            return Err(Outcome::LengthRequired);
+        let framing = Framing::of(parsed)?;
+        let verb = if framing.is_head { "GET" } else { parsed.method() }.into();
+        let target = origin_form(parsed.path()).ok_or(Outcome::BadRequest)?;
+        let mut request = Request { verb, target, ..Request::default() };
+        for header in parsed.headers() {
+            let text = || str::from_utf8(header.value).unwrap_or_default();
+            if header.name.eq_ignore_ascii_case("Content-Type") {
+                request.content_type = text().into();
+            } else if header.name.eq_ignore_ascii_case("Via") {
+                request.via += if request.via.is_empty() { "" } else { ", " };
+                request.via += text();
+            }
         }
-        let size: usize = headers.iter().map(|header| header.name.len() + header.value.len()).sum();
-        // Digits only (RFC 9110 section 8.6); Rust's own parser would take a sign as well.
-        let digits = |value| str::from_utf8(value).ok().filter(|text| !text.starts_with('+'));
-        let mut lengths = all("Content-Length").map(|value| digits(value)?.parse().ok());
-        let length = lengths.next().unwrap_or(Some(0)).ok_or(Outcome::BadRequest)?;
-        // One host, or none in HTTP/1.0 (RFC 9112 section 3.2).
-        let mut hosts = all("Host");
-        let has_host = hosts.next().map_or(parsed.version() == 0, is_host) && hosts.next().is_none();
-        let fits = size + target.len() <= MAX_HEAD;
-        if !has_host || !fits || lengths.any(|another| another != Some(length)) {
-            return Err(Outcome::BadRequest);
-        }
-        let connection = joined("Connection").to_ascii_lowercase();
-        let framing = Framing {
-            length,
-            is_head: verb == "HEAD",
-            closing: parsed.version() == 0 || connection.split(',').any(|option| option.trim() == "close"),
-            expects_continue: parsed.version() == 1
-                && length > 0
-                && joined("Expect").eq_ignore_ascii_case("100-continue"),
-        };
-        let request = Request {
-            verb: if framing.is_head { "GET" } else { verb }.into(),
-            target: origin_form(target).ok_or(Outcome::BadRequest)?.into_owned(),
-            content_type: joined("Content-Type"),
-            via: joined("Via"),
-            ..Request::default()
-        };
         Ok((request, framing))
     }
 
-    /// The path and query of a target. In absolute form, scheme and host stand before them (RFC 9112 section 3.2.2); None is a host
-    /// that is not valid. Whatever else does not begin with a slash (OPTIONS *, CONNECT host:port) is a path that does not exist.
-    fn origin_form(target: &str) -> Option<Cow<'_, str>> {
+    /// The path and query of a target. In absolute form, scheme and host precede them (RFC 9112 section 3.2.2). None if
+    /// that host is not valid. Any other target that does not begin with a slash (OPTIONS *, CONNECT host:port) is a
+    /// path that does not exist.
+    fn origin_form(target: &str) -> Option<String> {
         let is_http = |scheme: &str| scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https");
-        let absolute = target.split_once(':').filter(|(scheme, _)| is_http(scheme));
-        let Some(rest) = absolute.and_then(|(_, rest)| rest.strip_prefix("//")) else { return Some(target.into()) };
+        let absolute = if target.starts_with('/') { None } else { target.split_once("://") };
+        let Some((_, rest)) = absolute.filter(|(scheme, _)| is_http(scheme)) else { return Some(target.into()) };
         let (host, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
         let slash = if path.starts_with('/') { "" } else { "/" };
-        (!host.is_empty() && is_host(host.as_bytes())).then(|| format!("{slash}{path}").into())
+        (!host.is_empty() && is_host(host.as_bytes())).then(|| format!("{slash}{path}"))
     }
 
-    /// Whether this is a host as a request may name it, with or without a port (RFC 3986 section 3.2.2). It may be empty.
+    /// Whether this is a valid host, with or without a port (RFC 3986 section 3.2.2). It may be empty.
     fn is_host(text: &[u8]) -> bool {
-        // The colons of an IPv6 address stand before its closing bracket.
+        // The colons inside an IPv6 address precede its closing bracket.
         let colon = text.iter().rposition(|byte| b":]".contains(byte)).filter(|at| text[*at] == b':');
         let (name, port) = text.split_at(colon.unwrap_or(text.len()));
         let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%[:]".contains(byte);
@@ -821,63 +829,56 @@ mod http {
         Json,
     }
 
-    /// What a path names.
+    /// What a path identifies.
     pub enum Resource<'a> {
         Instance,
         Metrics,
         KeyCount,
         ViewChange,
-        /// All shards, or one by its index.
+        /// All shards, or the one with this index.
         Shards(Option<usize>),
         Key(Cow<'a, [u8]>),
         Unknown,
     }
 
     impl Request {
-        /// Finds what the request is about, and in which words its answer is due: the whole routing.
+        /// What the request is about, and the vocabulary of its answer.
         pub fn route<'a>(&'a self) -> (Resource<'a>, Vocabulary) {
-            let is_json = self.media_type().eq_ignore_ascii_case(b"application/json");
-            let typed = if is_json { Vocabulary::Json } else { Vocabulary::Form };
-            let path = self.target.split('?').next().unwrap_or_default();
-            let resource = match path {
-                "/metrics" => return (Resource::Metrics, typed),
-                "/kv-store" | "/kv-store/" => Resource::Instance,
-                "/kv-store/key-count" => Resource::KeyCount,
-                "/kv-store/view-change" => Resource::ViewChange,
-                "/kv-store/shards" => Resource::Shards(None),
-                _ => {
-                    let key = |segment: &'a str| Resource::Key(percent_decode(segment.as_bytes()).into());
-                    let Some(rest) = path.strip_prefix("/kv-store/") else { return (Resource::Unknown, typed) };
-                    // A key is one path segment; a slash inside a key arrives as %2F.
-                    match rest.split_once('/') {
-                        None => return (key(rest), typed),
-                        Some(("keys", segment)) if !segment.contains('/') => key(segment),
-                        Some(("shards", id)) if !id.contains('/') => Resource::Shards(Some(shard_index(id))),
-                        _ => return (Resource::Unknown, typed),
-                    }
-                }
-            };
-            (resource, Vocabulary::Json)
+            let json = Vocabulary::Json;
+            let typed = if self.is_of_type("application/json") { json } else { Vocabulary::Form };
+            // A slash inside a key arrives as %2F.
+            let key = |segment: &'a str| Resource::Key(percent_decode(segment.as_bytes()).into());
+            let path = self.target.split_once('?').map_or(&*self.target, |(path, _)| path);
+            let below = path.strip_prefix("/kv-store/");
+            match (path, below, below.and_then(|below| below.split_once('/'))) {
+                ("/metrics", ..) => (Resource::Metrics, typed),
+                ("/kv-store" | "/kv-store/", ..) => (Resource::Instance, json),
+                ("/kv-store/key-count", ..) => (Resource::KeyCount, json),
+                ("/kv-store/view-change", ..) => (Resource::ViewChange, json),
+                ("/kv-store/shards", ..) => (Resource::Shards(None), json),
+                (.., Some(("shards", id))) if !id.contains('/') => (Resource::Shards(Some(shard_index(id))), json),
+                (.., Some(("keys", segment))) if !segment.contains('/') => (key(segment), json),
+                (_, Some(segment), None) => (key(segment), typed),
+                _ => (Resource::Unknown, typed),
+            }
         }
 
-        fn media_type(&self) -> &[u8] {
-            self.content_type.as_bytes().split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii()
-        }
-
-        /// The id of the stream of which this is a part, if it is.
-        pub fn stream_id(&self) -> Option<&str> {
-            let is_part = matches!(self.verb.as_str(), "GET" | "POST") && self.content_type == STREAM;
-            peers::stream_id(&self.target).filter(|_| is_part)
+        /// Whether the body is of this media type, whose parameters do not matter. An empty name stands for no type.
+        fn is_of_type(&self, name: &str) -> bool {
+            let split = self.content_type.split_at_checked(name.len());
+            split.is_some_and(|(start, rest)| {
+                start.eq_ignore_ascii_case(name) && matches!(rest.trim_start().bytes().next(), None | Some(b';'))
+            })
         }
     }
 
-    /// The index of a shard by its id, which counts from 1; one that no shard has for what is no id.
+    /// The index of a shard by its id, which counts from 1. For a text that is no id, an index that no shard has.
     fn shard_index(id: &str) -> usize {
         let number: Option<usize> = id.parse().ok().filter(|_| !id.starts_with(['0', '+']));
         number.map_or(usize::MAX, |number| number - 1)
     }
 
-    /// Whether a key may be stored. Any key may be asked for: one that cannot exist does not exist.
+    /// Whether a key may be stored. GET and DELETE take any key: one that cannot exist does not exist.
     fn is_valid_key(key: &[u8], vocabulary: Vocabulary) -> bool {
         let is_form_byte = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'_';
         match vocabulary {
@@ -886,14 +887,14 @@ mod http {
         }
     }
 
-    /// The answer to a PUT whose body is too large to be read.
+    /// The answer to a PUT whose body is over `MAX_BODY`.
     pub fn answer_unread(request: Request) -> Answer {
         let (Resource::Key(key), vocabulary) = request.route() else { return answer_about(request) };
         let refusal = if is_valid_key(&key, vocabulary) { Outcome::ValueTooLarge } else { Outcome::KeyInvalid };
         refusal.answer(vocabulary, &request.verb)
     }
 
-    /// The record that a PUT wants stored, or why it is refused. The checks run in the contract's order: key, value, size.
+    /// The record that a PUT stores, or its refusal. The checks run in the contract's order: key, value, size.
     pub fn record_of(key: &[u8], request: &Request, vocabulary: Vocabulary) -> Result<Record, Outcome> {
         if !is_valid_key(key, vocabulary) {
             return Err(Outcome::KeyInvalid);
@@ -908,17 +909,16 @@ mod http {
     /// The first field `val` of the body, or else of the query, decoded.
     fn form_value(request: &Request) -> Result<String, Outcome> {
         let query = || form_field(request.target.split_once('?')?.1.as_bytes());
-        let form: [&[u8]; 2] = [b"", b"application/x-www-form-urlencoded"];
-        let is_form = form.iter().any(|it| request.media_type().eq_ignore_ascii_case(it));
+        let is_form = request.is_of_type("") || request.is_of_type("application/x-www-form-urlencoded");
         let body = if is_form { form_field(&request.body) } else { None };
         let value = body.or_else(query).ok_or(Outcome::ValueMissing)?;
         String::from_utf8(value).map_err(|_| Outcome::ValueNotText)
     }
 
-    /// Finds the field `val` of an application/x-www-form-urlencoded text. The `form_urlencoded` crate would replace bytes that
-    /// are not UTF-8 instead of telling.
+    /// The first field `val` of an application/x-www-form-urlencoded text, decoded. The `form_urlencoded` crate is of
+    /// no use: it replaces bytes that are not UTF-8.
     fn form_field(text: &[u8]) -> Option<Vec<u8>> {
-        // (With its `=`, if it has one.)
+        // The value begins with its `=`, if there is one.
         let value_at = |field: &[u8]| field.iter().position(|byte| *byte == b'=').unwrap_or(field.len());
         let mut fields = text.split(|byte| *byte == b'&').map(|field| field.split_at(value_at(field)));
         let (_, value) = fields.find(|(name, _)| percent_decode(name).eq(*b"val"))?;
@@ -926,8 +926,8 @@ mod http {
         Some(if spaced.contains(&b'%') { percent_decode(&spaced).collect() } else { spaced })
     }
 
-    /// The member `value` of a JSON object, as the JSON text it came as, so that it goes back digit for digit; only a string is
-    /// written anew, as short as can be. Nothing here recurses, however deep the value is nested.
+    /// The JSON text of the member `value` of a JSON object. It is kept as it came, so that no digit changes; only a
+    /// string is written again, in its shortest form. Nothing here recurses, however deeply the value is nested.
     fn json_value(body: &[u8]) -> Result<String, Outcome> {
         let not_text = |refusal| if is_value_broken(body) { Outcome::ValueNotText } else { refusal };
         match member(body, "value").map_err(not_text)? {
@@ -941,20 +941,21 @@ mod http {
         }
     }
 
-    /// Whether all strings in a JSON text are text: JSON can spell half of a surrogate pair (RFC 8259 section 8.2). Only escapes can be
-    /// wrong, so the parser reads all of the text as one string, without what ends a string or may not be in one. (`\/` is an escape.)
+    /// Whether all strings in a JSON text are valid Unicode: an escape may be half of a surrogate pair (RFC 8259
+    /// section 8.2). Only escapes can be wrong, so the parser reads the whole text as one string. What would end this
+    /// string, or may not be in one, is replaced by a slash, since `\/` is an escape too.
     fn is_text(json: &str) -> bool {
         let as_string = || format!("\"{}\"", json.replace(['"', '\n', '\r', '\t'], "/"));
         !json.contains("\\u") || serde_json::from_str::<String>(&as_string()).is_ok()
     }
 
-    /// Whether a body was refused since its value is a string with bytes that are no UTF-8: replaced, they are no fault any more.
+    /// Whether a body was refused because its value is a string that is not UTF-8: with its bytes replaced, it parses.
     fn is_value_broken(body: &[u8]) -> bool {
         let mended = String::from_utf8_lossy(body);
         member(mended.as_bytes(), "value").is_ok_and(|value| value.starts_with('"') && value.contains('\u{fffd}'))
     }
 
-    /// A text as a JSON string. The limit is that of the text: escapes make up to six bytes of one.
+    /// A text as a JSON string. The limit applies to the text: escapes make up to six bytes of one.
     fn json_of(text: &str) -> Result<String, Outcome> {
         if text.len() > MAX_VALUE {
             return Err(Outcome::ValueTooLarge);
@@ -963,24 +964,24 @@ mod http {
         Ok(serde_json::to_string(text).unwrap_or_default())
     }
 
-    /// The JSON text of a member of the JSON object that a body is: `null` if there is no such member, or no body. Of members with
-    /// the same name the last one counts. The others are passed over, so that a million of them take no memory.
+    /// The JSON text of a member of a body that is a JSON object; `null` if there is no such member or no body. Of
+    /// several members with the name, the last one counts. Other members are skipped and take no memory.
     pub fn member<'a>(body: &'a [u8], name: &str) -> Result<&'a str, Outcome> {
         Ok(find_member(body, name)?.unwrap_or("null"))
     }
 
     fn find_member<'a>(body: &'a [u8], name: &str) -> Result<Option<&'a str>, Outcome> {
-        // JSON is UTF-8 (RFC 8259 section 8.1), also where the parser passes over it.
+        // JSON is UTF-8 (RFC 8259 section 8.1), which the parser does not check where it skips.
         let body = str::from_utf8(if body.is_empty() { b"{}" } else { body }).map_err(|_| Outcome::BodyNotObject)?;
         let mut parser = serde_json::Deserializer::from_str(body);
         let value = parser.deserialize_map(Member(name)).and_then(|value| parser.end().map(|()| value));
         Ok(value.map_err(|_| Outcome::BodyNotObject)?.map(RawValue::get))
     }
 
-    /// The causal context in the body of a request in the JSON vocabulary (`with_context` spells it). None if there is none; an error if
-    /// it is not ours. (A body that is no JSON object is none of this function's business: a GET may have any.)
+    /// The causal context in the body of a request in the JSON vocabulary, as `with_context` writes it. None without
+    /// one, and for a body that is no JSON object, which a GET may have. An error if it is not one of ours.
     pub fn causal_context(request: &Request, vocabulary: Vocabulary) -> Result<Option<Context>, Outcome> {
-        // Hardly any request has one: it is not worth reading a large body twice.
+        // A quick check first: few requests have one, and a body may be large.
         let may_have_it = || str::from_utf8(&request.body).is_ok_and(|body| body.contains("causal-context"));
         if matches!(vocabulary, Vocabulary::Form) || !may_have_it() {
             return Ok(None);
@@ -996,7 +997,7 @@ mod http {
         if is_ours { Ok(Some(context)) } else { Err(Outcome::ContextInvalid) }
     }
 
-    /// Looks for the member of this name.
+    /// Visits a JSON object and returns the member of this name.
     struct Member<'n>(&'n str);
 
     impl<'a> Visitor<'a> for Member<'_> {
@@ -1019,19 +1020,19 @@ mod http {
         }
     }
 
-    /// What became of a request, before anyone thinks of HTTP.
+    /// The result of a request, independent of HTTP and of the vocabulary.
     #[rustfmt::skip]
     pub enum Outcome {
         Created, Replaced, Found(Record), Deleted, Missing,
         KeyInvalid, ValueMissing, ValueTooLarge, ValueNotText, BodyNotObject,
         ContextInvalid, Unsatisfied,
         MainDown, NotFound, BadRequest, Unparsed, LengthRequired, AddressNotSet, ViewMissing, ChangeUnderWay, Elsewhere, NotOfStore,
-        /// With the header that tells which verbs the path takes.
+        /// With the headers that say which verbs the path takes.
         VerbNotAllowed(&'static str),
         NoShard,
-        /// With an object that has the members beside those of the row.
+        /// With an object whose members follow those of the row.
         KeyCount(Value), Instance(Value), Shard(Value), Shards(Value), ViewChanged(Value),
-        /// With the text, but for its last line break.
+        /// With the text, without its last line break.
         Metrics(String),
         /// With the address of the node.
         NodeDown(String), HoldsKeys(String),
@@ -1040,8 +1041,8 @@ mod http {
     }
 
     impl Outcome {
-        /// The answers of the contract: status and body in the form vocabulary, and in the JSON vocabulary; of an error, only
-        /// what is wrong. `answer` completes it, and fills in `text`. What only one vocabulary can say stands there twice.
+        /// The answers of the contract: status and body in the form vocabulary and in the JSON vocabulary. Of an error,
+        /// only its message. `answer` completes it and replaces `%`. What only one vocabulary can say is there twice.
         #[rustfmt::skip]
         fn row(&self) -> [(u16, &'static str); 2] {
             use Outcome::*;
@@ -1083,12 +1084,12 @@ mod http {
                 NotOfStore        => [(403, "Not a node of this store"); 2],
                 HoldsKeys(_)      => [(409, "Node % holds keys of another store"); 2],
                 ViewChanged(_)    => [(200, r#"{"message":"View change successful",%}"#); 2],
-                // Only between nodes: the owner is another one by this node's table.
+                // Only between nodes: by this node's table it is not the owner.
                 Elsewhere         => [(421, "Not the owner"); 2],
             }
         }
 
-        /// What goes in the place of `%`, unless it is a value.
+        /// What replaces `%`, unless it is a value.
         fn text(&self) -> Cow<'_, str> {
             use Outcome::*;
             match self {
@@ -1101,7 +1102,7 @@ mod http {
             }
         }
 
-        /// Says the outcome in a vocabulary.
+        /// Renders the outcome in a vocabulary.
         pub fn answer(self, vocabulary: Vocabulary, verb: &str) -> Answer {
             let (status, text) = self.row()[vocabulary as usize];
             let flag = if let Outcome::Missing = self { r#""doesExist":false,"# } else { "" };
@@ -1125,7 +1126,7 @@ mod http {
         }
     }
 
-    /// The headers that our answers have, beside those that every answer has.
+    // The headers of an answer, besides those that all answers have.
     const JSON: &str = "Content-Type: application/json";
     const METRICS: &str = "Content-Type: text/plain; version=0.0.4";
     pub const CLOSE: &str = "Connection: close\r\n";
@@ -1133,62 +1134,54 @@ mod http {
     pub const PUT_ONLY: &str = "Content-Type: application/json\r\nAllow: PUT";
     pub const KEY_VERBS: &str = "Content-Type: application/json\r\nAllow: GET, HEAD, PUT, DELETE";
 
-    /// A status, `Content-Type` and perhaps `Allow`, and a body: what a relay passes on of an answer.
+    /// An answer: the part of it that a relay passes on.
     #[derive(Clone, Serialize, Deserialize)]
     pub struct Answer {
         pub status: u16,
+        /// `Content-Type`, and `Allow` if there is one, without the last line break.
         pub header: Cow<'static, str>,
         #[serde(with = "serde_bytes")]
         pub body: Vec<u8>,
-        /// The value that was asked for is not copied into the body: it belongs at this place of it.
+        /// A value that belongs at this offset of the body. It is not copied there.
         #[serde(skip)]
         pub value: Option<(usize, Record)>,
     }
 
     impl Answer {
-        /// What the body consists of.
+        /// The parts of the whole body.
         pub fn pieces(&self) -> [&[u8]; 3] {
             let (at, value) = self.value.as_ref().map_or((0, &[][..]), |(at, record)| (*at, record.value()));
             let (before, after) = self.body.split_at(at);
             [before, value, after]
         }
 
-        /// The same answer with the value in its body, as it goes to another instance.
+        /// Copies the value into the body, for another instance.
         pub fn joined(self) -> Answer {
             if self.value.is_some() { Answer { body: self.pieces().concat(), value: None, ..self } } else { self }
         }
 
-        /// Writes the head of the answer as HTTP. `connection` is what it says of the connection, if anything.
+        /// Writes the head of the answer. `connection` is a `Connection` header, or empty.
         pub fn write_head(&self, out: &mut Vec<u8>, date: &str, connection: &str) {
             let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::BAD_GATEWAY);
-            let reason = status.canonical_reason().unwrap_or("Unknown");
-            for text in ["HTTP/1.1 ", status.as_str(), " ", reason, "\r\nServer: M\r\nDate: "] {
-                out.extend(text.as_bytes());
-            }
-            // Writing to a Vec cannot fail.
-            let _ = write!(out, "{date}\r\nContent-Length: {}\r\n", self.length());
-            for text in [&self.header, "\r\n", connection, "\r\n"] {
-                out.extend(text.as_bytes());
-            }
+            let (reason, length) = (status.canonical_reason().unwrap_or("Unknown"), self.length().to_string());
+            let line = ["HTTP/1.1 ", status.as_str(), " ", reason, "\r\nServer: M\r\nDate: ", date];
+            let headers = ["\r\nContent-Length: ", &length, "\r\n", &self.header, "\r\n", connection, "\r\n"];
+            line.into_iter().chain(headers).for_each(|text| out.extend(text.as_bytes()));
         }
 
-        /// How many bytes the body has.
+        /// The length of the whole body, in bytes.
         pub fn length(&self) -> usize {
             self.pieces().into_iter().map(<[u8]>::len).sum()
         }
 
-        /// What instances say to one another, as bytes.
+        /// A message between nodes, which never becomes HTTP.
         pub fn message(content: &impl Serialize) -> Answer {
             // Writing to a Vec cannot fail.
-            Answer {
-                status: 200,
-                header: "".into(),
-                body: postcard::to_stdvec(content).unwrap_or_default(),
-                value: None,
-            }
+            let body = postcard::to_stdvec(content).unwrap_or_default();
+            Answer { status: 200, header: "".into(), body, value: None }
         }
 
-        /// Adds which node answered, where there is a place for it.
+        /// Adds the address of the node that answered, in the JSON vocabulary.
         pub fn with_address(self, node: &str, vocabulary: Vocabulary) -> Answer {
             match vocabulary {
                 Vocabulary::Json => self.with_member(&format!(r#""address":"{node}""#)),
@@ -1196,8 +1189,8 @@ mod http {
             }
         }
 
-        /// Adds the causal context, if the request had one: as a list of bytes, since JSON's numbers are not exact everywhere, and stamps are
-        /// large.
+        /// Adds the causal context if the request had one. It is a list of bytes: stamps exceed the integers that all
+        /// JSON parsers keep exact.
         pub fn with_context(self, context: &Option<Context>) -> Answer {
             let Some(context) = context else { return self };
             if context.is_empty() {
@@ -1241,7 +1234,7 @@ mod service {
     use crate::http::{causal_context, member, record_of};
     use crate::membership::{answer_view_change, count_keys, describe_shards, meet, meet_all};
     use crate::node::{Context, Node, Place};
-    use crate::peers::{PATIENCE, Peer};
+    use crate::peers::{PATIENCE, relay};
     use crate::records::{MAX_KEY, Record, hash_of};
     use crate::replication::{World, get_key, replicate};
     use crate::settings::{Role, SETTINGS, own, parse_factor, parse_view};
@@ -1265,7 +1258,7 @@ mod service {
                 Err(Box::new(move || {
                     let verb = request.verb.clone();
                     let down = |_| Outcome::MainDown.answer(vocabulary, &verb);
-                    Peer::at(main).relay(request, patience).unwrap_or_else(down)
+                    relay(main, request, patience).unwrap_or_else(down)
                 }))
             }
             (_, Resource::Key(_)) if request.body.len() > LARGE_BODY => {
@@ -4142,38 +4135,41 @@ mod membership {
 // ---- Peers: what one instance asks another --------------------------------------------------------------------------
 
 mod peers {
-    //! A *stream* carries requests to another instance, and their answers back in any order. It consists of two HTTP requests that share a
-    //! random id and do not end: the body of a POST carries requests, and the body of the answer to a GET carries answers.
+    //! Carries requests to other instances, and serves theirs.
     //!
-    //! - On the asking side, one thread reads, and starts one that writes. A caller queues its request and waits; what is queued during
-    //!   one write goes out with the next. The stream ends when there is nothing more to read: then every request that was sent on it
-    //!   fails at once, and what is still queued goes on a new stream.
-    //! - On the asked side, the two requests are connections like others. The coroutine of the POST reads requests, answers them, and sends
-    //!   the answers when it has dealt with all that it has read, as a connection of a client does. What has to wait for other instances is
-    //!   *deferred* to a coroutine of its own, which sends its answer itself. Whoever sends waits until the other side reads.
+    //! A *stream* carries requests one way and their answers the other way, in any order. It consists of two HTTP
+    //! requests with the same random id: the body of a POST carries the requests, and the body of the answer to a GET
+    //! carries the answers. Both last as long as the stream.
     //!
-    //! Each side sends something every `BEAT`, and ends the stream if it reads nothing for `SILENCE`.
+    //! - The asking side has one stream to each instance: one thread writes requests, another reads answers. A caller
+    //!   queues its request and waits; what is queued during one write leaves with the next. When a stream ends, the
+    //!   requests that were sent on it fail, and the others go to a new stream.
+    //! - The asked side serves both HTTP requests as connections. The coroutine of the POST reads requests, answers
+    //!   them, and flushes the answers once it has handled all that it has read. A request that has to wait for other
+    //!   instances is *deferred* to a coroutine of its own, which writes the answer itself.
     //!
-    //! *What happens to a relayed write when the main instance is unplugged?* The stream ends after 1.5 s, and the client gets the error.
-    //! The write may still be in a buffer of the kernel, which delivers it if the cable is back in time. Therefore each message says when
-    //! its request began, across any number of followers, and the asked side refuses a request that is older than `RELAYED_LIMIT`. A
-    //! client gets the error after its request began, so the write takes effect within 3 s of the error, or never. The same rule covers
-    //! a process that is stopped and goes on.
+    //! Each side sends something at least every `BEAT`, and ends the stream when it has read nothing for `SILENCE`.
     //!
-    //! A message gives that time in milliseconds since the stream was opened, which each side measures by its own clock: the asked side
-    //! from just before it writes the head of its answer, the asking side from when it has read that head. So the asked side takes a
-    //! request to be older than it is, by the time that the head traveled, and never younger. Heartbeats keep it so when the clocks drift
-    //! apart (`read_answers`).
+    //! **Late writes.** When the network to the main instance is cut, the stream ends after 1.5 s and the client gets
+    //! the error. The kernel may still hold the write, and delivers it if the network heals soon. Therefore each
+    //! message carries the time at which its request began, across any number of followers, and the asked side refuses
+    //! a request that is older than `RELAYED_LIMIT`. The client gets the error after its request began, so the write
+    //! takes effect within 3 s of the error or never. The same holds for a process that is stopped and continued.
     //!
-    //! Nodes take streams, and so does a main instance of this program. Any other main instance answers the GET with something else. It
-    //! gets plain requests, each from a thread that is blocked meanwhile.
+    //! This needs no common clock. Times are in milliseconds since the stream was opened, and each side measures them
+    //! by its own clock: the asked side from just before it writes the head of its answer, the asking side from when it
+    //! has read that head. So the asked side overestimates the age of a request, by the time that the head traveled,
+    //! and never underestimates it. Heartbeats keep it so when the clocks drift apart (`read_answers`).
+    //!
+    //! Nodes and main instances of this program take streams. Any other main instance answers the GET with something
+    //! else: it gets plain requests, each from a thread of its own.
 
-    use std::collections::{HashMap, VecDeque};
+    use std::collections::{BTreeSet, HashMap, VecDeque};
     use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
     use std::net::{Shutdown, TcpStream, ToSocketAddrs};
     use std::panic::{AssertUnwindSafe, catch_unwind};
-    use std::sync::atomic::{AtomicBool, AtomicIsize, Ordering::SeqCst};
-    use std::sync::{Arc, LazyLock, Mutex, Once, PoisonError, mpsc};
+    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+    use std::sync::{Arc, LazyLock, Mutex, PoisonError, mpsc};
     use std::thread::{self, Thread};
     use std::time::{Duration, Instant};
 
@@ -4196,24 +4192,22 @@ mod peers {
     use crate::settings::{SETTINGS, own};
     use crate::world::{lock, now, park_until, pause, random, say};
 
-    /// A peer that is gone is reported within 2 s (the contract, "A follower"): a connection must come about before.
+    /// A connection must be established within this time: the contract reports an instance that is gone within 2 s.
     const CONNECT_LIMIT: Duration = Duration::from_millis(1100);
-    /// A peer that takes no streams, accepts and never answers is reported within 5 s.
+    /// A plain request must be answered within this time: the contract reports an instance that hangs within 5 s.
     const ANSWER_LIMIT: Duration = Duration::from_millis(4200);
-    /// How long a client's request may take in all, on its way through other instances and back.
+    /// The time limit of a client's request, on its way through other instances and back.
     pub const PATIENCE: Duration = Duration::from_millis(4400);
-    /// A request from another instance takes effect within this time of its beginning, or never: the contract says 3 s.
+    /// The time within which a request from another instance takes effect. The contract allows 3 s.
     const RELAYED_LIMIT: Duration = Duration::from_millis(2900);
-    /// How often each side of a stream sends something, and after what silence it ends.
     const BEAT: Duration = Duration::from_millis(250);
     const SILENCE: Duration = Duration::from_millis(1500);
-    /// A stream is ended after this long without a request. Between neighbours, which meet more often, it stays.
+    /// A stream without requests is ended after this time, in milliseconds. Neighbours meet more often and keep theirs.
     const REST: i64 = 400;
-    /// For how long it is remembered that a peer takes no streams.
+    /// How long to remember that an instance takes no streams, in milliseconds.
     const PLAIN_LIMIT: i64 = 60_000;
-    /// How long it may take to look a name up.
     const LOOKUP_LIMIT: Duration = Duration::from_millis(700);
-    /// How many threads may be waiting for answers of a peer that takes no streams.
+    /// The number of threads that may wait for an instance that takes no streams.
     const MAX_THREADS: usize = 64;
 
     /// Milliseconds by this side's clock.
@@ -4222,25 +4216,30 @@ mod peers {
     }
 
     impl Request {
-        /// How long ago it began, if it comes from another instance.
+        /// The time since it began; zero for a request of this instance's own client.
         pub fn age(&self) -> Duration {
             let age = self.began.map_or(0, |began| clock().saturating_sub(began));
             Duration::from_millis(age.try_into().unwrap_or(0))
         }
 
-        /// How long it may still take.
+        /// The time that it may still take.
         pub fn patience(&self) -> Duration {
             if self.began.is_some() { RELAYED_LIMIT.saturating_sub(self.age()) } else { PATIENCE }
         }
 
-        /// The refusal of a request that must not take effect any more, since its client may have got the error long ago. (A GET has no
-        /// effect, and many large values may take as long.)
+        /// Refuses a write whose client may have got the error already. A GET has no effect and is never late.
         pub fn refusal_if_late(&self) -> Option<Outcome> {
             let refusal = || own().map_or(Outcome::MainDown, |own| Outcome::NodeDown(own.to_owned()));
             (self.verb != "GET" && self.patience().is_zero()).then(refusal)
         }
 
-        /// About how many bytes it takes in a message.
+        /// The id of the stream that this request is a part of, if it is.
+        pub fn stream_id(&self) -> Option<&str> {
+            let is_part = matches!(self.verb.as_str(), "GET" | "POST") && self.content_type == STREAM;
+            self.target.strip_prefix(TARGET).filter(|id| is_part && !id.is_empty())
+        }
+
+        /// The approximate size of its message, in bytes.
         fn size(&self) -> usize {
             self.body.len() + self.target.len() + self.via.len() + self.content_type.len() + 64
         }
@@ -4249,18 +4248,18 @@ mod peers {
     // -- Messages
 
     /// The media type of both requests of a stream, and of their answers.
-    pub const STREAM: &str = "application/x-kv-store-stream";
-    /// Where they go, followed by the id.
+    const STREAM: &str = "application/x-kv-store-stream";
+    /// The target of both requests, without the id.
     const TARGET: &str = "/kv-store?stream=";
-    /// How many bytes a message may have: an answer, or a request with its head.
+    /// The limit of a message, and of a plain answer's body, in bytes.
     const MAX_MESSAGE: u32 = 17 << 20;
-    /// About how many bytes of messages are read, written or dealt with at a time.
+    /// About how many bytes of messages are read or written at a time.
     const CHUNK: usize = 64 << 10;
 
-    /// On the wire, a message follows its length (4 bytes, little-endian).
+    /// On the wire, a message follows its length (4 bytes, little-endian) and is encoded by `postcard`.
     #[derive(Serialize, Deserialize)]
     struct Message<T> {
-        /// A request and its answer have the same.
+        /// An answer has the number of its request.
         number: u64,
         /// When the request began, or the answer or heartbeat was queued: milliseconds since the stream was opened.
         time: i64,
@@ -4276,7 +4275,7 @@ mod peers {
             out.write_all(&bytes)
         }
 
-        /// Reads a message, and waits for it. An error is the end of the stream, or what is no message.
+        /// Waits for a message and reads it. An error is the end of the stream, or bytes that are no message.
         fn read(reader: &mut impl Read) -> io::Result<Message<T>> {
             let mut length = [0; 4];
             reader.read_exact(&mut length)?;
@@ -4287,12 +4286,17 @@ mod peers {
         }
     }
 
+    /// Whether these bytes begin with a whole message.
+    fn has_message(bytes: &[u8]) -> bool {
+        bytes.split_first_chunk().is_some_and(|(length, rest)| rest.len() >= u32::from_le_bytes(*length) as usize)
+    }
+
     // -- The secret
 
-    /// Proves to the other side of a stream that this one knows the secret, without telling it: any client can have a node open a
-    /// stream to anywhere, by naming it in a view. The proof is good for this stream (its `id`), this `direction`, and this node that is
-    /// asked: what one node answers proves nothing in the name of another. (SipHash is made to be a code for messages under a secret
-    /// key.) None without a secret.
+    /// A proof that this side of a stream knows the secret, which is not sent itself: any client can make a node open a
+    /// stream to any address, by naming it in a view. The proof holds for one stream (`id`), one `direction` and one
+    /// asked node, so a node cannot pass off another node's answer as its own. SipHash is a message authentication
+    /// code. None without a secret.
     fn proof(id: &str, direction: &str, address: &str) -> Option<String> {
         let secret = SETTINGS.secret.as_ref()?;
         let key = sip128::SipHasher24::new().hash(secret.as_bytes());
@@ -4301,46 +4305,36 @@ mod peers {
         Some(format!("{:032x}", code.as_u128()))
     }
 
-    /// Whether what the other side sent is that proof; also where there is no secret to be proven. Comparing takes as long whatever
-    /// was sent.
+    /// Whether `given` is that proof, or this node has no secret. Compares in constant time.
     fn is_proven(given: &[u8], id: &str, direction: &str, address: &str) -> bool {
         proof(id, direction, address).is_none_or(|proof| proof.as_bytes().ct_eq(given).into())
     }
 
     // -- The asked side
 
-    /// How many streams are taken. Half of them are for those who prove that they know the secret.
-    const MAX_STREAMS: usize = 1000;
-    /// How many bytes a stream may hold for *deferred* requests, which are answered in coroutines of their own: each with its stack, perhaps
-    /// a body of 1 MiB, and its answer until that is written. While it holds more, no requests of it are read. So some 500 small
-    /// requests of a stream can wait for an instance that does not answer before they hold up others.
-    const MAX_HELD: isize = 4 << 20;
-    /// How many bytes all streams may hold, before no requests of clients are read: a process has mappings for some 4000 more stacks. A
-    /// stream of which an answer comes while they hold four times as much ends.
-    const MAX_HELD_IN_ALL: isize = 32 << 20;
-    /// What a deferred request takes, beside its size.
+    /// The limit of what deferred requests hold, in bytes: each its stack, its body, and its answer until that is
+    /// written. Beyond it no further request is read from a stream. The clients of followers may take up half of it, so
+    /// that they cannot keep nodes from answering one another. It keeps the stacks below the number of mappings that
+    /// `MAX_CONNECTIONS` leaves.
+    const MAX_HELD: usize = 32 << 20;
+    /// What a deferred request takes besides its message, in bytes.
     const STACK: usize = 8 << 10;
 
+    static HELD: AtomicUsize = AtomicUsize::new(0);
     /// The streams on which this instance is asked, by their ids.
     static ASKED: LazyLock<Mutex<HashMap<String, Arc<Asked>>>> = LazyLock::new(Default::default);
-    static HELD: AtomicIsize = AtomicIsize::new(0);
 
-    /// A stream on which this instance is asked. It belongs to coroutines.
+    /// A stream on which this instance is asked. Only coroutines use it.
     struct Asked {
-        /// Who opened it proves to know the secret, or there is none.
-        knows_secret: bool,
         /// When it was opened, by this side's clock.
         opened: i64,
-        /// Requests have come.
-        has_begun: AtomicBool,
-        held: AtomicIsize,
-        /// The connection of the answers, also while a coroutine has locked `output` and waits until the other side reads.
+        /// The connection of the GET, for `end`: `output` may be locked by a coroutine that waits for the other side.
         socket: TcpStream,
         output: may::sync::Mutex<BufWriter<may::net::TcpStream>>,
     }
 
     impl Asked {
-        /// Locks the output, also after a panic of a coroutine that had it.
+        /// Locks the output, also after a panic of a coroutine that held it.
         fn output(&self) -> may::sync::MutexGuard<'_, BufWriter<may::net::TcpStream>> {
             self.output.lock().unwrap_or_else(PoisonError::into_inner)
         }
@@ -4351,89 +4345,73 @@ mod peers {
             message.write(&mut *self.output())
         }
 
-        /// Ends the stream: nothing more can be written, and the asking side learns of it.
         fn end(&self) {
             let _ = self.socket.shutdown(Shutdown::Both);
         }
 
-        /// Counts bytes that are held from now on, or if negative, no longer.
-        fn hold(&self, bytes: isize) {
-            self.held.fetch_add(bytes, SeqCst);
-            HELD.fetch_add(bytes, SeqCst);
-        }
-
-        /// Reads requests and has them answered, until the stream ends.
-        fn serve(self: &Arc<Asked>, body: &mut BodyReader, socket: &TcpStream) -> io::Result<()> {
-            // The limit is for each read, and not for each message: a large one on a slow link takes longer.
+        /// Reads and answers requests until the stream ends.
+        fn serve(self: &Arc<Asked>, body: &mut BodyReader, socket: &TcpStream, knows_secret: bool) -> io::Result<()> {
+            // The limit is for each read, not for each message: a large message on a slow link takes longer.
             let connection = waiting_stream(socket, Some(SILENCE))?;
-            // The server has read what came with the head of the POST.
+            // What the server has read together with the head of the POST.
             let begun = body.fill_buf()?.to_vec();
             body.consume(begun.len());
-            self.has_begun.store(true, SeqCst);
             let mut reader = BufReader::new(begun.chain(connection));
             loop {
                 if !has_message(reader.buffer()) {
                     self.output().flush()?;
-                    // What is read next is acknowledged at once: the other side sends no second small packet before that (RFC 896), and
-                    // nothing goes back on this connection that could carry it along. (The kernel forgets this setting.)
+                    // Acknowledge the next packet at once. The other side sends no second small packet before (RFC
+                    // 896), and no answer on this connection would carry the acknowledgement. The kernel resets this
+                    // option.
                     set_option(socket, libc::IPPROTO_TCP, libc::TCP_QUICKACK, 1);
                 }
                 let Message { number, time, content } = Message::<Request>::read(&mut reader)?;
                 let Some(mut request) = content else { continue };
                 request.began = Some(self.opened.saturating_add(time));
                 let size = request.size();
-                self.answer(number, request)?;
+                if request.origin == Origin::Client || knows_secret {
+                    self.answer(number, request)?;
+                } else {
+                    self.write(number, Some(Outcome::NotOfStore.answer(request.route().1, &request.verb)))?;
+                }
                 take_turn(socket, size);
             }
         }
 
-        /// Answers a request, now or later. What nodes say to one another is taken only from who knows the store's secret.
+        /// Answers a request, now or in a coroutine of its own.
         fn answer(self: &Arc<Asked>, number: u64, request: Request) -> io::Result<()> {
-            let is_from_client = request.origin == Origin::Client;
-            if !is_from_client && !self.knows_secret {
-                return self.write(number, Some(Outcome::NotOfStore.answer(request.route().1, &request.verb)));
-            }
-            while self.held.load(SeqCst) > MAX_HELD || is_from_client && HELD.load(SeqCst) > MAX_HELD_IN_ALL {
+            let limit = if request.origin == Origin::Client { MAX_HELD / 2 } else { MAX_HELD };
+            while HELD.load(SeqCst) > limit {
                 self.output().flush()?;
                 pause(Duration::from_millis(1));
             }
-            let size = (request.size() + STACK) as isize;
+            let size = request.size() + STACK;
             let work = match answer_or_defer(request) {
                 Ok(answer) => return self.write(number, Some(answer)),
                 Err(work) => work,
             };
-            self.hold(size);
+            HELD.fetch_add(size, SeqCst);
             let stream = self.clone();
             may::go!(move || {
-                let answer =
-                    catch_unwind(AssertUnwindSafe(work)).ok().filter(|_| HELD.load(SeqCst) < 4 * MAX_HELD_IN_ALL);
-                let length = answer.as_ref().map_or(0, Answer::length) as isize;
-                stream.hold(length);
+                // Too many large answers that nobody reads end their streams.
+                let answer = catch_unwind(AssertUnwindSafe(work)).ok().filter(|_| HELD.load(SeqCst) < 4 * MAX_HELD);
+                let length = answer.as_ref().map_or(0, Answer::length);
+                HELD.fetch_add(length, SeqCst);
                 let is_written = answer.is_some_and(|answer| stream.write(number, Some(answer)).is_ok());
-                // What others write that are ready now goes along.
+                // The answers of other coroutines that are ready leave with this one.
                 yield_now();
-                // After a panic, the asking side must not wait in vain.
+                // Without an answer, as after a panic, the asking side must not wait.
                 if !is_written || stream.output().flush().is_err() {
                     stream.end();
                 }
-                stream.hold(-size - length);
+                HELD.fetch_sub(size + length, SeqCst);
             });
             Ok(())
         }
     }
 
-    /// Whether these bytes begin with a whole message.
-    fn has_message(bytes: &[u8]) -> bool {
-        bytes.split_first_chunk().is_some_and(|(length, rest)| rest.len() >= u32::from_le_bytes(*length) as usize)
-    }
-
-    /// The id of a stream, if a target is that of one of its requests.
-    pub fn stream_id(target: &str) -> Option<&str> {
-        target.strip_prefix(TARGET).filter(|id| !id.is_empty())
-    }
-
-    /// Whether who opens a stream proves (in the form of RFC 6750 section 2.1) that it knows what the nodes of this store share. An
-    /// error is a proof that is none.
+    /// Whether a request of a stream proves that its sender knows the secret, in the form of RFC 6750 section 2.1. A
+    /// wrong proof is an error; a follower gives none.
     pub fn knows_secret(parsed: &Parsed, id: &str) -> Result<bool, Outcome> {
         let mut headers = parsed.headers().iter();
         let given = headers.find(|header| header.name.eq_ignore_ascii_case("Authorization"));
@@ -4444,26 +4422,18 @@ mod peers {
         }
     }
 
-    /// Serves the GET of a stream on its connection, which carries answers: keeps it open until the stream ends.
+    /// Serves the GET of a stream: sends answers and heartbeats until the stream ends.
     pub fn carry_answers(id: &str, socket: &TcpStream, knows_secret: bool) -> io::Result<()> {
         let output = may::sync::Mutex::new(BufWriter::new(waiting_stream(socket, Some(WRITE_LIMIT))?));
-        let (opened, has_begun, held, socket) = (clock(), false.into(), 0.into(), socket.try_clone()?);
-        let asked = Arc::new(Asked { knows_secret, opened, has_begun, held, socket, output });
-        let mut streams = lock(&ASKED);
-        let strangers = streams.values().filter(|stream| !stream.knows_secret).count();
-        let are_too_many = streams.len() >= MAX_STREAMS || !knows_secret && strangers >= MAX_STREAMS / 2;
-        if are_too_many || streams.contains_key(id) {
-            return Ok(());
-        }
-        streams.insert(id.to_owned(), asked.clone());
-        drop(streams);
-        // Nothing is proven to whoever proves nothing.
+        let asked = Arc::new(Asked { opened: clock(), socket: socket.try_clone()?, output });
+        lock(&ASKED).insert(id.to_owned(), asked.clone());
+        // Only who has given a proof gets one.
         let proof = proof(id, "answer", own().unwrap_or_default()).filter(|_| knows_secret);
         let proof = proof.map_or(String::new(), |proof| format!("Authentication-Info: {proof}\r\n"));
         // Without a length, the body ends with the connection (RFC 9112 section 6.3).
         let head = format!("HTTP/1.1 200 OK\r\nServer: M\r\nContent-Type: {STREAM}\r\n{proof}{CLOSE}\r\n");
         let mut written = asked.output().write_all(head.as_bytes());
-        while written.is_ok() && (asked.has_begun.load(SeqCst) || clock() - opened < SILENCE.as_millis() as i64) {
+        while written.is_ok() {
             written = asked.write(0, None).and_then(|()| asked.output().flush());
             pause(BEAT);
         }
@@ -4471,57 +4441,30 @@ mod peers {
         written
     }
 
-    /// Serves the POST of a stream on its connection: answers requests, until the stream ends.
+    /// Serves the POST of a stream: answers requests until the stream ends.
     pub fn read_requests(id: &str, mut body: BodyReader, socket: &TcpStream, knows_secret: bool) {
-        let asked = lock(&ASKED).get(id).filter(|asked| asked.knows_secret == knows_secret).cloned();
+        let asked = lock(&ASKED).get(id).cloned();
         if let Some(asked) = asked {
             // A panic ends the stream.
-            let _ = catch_unwind(AssertUnwindSafe(|| asked.serve(&mut body, socket)));
+            let _ = catch_unwind(AssertUnwindSafe(|| asked.serve(&mut body, socket, knows_secret)));
             asked.end();
         }
-        // Before `body` is dropped: that reads up to its end, which never comes.
+        // Before `body` is dropped, which reads up to its end: that never comes.
         let _ = socket.shutdown(Shutdown::Both);
     }
 
-    // -- The asking side
+    // -- Questions
 
-    /// This process, in the `Via` of what it relays: a request that comes back with it runs in a ring.
-    static VIA: LazyLock<String> = LazyLock::new(|| format!("1.1 kv-store-{:016x}", random()));
-
-    static PEERS: LazyLock<Mutex<HashMap<String, Arc<Peer>>>> = LazyLock::new(Default::default);
-
-    /// Another instance, and what is to be sent there.
-    pub struct Peer {
-        /// Its `host:port`.
-        address: String,
-        traffic: Mutex<Traffic>,
-        /// Whether stderr was told that the peer has another secret: nodes try again four times a second.
-        stranger: Once,
-    }
-
-    #[derive(Default)]
-    struct Traffic {
-        /// Requests of which nothing was sent yet, and who waits for their answers.
-        queue: VecDeque<(Request, Waiting)>,
-        /// Who waits for the answers to requests that were sent on the present stream, by number.
-        sent: HashMap<u64, Waiting>,
-        last_number: u64,
-        /// When the present stream was opened, by this side's clock.
-        opened: i64,
-        /// The thread that takes what is queued, while there is one: that of the present stream.
-        sender: Option<Thread>,
-    }
-
-    /// An answer that a coroutine, or a thread, waits for, and another one delivers.
+    /// An answer that a coroutine or thread waits for.
     pub struct Question<T = Result<Answer, Lost>> {
         asker: Arc<Blocker>,
         deadline: Instant,
         answer: Mutex<Option<T>>,
     }
 
-    /// The other end of a question. Dropping it wakes who waits, with an answer or without. It is never dropped by who holds a lock: a
-    /// coroutine that is woken while it parks goes on inside the call that parks it, and to drop its Blocker waits for that call to
-    /// return. If the coroutine came to want the lock, both would wait for ever.
+    /// The other end of a question. Dropping it wakes the asker, with an answer or without. Never drop it while holding
+    /// a lock: a coroutine that is woken while it parks continues inside the call that parks it, and dropping its
+    /// Blocker waits for that call to return. If the coroutine then wants the lock, both wait for ever.
     pub struct Waiting<T = Result<Answer, Lost>>(Arc<Question<T>>);
 
     impl<T> Question<T> {
@@ -4531,7 +4474,7 @@ mod peers {
             (question.clone(), Waiting(question))
         }
 
-        /// Waits for the answer. None if there is none in time, or it was given up.
+        /// Waits for the answer. None if the deadline has passed or `Waiting` was dropped.
         pub fn answer(&self) -> Option<T> {
             park_until(&self.asker, self.deadline);
             lock(&self.answer).take()
@@ -4550,88 +4493,139 @@ mod peers {
         }
     }
 
-    impl Peer {
-        pub fn at(address: &str) -> Arc<Peer> {
-            let mut peers = lock(&PEERS);
-            if !peers.contains_key(address) {
-                // Any client can name a thousand nodes in a view: those that nobody asks are forgotten.
-                peers.retain(|_, peer| Arc::strong_count(peer) > 1);
+    /// Delivers answers. Waking a coroutine takes a system call from a thread, and none from another coroutine.
+    fn deliver(answers: Vec<(Waiting, Answer)>) {
+        let are_several = answers.len() > 1;
+        let deliver = || answers.into_iter().for_each(|(waiting, answer)| waiting.deliver(Ok(answer)));
+        if are_several { drop(may::go!(deliver)) } else { deliver() }
+    }
+
+    // -- The asking side
+
+    /// Identifies this process in the `Via` of what it relays. A request that comes back with it runs in a ring.
+    static VIA: LazyLock<String> = LazyLock::new(|| format!("1.1 kv-store-{:016x}", random()));
+    /// What is being asked of each instance, by its address. An entry lasts as long as its stream.
+    static TRAFFIC: LazyLock<Mutex<HashMap<String, Traffic>>> = LazyLock::new(Default::default);
+    /// The nodes that stderr was told are of another store: this node asks them four times a second.
+    static STRANGERS: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+
+    struct Traffic {
+        /// The id of the stream.
+        id: u64,
+        /// The thread that takes what is queued.
+        sender: Thread,
+        /// When the stream was opened, by this side's clock; 0 before.
+        opened: i64,
+        /// When a request was last queued, by this side's clock.
+        last_asked: i64,
+        last_number: u64,
+        queue: VecDeque<(Request, Waiting)>,
+        /// Who waits for the answers to requests that were sent, by number.
+        sent: HashMap<u64, Waiting>,
+    }
+
+    impl Traffic {
+        /// Starts the thread of a new stream. It cannot look for its entry before the caller has unlocked `TRAFFIC`.
+        fn begin(address: &str) -> io::Result<Traffic> {
+            let id = random();
+            let stream = Stream { address: address.to_owned(), id };
+            let run = move || {
+                // A panic ends the stream, as an error does.
+                let _ = catch_unwind(AssertUnwindSafe(|| stream.carry()));
+                stream.end_if(|_| true);
+            };
+            let sender = thread::Builder::new().spawn(run)?.thread().clone();
+            let (opened, last_asked, last_number, queue, sent) = Default::default();
+            Ok(Traffic { id, sender, opened, last_asked, last_number, queue, sent })
+        }
+
+        fn is_idle(&self) -> bool {
+            self.queue.is_empty() && self.sent.is_empty() && clock() - self.last_asked > REST
+        }
+    }
+
+    /// Relays a request to the instance at `address` and waits for its answer. An error: there is none within
+    /// `patience`, or the request runs in a ring. The request is sent at most once.
+    pub fn relay(address: &str, request: Request, patience: Duration) -> Result<Answer, Lost> {
+        let no_answer = Err(Lost { was_sent: true });
+        let result = begin(address, request, patience).and_then(|question| question.answer().unwrap_or(no_answer));
+        RELAYED.fetch_add(1, SeqCst);
+        RELAYED_IN_VAIN.fetch_add(result.is_err().into(), SeqCst);
+        result
+    }
+
+    /// Queues a request to the instance at `address`. The caller may queue others before it waits for the answer.
+    pub fn begin(address: &str, mut request: Request, patience: Duration) -> Result<Arc<Question>, Lost> {
+        let not_sent = Lost { was_sent: false };
+        // Messages are never relayed further.
+        if request.origin != Origin::Message {
+            if request.via.split(',').any(|hop| hop.trim() == *VIA) {
+                return Err(not_sent);
             }
-            let new = || Arc::new(Peer { address: address.into(), traffic: Mutex::default(), stranger: Once::new() });
-            peers.entry(address.into()).or_insert_with(new).clone()
+            request.via = if request.via.is_empty() { VIA.clone() } else { format!("{}, {}", request.via, *VIA) };
+        }
+        request.began.get_or_insert_with(clock);
+        let (question, waiting) = Question::new(patience);
+        enqueue(address, request, waiting);
+        Ok(question)
+    }
+
+    /// Queues a request, on a new stream if there is none. Where the system has no room for a thread, it gets no
+    /// answer.
+    fn enqueue(address: &str, request: Request, waiting: Waiting) {
+        let mut all = lock(&TRAFFIC);
+        if !all.contains_key(address)
+            && let Ok(traffic) = Traffic::begin(address)
+        {
+            all.insert(address.to_owned(), traffic);
+        }
+        let Some(traffic) = all.get_mut(address) else { return };
+        traffic.last_asked = clock();
+        traffic.queue.push_back((request, waiting));
+        let sender = (traffic.queue.len() == 1).then(|| traffic.sender.clone());
+        drop(all);
+        if let Some(sender) = sender {
+            // The requests of other coroutines that are ready leave with this one.
+            yield_now();
+            sender.unpark();
+        }
+    }
+
+    /// A stream to another instance, or plain requests to one that takes no streams.
+    #[derive(Clone)]
+    struct Stream {
+        address: String,
+        id: u64,
+    }
+
+    impl Stream {
+        /// Looks at the stream's entry. None if the stream has ended.
+        fn with<T>(&self, action: impl FnOnce(&mut Traffic) -> T) -> Option<T> {
+            lock(&TRAFFIC).get_mut(&self.address).filter(|traffic| traffic.id == self.id).map(action)
         }
 
-        /// Takes a request to the peer and returns its answer; an error if there is none in time, or the request runs in a ring.
-        /// The request is sent once at most.
-        pub fn relay(self: Arc<Peer>, request: Request, patience: Duration) -> Result<Answer, Lost> {
-            let no_answer = Err(Lost { was_sent: true });
-            let result = self.begin(request, patience).and_then(|question| question.answer().unwrap_or(no_answer));
-            RELAYED.fetch_add(1, SeqCst);
-            RELAYED_IN_VAIN.fetch_add(result.is_err().into(), SeqCst);
-            result
-        }
-
-        /// Begins to ask: what others are asked meanwhile goes on beside it.
-        pub fn begin(self: Arc<Peer>, mut request: Request, patience: Duration) -> Result<Arc<Question>, Lost> {
-            // (What nodes say to one another is not passed on.)
-            if request.origin != Origin::Message {
-                if request.via.split(',').any(|hop| hop.trim() == *VIA) {
-                    return Err(Lost { was_sent: false });
+        /// Ends the stream if the condition holds. What was sent gets no answer. What is queued goes to a new stream,
+        /// or fails if this one could not be opened. Returns whether the stream has ended.
+        fn end_if(&self, condition: impl FnOnce(&Traffic) -> bool) -> bool {
+            let mut all = lock(&TRAFFIC);
+            let is_due = all.get(&self.address).filter(|traffic| traffic.id == self.id).map(condition);
+            let ended = if is_due == Some(true) { all.remove(&self.address) } else { None };
+            drop(all);
+            let was_open = ended.as_ref().is_some_and(|traffic| traffic.opened > 0);
+            for (request, waiting) in ended.into_iter().flat_map(|traffic| traffic.queue) {
+                if was_open {
+                    enqueue(&self.address, request, waiting);
+                } else {
+                    waiting.deliver(Err(Lost { was_sent: false }));
                 }
-                request.via = if request.via.is_empty() { VIA.clone() } else { format!("{}, {}", request.via, *VIA) };
             }
-            request.began.get_or_insert_with(clock);
-            let (question, waiting) = Question::new(patience);
-            let mut traffic = lock(&self.traffic);
-            traffic.queue.push_back((request, waiting));
-            let is_first = traffic.queue.len() == 1;
-            let sender = traffic.sender.clone();
-            if sender.is_none() {
-                // (Where the system has no room for a thread, the next request tries again.)
-                let peer = self.clone();
-                let spawned = thread::Builder::new().spawn(move || peer.take_queue());
-                traffic.sender = spawned.ok().map(|taker| taker.thread().clone());
-            }
-            drop(traffic);
-            if let Some(sender) = sender.filter(|_| is_first) {
-                // What other coroutines ask that are ready now goes along.
-                yield_now();
-                sender.unpark();
-            }
-            Ok(question)
+            is_due != Some(false)
         }
 
-        /// Takes what is queued to the peer, on one stream after the other or as plain requests, until nothing is.
-        fn take_queue(self: Arc<Peer>) {
-            loop {
-                match catch_unwind(AssertUnwindSafe(|| self.run_stream())) {
-                    Ok(Ok(true)) => {}
-                    Ok(Ok(false)) => self.send_plainly(),
-                    // There is no way to the peer.
-                    Ok(Err(_)) | Err(_) => {
-                        let queue = std::mem::take(&mut lock(&self.traffic).queue);
-                        queue.into_iter().for_each(|(_, waiting)| waiting.deliver(Err(Lost { was_sent: false })));
-                    }
-                }
-                let mut traffic = lock(&self.traffic);
-                // The thread that wrote on the stream may be blocked in a write for minutes. It finds that it is not the sender any more.
-                traffic.sender = Some(thread::current()).filter(|_| !traffic.queue.is_empty());
-                let is_done = traffic.sender.is_none();
-                let sent = std::mem::take(&mut traffic.sent);
-                drop(traffic);
-                // The stream has ended: no answer comes to what was sent on it.
-                drop(sent);
-                if is_done {
-                    return;
-                }
-            }
-        }
-
-        /// Opens a stream, starts the thread that writes on it, and reads answers until it ends. False: the peer takes no streams. An
-        /// error: there was no answer.
-        fn run_stream(self: &Arc<Peer>) -> attohttpc::Result<bool> {
+        /// Opens the stream, starts the thread that writes requests, and reads answers until the stream ends.
+        fn carry(&self) -> attohttpc::Result<()> {
             let host = find_host(&self.address)?;
-            let id = format!("{:016x}", random());
+            let id = format!("{:016x}", self.id);
             let open = |verb: &str| {
                 let builder = client(verb, &format!("http://{host}{TARGET}{id}"), SILENCE)?;
                 let builder = builder.try_header("Content-Type", STREAM)?.try_header("Via", VIA.as_str())?;
@@ -4640,145 +4634,124 @@ mod peers {
                     None => builder,
                 })
             };
-            let (status, headers, answers) = open("GET")?.send()?.split();
+            let (_, headers, answers) = open("GET")?.send()?.split();
             let given = headers.get("Authentication-Info").map_or(&b""[..], |value| value.as_bytes());
             let is_stream = headers.get("Content-Type").is_some_and(|it| it == STREAM);
-            let is_proven = is_proven(given, &id, "answer", &self.address);
-            if status == StatusCode::FORBIDDEN || is_stream && !is_proven {
-                let line = || say(&format!("node {} is of another store: its SECRET is another one", self.address));
-                self.stranger.call_once(line);
+            if !is_stream || !is_proven(given, &id, "answer", &self.address) {
+                if own().is_none() {
+                    self.send_plainly();
+                    return Ok(());
+                }
+                // A node takes streams from all nodes of its store.
+                if lock(&STRANGERS).insert(self.address.clone()) {
+                    say(&format!("node {} is of another store, or has another SECRET", self.address));
+                }
+                return Err(io::Error::from(io::ErrorKind::PermissionDenied).into());
             }
-            if !is_stream || !is_proven {
-                // A node is never asked without a stream: one that takes none from here is of another store.
-                let error = io::Error::from(io::ErrorKind::PermissionDenied);
-                return if own().is_some() { Err(error.into()) } else { Ok(false) };
-            }
-            let post = open("POST")?.body(Requests { peer: self.clone(), last_needed: clock() });
-            let mut traffic = lock(&self.traffic);
-            traffic.opened = clock();
-            // It ends with the stream, and always with an error. Then it closes its connection, whereupon the peer closes the other one.
-            let sender = thread::Builder::new().spawn(move || post.send())?;
-            traffic.sender = Some(sender.thread().clone());
-            drop(traffic);
-            let _ = self.read_answers(answers, || sender.is_finished());
-            Ok(true)
+            self.with(|traffic| traffic.opened = clock());
+            let (post, stream) = (open("POST")?.body(self.clone()), self.clone());
+            // `send` returns when the stream has ended, and closes the connection. Then the other side closes the other
+            // one.
+            let send = move || (post.send().is_ok(), stream.end_if(|_| true));
+            thread::Builder::new().spawn(send)?;
+            Ok(self.read_answers(answers)?)
         }
 
-        /// Reads answers from a stream and delivers them, until the stream ends.
-        fn read_answers(&self, answers: impl Read, is_over: impl Fn() -> bool) -> io::Result<()> {
+        fn read_answers(&self, answers: impl Read) -> io::Result<()> {
             let (mut answers, mut batch) = (BufReader::with_capacity(CHUNK, answers), Vec::new());
-            while !is_over() {
+            loop {
                 let Message { number, time, content } = Message::<Answer>::read(&mut answers)?;
-                let mut traffic = lock(&self.traffic);
-                match content {
+                let read = self.with(|traffic| match content {
                     Some(answer) => batch.extend(traffic.sent.remove(&number).map(|waiting| (waiting, answer))),
-                    // The asked side opened the stream at this time or earlier: a heartbeat that waited behind large answers gives too
-                    // late a time. So the earliest counts, which may rise by 1 ms a heartbeat, since the asked side's clock may be slower.
+                    // The asked side opened the stream at this time or earlier. A heartbeat that waited behind large
+                    // answers gives too late a time, so the earliest counts. It may rise by 1 ms a heartbeat, since the
+                    // asked side's clock may be slower.
                     None => traffic.opened = clock().saturating_sub(time).min(traffic.opened.saturating_add(1)),
+                });
+                if read.is_none() {
+                    return Ok(());
                 }
-                drop(traffic);
                 if !has_message(answers.buffer()) {
                     deliver(std::mem::take(&mut batch));
                 }
             }
-            Ok(())
         }
 
-        /// Takes each queued request to the peer from a thread of its own. After a while the peer may be another program.
-        fn send_plainly(self: &Arc<Peer>) {
-            let (threads, end) = (Arc::new(()), clock() + PLAIN_LIMIT);
-            while clock() < end {
-                if Arc::strong_count(&threads) > MAX_THREADS {
-                    thread::sleep(Duration::from_millis(1));
-                    continue;
+        /// What the sender writes next: what is queued, or else a heartbeat. None if the stream has ended.
+        fn next_batch(&self) -> Option<Vec<Message<Request>>> {
+            let began = Instant::now();
+            while began.elapsed() < BEAT && self.with(|traffic| traffic.queue.is_empty())? {
+                thread::park_timeout(BEAT);
+            }
+            self.with(|traffic| {
+                let (mut batch, mut size) = (Vec::new(), 0);
+                while size < CHUNK
+                    && let Some((request, waiting)) = traffic.queue.pop_front()
+                {
+                    size += request.size();
+                    traffic.last_number += 1;
+                    traffic.sent.insert(traffic.last_number, waiting);
+                    let time = request.began.map_or(0, |began| began.saturating_sub(traffic.opened));
+                    batch.push(Message { number: traffic.last_number, time, content: Some(request) });
                 }
-                let next = lock(&self.traffic).queue.pop_front();
-                let Some((request, waiting)) = next else {
-                    thread::park_timeout(BEAT);
+                if batch.is_empty() {
+                    batch.push(Message { number: 0, time: 0, content: None });
+                }
+                batch
+            })
+        }
+
+        /// Sends each queued request from a thread of its own. Ends after `PLAIN_LIMIT`: by then the instance may be
+        /// another program.
+        fn send_plainly(&self) {
+            let (threads, end) = (Arc::new(()), clock() + PLAIN_LIMIT);
+            while clock() < end || !self.end_if(|traffic| traffic.queue.is_empty()) {
+                let may_send = Arc::strong_count(&threads) <= MAX_THREADS;
+                let next = self.with(|traffic| traffic.queue.pop_front_if(|_| may_send));
+                let Some((request, waiting)) = next.flatten() else {
+                    // The end of a thread wakes nobody.
+                    thread::park_timeout(Duration::from_millis(10));
                     continue;
                 };
-                let (peer, counted) = (self.clone(), threads.clone());
+                let (address, thread) = (self.address.clone(), threads.clone());
                 let send = move || {
                     if request.refusal_if_late().is_none()
-                        && let Ok(host) = find_host(&peer.address)
+                        && let Ok(host) = find_host(&address)
                         && let Ok(answer) = request.send(&host)
                     {
                         waiting.deliver(Ok(answer));
                     }
-                    drop(counted);
+                    drop(thread);
                 };
                 let _ = thread::Builder::new().spawn(send);
             }
         }
     }
 
-    /// Delivers answers. To wake a coroutine from a thread takes a system call; from another coroutine it takes none.
-    fn deliver(answers: Vec<(Waiting, Answer)>) {
-        let are_several = answers.len() > 1;
-        let deliver = || answers.into_iter().for_each(|(waiting, answer)| waiting.deliver(Ok(answer)));
-        if are_several { drop(may::go!(deliver)) } else { deliver() }
-    }
-
-    /// The body of a stream's POST.
-    struct Requests {
-        peer: Arc<Peer>,
-        /// When an answer was last waited for.
-        last_needed: i64,
-    }
-
-    impl Requests {
-        /// What is to be written next: what is queued, or a heartbeat. None: the stream ends, since it has, or nobody needs it.
-        fn next(&mut self) -> Option<Vec<Message<Request>>> {
-            if lock(&self.peer.traffic).queue.is_empty() {
-                thread::park_timeout(BEAT);
-            }
-            let mut guard = lock(&self.peer.traffic);
-            let traffic = &mut *guard;
-            traffic.sender.as_ref().filter(|sender| sender.id() == thread::current().id())?;
-            let (mut batch, mut size) = (Vec::new(), 0);
-            while size < CHUNK
-                && let Some((request, waiting)) = traffic.queue.pop_front()
-            {
-                size += request.size();
-                traffic.last_number += 1;
-                traffic.sent.insert(traffic.last_number, waiting);
-                let time = request.began.map_or(0, |began| began.saturating_sub(traffic.opened));
-                batch.push(Message { number: traffic.last_number, time, content: Some(request) });
-            }
-            if !traffic.sent.is_empty() {
-                self.last_needed = clock();
-            } else if clock() - self.last_needed > REST {
-                return None;
-            }
-            drop(guard);
-            if batch.is_empty() {
-                batch.push(Message { number: 0, time: 0, content: None });
-            }
-            Some(batch)
-        }
-    }
-
-    impl Body for Requests {
+    /// The body of the stream's POST, which carries the requests.
+    impl Body for Stream {
         fn kind(&mut self) -> io::Result<BodyKind> {
-            // No stream carries as much.
+            // More than any stream carries.
             Ok(BodyKind::KnownLength(1 << 62))
         }
 
         fn write<W: Write>(&mut self, mut writer: W) -> io::Result<()> {
-            while let Some(batch) = self.next() {
+            self.with(|traffic| traffic.sender = thread::current());
+            while let Some(batch) = self.next_batch() {
                 batch.iter().try_for_each(|message| message.write(&mut writer))?;
                 writer.flush()?;
+                self.end_if(Traffic::is_idle);
             }
-            // The rest never comes: the client is not to wait for an answer.
+            // An error makes attohttpc give up: it must not wait for an answer to a body that is cut off.
             Err(io::ErrorKind::ConnectionAborted.into())
         }
     }
 
     // -- The client
 
-    /// A `host:port` with the name looked up, which the client would do without a limit: a name server that does not answer holds a
-    /// lookup for ten seconds, so it has a thread of its own, which ends when it ends. A name that stands for several addresses is left
-    /// to the client, since it tries them side by side.
+    /// A `host:port` with the name looked up, which the client would do without a limit: a name server that does not
+    /// answer holds a lookup for ten seconds, so it has a thread of its own, which ends when it ends. A name that
+    /// stands for several addresses is left to the client, since it tries them side by side.
     fn find_host(address: &str) -> io::Result<String> {
         let (name, (tell, told)) = (address.to_owned(), mpsc::channel());
         let look_up = move || tell.send(name.to_socket_addrs().map_or(Vec::new(), Iterator::collect));
@@ -4790,8 +4763,8 @@ mod peers {
         }
     }
 
-    /// A request of the client, without what it would do by itself: it reads `http_proxy`, and follows redirects. The limit is for
-    /// connecting, and for each read.
+    /// A request of the client, without what it would do by itself: it reads `http_proxy`, and follows redirects. The
+    /// limit is for connecting, and for each read.
     fn client(verb: &str, url: &str, limit: Duration) -> attohttpc::Result<RequestBuilder> {
         let method = Method::from_bytes(verb.as_bytes()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         let builder = RequestBuilder::try_new(method, url)?.proxy_settings(ProxySettings::builder().build());
@@ -4799,8 +4772,9 @@ mod peers {
     }
 
     impl Request {
-        /// The target on a host. None if plain HTTP cannot carry it: the client takes the segments `.` and `..`, which may be keys, out of
-        /// a target, and makes something of its own of CONNECT. A target that is no path would go on with the host: `@another:80/`.
+        /// The target on a host. None if plain HTTP cannot carry it: the client takes the segments `.` and `..`, which
+        /// may be keys, out of a target, and makes something of its own of CONNECT. A target that is no path would go
+        /// on with the host: `@another:80/`.
         fn url(&self, host: &str) -> Option<String> {
             let url = format!("http://{host}{}", self.target);
             let same =
@@ -4809,8 +4783,8 @@ mod peers {
             is_kept.then_some(url)
         }
 
-        /// Sends the request to a host and reads the answer, of which status, `Content-Type`, `Allow` and body go on. The limit
-        /// is for all of it, however slowly the answer drips.
+        /// Sends the request to a host and reads the answer, of which status, `Content-Type`, `Allow` and body go on.
+        /// The limit is for all of it, however slowly the answer drips.
         pub fn send(&self, host: &str) -> attohttpc::Result<Answer> {
             let url = self.url(host).ok_or(io::Error::from(io::ErrorKind::InvalidInput))?;
             let mut builder = client(&self.verb, &url, ANSWER_LIMIT)?.timeout(ANSWER_LIMIT);
@@ -4864,7 +4838,7 @@ mod world {
     use crate::http::{Answer, Origin, Outcome, Request, Vocabulary};
     use crate::membership::run;
     use crate::node::{Envelope, Later, Message, Node, Reply};
-    use crate::peers::{Peer, Question};
+    use crate::peers::{self, Question};
     use crate::replication::{Lost, World};
     use crate::service::Work;
     use crate::settings::{SETTINGS, own, port_of};
@@ -4961,7 +4935,7 @@ mod world {
         }
 
         async fn relay(&self, node: &str, request: Request, patience: Duration) -> Result<Answer, Lost> {
-            Peer::at(node).relay(request, patience)
+            peers::relay(node, request, patience)
         }
 
         async fn sleep(&self, time: Duration) {
@@ -4992,7 +4966,7 @@ mod world {
             // In a large store that starts, all nodes ask all.
             limit = limit.max(Duration::from_millis(40) * SETTINGS.view.len() as u32);
         }
-        let question = Peer::at(&envelope.to).begin(message, limit);
+        let question = peers::begin(&envelope.to, message, limit);
         Box::new(|| postcard::from_bytes(&question.ok()?.answer()?.ok()?.body).ok())
     }
 
