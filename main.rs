@@ -1895,7 +1895,7 @@ mod records {
     }
 
     /// The upper bits of a hash that choose the bucket; fewer in the simulation, which starts 100,000 nodes.
-    const BUCKET_BITS: u32 = if cfg!(test) { 8 } else { 14 };
+    const BUCKET_BITS: u32 = if cfg!(test) { 6 } else { 14 };
 
     fn bucket_of(hash: u64) -> usize {
         (hash >> (u64::BITS - BUCKET_BITS)) as usize
@@ -2702,7 +2702,8 @@ mod node {
         }
 
         fn is_replica(&self, node: &str) -> bool {
-            self.others().iter().any(|it| it == node)
+            let table = self.table.as_ref().filter(|_| node != self.own);
+            table.zip(self.shard).is_some_and(|(table, shard)| table.shards[shard].iter().any(|it| it == node))
         }
 
         /// The other nodes of the table and, until it is settled, of its sources, in the order of their names.
@@ -5396,6 +5397,8 @@ mod simulation {
             if simulation.machines[self.machine].life.get() == self.life {
                 simulation.task.replace(Some(self.clone()));
                 let _ = self.future.borrow_mut().as_mut().poll(&mut task::Context::from_waker(Waker::noop()));
+                simulation.look_who_counts();
+                simulation.check_owners();
             }
         }
     }
@@ -5420,13 +5423,15 @@ mod simulation {
             let mut node = machine.node.borrow_mut();
             let node = node.as_mut().expect("only living nodes run");
             node.look_at_clock(simulation.now.get() + machine.ahead.get());
-            let before = node.table();
+            let (before, sums) = (node.table(), node.records.total());
             let result = action(node);
             // The only one may have joined another one's store.
             if before.is_some_and(|table| table.lists(node.own()) && table.store == simulation.store.get()) {
                 simulation.store.set(node.store());
             }
-            self.note_records(node);
+            if node.records.total() != sums {
+                self.note_records(node);
+            }
             let Later { lines, activities, .. } = std::mem::take(&mut node.later);
             lines.iter().for_each(|line| simulation.tell(|| format!("n{}: {line}", self.machine)));
             for activity in activities {
@@ -5558,7 +5563,7 @@ mod simulation {
                 Err(refusal) => return refusal,
             };
             let (tried, began) = self.with(|node| (it.perform(node), node.now));
-            let answer = it.answer(self, tried, began).await.joined();
+            let answer = Box::pin(it.answer(self, tried, began)).await.joined();
             // Who relayed it acknowledged nothing.
             let is_own = !String::from_utf8_lossy(&answer.body).contains(r#""address""#);
             if is_own && answer.status < 300 && self.wrote.get() > 0 {
@@ -5622,8 +5627,6 @@ mod simulation {
                 return true;
             }
             event(self);
-            self.look_who_counts();
-            self.check_owners();
             true
         }
 
@@ -5760,8 +5763,8 @@ mod simulation {
             for (number, machine) in self.machines.iter().enumerate() {
                 let (own, table) = (ADDRESSES[number], self.table(number));
                 let is_left_out = table.as_ref().is_some_and(|table| {
-                    let is_named = newest.nodes(false).contains(&own.to_owned());
-                    table.version.epoch < newest.version.epoch && table.lists(own) && !is_named
+                    let is_named = || newest.nodes(false).contains(&own.to_owned());
+                    table.version.epoch < newest.version.epoch && table.lists(own) && !is_named()
                 });
                 if machine.counts.replace(table.is_some() && !is_left_out) && is_left_out {
                     self.tell(|| format!("n{number} is left out"));
@@ -6015,7 +6018,7 @@ mod simulation {
             // (All nodes of a first view that start again while others remove them by force are a store of their own.)
             let is_in_it = |it: Arc<Table>| it.view.iter().any(|node| self.machines[machine_of(node)].counts.get());
             // A lock that comes late keeps a node from answering, or from learning that it has left.
-            for (round, time) in [9000 + self.lease.as_millis() as usize, 5000].into_iter().enumerate() {
+            for (round, time) in [9000 + self.lease.as_millis() as usize, 2500].into_iter().enumerate() {
                 self.pass(time);
                 for session in 0..sessions {
                     merge(&mut self.sessions.borrow_mut()[session].known, &self.acknowledged.borrow());
