@@ -1875,7 +1875,7 @@ mod records {
     }
 
     /// The upper bits of a hash that choose the bucket; fewer in the simulation, which starts 100,000 nodes.
-    const BUCKET_BITS: u32 = if cfg!(test) { 8 } else { 14 };
+    const BUCKET_BITS: u32 = if cfg!(test) { 6 } else { 14 };
 
     fn bucket_of(hash: u64) -> usize {
         (hash >> (u64::BITS - BUCKET_BITS)) as usize
@@ -2696,7 +2696,8 @@ mod node {
         }
 
         fn is_replica(&self, node: &str) -> bool {
-            self.others().iter().any(|it| it == node)
+            let table = self.table.as_ref().filter(|_| node != self.own);
+            table.zip(self.shard).is_some_and(|(table, shard)| table.shards[shard].iter().any(|it| it == node))
         }
 
         /// The other nodes of the table and, until it is settled, of its sources, in the order of their names.
@@ -2975,7 +2976,7 @@ mod node {
 
         /// R5: due if the replica may lack something or its digest differs for long. The result is for `reconciled`.
         pub fn begin_to_reconcile(&mut self, node: &str) -> Option<u64> {
-            let is_due = self.is_replica(node) && self.is_ready();
+            let is_due = self.is_ready();
             let (version, lags, now) = (self.version(), self.lagging.contains_key(node), self.now);
             let peer = self.peers.get_mut(node).filter(|_| is_due)?;
             let differs = peer.differs.is_some_and(|since| since + DIFFERING < now);
@@ -3098,10 +3099,13 @@ mod node {
             let here = self.records.get(hash, key).map_or(0, Record::stamp);
             let others = self.others();
             let sources = &table.range_at(hash).sources;
+            let restarted = self.pulls.iter().any(|pull| !pull.is_source && pull.span.contains(hash));
             let mut needs: Vec<Vec<String>> = Vec::new();
             for stamp in context.seen.values().filter(|stamp| **stamp > self.watermark.max(here)) {
                 let writers = self.nodes_with(node_of(*stamp));
-                if writers.is_empty() {
+                // Of its own writes before a restart, this node knows no more than of an unknown node's.
+                let may_lack_own = writers.contains(&&self.own) && restarted;
+                if writers.is_empty() || may_lack_own {
                     needs.extend(others.iter().map(|other| vec![other.clone()]));
                 }
                 let is_source = |node: &String| !self.settled && sources.iter().flatten().any(|it| it == node);
@@ -3145,7 +3149,7 @@ mod node {
         }
 
         fn look_whether_settled(&mut self) {
-            let Some(table) = self.table.as_ref().filter(|_| !self.settled && self.pulls.is_empty()) else { return };
+            let Some(table) = self.table.as_ref().filter(|_| self.pulls.is_empty()) else { return };
             let has_finished =
                 |node: &String| self.peers.get(node).is_some_and(|peer| peer.status.is_whole_by(table.version));
             if table.view.iter().all(|node| *node == self.own || has_finished(node)) {
@@ -4045,7 +4049,7 @@ mod membership {
 
         /// R9: all must use the base or may join. Returns whether it is settled; by force, it may await nodes left out.
         fn check_granted(&self, granted: &Granted, silent: &[String]) -> Result<bool, Failure> {
-            let settled = self.world.with(|node| node.settled) || granted.values().any(|it| self.says_settled(it));
+            let settled = self.world.with(|node| node.settled);
             for (node, status) in granted {
                 let is_part = self.base.nodes(settled).contains(node);
                 let newer = status.store == self.base.store && status.version > Some(self.base.version);
@@ -4054,16 +4058,12 @@ mod membership {
                 } else if self.wanted.view.contains(node) && !self.base.lists(node) {
                     self.check_joining(node, status, settled)?;
                 }
-                let is_waited_for = |it: &&String| !(self.wanted.force && silent.contains(it));
-                if !settled && (!self.wanted.force || status.incoming.iter().any(|it| is_waited_for(&it))) {
+                let waits_for_others = status.incoming.iter().any(|it| !silent.contains(it));
+                if !settled && (!self.wanted.force || waits_for_others) {
                     return Err(Failure::Again(Outcome::ChangeUnderWay));
                 }
             }
             Ok(settled)
-        }
-
-        fn says_settled(&self, status: &Status) -> bool {
-            status.version == Some(self.base.version) && status.settled
         }
 
         /// R9: a node may join if it uses the base, or if it is without keys and has left its store or is alone in it.
@@ -5167,19 +5167,20 @@ fn is_healthy(listen: SocketAddr) -> bool {
 
 #[cfg(test)]
 mod simulation {
-    //! Runs stores of two to five nodes through random schedules: messages that get lost, come late or twice, nodes that sleep, die and
-    //! start again, networks cut in one direction, rival coordinators, force. The nodes are the program's own code. Checked are:
+    //! Runs stores of two to five nodes through random schedules of faults: messages are lost, delayed or repeated;
+    //! nodes pause, die and restart; links are cut, also in one direction; coordinators compete; views are changed by
+    //! force. The nodes run the program's own code. Only the clock and the network are simulated. The invariants:
     //!
-    //! - With one replica a shard, no key is ever answered for by two nodes (`check_owners`).
-    //! - Whatever is acknowledged is on every replica that its writer could reach (`note_acknowledged`), and is lost only with all who
-    //!   had it (`lose`).
-    //! - No client reads less than it knows of (`judge`). With one replica a shard, it knows of all that was acknowledged or read before
-    //!   it asked: so the store is linearizable, in the order of stamps. With several, it knows of what its session has seen and what
-    //!   that follows from: so the store is causally consistent.
-    //! - When all is well again, all nodes come to go by one table, and every node answers for every key, with nothing older than what
-    //!   was acknowledged; replicas agree, contexts become empty, and tombstones vanish (`heal`).
+    //! - With one replica a shard, no two nodes answer for a key (`check_owners`).
+    //! - An acknowledged write is on every replica that its node could reach (`note_acknowledged`), and is lost only
+    //!   together with all nodes that had it (`lose`).
+    //! - No client reads an older value than it knows of (`judge`). With one replica a shard, a client knows of all
+    //!   that was acknowledged or read before it asked, so the store is linearizable in the order of stamps. With
+    //!   several, it knows of what its session has seen and what that depends on, so the store is causally consistent.
+    //! - When all faults end, all nodes adopt one table, every node answers for every key with nothing older than what
+    //!   was acknowledged, replicas agree, contexts become empty, and tombstones are dropped (`heal`).
     //!
-    //! `SEED=n` repeats one schedule, and tells it; `SCHEDULES=n` runs as many, from `FIRST=m` on.
+    //! `SEED=n` repeats one schedule and prints it. `SCHEDULES=n` runs that many, from `FIRST=m` on.
 
     use std::cell::{Cell, RefCell};
     use std::collections::{BTreeMap, BTreeSet};
@@ -5196,7 +5197,7 @@ mod simulation {
     use crate::membership::{answer_view_change, run};
     use crate::node::{Context, Envelope, Later, Message, Node, Place, Reply, node_of};
     use crate::records::{Record, Span, hash_of};
-    use crate::replication::{Lost, World};
+    use crate::replication::{Lost, World, get_key};
     use crate::service::{KeyRequest, wanted_view};
     use crate::table::{Table, Version};
     use crate::world::lock;
@@ -5219,12 +5220,12 @@ mod simulation {
         Duration::from_millis(count as u64)
     }
 
-    /// The number that a value is. (It has many digits, so that a message has room for one value or two.)
+    /// Values are numbers with many digits, so that a message has room for one or two.
     fn number_in(value: &str) -> Option<usize> {
         value.trim_matches('"').parse().ok()
     }
 
-    /// By key, a stamp: of what somebody knows, or has.
+    /// By key, the stamp of the record that a client knows of or a node has; 0 for none.
     type Stamps = [u64; KEYS];
 
     fn merge(known: &mut Stamps, more: &Stamps) {
@@ -5240,7 +5241,7 @@ mod simulation {
         node.table().is_some_and(|table| Some(table.shard_at(HASHES[key])) == node.shard)
     }
 
-    /// Whether a node has to get a key before it may answer for it.
+    /// Whether a node must get a key before it answers for it (R1).
     fn waits(node: &Node, key: usize) -> bool {
         !node.pull_needs(HASHES[key]).is_empty()
     }
@@ -5255,31 +5256,31 @@ mod simulation {
     }
 
     type Event = Box<dyn FnOnce(&Rc<Simulation>)>;
-    /// By time (and at random), what happens and to which machine.
+    /// By time, with a random number to break ties: the machine concerned, and the event.
     type Events = BTreeMap<(Duration, usize), (Option<usize>, Event)>;
 
     #[derive(Default)]
     struct Machine {
         /// None while it is dead.
         node: RefCell<Option<Node>>,
-        /// Goes up each time it dies: what was begun before is gone.
+        /// Incremented when the node dies, which ends its tasks.
         life: Cell<u64>,
-        /// Until then, what happens to it waits.
+        /// Its events are delayed until then.
         asleep_until: Cell<Duration>,
-        /// How far its clock is ahead, another one in each life: it may be set back at a restart.
+        /// How far its clock is ahead. Chosen at each start, so the clock may be set back.
         ahead: Cell<Duration>,
-        /// It goes by a table of the store, and was not left out of a newer one without knowing (the contract, "One replica:
-        /// consistency"). What other ones say does not count.
+        /// It uses a table of the store, and was not left out of a newer one without its knowledge. The contract
+        /// promises nothing about the answers of other nodes.
         counts: Cell<bool>,
     }
 
     impl Machine {
-        /// Whether it is alive and its node is so.
+        /// Whether the node is alive and satisfies a condition.
         fn is(&self, so: impl Fn(&Node) -> bool) -> bool {
             self.node.borrow().as_ref().is_some_and(so)
         }
 
-        /// The stamp of its record of a key; zero without one.
+        /// The stamp of its record of a key; 0 without one.
         fn stamp(&self, key: usize) -> u64 {
             self.node.borrow().as_ref().and_then(|node| record(node, key).map(Record::stamp)).unwrap_or(0)
         }
@@ -5288,14 +5289,14 @@ mod simulation {
             std::array::from_fn(|key| self.stamp(key))
         }
 
-        /// The stamp of a key's value; zero without one.
+        /// The same, but 0 for a tombstone.
         fn value_stamp(&self, key: usize) -> u64 {
             let has_value = self.is(|node| record(node, key).is_some_and(|record| !record.is_tombstone()));
             if has_value { self.stamp(key) } else { 0 }
         }
     }
 
-    /// A client that hands on its last context.
+    /// A client that sends the context of its last answer.
     #[derive(Clone, Default)]
     struct Session {
         /// The context without its braces.
@@ -5309,33 +5310,34 @@ mod simulation {
         is_told: bool,
         /// Networks are cut often and for long, and nodes seldom die.
         is_cut_up: bool,
-        /// How many replicas the first table has, and how long the nodes' locks keep off others.
+        /// The factor of the first table, and the nodes' lease of a lock.
         factor: usize,
         lease: Duration,
         machines: Vec<Machine>,
         random: Cell<u64>,
         now: Cell<Duration>,
         events: RefCell<Events>,
-        /// The one that runs.
+        /// The task that runs.
         task: RefCell<Option<Rc<Task>>>,
         cut: RefCell<BTreeSet<(usize, usize)>>,
-        /// Of a hundred messages so many are lost; and until when none is, nor late.
+        /// The percentage of messages lost, and the time before which none is lost or late.
         loss: usize,
         quiet_until: Cell<Duration>,
-        /// What the tables of the store that counts have in common: others are of nodes that are alone.
+        /// The id of the store under test. Nodes that started alone have stores of their own.
         store: Cell<u64>,
-        /// A view was changed by force, which may give up anything.
+        /// Whether a view was changed by force, which may give up any key.
         is_forced: Cell<bool>,
-        /// By key, all records that were ever seen; a deletion is None.
+        /// By key and stamp, the values of all records ever seen; None is a tombstone.
         written: RefCell<[BTreeMap<u64, Option<usize>>; KEYS]>,
-        /// The highest that went with all who had it.
+        /// By key, the highest stamp that was lost with all nodes that had it.
         lost: RefCell<Stamps>,
-        /// What was acknowledged and is not lost.
+        /// The highest acknowledged stamps that are not lost.
         acknowledged: RefCell<Stamps>,
-        /// By request, which is the value that it writes: what its client knew of.
+        /// What the client knew of, by the number of its request, which is also the value that it writes.
         known: RefCell<Vec<Stamps>>,
         sessions: RefCell<[Session; SESSIONS]>,
-        /// How many view changes succeeded, and how many requests for keys were answered.
+        /// The last answer to a view change, the number of those that succeeded, and of requests for keys answered.
+        said: RefCell<String>,
         changes: Cell<u64>,
         answers: Cell<u64>,
     }
@@ -5353,13 +5355,15 @@ mod simulation {
             if simulation.machines[self.machine].life.get() == self.life {
                 simulation.task.replace(Some(self.clone()));
                 let _ = self.future.borrow_mut().as_mut().poll(&mut task::Context::from_waker(Waker::noop()));
+                simulation.look_who_counts();
+                simulation.check_owners();
             }
         }
     }
 
-    /// An answer, and the stamp under which the request was done.
+    /// An answer, and the stamp of what the request wrote.
     type Done = (Answer, u64);
-    /// Ends a wait with its result, unless it has ended.
+    /// Ends a wait with a result, unless it has ended.
     type Caller = Rc<dyn Fn(&Simulation, Option<Done>)>;
 
     /// A node as its tasks see it.
@@ -5367,7 +5371,7 @@ mod simulation {
     struct There {
         simulation: Rc<Simulation>,
         machine: usize,
-        /// The stamp under which a request was done, here or where it was passed on to.
+        /// The stamp of what the request wrote, here or at the node that it was passed on to.
         wrote: Rc<Cell<u64>>,
     }
 
@@ -5377,13 +5381,15 @@ mod simulation {
             let mut node = machine.node.borrow_mut();
             let node = node.as_mut().expect("only living nodes run");
             node.look_at_clock(simulation.now.get() + machine.ahead.get());
-            let before = node.table();
+            let (before, sums) = (node.table(), node.records.total());
             let result = action(node);
-            // The only one may have joined another one's store.
+            // A store's only node may have joined another store.
             if before.is_some_and(|table| table.lists(node.own()) && table.store == simulation.store.get()) {
                 simulation.store.set(node.store());
             }
-            self.note_records(node);
+            if node.records.total() != sums {
+                self.note_records(node);
+            }
             let Later { lines, activities, .. } = std::mem::take(&mut node.later);
             lines.iter().for_each(|line| simulation.tell(|| format!("n{}: {line}", self.machine)));
             for activity in activities {
@@ -5418,8 +5424,8 @@ mod simulation {
     }
 
     impl There {
-        /// Sends a request to another machine, a message sometimes twice, and takes an answer back, with the stamp under which it was
-        /// done. Where the process is dead, the machine may still refuse connections.
+        /// Sends a request to another machine, a message sometimes twice, and returns the answer. The machine of a dead
+        /// node may refuse the connection.
         fn call(&self, node: &str, request: Request, limit: Duration) -> impl Future<Output = Option<Done>> + use<> {
             let (from, to, (result, caller)) = (self.machine, machine_of(node), self.simulation.wait(limit));
             let is_message = request.origin == Origin::Message;
@@ -5445,12 +5451,12 @@ mod simulation {
             result
         }
 
-        /// Notes what this node has now, and what it has written.
+        /// Records what this node has now, and the stamp of what it has written.
         fn note_records(&self, node: &Node) {
             for (key, written) in self.simulation.written.borrow_mut().iter_mut().enumerate() {
                 let Some(record) = record(node, key) else { continue };
                 let (stamp, value) = (record.stamp(), number_in(&String::from_utf8_lossy(record.value())));
-                // (If all who know of it are gone, a stamp may be given again.)
+                // A stamp may be given again if all nodes that knew of it have died.
                 if written.insert(stamp, value) != Some(value) && gave(node.own(), stamp) {
                     self.wrote.set(stamp);
                     let times = written.values().filter(|it| **it == value).count();
@@ -5459,7 +5465,7 @@ mod simulation {
             }
         }
 
-        /// Judges an answer by what the client knew when it asked. What it wrote is above that, what it read is not below.
+        /// Judges an answer by what the client knew when it asked: a write is above that, and a read not below.
         fn judge(&self, number: usize, verb: &str, key: usize, session: usize, answer: &Answer) {
             let (simulation, name) = (&self.simulation, NAMES[key]);
             if !matches!(answer.status, 200 | 201 | 404) || !simulation.machines[self.machine].counts.get() {
@@ -5473,7 +5479,7 @@ mod simulation {
             if is_missing && known[key] > 0 {
                 let deletion = written.range(known[key]..).find(|(_, value)| value.is_none());
                 simulation.check(deletion.is_some(), || format!("{name} is not there: {body}"));
-                // (Who answered may have died since, and the deletion with it.)
+                // The node that answered may have died since, and the deletion with it.
                 known[key] = deletion.map(|(stamp, _)| *stamp).filter(|stamp| *stamp > lost).unwrap_or(0);
             }
             let value = number_in(&body["value"].to_string());
@@ -5487,7 +5493,7 @@ mod simulation {
             if found > lost {
                 known[key] = found.max(known[key]);
             }
-            // With one replica a shard, all clients know what one has read.
+            // With one replica a shard, all clients know of what one has read.
             if simulation.factor == 1 {
                 merge(&mut simulation.acknowledged.borrow_mut(), &known);
             }
@@ -5496,7 +5502,7 @@ mod simulation {
             simulation.sessions.borrow_mut()[session] = Session { context, known };
         }
 
-        /// What the program does with a request.
+        /// Serves a request as the program does.
         async fn serve(&self, request: Request) -> Answer {
             if request.origin == Origin::Message {
                 let envelope: Envelope = postcard::from_bytes(&request.body).expect("an envelope");
@@ -5515,8 +5521,8 @@ mod simulation {
                 Err(refusal) => return refusal,
             };
             let (tried, began) = self.with(|node| (it.perform(node), node.now));
-            let answer = it.answer(self, tried, began).await.joined();
-            // Who relayed it acknowledged nothing.
+            let answer = Box::pin(it.answer(self, tried, began)).await.joined();
+            // A node that relayed a request has acknowledged nothing.
             let is_own = !String::from_utf8_lossy(&answer.body).contains(r#""address""#);
             if is_own && answer.status < 300 && self.wrote.get() > 0 {
                 self.simulation.note_acknowledged(self.machine, index, self.wrote.get());
@@ -5528,7 +5534,6 @@ mod simulation {
     impl Simulation {
         fn new(seed: u64, is_told: bool) -> Simulation {
             let start = Duration::from_secs(1_000_000);
-            // Half of the stores have one replica a shard.
             let factor = [1, 1, 2, 3][(seed % 4) as usize];
             let is_cut_up = factor > 1 && seed % 8 > 3;
             let mut simulation = Simulation { seed, is_told, is_cut_up, factor, ..Simulation::default() };
@@ -5574,13 +5579,10 @@ mod simulation {
         fn step(self: &Rc<Self>) -> bool {
             let Some(((time, _), (on, event))) = self.events.borrow_mut().pop_first() else { return false };
             self.now.set(time);
-            if on.is_some_and(|on| self.is_asleep(on)) {
-                self.after(Duration::from_micros(50_000 + self.below(3000) as u64), on, event);
-                return true;
+            match on.is_some_and(|on| self.is_asleep(on)) {
+                true => self.after(Duration::from_micros(50_000 + self.below(3000) as u64), on, event),
+                false => event(self),
             }
-            event(self);
-            self.look_who_counts();
-            self.check_owners();
             true
         }
 
@@ -5589,7 +5591,7 @@ mod simulation {
             while self.now.get() < end && self.step() {}
         }
 
-        /// Goes on until something holds, which is to be soon.
+        /// Passes time until a condition holds. Fails if it does not within some seconds.
         fn pass_until(self: &Rc<Self>, seconds: usize, what: &str, holds: impl Fn() -> bool) {
             let end = self.now.get() + millis(1000 * seconds);
             while !holds() {
@@ -5604,11 +5606,11 @@ mod simulation {
             self.after(Duration::ZERO, Some(machine), move |simulation| task.run(simulation));
         }
 
-        /// A result for which the task that runs waits, and by which caller it comes; without one, the wait ends after a while.
+        /// Lets the running task wait for a result, which the caller delivers; for None after a time limit.
         fn wait(&self, limit: Duration) -> (impl Future<Output = Option<Done>> + use<>, Caller) {
             let task = self.task.borrow().clone().expect("only tasks wait");
             let (machine, place) = (task.machine, Rc::new(RefCell::new(None)));
-            // There is no place any more when it does not wait.
+            // The place is gone when the task no longer waits.
             let its_place = Rc::downgrade(&place);
             let caller: Caller = Rc::new(move |simulation, result| {
                 let Some(place) = its_place.upgrade() else { return };
@@ -5627,7 +5629,7 @@ mod simulation {
             self.now.get() < self.quiet_until.get()
         }
 
-        /// Sends what does something where it arrives, unless it is lost.
+        /// Lets an event arrive at another machine, unless it is lost.
         fn send(&self, from: usize, to: usize, event: impl FnOnce(&Rc<Simulation>) + 'static) {
             let is_lost = !self.is_quiet() && self.percent(self.loss);
             let most = match self.below(100) {
@@ -5697,7 +5699,7 @@ mod simulation {
             (0..if self.is_cut_up { count } else { count.div_ceil(2) }).collect()
         }
 
-        /// The table that a machine goes by, if it is one of the store, and not of another one.
+        /// The table that a machine uses, if it is one of the store under test.
         fn table(&self, machine: usize) -> Option<Arc<Table>> {
             let table = self.machines[machine].node.borrow().as_ref()?.table()?;
             (table.store == self.store.get()).then_some(table)
@@ -5711,14 +5713,14 @@ mod simulation {
             self.all().filter_map(|it| self.table(it)).max_by_key(|table| table.version)
         }
 
-        /// Notes whose word counts. Whoever was left out of a table as a silent node, and does not know, may lose what it has.
+        /// Finds the machines that count. One that was left out as a silent node may lose what it has.
         fn look_who_counts(&self) {
             let newest = self.newest().unwrap_or_default();
             for (number, machine) in self.machines.iter().enumerate() {
                 let (own, table) = (ADDRESSES[number], self.table(number));
                 let is_left_out = table.as_ref().is_some_and(|table| {
-                    let is_named = newest.nodes(false).contains(&own.to_owned());
-                    table.version.epoch < newest.version.epoch && table.lists(own) && !is_named
+                    let is_named = || newest.nodes(false).contains(&own.to_owned());
+                    table.version.epoch < newest.version.epoch && table.lists(own) && !is_named()
                 });
                 if machine.counts.replace(table.is_some() && !is_left_out) && is_left_out {
                     self.tell(|| format!("n{number} is left out"));
@@ -5727,7 +5729,7 @@ mod simulation {
             }
         }
 
-        /// With one replica a shard, no key is answered for by two nodes.
+        /// With one replica a shard, no two nodes answer for a key.
         fn check_owners(&self) {
             for (key, name) in NAMES.iter().enumerate().filter(|_| self.factor == 1) {
                 let is_owner = |it: &&Machine| it.counts.get() && it.is(|node| answers(node, key));
@@ -5736,8 +5738,8 @@ mod simulation {
             }
         }
 
-        /// A machine that dies, or is left out, takes with it what no owner has: who owned it before has it only as long as an owner may get
-        /// it from there. Without force, whoever is left out takes only what it wrote while it was cut off.
+        /// A machine that dies or is left out takes with it what no owner has, and what no owner can still get from a
+        /// former owner. Without force, one that is left out takes only what it wrote while it was cut off.
         fn lose(&self, machine: usize, stamps: Stamps, is_left_out: bool) {
             let newest = self.newest();
             for (key, stamp) in stamps.into_iter().enumerate() {
@@ -5747,7 +5749,7 @@ mod simulation {
                 });
                 let has_it = |it: &&Machine| it.counts.get() && (is_awaited || it.is(|node| owns(node, key)));
                 let left = self.machines.iter().filter(has_it).map(|it| it.stamp(key)).max();
-                // With the last owner goes its clock, and what is known of deletions.
+                // The last owner's clock is lost too, and all knowledge of deletions.
                 if left.is_some_and(|left| left >= stamp) {
                     continue;
                 }
@@ -5763,7 +5765,7 @@ mod simulation {
             }
         }
 
-        /// An acknowledged write is on every replica that can be reached, as far as the one that took it knows.
+        /// An acknowledged write is on every replica that the node that took it does not know to be silent.
         fn note_acknowledged(&self, machine: usize, key: usize, stamp: u64) {
             let node = self.machines[machine].node.borrow();
             let node = node.as_ref().expect("it answers");
@@ -5783,7 +5785,7 @@ mod simulation {
 
         // -- Clients
 
-        /// A client asks a node.
+        /// Sends a client's request to a node.
         fn ask(self: &Rc<Self>, machine: usize, verb: &'static str, key: usize, session: usize) {
             let number = self.known.borrow().len();
             let Session { context, mut known } = self.sessions.borrow()[session].clone();
@@ -5791,7 +5793,7 @@ mod simulation {
             if verb == "PUT" {
                 members.push(format!(r#""value":"{number:020}""#));
             }
-            // With one replica a shard, clients know of all, and need no contexts.
+            // With one replica a shard, clients need no contexts.
             if self.factor == 1 {
                 merge(&mut known, &self.acknowledged.borrow());
             } else {
@@ -5822,7 +5824,9 @@ mod simulation {
             self.spawn(machine, async move {
                 let (answer, simulation) = (there.serve(request).await, &there.simulation);
                 simulation.changes.update(|count| count + u64::from(answer.status == 200));
-                simulation.tell(|| format!("n{machine} answers {}", String::from_utf8_lossy(&answer.body).trim()));
+                let text = String::from_utf8_lossy(&answer.body).trim().to_owned();
+                simulation.tell(|| format!("n{machine} answers {text}"));
+                simulation.said.replace(text);
             });
         }
 
@@ -5831,7 +5835,7 @@ mod simulation {
         fn cause_trouble(self: &Rc<Self>) {
             let count = self.machines.len();
             let (roll, one, other) = (self.below(100), self.below(count), self.below(count));
-            // Where networks are cut, most of what else happens are requests.
+            // Where links are cut, most of the other events are requests.
             let roll = if self.is_cut_up && self.percent(85) { 91 * usize::from(roll >= 95) } else { roll };
             if roll < 84 && (!self.is_alive(one) || self.is_asleep(one)) {
                 return;
@@ -5873,17 +5877,17 @@ mod simulation {
                 false => self.percent(65) && (!is_careful || self.is_alive(*it)),
             };
             let view: Vec<usize> = self.all().filter(is_wanted).collect();
-            // A store with one replica a shard keeps to it: it is judged by other rules.
+            // A store with one replica a shard keeps that factor, since it is judged by other rules.
             let least = self.factor.min(2);
             let factor = Some(2 + self.below(2)).filter(|it| least > 1 && *it <= view.len() && self.percent(30));
-            // A node that is none of the store is asked to join it, not to make another.
+            // A node outside the store is only asked to join it, not to begin another.
             if view.len() >= least && (self.is_member(at) || view.iter().any(|it| self.is_member(*it))) {
                 self.change(at, &view, factor, force);
             }
         }
 
-        /// Cuts the network between one or two pairs at a time, half of them in one direction only. Sometimes a node leaves as soon as all
-        /// is whole.
+        /// Cuts a few links, half of them in one direction only, or heals all. After that, sometimes a node leaves at
+        /// once.
         fn cut_or_heal(self: &Rc<Self>, one: usize, other: usize) {
             if self.cut.borrow().len() <= self.below(if self.is_cut_up { 4 } else { 1 }) {
                 self.cut.borrow_mut().insert((one, other));
@@ -5900,8 +5904,8 @@ mod simulation {
             self.tell(|| format!("cut are {:?}", self.cut.borrow()));
         }
 
-        /// Starts a machine again, with its first view, the present one, or none. If all whom it asks are blank as well, they can learn of
-        /// the present table only from those who live by it: these must reach them within a second (the contract).
+        /// Starts a machine again, with its first view, the present one, or none. If all nodes of its view are blank
+        /// too, members of the present table must reach it within a second (the contract), so no message is lost then.
         fn start_again(self: &Rc<Self>, machine: usize) {
             if self.is_alive(machine) {
                 return;
@@ -5909,7 +5913,7 @@ mod simulation {
             let (first, newest) = (self.first_view(), self.newest());
             let in_force = newest.as_ref().map(|table| table.view.iter().map(|it| machine_of(it)).collect());
             let present: Vec<usize> = in_force.unwrap_or(first.clone());
-            // Nodes that left, and ask none that stayed, are a store of their own.
+            // Nodes that left would begin a store of their own if they asked no node that stayed.
             let view = match self.below(if first.len() > 1 { 4 } else { 1 }) {
                 1 if newest.is_some() && present.contains(&machine) => vec![machine],
                 2 | 3 if first.iter().any(|it| present.contains(it)) => first,
@@ -5922,14 +5926,14 @@ mod simulation {
             self.start(machine, &view);
         }
 
-        /// For some time from now on, every message arrives, and soon.
+        /// Ends all faults for some time.
         fn end_trouble(&self, time: Duration) {
             self.machines.iter().for_each(|it| it.asleep_until.set(Duration::ZERO));
             self.cut.take();
             self.quiet_until.update(|until| until.max(self.now.get() + time));
         }
 
-        /// Starts all: with the first view those that it names, others alone.
+        /// Starts all machines: those in the first view with it, others alone.
         fn begin(self: &Rc<Self>) {
             let first = self.first_view();
             for machine in self.all() {
@@ -5949,17 +5953,17 @@ mod simulation {
                 }
             }
             self.heal();
-            // They refer to what they are part of.
+            // They refer to the simulation, which would not be freed.
             self.events.take();
             self.task.take();
         }
 
-        /// All is well again: every node lives, every message arrives. Soon every key must be answered for through every node.
+        /// Ends all faults. Soon every node must answer for every key.
         fn heal(self: &Rc<Self>) {
             self.tell(|| "all is well".into());
             self.end_trouble(Duration::from_hours(1));
             self.all().for_each(|machine| self.start_again(machine));
-            // All may have died at once: what they then start with may be any of several views, and nothing is lost that was not.
+            // If all died at once, each may have started with another view.
             if !self.all().any(|it| self.is_member(it)) {
                 return;
             }
@@ -5969,10 +5973,10 @@ mod simulation {
             });
             self.pass_until(5, "the replicas do not agree", || self.is_settled() && self.agrees());
             let sessions = if self.factor > 1 { SESSIONS } else { 1 };
-            // (All nodes of a first view that start again while others remove them by force are a store of their own.)
+            // Nodes of a first view that all restart while others remove them by force are a store of their own.
             let is_in_it = |it: Arc<Table>| it.view.iter().any(|node| self.machines[machine_of(node)].counts.get());
-            // A lock that comes late keeps a node from answering, or from learning that it has left.
-            for (round, time) in [9000 + self.lease.as_millis() as usize, 5000].into_iter().enumerate() {
+            // A late lock keeps a node from answering, or from learning that it has left.
+            for (round, time) in [9000 + self.lease.as_millis() as usize, 2500].into_iter().enumerate() {
                 self.pass(time);
                 for session in 0..sessions {
                     merge(&mut self.sessions.borrow_mut()[session].known, &self.acknowledged.borrow());
@@ -5999,7 +6003,7 @@ mod simulation {
             }
         }
 
-        /// All members of the newest table go by it and have what it gives them.
+        /// Whether all members of the newest table use it and have all that it gives them.
         fn is_settled(&self) -> bool {
             let Some(newest) = self.newest() else { return false };
             let has_all = |it: &Node| it.settled && it.may_answer() && it.incoming().is_empty();
@@ -6007,13 +6011,13 @@ mod simulation {
             newest.view.iter().all(|node| self.machines[machine_of(node)].is(is_so))
         }
 
-        /// Some machines have the same value of a key.
+        /// Whether some machines have the same value of a key.
         fn is_same(&self, key: usize, machines: impl Iterator<Item = usize>) -> bool {
             let stamps: BTreeSet<u64> = machines.map(|machine| self.machines[machine].value_stamp(key)).collect();
             stamps.len() == 1
         }
 
-        /// All replicas have the same values.
+        /// Whether all replicas have the same values.
         fn agrees(&self) -> bool {
             let newest = self.newest().unwrap_or_default();
             let replicas = |key: usize| newest.owners(HASHES[key]).iter().map(|node| machine_of(node));
@@ -6021,9 +6025,9 @@ mod simulation {
         }
     }
 
-    // -- Schedules with a purpose
+    // -- Directed schedules
 
-    /// A store of four nodes without keys, so many for each shard, and what a script does with it.
+    /// A store of four nodes without keys, after a script.
     fn store_of_four(factor: usize, script: &str) -> Rc<Simulation> {
         let lease = Duration::from_secs(10);
         let mut it = Simulation { factor, is_cut_up: true, lease, ..Simulation::new(2, false) };
@@ -6036,7 +6040,8 @@ mod simulation {
     }
 
     impl Simulation {
-        /// Does what a script says: verbs and the numbers of machines. Times are in milliseconds. Other words say what is to hold.
+        /// Runs a script: steps are a verb or a condition that must hold, and numbers, mostly of machines. Times are in
+        /// milliseconds.
         fn play(self: &Rc<Self>, script: &str) {
             for step in script.split(", ") {
                 let (verb, rest) = step.split_once(' ').unwrap_or((step, ""));
@@ -6044,14 +6049,14 @@ mod simulation {
                 match (verb, &numbers[..]) {
                     ("fill", []) => (0..KEYS).for_each(|key| self.ask(0, "PUT", key, 0)),
                     ("pass", [time]) => self.pass(*time),
-                    // These pairs, in both directions, and no others.
+                    // Cuts the links of these pairs, and heals all others.
                     ("cut", pairs) => {
                         let both = pairs.chunks(2).flat_map(|it| [(it[0], it[1]), (it[1], it[0])]);
                         self.cut.replace(both.collect());
                     }
                     ("kill", [machine]) => self.kill(*machine),
                     ("start", [machine]) => self.start(*machine, &[0, 1, 2, 3]),
-                    ("alone", [machine]) => self.start(*machine, &[*machine]),
+                    ("start", [machine, view @ ..]) => self.start(*machine, view),
                     ("sleep", [machine]) => self.machines[*machine].asleep_until.set(Duration::MAX),
                     ("wake", [machine]) => self.machines[*machine].asleep_until.set(Duration::ZERO),
                     ("change" | "force", [machine, view @ ..]) => self.change(*machine, view, None, verb == "force"),
@@ -6072,12 +6077,16 @@ mod simulation {
             let newest = self.newest().expect("a table");
             let is = |machine: usize, so: &dyn Fn(&Node) -> bool| self.machines[machine].is(so);
             match (what, numbers) {
-                // So many requests were answered, or view changes made.
+                // The number of requests answered, and of successful view changes.
                 ("answered", [count]) => self.answers.get() == *count as u64,
                 ("changed", [count]) => self.changes.get() == *count as u64,
+                // The last answer to a view change names that node, or none.
+                ("down", [machine]) => self.said.borrow().contains(&format!("{} is down", ADDRESSES[*machine])),
+                ("foreign", [machine]) => self.said.borrow().contains(&format!("{} holds keys", ADDRESSES[*machine])),
+                ("busy", []) => self.said.borrow().contains("is in progress"),
                 ("epoch", [epoch]) => newest.version.epoch == *epoch as u64,
                 ("settled", []) => self.is_settled(),
-                // It goes by no table, or by the one of this number.
+                // The machine has no table, or the one with this number.
                 ("blank", [machine]) => is(*machine, &|node| node.table().is_none()),
                 ("table", [machine, number]) => {
                     is(*machine, &|node| node.version().is_some_and(|it| it.number == *number as u64))
@@ -6086,19 +6095,20 @@ mod simulation {
                 ("mute", [machine]) => is(*machine, &|node| !node.may_answer()),
                 ("ready", [machine]) => is(*machine, &|node| node.is_ready()),
                 ("unready", [machine]) => is(*machine, &|node| !node.is_ready()),
-                // It waits for keys of nobody.
+                // It pulls from nobody.
                 ("whole", [machine]) => is(*machine, &|node| node.incoming().is_empty()),
-                // It has a value for each key for which it answers.
+                // It has a value of each key for which it answers.
                 ("complete", [machine]) => {
                     let has_it = |key| self.machines[*machine].value_stamp(key) > 0;
                     (0..KEYS).all(|key| has_it(key) || !is(*machine, &|node| answers(node, key)))
                 }
-                // Its owners have a value of this key.
-                ("kept", [key]) => {
-                    let owners = newest.owners(HASHES[*key]);
-                    owners.iter().all(|node| self.machines[machine_of(node)].value_stamp(*key) > 0)
-                }
-                // It has no value of the first key; they have the same one.
+                // The owners have a value of each key. The newest table was planned for this number of keys.
+                ("kept", []) => (0..KEYS).all(|key| {
+                    let owners = newest.owners(HASHES[key]);
+                    owners.iter().all(|node| self.machines[machine_of(node)].value_stamp(key) > 0)
+                }),
+                ("counted", [count]) => newest.counts.iter().sum::<usize>() == *count,
+                // The machine has no value of the first key. The machines have the same.
                 ("gone", [machine]) => self.machines[*machine].value_stamp(0) == 0,
                 ("same", machines) => self.is_same(0, machines.iter().copied()),
                 _ => panic!("what is {what} {numbers:?}?"),
@@ -6106,26 +6116,28 @@ mod simulation {
         }
     }
 
-    /// So many replicas for each shard, and what happens.
+    /// Each with the factor of the first table. The comments say what the schedule must show.
     const SCRIPTS: &str = "
         # Two sides of a cut, each with a replica of each shard, do not both change the view.
         2: cut 0-1 0-3 2-1 2-3, change 0 0 2, change 1 1 3, pass 8000, change 0 0 2, change 1 1 3, pass 8000, changed 0
         # A replica that has not fetched yet vouches for nobody: the other one of its shard sleeps.
         2: sleep 0, kill 1, start 1, pass 3000, change 2 1 2 3, pass 8000, changed 0, wake 0, pass 5000, read 2
-        # It goes on fetching by a newer table: one that leaves its shard as it was, and one that makes one shard of two.
+        # It goes on fetching by a newer table: one that leaves its shard as it was, and one that makes one shard of
+        # two.
         2: cut 0-1, kill 1, start 1, pass 3000, change 2 0 1 2 3, pass 3000, table 1 1, complete 1
         2: cut 0-1, kill 1, start 1, pass 3000, change 2 0 1 2, pass 3000, table 1 1, complete 1
-        # A replica is ready when it has all that a whole one has. Here n1 is filled from nobody, and n0 from n1 alone; then n1 gets all from
-        # n2, the last one that has it, which is killed.
-        3: change 0 0 1 2, pass 3000, kill 1, start 1, until table 1 1, cut 1-0 1-2 1-3, pass 3000, kill 0, cut 1-2, start 0, \
-           until table 0 1, cut 0-2 1-2 0-3, pass 2500, unready 0, cut 0-1 0-2 0-3, pass 3000, kill 2, cut 0-1, start 2, \
-           until table 2 1, cut 0-1 1-2, pass 3000, unready 0
+        # A replica is ready when it has all that a whole one has. Here n1 is filled from nobody, and n0 from n1 alone;
+        # then n1 gets all from n2, the last one that has it, which is killed.
+        3: change 0 0 1 2, pass 3000, kill 1, start 1, until table 1 1, cut 1-0 1-2 1-3, pass 3000, kill 0, cut 1-2, \
+           start 0, until table 0 1, cut 0-2 1-2 0-3, pass 2500, unready 0, cut 0-1 0-2 0-3, pass 3000, kill 2, \
+           cut 0-1, start 2, until table 2 1, cut 0-1 1-2, pass 3000, unready 0
         4: kill 3, kill 0, start 0, pass 3000, ready 0
         4: kill 3, kill 0, cut 3-1 3-2, start 3, start 0, until table 0 0, cut 3-1 3-2 0-1 0-2, pass 3000, unready 0
         2: cut 0-1, kill 1, start 1, pass 3000, change 2 2 3, pass 16, cut 0-1 0-2 0-3, pass 3000, unready 2
-        # A node that starts waits for a newer table that others have granted a lock for: only n0 and n1 know it, and n1 has given its keys
-        # away when it is killed.
-        1: change 0 0 2 3, until table 0 1, cut 0-2 0-3 1-2 1-3, pass 500, kill 1, start 1, cut 0-1 0-2 0-3, pass 3000, blank 1
+        # A node that starts waits for a newer table that others have granted a lock for: only n0 and n1 know it, and n1
+        # has given its keys away when it is killed.
+        1: change 0 0 2 3, until table 0 1, cut 0-2 0-3 1-2 1-3, pass 500, kill 1, start 1, cut 0-1 0-2 0-3, \
+           pass 3000, blank 1
         # A key stays deleted where a node that left while it was cut off joins again: first it drops what it had.
         1: change 0 0 1 3, until table 0 1, until table 1 1, until table 3 1, until whole 0, until whole 1, until whole 3, \
            cut 2-0 2-1 2-3, delete 0, pass 3000, cut, change 0 0 1 2 3, pass 6000, changed 2, gone 0, gone 1, gone 2, gone 3
@@ -6134,33 +6146,75 @@ mod simulation {
         # A deleted key stays deleted, however long a replica is cut off.
         4: cut 0-3 1-3 2-3, delete 0, pass 40000, cut, pass 5000, same 0 1 2 3
         # A node that starts again gets deletions as well.
-        4: cut 0-3 1-3 2-3, delete 0, pass 1500, kill 2, start 2, pass 3000, gone 2, cut 0-2 1-2 0-3 1-3, pass 5000, gone 2
+        4: cut 0-3 1-3 2-3, delete 0, pass 1500, kill 2, start 2, pass 3000, gone 2, cut 0-2 1-2 0-3 1-3, pass 5000, \
+           gone 2
         # What a node takes late reaches the others: n0 writes to n1 alone, starts again, and finds n2 and n3 first.
-        4: cut 0-2 0-3 1-2 1-3, put 0, pass 1500, cut 1-0 1-2 1-3, kill 0, start 0, pass 3000, cut, pass 9000, same 0 1 2 3
+        4: cut 0-2 0-3 1-2 1-3, put 0, pass 1500, cut 1-0 1-2 1-3, kill 0, start 0, pass 3000, cut, pass 9000, \
+           same 0 1 2 3
         # A replica that is cut off from others while it starts keeps nobody from writing.
         4: kill 3, cut 3-1 3-2, start 3, pass 1500, put 0, pass 300, answered 7
         # Who has not fetched from a replica that it does not reach is not ready by the next table either.
         2: cut 0-1, kill 0, start 0, pass 3000, factor 1 2 0 1 2 3, pass 3000, unready 0
         # A table that is made from one that is not settled has its sources as well.
-        1: change 0 0 1 2, pass 4000, cut 3-1 3-2, change 0 0 1 2 3, pass 1000, kill 3, pass 3000, force 0 0 1 2, pass 3000, kept 3
-        # Silent nodes that leave: by force, or without where another replica of their shard answers. That begins a new epoch.
+        1: change 0 0 1 2, pass 4000, cut 3-1 3-2, change 0 0 1 2 3, pass 1000, kill 3, pass 3000, force 0 0 1 2, \
+           pass 3000, kept
+        # A node that goes by an older table than the base would drop its keys.
+        1: change 0 0 1 2, until table 0 1, cut 1-0 1-2 1-3, pass 1000, cut, force 0 0 1 2, pass 6000, kept
+        # A silent node that stays is named, by force as well.
+        2: kill 1, pass 3000, force 0 0 1 2 3, pass 6000, changed 0, down 1
+        # A blank node does not count for the majority: it would grant both sides.
+        3: change 0 0 1 2, pass 3000, cut 0-1 1-2, kill 2, start 2, pass 1500, change 0 0 2, pass 8000, changed 1, \
+           down 1
+        # A change waits for a majority while a node starts. By force, a blank node stays in the view.
+        2: cut 0-1 1-2, pass 3000, kill 3, start 3, change 0 0 2 3, pass 9000, changed 1
+        2: kill 1, kill 2, kill 3, start 1, pass 3000, blank 1, force 0 0 1, pass 6000, settled
+        # Keys are counted at a replica that has them.
+        2: cut 0-1, kill 0, start 0, pass 3000, unready 0, change 2 0 1 2 3, pass 100, counted 6
+        # A node that a lock did not reach is not silent if it answers.
+        2: cut 0-2, change 0 0 1 2 3, pass 700, cut, pass 5000, changed 1
+        # Silent nodes that leave: by force, or without where another replica of their shard answers. That begins a new
+        # epoch.
         2: kill 1, pass 3000, change 0 0 1 2 3, pass 5000, force 0 0 2 3, pass 6000, settled
         2: change 0 0 1 2, pass 3000, kill 3, change 0 0 1, pass 5000, settled
         2: kill 1, change 0 0 2 3, pass 9000, epoch 1
-        # Of a table that is not settled no other one is made, but by force, where it waits only for silent nodes that leave.
+        # Of a table that is not settled no other one is made, but by force, where it waits only for silent nodes that
+        # leave.
         1: change 0 0 1 2, pass 4000, cut 3-1 3-2, change 0 0 1 2 3, pass 1000, change 0 0 1 2, pass 6000, changed 1
         1: cut 3-1 3-2, change 0 0 1 2, pass 1000, force 0 0 1, pass 8000, table 0 1
         1: cut 3-1 3-2, change 0 0 1 2, pass 1000, kill 3, pass 3000, force 0 0 1, pass 8000, epoch 1, settled
+        2: change 0 0 1, pass 3000, change 0 0 1 2 3, until table 0 2, kill 3, pass 5000, change 0 0 1 2, pass 6000, \
+           changed 2, busy
+        # A replica that has kept its records waits for nobody.
+        2: change 0 0 1 2 3, until table 0 1, kill 1, pass 3000, ready 0
         # When a table is settled, nobody waits for those who left.
         2: change 0 0 1 2, pass 3000, kill 3, kill 1, start 1, pass 3000, whole 1
         # Who was asleep meets somebody before it answers, or finds nobody for a second.
-        2: sleep 0, pass 3000, cut 0-1 0-2 0-3, wake 0, pass 250, mute 0, pass 1500, answering 0, cut, sleep 0, pass 3000, wake 0, pass 500, \
-           answering 0
+        2: sleep 0, pass 3000, cut 0-1 0-2 0-3, wake 0, pass 250, mute 0, pass 1500, answering 0, cut, sleep 0, \
+           pass 3000, wake 0, pass 500, answering 0
         # A joining replica does not wait for another one that dies while the keys come in.
-        2: change 0 0 1, pass 3000, change 0 0 1 2 3, until table 3 2, kill 2, pass 3000, ready 3
+        2: change 0 0 1, pass 3000, kill 3, start 3 3, pass 3000, change 0 0 1 2 3, until table 3 2, kill 2, \
+           pass 3000, ready 3
         # A node that has just started may join; one with keys of its own may not.
-        1: change 0 0 1 2, pass 3000, kill 3, alone 3, change 0 0 1 2 3, pass 6000, changed 2
-        1: change 0 0 1 2, pass 3000, kill 3, alone 3, pass 2000, put 3, pass 200, change 0 0 1 2 3, pass 6000, changed 1, table 0 1
+        1: change 0 0 1 2, pass 3000, kill 3, start 3 3, change 0 0 1 2 3, pass 6000, changed 2
+        1: change 0 0 1 2, pass 3000, kill 3, start 3 3, pass 2000, put 3, pass 200, change 0 0 1 2 3, pass 200, \
+           changed 1, table 0 1, foreign 3
+        # One that is blank has not started yet; one of a store of several keeps to it.
+        1: change 0 0 1, pass 3000, kill 2, kill 3, start 3 2 3, pass 2000, change 0 0 1 3, pass 6000, changed 1, down 3
+        1: change 0 0 1, pass 3000, kill 2, kill 3, start 2 2 3, start 3 2 3, pass 3000, change 0 0 1 2, pass 200, \
+           changed 1, foreign 2
+        # One whose table is above those of the store may join.
+        1: change 0 0 1 2, pass 3000, kill 3, start 3 3, pass 2000, change 3 3, pass 100, change 3 3, pass 100, \
+           change 0 0 1 2 3, pass 6000, changed 4
+        # One that another node still fetches from, or that fetches from another one itself, does not join.
+        1: change 0 0 1 3, pass 3000, kill 2, start 2 2, pass 2000, put 2, cut 1-3, change 0 0 1, pass 1000, \
+           change 2 2 3, pass 6000, changed 1, cut, pass 9000, changed 2, kept
+        1: change 0 0 1, pass 3000, kill 2, kill 3, start 2 2 3, start 3 2 3, pass 3000, put 2, pass 200, change 2 2, \
+           until table 2 1, cut 2-3, pass 1000, change 0 0 1 2, pass 200, foreign 2
+        # One that left by the base, and has its keys still, may join again by force.
+        1: cut 3-1, change 0 0 1 2, pass 1000, kill 1, pass 3000, force 0 0 2 3, pass 6000, table 3 2
+        # A coordinator that has missed a table learns of it from whoever joined by that.
+        1: change 1 1 2 3, pass 3000, change 2 0 1 2 3, until table 2 2, cut 1-0 1-2 1-3, pass 11000, cut, \
+           change 1 0 1 2, pass 9000, changed 3
     ";
 
     #[test]
@@ -6217,7 +6271,14 @@ mod simulation {
     }
 
     fn write(node: &mut Node, key: usize) -> Record {
-        node.write(HASHES[key], Record::new(NAMES[key].as_bytes(), "1"), &Context::default())
+        node.write(HASHES[key], Record::new(NAMES[key].as_bytes(), "true"), &Context::default())
+    }
+
+    /// The same, with one group of sources for all keys.
+    fn table_from(node: &Node, version: Version, sources: &[usize]) -> Table {
+        let mut table = Table::clone(&next_table(node, version));
+        table.ranges.iter_mut().for_each(|range| range.sources = vec![names(sources)]);
+        table
     }
 
     #[test]
@@ -6260,6 +6321,8 @@ mod simulation {
     fn a_node_that_joins_takes_no_writes_until_that_is_decided() {
         let (mut node, is_here) = (alone(), |node: &Node| node.place(0) == Place::Here);
         assert!(is_here(&node));
+        let mut first = Node::new(ADDRESSES[0].into(), names(&[0, 1]), 2, 5, Duration::from_secs(1000));
+        assert!(first.adopt(first_table(0, &[0, 1])) && !is_here(&first), "a first table that is not settled");
         reply(&mut node, 0, lock_for(version(2, 7)));
         node.hear(ADDRESSES[0], &status_by(Some(version(1, 7))));
         assert!(!is_here(&node), "the lock is fresh");
@@ -6279,7 +6342,8 @@ mod simulation {
         reply(&mut node, 0, lock_for(version(2, 7)));
         assert!(node.adopt(first_table(2, &[0, 3])) && !node.may_answer(), "it was asleep");
         node.note_meeting(ADDRESSES[3], node.now);
-        assert!(!node.may_answer(), "it has met itself");
+        node.note_meeting(ADDRESSES[0], node.now - Duration::from_secs(2));
+        assert!(!node.may_answer(), "it has met itself, and another one before it slept");
         node.note_meeting(ADDRESSES[0], node.now);
         assert!(node.may_answer());
     }
@@ -6301,6 +6365,11 @@ mod simulation {
             node.consider(ADDRESSES[from], first_table(9, &view));
             assert_eq!(node.version() == Some(version(9, 9)), is_taken, "{keys} {has_left} {from} {view:?}");
         }
+        let mut node = alone();
+        assert!(node.adopt(Arc::new(table_from(&node, version(1, 7), &[0, 3]))) && node.is_ready(), "it lacks nothing");
+        node.adopt(Arc::new(table_from(&node, version(2, 7), &[0])));
+        node.consider(ADDRESSES[0], first_table(9, &[0, 1, 3]));
+        assert_eq!(node.version(), Some(version(2, 7)), "it pulls");
     }
 
     #[test]
@@ -6314,7 +6383,7 @@ mod simulation {
             node.let_in(&answers.iter().map(|(it, status)| (ADDRESSES[*it].to_owned(), (*status).clone())).collect());
             node.table().is_some()
         };
-        let (good, blank) = (status_by(Some(version(3, 9))), status_by(None));
+        let (good, blank) = (status_by(Some(version(3, 9))), node::Status { rounds: 9, ..status_by(None) });
         let promised = node::Status { promised: version(4, 1), ..good.clone() };
         let mut heard = node(0);
         heard.consider(ADDRESSES[2], first_table(3, &[2, 3]));
@@ -6329,9 +6398,19 @@ mod simulation {
         assert!(!is_in(&mut heard, &[(1, &good), (2, &promised)]), "a lock for a newer one");
         assert!(is_in(&mut heard, &[(1, &good), (2, &blank)]), "two of three");
         let mut heard = node(0);
+        heard.hear(ADDRESSES[1], &node::Status { asked_for_lock: names(&[2]), ..good.clone() });
+        heard.consider(ADDRESSES[4], first_table(1, &[0, 4]));
+        assert_eq!(heard.begin_round(), Some(names(&[1, 2, 4])), "who was asked for a lock, and a table that names it");
+        let mut with_source = Table::clone(&first_table(3, &[1, 4]));
+        with_source.ranges[0].sources = vec![names(&[3])];
+        heard.consider(ADDRESSES[1], Arc::new(with_source));
+        assert_eq!(heard.begin_round(), Some(names(&[1, 2, 3, 4])), "a source, and the table of a node of its view");
+        let all = [1, 2, 3, 4].map(|it| (it, &promised));
+        assert!(!is_in(&mut heard, &all[1..]) && is_in(&mut heard, &all), "all that it asks");
+        let mut heard = node(3);
         heard.consider(ADDRESSES[1], first_table(3, &[0, 1, 2, 3]));
         assert!(!is_in(&mut heard, &[(1, &blank), (2, &blank)]), "nobody goes by it any more");
-        assert_eq!(heard.begin_round(), Some(names(&[1])));
+        assert_eq!((heard.status().rounds, heard.begin_round()), (0, Some(names(&[1]))));
         let first = node::Status { first_view: names(&[0, 1]), factor: 2, rounds: 9, ..blank.clone() };
         let (other_factor, young) =
             (node::Status { factor: 1, ..first.clone() }, node::Status { rounds: 1, ..first.clone() });
@@ -6339,6 +6418,9 @@ mod simulation {
             assert!(!is_in(&mut node(9), answers));
         }
         assert!(!is_in(&mut node(1), &[(1, &first)]) && is_in(&mut node(9), &[(1, &first)]));
+        let mut unnamed = Node::new(ADDRESSES[4].into(), names(&[0, 1]), 2, 5, Duration::from_secs(1000));
+        (0..9).for_each(|_| drop(unnamed.begin_round()));
+        assert!(!is_in(&mut unnamed, &[(0, &first), (1, &first)]), "its view does not name it");
     }
 
     #[test]
@@ -6444,6 +6526,22 @@ mod simulation {
     }
 
     #[test]
+    fn a_pull_needs_a_whole_node_and_all_others_of_the_group() {
+        let mut node = alone();
+        node.adopt(Arc::new(table_from(&node, version(2, 7), &[0, 1])));
+        let pull = node.pulls_left().remove(0);
+        for (from, found, is_ready, is_done) in [
+            (0, None, false, false),
+            (0, Some(node::Found::Whole), true, false),
+            (1, Some(node::Found::Incomplete), true, false),
+            (1, Some(node::Found::Incomplete), true, true),
+        ] {
+            node.note_received(version(2, 7), &pull, &[(ADDRESSES[from].to_owned(), found)]);
+            assert_eq!((node.is_ready(), node.incoming().is_empty()), (is_ready, is_done));
+        }
+    }
+
+    #[test]
     fn what_is_got_by_pulls() {
         let it = store_of_four(2, "fill, pass 5000, cut 0-1, kill 1, start 1, pass 3000");
         it.there(1).with(|node| {
@@ -6462,8 +6560,15 @@ mod simulation {
             assert!(!node.take(&old(1), false), "it is stable");
             assert!(!node.take(&old(0), true), "no pull covers it");
             assert!(node.take(&old(1), true));
+            let of_own = seen(node, ADDRESSES[1], 1000);
+            assert_eq!(node.context_needs(HASHES[1], b"k1", &of_own), Some(vec![names(&[0])]), "it has restarted");
             node.note_received(by, &pull, &found);
             assert!(node.incoming().is_empty());
+            node.note_silent(ADDRESSES[0], true);
+            let asked = node.compose(ADDRESSES[0], Message::Digests(Span { first: 0, last: 9 }));
+            let (from, incarnation, life) = (ADDRESSES[0].to_owned(), asked.life, asked.incarnation);
+            node.receive(Envelope { from, incarnation, life, ..asked });
+            assert!(!node.is_silent(ADDRESSES[0]), "who fetches is not silent");
         });
     }
 
@@ -6477,13 +6582,159 @@ mod simulation {
             assert_eq!(node.status().stable_at[1..], before[1..], "by another table");
             node.lagging.insert(ADDRESSES[1].to_owned(), 1);
             assert!(node.status().stable_at[0] >= before[0], "it does not go down");
+            let mut old = (Record::new(b"old", "1"), Context::default());
+            old.0.set_stamp(1);
+            assert!(!node.take(&old, false), "stable");
             node.adopt(next_table(node, version(2, 7)));
+            assert!(node.take(&old, false) && node.lagging.keys().eq(&names(&[1, 2, 3])), "nothing is stable");
             node.lagging.clear();
             assert_eq!(node.status().stable_at, [0; 4], "not settled");
             let incoming = names(&[2]);
             node.hear(ADDRESSES[1], &node::Status { incoming, settled: true, ..status_by(Some(version(2, 7))) });
             assert!(node.settled);
+            node.hear(ADDRESSES[1], &node::Status { clock: 1 << 62, ..status_by(None) });
+            assert!(node.status().clock >= 1 << 62);
         });
+    }
+
+    /// A context with a stamp that is later than all that a node knows, by some microseconds.
+    fn seen(node: &mut Node, writer: &str, later: u64) -> Context {
+        let stamp = ((node.status().clock >> 12) + later) << 12 | u64::from(node_of(hash_of(writer.as_bytes())));
+        Context { seen: [(node_of(stamp), stamp)].into(), table: None }
+    }
+
+    #[test]
+    fn what_a_context_needs_and_what_it_has() {
+        let by = |number| Context { table: Some(version(number, 7)), ..Context::default() };
+        let (none, value) = (Context::default(), || Record::new(b"k1", "true"));
+        // n0 and n1 have the key.
+        let it = store_of_four(2, "fill, pass 5000");
+        it.there(0).with(|node| {
+            let needs = |node: &mut Node, writer: &str| {
+                let context = seen(node, writer, 1000);
+                node.context_needs(HASHES[1], b"k1", &context)
+            };
+            let groups = |nodes: &[usize]| Some(nodes.iter().map(|it| names(&[*it])).collect());
+            for (writer, asked) in [("n0:1", &[][..]), ("n1:1", &[1]), ("n2:1", &[]), ("other:1", &[1])] {
+                assert_eq!(needs(node, writer), groups(asked), "{writer}");
+            }
+            assert_eq!(node.context_needs(HASHES[1], b"k1", &by(1)), None, "a newer table");
+            let watermark = node.status().stable_at.iter().copied().min().expect("four nodes");
+            let stable = Context { seen: [(0, watermark & !0xfff)].into(), table: None };
+            assert_eq!(node.unstable_part(&stable), none);
+            assert_eq!(node.context_needs(0, b"none", &stable), groups(&[]));
+            let far = seen(node, ADDRESSES[2], 1 << 33);
+            assert!(!node.is_plausible(&far), "two hours");
+            // Of unknown writers the latest counts.
+            let (mut two, other) = (seen(node, "other:1", 1000), seen(node, "another:1", 2000));
+            two.seen.extend(&other.seen);
+            assert_eq!(node.unstable_part(&two), other);
+            // The context of a write goes with the record, and into the context of its readers.
+            let of = seen(node, ADDRESSES[2], 5000);
+            let written = node.write(HASHES[1], value(), &of);
+            assert!(written.stamp() > of.seen[&node_of(hash_of(ADDRESSES[2].as_bytes()))]);
+            assert_eq!(node.copy_of(&written).1, of);
+            let after = node.context_after(&none, Some(&written));
+            assert_eq!((after.seen.len(), after.table), (2, None));
+            let later = seen(node, ADDRESSES[1], 0);
+            let written = node.write(HASHES[1], value(), &none);
+            assert_eq!(node.context_needs(HASHES[1], b"k1", &later), groups(&[]), "the record here is newer");
+            let mut copy = (Record::new(b"k1", "7"), seen(node, ADDRESSES[2], 10));
+            copy.0.set_stamp(written.stamp() + (1 << 20));
+            assert!(node.take(&copy, false));
+            assert_eq!(node.copy_of(&copy.0).1, copy.1);
+            let ahead = seen(node, ADDRESSES[1], 1 << 30);
+            node.context_after(&ahead, None);
+            assert!(node.status().clock >= ahead.seen.values().copied().sum());
+            // While a table is not settled.
+            node.adopt(Arc::new(table_from(node, version(2, 7), &[2])));
+            assert_eq!(needs(node, ADDRESSES[2]), groups(&[2]), "a source, from which it pulls");
+            assert_eq!(needs(node, ADDRESSES[1]), groups(&[1, 2]), "a replica, and that source");
+            let written = node.write(HASHES[1], value(), &none);
+            assert_eq!(node.copy_of(&written).1, by(2));
+            assert_eq!(node.context_after(&none, None), by(2));
+            assert_eq!(node.unstable_part(&by(2)), by(2));
+            let written = node.write(HASHES[1], value(), &by(9));
+            assert_eq!(node.context_after(&none, Some(&written)).table, by(9).table);
+            write(node, 0);
+            node.settle();
+            assert!(record(node, 0).is_none(), "it is not the owner");
+            assert_eq!(needs(node, ADDRESSES[2]), groups(&[]), "no source any more");
+            assert_eq!((node.unstable_part(&by(2)), node.unstable_part(&by(9))), (none.clone(), by(9)));
+            let written = node.write(HASHES[1], value(), &none);
+            assert_eq!(node.copy_of(&written).1, none);
+        });
+    }
+
+    /// Spawns a task at a machine. The place has its result when it has ended.
+    fn begin<T: 'static>(
+        it: &Rc<Simulation>,
+        machine: usize,
+        task: impl Future<Output = T> + 'static,
+    ) -> Rc<RefCell<Option<T>>> {
+        let result = Rc::new(RefCell::new(None));
+        let place = result.clone();
+        it.spawn(machine, async move { drop(place.replace(Some(task.await))) });
+        result
+    }
+
+    #[test]
+    fn what_is_asked_by_one_table_does_not_count_for_the_next() {
+        // n0 has a new value.
+        let it = store_of_four(2, "fill, pass 3000");
+        it.there(0).with(|node| write(node, 1));
+        let there = it.there(1);
+        let got = begin(&it, 1, async move { get_key(&there, b"k1", &names(&[0])).await });
+        it.pass(1);
+        it.there(1).with(|node| node.adopt(next_table(node, version(2, 7))));
+        it.pass(20);
+        assert_eq!(got.take(), Some(None));
+        // The node that gave the key has restarted since.
+        let it = store_of_four(2, "fill, pass 3000");
+        let there = it.there(1);
+        let got = begin(&it, 1, async move { get_key(&there, b"k1", &names(&[0])).await });
+        it.play("pass 1, sleep 1, pass 10");
+        it.there(1).with(|node| node.hear(ADDRESSES[0], &status_by(None)));
+        it.play("wake 1, pass 100");
+        assert_eq!(got.take(), Some(None));
+        // n1 has pulled all that n0 had, which was nothing. Then n0 takes a write, and n1 must pull by the next table.
+        let it = store_of_four(2, "pass 3000");
+        let adopt_next = |number: u64, shards: &[Vec<String>]| {
+            for machine in [0, 1] {
+                it.there(machine).with(|node| {
+                    let table = Table { shards: shards.to_vec(), ..table_from(node, version(number, 7), &[0]) };
+                    assert!(node.adopt(Arc::new(table)));
+                });
+            }
+        };
+        adopt_next(2, &[names(&[0, 1]), names(&[2, 3])]);
+        it.play("pass 1, sleep 1, pass 10");
+        it.there(0).with(|node| write(node, 1));
+        adopt_next(3, &[names(&[1]), names(&[2, 3])]);
+        it.play("wake 1, pass 1000");
+        assert!(it.machines[1].stamp(1) > 0);
+    }
+
+    #[test]
+    fn a_request_is_passed_on_once_within_a_store_and_not_too_late() {
+        let it = store_of_four(2, "fill, pass 500");
+        // n2 and n3 have the key.
+        let by = Origin::Node(it.store.get());
+        for (machine, origin, began, expected) in [
+            (2, by, None, 200),
+            (0, Origin::Client, None, 200),
+            (0, by, None, 421),
+            (2, Origin::Node(7), None, 421),
+            (2, by, Some(0), 503),
+        ] {
+            let (there, target) = (it.there(machine), "/kv-store/keys/k0".into());
+            let (content_type, body) = ("application/json".into(), br#"{"value":true}"#.to_vec());
+            let request =
+                Request { verb: "PUT".into(), target, content_type, body, origin, began, ..Request::default() };
+            let answer = begin(&it, machine, async move { there.serve(request).await.status });
+            it.pass(100);
+            assert_eq!(answer.take(), Some(expected), "n{machine}");
+        }
     }
 
     #[test]
@@ -6612,8 +6863,8 @@ mod tests {
         assert!(records.total() == Default::default());
     }
 
-    /// A main instance in this process, where clients can be written that a shell cannot be: it starts them too slowly, and closes
-    /// both directions of a connection at once.
+    /// A main instance in this process, where clients can be written that a shell cannot be: it starts them too slowly,
+    /// and closes both directions of a connection at once.
     static SERVED: LazyLock<SocketAddr> = LazyLock::new(|| {
         let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).unwrap();
         start_worker();
