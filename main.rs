@@ -830,24 +830,24 @@ mod http {
     }
 
     /// What a path identifies.
-    pub enum Resource<'a> {
+    pub enum Resource {
         Instance,
         Metrics,
         KeyCount,
         ViewChange,
         /// All shards, or the one with this index.
         Shards(Option<usize>),
-        Key(Cow<'a, [u8]>),
+        Key(Vec<u8>),
         Unknown,
     }
 
     impl Request {
         /// What the request is about, and the vocabulary of its answer.
-        pub fn route<'a>(&'a self) -> (Resource<'a>, Vocabulary) {
+        pub fn route(&self) -> (Resource, Vocabulary) {
             let json = Vocabulary::Json;
             let typed = if self.is_of_type("application/json") { json } else { Vocabulary::Form };
             // A slash inside a key arrives as %2F.
-            let key = |segment: &'a str| Resource::Key(percent_decode(segment.as_bytes()).into());
+            let key = |segment: &str| Resource::Key(percent_decode(segment.as_bytes()).collect());
             let path = self.target.split_once('?').map_or(&*self.target, |(path, _)| path);
             let below = path.strip_prefix("/kv-store/");
             match (path, below, below.and_then(|below| below.split_once('/'))) {
@@ -889,8 +889,9 @@ mod http {
 
     /// The answer to a PUT whose body is over `MAX_BODY`.
     pub fn answer_unread(request: Request) -> Answer {
-        let (Resource::Key(key), vocabulary) = request.route() else { return answer_about(request) };
-        let refusal = if is_valid_key(&key, vocabulary) { Outcome::ValueTooLarge } else { Outcome::KeyInvalid };
+        let (resource, vocabulary) = request.route();
+        let Resource::Key(key) = &resource else { return answer_about(request, resource, vocabulary) };
+        let refusal = if is_valid_key(key, vocabulary) { Outcome::ValueTooLarge } else { Outcome::KeyInvalid };
         refusal.answer(vocabulary, &request.verb)
     }
 
@@ -1252,8 +1253,8 @@ mod service {
         if let Some(refusal) = request.refusal_if_late() {
             return Ok(refusal.answer(vocabulary, &request.verb));
         }
-        match (&SETTINGS.role, &resource) {
-            (Role::Follower(main), resource) if !is_about_this_instance(resource, &request) => {
+        match (&SETTINGS.role, resource) {
+            (Role::Follower(main), resource) if !is_about_this_instance(&resource, &request) => {
                 let patience = if let Resource::ViewChange = resource { CHANGE_LIMIT } else { request.patience() };
                 Err(Box::new(move || {
                     let verb = request.verb.clone();
@@ -1261,19 +1262,19 @@ mod service {
                     relay(main, request, patience).unwrap_or_else(down)
                 }))
             }
-            (_, Resource::Key(_)) if request.body.len() > LARGE_BODY => {
-                Err(Box::new(move || in_background(|| answer_key(request))))
+            (_, Resource::Key(key)) if request.body.len() > LARGE_BODY => {
+                Err(Box::new(move || in_background(move || answer_key(request, key, vocabulary))))
             }
-            (_, Resource::Key(_)) => answer_key(request),
-            _ => Err(Box::new(move || answer_about(request))),
+            (_, Resource::Key(key)) => answer_key(request, key, vocabulary),
+            (_, resource) => Err(Box::new(move || answer_about(request, resource, vocabulary))),
         }
     }
 
     /// Bodies above this size, in bytes, are parsed in the background: 4 MiB of JSON escapes take 30 ms.
     pub const LARGE_BODY: usize = 128 << 10;
 
-    fn answer_key(request: Request) -> Result<Answer, Work> {
-        let mut request = match KeyRequest::new(request) {
+    fn answer_key(request: Request, key: Vec<u8>, vocabulary: Vocabulary) -> Result<Answer, Work> {
+        let mut request = match KeyRequest::new(request, key, vocabulary) {
             Ok(request) => request,
             Err(refusal) => return Ok(refusal),
         };
@@ -1339,12 +1340,11 @@ mod service {
     }
 
     impl KeyRequest {
-        pub fn new(request: Request) -> Result<KeyRequest, Answer> {
-            let (resource, vocabulary) = request.route();
-            let Resource::Key(key) = resource else { return Err(Outcome::NotFound.answer(vocabulary, &request.verb)) };
+        /// The error is the refusal of a causal context that is not valid.
+        pub fn new(request: Request, key: Vec<u8>, vocabulary: Vocabulary) -> Result<KeyRequest, Answer> {
             let context = causal_context(&request, vocabulary);
             let context = context.map_err(|refusal| refusal.answer(vocabulary, &request.verb))?;
-            let (hash, action, key) = (hash_of(&key), Action::of(&key, &request, vocabulary), key.into_owned());
+            let (hash, action) = (hash_of(&key), Action::of(&key, &request, vocabulary));
             let (fetched, failed, gave_up_on_context) = (Vec::new(), Vec::new(), false);
             Ok(KeyRequest { hash, key, request, vocabulary, action, context, fetched, failed, gave_up_on_context })
         }
@@ -1537,9 +1537,8 @@ mod service {
 
     /// Not inlined, which would cost every connection a page of its stack.
     #[inline(never)]
-    pub fn answer_about(request: Request) -> Answer {
+    pub fn answer_about(request: Request, resource: Resource, vocabulary: Vocabulary) -> Answer {
         use Outcome::*;
-        let (resource, vocabulary) = request.route();
         let outcome = match (&resource, request.verb.as_str()) {
             (Resource::Instance, "GET") => Instance(describe_instance()),
             (Resource::Metrics, "GET") => Metrics(metrics()),
@@ -2366,7 +2365,7 @@ mod node {
     //! The rules of the protocol are stated where they are implemented: R1 answering (`place`, `pull_needs`), R2 pull
     //! (`note_received`), R3 adopt (`adopt`, `pulls_by`), R4 write (`write`, `take`, `lacking`), R5
     //! reconcile (`begin_to_reconcile`, `replication`), R6 stability (`refresh_stable`), R7 causal contexts
-    //! (`context_needs`), R8 settled (`settle`), R9 view change (`membership`), R10 start (`let_in`), R11 meetings
+    //! (`context_needs`), R8 settled (`settle`), R9 view change (`membership`), R10 start (`take_up_table`), R11 meetings
     //! (`begin_round`), R12 planning (`table`).
     //!
     //! Terms: a node without a table is *blank*. Its *incarnation* is a random number, new at each start. A *pull* is a
@@ -2462,7 +2461,7 @@ mod node {
         pub version: Option<Version>,
         /// The incarnations of the sender, and of the addressee as the sender knows it.
         pub incarnation: u64,
-        pub life: u64,
+        pub to_incarnation: u64,
         pub message: Message,
     }
 
@@ -2571,8 +2570,8 @@ mod node {
     pub enum Found {
         Whole,
         Incomplete,
-        /// It restarted, blank or in another store: it has nothing for this one.
-        Nothing,
+        /// Blank, or in another store: it has nothing for this one.
+        Restarted,
     }
 
     #[derive(Clone, Debug, Default)]
@@ -2635,7 +2634,7 @@ mod node {
         pulls: Vec<Pull>,
         /// Spans that this node owned by earlier tables and has not pulled. It is not whole for these unless it owns and
         /// has pulled them now. Empty once the table is settled.
-        lacks: Vec<Span>,
+        not_pulled: Vec<Span>,
         is_pulling: bool,
         /// R5: for each replica that may lack something, the lowest stamp that it may lack.
         pub lagging: BTreeMap<String, u64>,
@@ -2767,7 +2766,7 @@ mod node {
         /// R2: whether this node has all of a span of one range.
         fn is_whole_for(&self, span: Span) -> bool {
             let owns = self.table.as_ref().is_some_and(|table| Some(table.shard_at(span.first)) == self.shard);
-            let has_kept = !self.settled && !self.lacks.iter().any(|lack| lack.overlaps(&span));
+            let has_kept = !self.settled && !self.not_pulled.iter().any(|lack| lack.overlaps(&span));
             (owns || has_kept) && !self.pulls.iter().any(|pull| pull.span.overlaps(&span))
         }
 
@@ -2808,7 +2807,7 @@ mod node {
             for it in self.pulls.iter_mut().filter(is_it) {
                 it.incomplete_rounds = if is_incomplete { it.incomplete_rounds + 1 } else { 0 };
                 for (node, found) in found {
-                    if let Some(Found::Whole | Found::Nothing) = found {
+                    if let Some(Found::Whole | Found::Restarted) = found {
                         it.received.insert(node.clone());
                     }
                     it.is_answerable |= *found == Some(Found::Whole);
@@ -2845,9 +2844,9 @@ mod node {
                 // Their clients get 503 (`lacking`).
                 self.in_flight.clear();
                 self.drop_records(ALL);
-                self.lacks = vec![ALL];
+                self.not_pulled = vec![ALL];
             }
-            self.lacks.extend(self.pulls.iter().filter(|pull| !pull.is_answerable).map(|pull| pull.span));
+            self.not_pulled.extend(self.pulls.iter().filter(|pull| !pull.is_answerable).map(|pull| pull.span));
             self.shard = table.shard_of(&self.own);
             self.table = Some(table.clone());
             self.pulls = self.pulls_by(&table);
@@ -2863,7 +2862,7 @@ mod node {
             let (version, count) = (table.version, table.view.len());
             self.say(format!("goes by table {version} of {count} nodes, fetches from {from}"));
             self.start_pulling();
-            self.look_whether_settled();
+            self.settle_if_all_whole();
             true
         }
 
@@ -2875,7 +2874,7 @@ mod node {
             for (span, range) in
                 table.spans().filter(|(_, range)| self.shard.is_some() && Some(range.shard) == self.shard)
             {
-                let has_it = !self.lacks.iter().any(|lack| lack.overlaps(&span));
+                let has_it = !self.not_pulled.iter().any(|lack| lack.overlaps(&span));
                 let pull = |group: Vec<String>, has_it, is_source| Pull {
                     span,
                     group: group.into_iter().filter(|node| *node != self.own).collect(),
@@ -3033,7 +3032,7 @@ mod node {
         /// R6: raises this node's claim, up to which its writes are on all replicas: below what is in flight and what a
         /// replica may lack, once R8 holds. It never falls. The watermark is the lowest claim of all nodes.
         fn refresh_stable(&mut self) {
-            self.look_whether_settled();
+            self.settle_if_all_whole();
             let Some(table) = self.table.clone().filter(|_| self.settled) else { return };
             if let Some(own) = table.view.iter().position(|node| *node == self.own).filter(|_| self.pulls.is_empty()) {
                 let open = self.in_flight.first().into_iter().chain(self.lagging.values());
@@ -3143,12 +3142,12 @@ mod node {
                 return;
             }
             self.drop_pulls(|pull| pull.is_source);
-            self.lacks.clear();
+            self.not_pulled.clear();
             let (Some(table), own) = (self.table.clone(), self.shard) else { return };
             table.spans().filter(|(_, range)| Some(range.shard) != own).for_each(|(span, _)| self.drop_records(span));
         }
 
-        fn look_whether_settled(&mut self) {
+        fn settle_if_all_whole(&mut self) {
             let Some(table) = self.table.as_ref().filter(|_| self.pulls.is_empty()) else { return };
             let has_finished =
                 |node: &String| self.peers.get(node).is_some_and(|peer| peer.status.is_whole_by(table.version));
@@ -3191,9 +3190,9 @@ mod node {
         }
 
         pub fn compose(&mut self, to: &str, message: Message) -> Envelope {
-            let life = self.incarnation_of(to);
+            let to_incarnation = self.incarnation_of(to);
             let (from, to, incarnation) = (self.own.clone(), to.to_owned(), self.incarnation);
-            Envelope { from, to, version: self.version(), incarnation, life, message }
+            Envelope { from, to, version: self.version(), incarnation, to_incarnation, message }
         }
 
         pub fn incarnation_of(&self, node: &str) -> u64 {
@@ -3201,9 +3200,9 @@ mod node {
         }
 
         pub fn receive(&mut self, envelope: Envelope) -> Reply {
-            let Envelope { from, version, incarnation, life, message, .. } = envelope;
+            let Envelope { from, version, incarnation, to_incarnation, message, .. } = envelope;
             // Records are exchanged by one table, and within one incarnation of each node.
-            let is_current = life == self.incarnation && incarnation == self.incarnation_of(&from);
+            let is_current = to_incarnation == self.incarnation && incarnation == self.incarnation_of(&from);
             let is_same = version.is_some() && version == self.version() && is_current;
             match message {
                 Message::Meet(status) => {
@@ -3298,7 +3297,7 @@ mod node {
             is_one && self.records.total().count == 0 && self.pulls.is_empty()
         }
 
-        pub fn consider(&mut self, from: &str, table: Arc<Table>) {
+        pub fn hear_of_table(&mut self, from: &str, table: Arc<Table>) {
             if !table.is_valid() {
                 return;
             }
@@ -3356,10 +3355,11 @@ mod node {
             all.into_iter().filter(|node| **node != self.own).cloned().collect()
         }
 
-        /// R10: a blank node adopts the newest table that it has heard of, if more than half of its other members
-        /// answered and none has granted a lock for a newer one, which may be in force elsewhere; or if all nodes that
-        /// it asks answered, also those that were asked for the lock. Without one, it adopts the first table if all nodes of its `VIEW` are blank too.
-        pub fn let_in(&mut self, answers: &BTreeMap<String, Status>) {
+        /// R10: a blank node adopts the newest table that it has heard of. More than half of that table's other members
+        /// must have answered, and none of them may know of a lock for a newer table, which may be in force elsewhere.
+        /// It is enough as well if all nodes that it asks answered, among them those that were asked for the lock. If it
+        /// has heard of no table, it adopts the first one once all nodes of its `VIEW` are blank too (`first_table`).
+        pub fn take_up_table(&mut self, answers: &BTreeMap<String, Status>) {
             // Also those that were heard of only in this round.
             let has_all = self.nodes_to_ask().iter().all(|node| answers.contains_key(node));
             // A table that no answering node uses may be lost with all nodes that did.
@@ -3374,8 +3374,8 @@ mod node {
                 Some(table) => {
                     let others: Vec<&String> = table.view.iter().filter(|node| **node != self.own).collect();
                     let answered = others.iter().filter(|node| answers.contains_key(**node)).count();
-                    let is_enough =
-                        2 * answered > others.len() && answers.values().all(|it| it.promised <= table.version);
+                    let knows_no_newer = |it: &Status| it.promised <= table.version || it.asked_for_lock.is_empty();
+                    let is_enough = 2 * answered > others.len() && answers.values().all(knows_no_newer);
                     Some(table).filter(|_| is_enough || has_all)
                 }
                 None => self.first_table(answers),
@@ -3518,19 +3518,19 @@ mod replication {
         for group in messages.chunks(SIDE_BY_SIDE) {
             let compose = |node: &mut Node| group.iter().map(|(to, it)| node.compose(to, it.clone())).collect();
             let (began, envelopes): (Duration, Vec<Envelope>) = world.with(|node| (node.now, compose(node)));
-            let lives: Vec<u64> = envelopes.iter().map(|envelope| envelope.life).collect();
+            let incarnations: Vec<u64> = envelopes.iter().map(|envelope| envelope.to_incarnation).collect();
             let mut answers = world.deliver(envelopes).await;
             world.with(|node| {
-                for (((name, _), answer), life) in group.iter().zip(&mut answers).zip(lives) {
+                for (((name, _), answer), incarnation) in group.iter().zip(&mut answers).zip(incarnations) {
                     node.note_silent(name, answer.is_none());
                     if let Some(Reply::Met(status, table)) = answer {
                         if let Some(table) = table {
-                            node.consider(name, Arc::new(table.clone()));
+                            node.hear_of_table(name, Arc::new(table.clone()));
                         }
                         // After the table was adopted: the status may say that it is settled (R8).
                         node.hear(name, status);
                         node.note_meeting(name, began);
-                    } else if node.incarnation_of(name) != life {
+                    } else if node.incarnation_of(name) != incarnation {
                         // The node has restarted since, and lost what it had.
                         *answer = None;
                     }
@@ -3545,16 +3545,12 @@ mod replication {
         ask_each(world, nodes.iter().map(|node| (node.clone(), message.clone())).collect()).await
     }
 
-    pub async fn ask_one(world: &impl World, node: &str, message: Message) -> Option<Reply> {
-        ask_each(world, vec![(node.to_owned(), message)]).await.pop()?
-    }
-
     /// A node that uses another table refuses. Then the two meet, and the older table gives way.
     async fn ask_by(world: &impl World, node: &str, version: Version, message: Message) -> Option<Reply> {
         if world.with(|node| node.version()) != Some(version) {
             return None;
         }
-        match ask_one(world, node, message).await? {
+        match ask(world, &[node.to_owned()], message).await.pop()?? {
             Reply::Refused => {
                 meet(world, node).await;
                 None
@@ -3610,7 +3606,7 @@ mod replication {
                         true => None,
                         false => pull_from(world, version, &pull, node).await,
                     };
-                    progress |= matches!(found, Some(Found::Whole | Found::Nothing));
+                    progress |= matches!(found, Some(Found::Whole | Found::Restarted));
                     round.push((node.clone(), found));
                 }
                 world.with(|own| own.note_received(version, &pull, &round));
@@ -3627,7 +3623,7 @@ mod replication {
             return Some(if is_whole { Found::Whole } else { Found::Incomplete });
         }
         let store = world.with(|own| own.store());
-        meet(world, node).await.filter(|status| status.store != store).map(|_| Found::Nothing)
+        meet(world, node).await.filter(|status| status.store != store).map(|_| Found::Restarted)
     }
 
     /// R1: merges a key from a whole node of a group. Returns the version used; None if no such node answers.
@@ -3745,7 +3741,11 @@ mod membership {
 
     pub async fn run(world: impl World, activity: Activity) {
         match activity {
-            Activity::Meet(node) => meet_and_reconcile(&world, &node).await,
+            Activity::Meet(node) => {
+                if meet(&world, &node).await.is_some() {
+                    reconcile_if_due(&world, &node).await;
+                }
+            }
             Activity::Pull => pull_all(&world).await,
         }
     }
@@ -3757,7 +3757,9 @@ mod membership {
             world.sleep(Duration::from_millis(1)).await;
         }
         if let Some(nodes) = world.with(|node| node.begin_round()) {
-            start(world, nodes).await;
+            let replies = meet_all(world, &nodes).await;
+            let answers = nodes.into_iter().zip(replies).filter_map(|(node, reply)| Some((node, reply?))).collect();
+            world.with(|node| node.take_up_table(&answers));
         }
     }
 
@@ -3771,18 +3773,6 @@ mod membership {
         let replies = ask(world, nodes, message).await;
         let status = |reply| if let Some(Reply::Met(status, _)) = reply { Some(*status) } else { None };
         replies.into_iter().map(status).collect()
-    }
-
-    async fn meet_and_reconcile(world: &impl World, other: &str) {
-        if meet(world, other).await.is_some() {
-            reconcile_if_due(world, other).await;
-        }
-    }
-
-    async fn start(world: &impl World, nodes: Vec<String>) {
-        let replies = meet_all(world, &nodes).await;
-        let answers = nodes.iter().cloned().zip(replies).filter_map(|(node, reply)| Some((node, reply?))).collect();
-        world.with(|node| node.let_in(&answers));
     }
 
     pub async fn await_table(world: &impl World) -> Result<(), Outcome> {
@@ -5509,14 +5499,14 @@ mod simulation {
                 self.simulation.tell(|| format!("  {envelope:.200?}"));
                 return Answer::message(&self.with(|node| node.receive(envelope)));
             }
-            if let Resource::ViewChange = request.route().0 {
+            let Resource::Key(key) = request.route().0 else {
                 return match wanted_view(&request.body) {
                     Ok(wanted) => Box::pin(answer_view_change(self, &request, &wanted)).await,
                     Err(refusal) => refusal.answer(Vocabulary::Json, "PUT"),
                 };
-            }
+            };
             let index = NAMES.iter().position(|name| request.target.ends_with(name)).expect("one of the keys");
-            let mut it = match KeyRequest::new(request) {
+            let mut it = match KeyRequest::new(request, key, Vocabulary::Json) {
                 Ok(it) => it,
                 Err(refusal) => return refusal,
             };
@@ -6141,6 +6131,8 @@ mod simulation {
         # A key stays deleted where a node that left while it was cut off joins again: first it drops what it had.
         1: change 0 0 1 3, until table 0 1, until table 1 1, until table 3 1, until whole 0, until whole 1, until whole 3, \
            cut 2-0 2-1 2-3, delete 0, pass 3000, cut, change 0 0 1 2 3, pass 6000, changed 2, gone 0, gone 1, gone 2, gone 3
+        # A view change that failed keeps no node from starting again.
+        2: kill 1, pass 3000, kill 3, change 0 0 2 3, pass 9000, changed 0, start 3, pass 3000, table 3 0, whole 3
         # What a dead node wrote spreads without it.
         2: change 0 0 1 2, pass 2000, cut 0-2, put 0, pass 1500, kill 0, pass 5000, same 1 2
         # A deleted key stays deleted, however long a replica is cut off.
@@ -6239,7 +6231,7 @@ mod simulation {
     /// What a node replies to another one.
     fn reply(node: &mut Node, from: usize, message: Message) -> String {
         let (from, to) = (ADDRESSES[from].to_owned(), node.own().to_owned());
-        let reply = node.receive(Envelope { from, to, version: None, incarnation: 0, life: 0, message });
+        let reply = node.receive(Envelope { from, to, version: None, incarnation: 0, to_incarnation: 0, message });
         format!("{reply:?}").chars().take_while(|letter| letter.is_alphabetic()).collect()
     }
 
@@ -6362,13 +6354,13 @@ mod simulation {
             (0..keys).for_each(|key| drop(write(&mut node, key)));
             let left = Table { base: node.version().expect("a table"), ..Table::clone(&first_table(1, &[0, 1])) };
             assert!(!has_left || node.adopt(Arc::new(left)) && node.records.total().count == 0);
-            node.consider(ADDRESSES[from], first_table(9, &view));
+            node.hear_of_table(ADDRESSES[from], first_table(9, &view));
             assert_eq!(node.version() == Some(version(9, 9)), is_taken, "{keys} {has_left} {from} {view:?}");
         }
         let mut node = alone();
         assert!(node.adopt(Arc::new(table_from(&node, version(1, 7), &[0, 3]))) && node.is_ready(), "it lacks nothing");
         node.adopt(Arc::new(table_from(&node, version(2, 7), &[0])));
-        node.consider(ADDRESSES[0], first_table(9, &[0, 1, 3]));
+        node.hear_of_table(ADDRESSES[0], first_table(9, &[0, 1, 3]));
         assert_eq!(node.version(), Some(version(2, 7)), "it pulls");
     }
 
@@ -6380,16 +6372,18 @@ mod simulation {
             node
         };
         let is_in = |node: &mut Node, answers: &[(usize, &node::Status)]| {
-            node.let_in(&answers.iter().map(|(it, status)| (ADDRESSES[*it].to_owned(), (*status).clone())).collect());
+            node.take_up_table(
+                &answers.iter().map(|(it, status)| (ADDRESSES[*it].to_owned(), (*status).clone())).collect(),
+            );
             node.table().is_some()
         };
         let (good, blank) = (status_by(Some(version(3, 9))), node::Status { rounds: 9, ..status_by(None) });
-        let promised = node::Status { promised: version(4, 1), ..good.clone() };
+        let promised = node::Status { promised: version(4, 1), asked_for_lock: names(&[1]), ..good.clone() };
         let mut heard = node(0);
-        heard.consider(ADDRESSES[2], first_table(3, &[2, 3]));
+        heard.hear_of_table(ADDRESSES[2], first_table(3, &[2, 3]));
         assert_eq!(heard.begin_round(), Some(names(&[1])), "a stranger's table");
-        heard.consider(ADDRESSES[1], first_table(3, &[0, 1, 2, 3]));
-        heard.consider(ADDRESSES[1], first_table(2, &[0, 1, 4]));
+        heard.hear_of_table(ADDRESSES[1], first_table(3, &[0, 1, 2, 3]));
+        heard.hear_of_table(ADDRESSES[1], first_table(2, &[0, 1, 4]));
         assert_eq!(heard.begin_round(), Some(names(&[1, 2, 3])), "the newest");
         assert!(heard.status().first_view.is_empty());
         heard.hear(ADDRESSES[4], &good);
@@ -6399,16 +6393,16 @@ mod simulation {
         assert!(is_in(&mut heard, &[(1, &good), (2, &blank)]), "two of three");
         let mut heard = node(0);
         heard.hear(ADDRESSES[1], &node::Status { asked_for_lock: names(&[2]), ..good.clone() });
-        heard.consider(ADDRESSES[4], first_table(1, &[0, 4]));
+        heard.hear_of_table(ADDRESSES[4], first_table(1, &[0, 4]));
         assert_eq!(heard.begin_round(), Some(names(&[1, 2, 4])), "who was asked for a lock, and a table that names it");
         let mut with_source = Table::clone(&first_table(3, &[1, 4]));
         with_source.ranges[0].sources = vec![names(&[3])];
-        heard.consider(ADDRESSES[1], Arc::new(with_source));
+        heard.hear_of_table(ADDRESSES[1], Arc::new(with_source));
         assert_eq!(heard.begin_round(), Some(names(&[1, 2, 3, 4])), "a source, and the table of a node of its view");
         let all = [1, 2, 3, 4].map(|it| (it, &promised));
         assert!(!is_in(&mut heard, &all[1..]) && is_in(&mut heard, &all), "all that it asks");
         let mut heard = node(3);
-        heard.consider(ADDRESSES[1], first_table(3, &[0, 1, 2, 3]));
+        heard.hear_of_table(ADDRESSES[1], first_table(3, &[0, 1, 2, 3]));
         assert!(!is_in(&mut heard, &[(1, &blank), (2, &blank)]), "nobody goes by it any more");
         assert_eq!((heard.status().rounds, heard.begin_round()), (0, Some(names(&[1]))));
         let first = node::Status { first_view: names(&[0, 1]), factor: 2, rounds: 9, ..blank.clone() };
@@ -6457,7 +6451,7 @@ mod simulation {
         let is_answered = |message: Envelope| it.there(2).with(|node| !matches!(node.receive(message), Reply::Refused));
         assert!(is_answered(question.clone()));
         assert!(!is_answered(Envelope { version: Some(version(7, 7)), ..question.clone() }), "by another table");
-        assert!(!is_answered(Envelope { life: 7, ..question.clone() }), "to another life");
+        assert!(!is_answered(Envelope { to_incarnation: 7, ..question.clone() }), "to another life");
         let late = it.there(2).with(|node| {
             let copy = node.copy_of(record(node, 0).expect("it has the key"));
             node.compose(ADDRESSES[3], Message::Push(vec![copy]))
@@ -6469,8 +6463,10 @@ mod simulation {
         // A source that was killed does not vouch for what it had.
         it.play("change 2 2 3, pass 2000, kill 1, start 1, pass 4000, table 1 1, table 2 1");
         let question = it.there(2).with(|node| node.compose(ADDRESSES[1], Message::GiveKey(b"k1".to_vec().into())));
-        let life = it.there(1).with(|node| node.status().incarnation);
-        assert!(it.there(1).with(|node| matches!(node.receive(Envelope { life, ..question }), Reply::Refused)));
+        let to_incarnation = it.there(1).with(|node| node.status().incarnation);
+        assert!(
+            it.there(1).with(|node| matches!(node.receive(Envelope { to_incarnation, ..question }), Reply::Refused))
+        );
     }
 
     #[test]
@@ -6566,8 +6562,9 @@ mod simulation {
             assert!(node.incoming().is_empty());
             node.note_silent(ADDRESSES[0], true);
             let asked = node.compose(ADDRESSES[0], Message::Digests(Span { first: 0, last: 9 }));
-            let (from, incarnation, life) = (ADDRESSES[0].to_owned(), asked.life, asked.incarnation);
-            node.receive(Envelope { from, incarnation, life, ..asked });
+            let (from, incarnation, to_incarnation) =
+                (ADDRESSES[0].to_owned(), asked.to_incarnation, asked.incarnation);
+            node.receive(Envelope { from, incarnation, to_incarnation, ..asked });
             assert!(!node.is_silent(ADDRESSES[0]), "who fetches is not silent");
         });
     }
@@ -6684,18 +6681,23 @@ mod simulation {
         let it = store_of_four(2, "fill, pass 3000");
         it.there(0).with(|node| write(node, 1));
         let there = it.there(1);
+        it.play("sleep 0");
         let got = begin(&it, 1, async move { get_key(&there, b"k1", &names(&[0])).await });
-        it.pass(1);
+        it.pass(10);
         it.there(1).with(|node| node.adopt(next_table(node, version(2, 7))));
-        it.pass(20);
+        it.play("wake 0, pass 200");
         assert_eq!(got.take(), Some(None));
         // The node that gave the key has restarted since.
         let it = store_of_four(2, "fill, pass 3000");
         let there = it.there(1);
+        it.play("sleep 0");
         let got = begin(&it, 1, async move { get_key(&there, b"k1", &names(&[0])).await });
-        it.play("pass 1, sleep 1, pass 10");
-        it.there(1).with(|node| node.hear(ADDRESSES[0], &status_by(None)));
-        it.play("wake 1, pass 100");
+        it.pass(10);
+        it.play("wake 0");
+        for _ in 0..200 {
+            it.there(1).with(|node| node.hear(ADDRESSES[0], &status_by(None)));
+            it.pass(1);
+        }
         assert_eq!(got.take(), Some(None));
         // n1 has pulled all that n0 had, which was nothing. Then n0 takes a write, and n1 must pull by the next table.
         let it = store_of_four(2, "pass 3000");
