@@ -4310,6 +4310,9 @@ mod peers {
     /// What a deferred request takes besides its message, in bytes.
     const STACK: usize = 8 << 10;
 
+    /// The limit of streams. Those who do not prove that they know the secret may take up half of it.
+    const MAX_STREAMS: usize = 1000;
+
     static HELD: AtomicUsize = AtomicUsize::new(0);
     /// The streams on which this instance is asked, by their ids.
     static ASKED: LazyLock<Mutex<HashMap<String, Arc<Asked>>>> = LazyLock::new(Default::default);
@@ -4412,18 +4415,26 @@ mod peers {
         }
     }
 
-    /// Serves the GET of a stream: sends answers and heartbeats until the stream ends.
+    /// Serves the GET of a stream: sends answers and heartbeats until the stream ends, or if its POST does not come.
     pub fn carry_answers(id: &str, socket: &TcpStream, knows_secret: bool) -> io::Result<()> {
         let output = may::sync::Mutex::new(BufWriter::new(waiting_stream(socket, Some(WRITE_LIMIT))?));
         let asked = Arc::new(Asked { opened: clock(), socket: socket.try_clone()?, output });
-        lock(&ASKED).insert(id.to_owned(), asked.clone());
+        {
+            let mut all = lock(&ASKED);
+            if all.len() >= if knows_secret { MAX_STREAMS } else { MAX_STREAMS / 2 } {
+                return Err(io::ErrorKind::QuotaExceeded.into());
+            }
+            all.insert(id.to_owned(), asked.clone());
+        }
         // Only who has given a proof gets one.
         let proof = proof(id, "answer", own().unwrap_or_default()).filter(|_| knows_secret);
         let proof = proof.map_or(String::new(), |proof| format!("Authentication-Info: {proof}\r\n"));
         // Without a length, the body ends with the connection (RFC 9112 section 6.3).
         let head = format!("HTTP/1.1 200 OK\r\nServer: M\r\nContent-Type: {STREAM}\r\n{proof}{CLOSE}\r\n");
         let mut written = asked.output().write_all(head.as_bytes());
-        while written.is_ok() {
+        // Its POST, once it has come, has a third reference.
+        let is_awaited = || clock() - asked.opened < SILENCE.as_millis() as i64;
+        while written.is_ok() && (Arc::strong_count(&asked) > 2 || is_awaited()) {
             written = asked.write(0, None).and_then(|()| asked.output().flush());
             pause(BEAT);
         }
