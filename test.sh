@@ -835,10 +835,11 @@ get_large() {
   curl -s -f --retry 9 --retry-delay 1 -o /dev/null -w "$written" "${url[follower]}/kv-store/keys/large"
 }
 
+STREAM='Content-Type: application/x-kv-store-stream'
 # open_stream INSTANCE: opens a stream as other instances do: its answers are descriptor $answers, its questions $fd.
 open_stream() {
   local line head
-  head=("/kv-store?stream=$RANDOM$RANDOM$RANDOM HTTP/1.1" 'Host: test' 'Content-Type: application/x-kv-store-stream')
+  head=("/kv-store?stream=$RANDOM$RANDOM$RANDOM HTTP/1.1" 'Host: test' "$STREAM")
   connect "$1" && answers=$fd
   printf '%s\r\n' "GET ${head[0]}" "${head[@]:1}" '' >&"$answers"
   read -r -t 20 -u "$answers" line && [ "$line" = $'HTTP/1.1 200 OK\r' ] || return 1
@@ -883,6 +884,18 @@ test_streams_that_leave() {
   act resume main
 }
 files_of() { find "/proc/${process[$1]}/fd" 2>/dev/null | wc -l; } # INSTANCE, a process
+
+# Streams on which nothing is asked: they end.
+test_silent_streams() {
+  local before fd fds=()
+  before=$(metric main connections)
+  for _ in {1..300}; do
+    connect main && fds+=("$fd")
+    printf '%s\r\n' "GET /kv-store?stream=$RANDOM$RANDOM$RANDOM HTTP/1.1" 'Host: test' "$STREAM" '' >&"$fd"
+  done
+  later check_less "streams without requests are closed" $((before + 100)) metric main connections
+  for fd in "${fds[@]}"; do exec {fd}>&-; done
+}
 
 # Nobody reads stderr: the lines are lost, and not the instance.
 test_unread_stderr() {
@@ -1347,7 +1360,7 @@ message() { printf '\\x00\\x00\\x00\\x00\\x02%s' "$(sized "$1")"; } # BODY; verb
 sized() { printf '\\x%02x%s' "$(printf %b "$1" | wc -c)" "$1"; }    # TEXT: with its length
 
 test_messages() {
-  local own=${address[n1]} before type='Content-Type: application/x-kv-store-stream'
+  local own=${address[n1]} before
   before=$(view_and_counts)
   check "a greeting" 200 "$(ask_on_stream n1 "$(greeting a:1 "$own")")"
   check "one that is none" 400 "$(ask_on_stream n1 "$(message nonsense)")"
@@ -1355,7 +1368,7 @@ test_messages() {
   check "one from nowhere" 400 "$(ask_on_stream n1 "$(greeting nowhere "$own")")"
   check "to an instance that is no node" 400 "$(ask_on_stream main "$(greeting a:1 "$own")")"
   check "a request that is none" "no answer" "$(ask_on_stream n1 'nonsense')"
-  check "a stream without a number" 405 "$(status_of n1 POST /kv-store -H "$type" -d '')"
+  check "a stream without a number" 405 "$(status_of n1 POST /kv-store -H "$STREAM" -d '')"
   check "nothing has changed" "$before" "$(view_and_counts)"
 }
 test_rival_changes() {
@@ -1373,7 +1386,7 @@ change_as_rival() { # NUMBER
 
 # answers_head INSTANCE: its status to who opens a stream, and how it proves then that it knows the secret.
 answers_head() {
-  curl -s -m 1 -o /dev/null -D - -H 'Content-Type: application/x-kv-store-stream' "${@:2}" \
+  curl -s -m 1 -o /dev/null -D - -H "$STREAM" "${@:2}" \
     "${url[$1]}/kv-store?stream=7" | tr -d '\r' | grep -i -E '^(HTTP|Authentication-Info)'
 }
 test_secret() {
@@ -2425,7 +2438,7 @@ run_tests() {
     for test in form json json_values encodings keys limits http heads pipelines; do run "$test" "$instance"; done
   done
   run follower_is_no_different
-  for test in large_answers many_clients unread_streams main_paused; do run "$test"; done
+  for test in large_answers many_clients unread_streams silent_streams main_paused; do run "$test"; done
   if [ "$where" = process ]; then run streams_that_leave; fi
   run idle main
   for test in settings forwarding main_gone ring concurrent_clients contexts shards nodes view_changes \
