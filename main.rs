@@ -6149,6 +6149,8 @@ mod simulation {
         2: change 0 0 1 2, pass 2000, cut 0-2, put 0, pass 1500, kill 0, pass 5000, same 1 2
         # A deleted key stays deleted, however long a replica is cut off.
         4: cut 0-3 1-3 2-3, delete 0, pass 40000, cut, pass 5000, same 0 1 2 3
+        # A key that may exist where it cannot be asked for is deleted there, too.
+        2: delete 2, pass 9000, cut 2-3, pass 2000, put 3, pass 500, delete 2, pass 1500, cut, pass 5000, gone 2, gone 3
         # A node that starts again gets deletions as well.
         4: cut 0-3 1-3 2-3, delete 0, pass 1500, kill 2, start 2, pass 3000, gone 2, cut 0-2 1-2 0-3 1-3, pass 5000, \
            gone 2
@@ -6749,6 +6751,21 @@ mod simulation {
             let answer = begin(&it, machine, async move { there.serve(request).await.status });
             it.pass(100);
             assert_eq!(answer.take(), Some(expected), "n{machine}");
+        }
+    }
+
+    #[test]
+    fn a_context_of_a_table_that_nobody_goes_by_is_believed_until_all_have_answered() {
+        for (script, expected) in [("pass 0", 200), ("kill 1, pass 3000", 400)] {
+            let it = store_of_four(2, &format!("fill, pass 500, {script}"));
+            let context = Context { table: Some(version(9, 9)), ..Context::default() };
+            let bytes = postcard::to_stdvec(&context).expect("bytes");
+            let body = format!(r#"{{"causal-context":{{"bytes":{bytes:?}}}}}"#).into();
+            let (there, target) = (it.there(2), "/kv-store/keys/k0".into());
+            let request = Request { verb: "GET".into(), target, body, ..Request::default() };
+            let answer = begin(&it, 2, async move { there.serve(request).await.status });
+            it.pass(1500);
+            assert_eq!(answer.take(), Some(expected), "{script}");
         }
     }
 
