@@ -3440,8 +3440,9 @@ mod node {
         pub fn begin_change(&mut self, view: &[String], force: bool) -> Option<(Arc<Table>, Version)> {
             let table = self.table.clone().filter(|_| !self.coordinating)?;
             self.coordinating = true;
-            let promised = self.peers.values().map(|peer| peer.status.promised).max().unwrap_or_default();
-            let newest = table.version.max(self.promise.version).max(promised);
+            let of_peer = |peer: &Peer| peer.status.promised.max(peer.status.version.unwrap_or_default());
+            let of_peers = self.peers.values().map(of_peer).max().unwrap_or_default();
+            let newest = table.version.max(self.promise.version).max(of_peers);
             let leaves_out = force || self.silent().iter().any(|node| !view.contains(node));
             let epoch = newest.epoch + u64::from(leaves_out && newest.epoch == table.version.epoch);
             Some((table, Version { epoch, number: newest.number.saturating_add(1), coordinator: self.incarnation }))
@@ -3449,7 +3450,10 @@ mod node {
 
         pub fn end_change(&mut self) {
             self.coordinating = false;
-            // A view may name anything: of what is no member, nothing is kept.
+        }
+
+        /// A wanted view may name anything: forgets the nodes of earlier ones that did not become members.
+        pub fn forget_strangers(&mut self) {
             let members = self.members();
             self.peers.retain(|node, _| members.contains(node));
         }
@@ -3879,6 +3883,7 @@ mod membership {
 
     async fn change_view(world: &impl World, wanted: &WantedView) -> Outcome {
         let deadline = world.with(|node| node.now) + TRIES;
+        world.with(|node| node.forget_strangers());
         loop {
             let begun = world.with(|node| node.begin_change(&wanted.view, wanted.force));
             let Some((base, version)) = begun else { return Outcome::ChangeUnderWay };
@@ -6143,6 +6148,9 @@ mod simulation {
         # A key stays deleted where a node that left while it was cut off joins again: first it drops what it had.
         1: change 0 0 1 3, until table 0 1, until table 1 1, until table 3 1, until whole 0, until whole 1, until whole 3, \
            cut 2-0 2-1 2-3, delete 0, pass 3000, cut, change 0 0 1 2 3, pass 6000, changed 2, gone 0, gone 1, gone 2, gone 3
+        # A node joins that goes by a table of a higher version than this store's: one that has left another store.
+        1: change 0 0 1, pass 3000, alone 2, alone 3, pass 2000, change 2 2 3, pass 2000, change 2 2, pass 2000, \
+           change 0 0 1 3, pass 3000, changed 4
         # A view change that failed keeps no node from starting again.
         2: kill 1, pass 3000, kill 3, change 0 0 2 3, pass 9000, changed 0, start 3, pass 3000, table 3 0, whole 3
         # What a dead node wrote spreads without it.
