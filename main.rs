@@ -3455,7 +3455,7 @@ mod node {
         /// A wanted view may name anything: forgets the nodes of earlier ones that did not become members.
         pub fn forget_strangers(&mut self) {
             let members = self.members();
-            self.peers.retain(|node, _| members.contains(node));
+            self.peers.retain(|node, _| self.coordinating || members.contains(node));
         }
 
         /// R9: the change itself: the coordinator adopts its table, while its lock is the highest here. All nodes granted
@@ -6149,8 +6149,8 @@ mod simulation {
         1: change 0 0 1 3, until table 0 1, until table 1 1, until table 3 1, until whole 0, until whole 1, until whole 3, \
            cut 2-0 2-1 2-3, delete 0, pass 3000, cut, change 0 0 1 2 3, pass 6000, changed 2, gone 0, gone 1, gone 2, gone 3
         # A node joins that goes by a table of a higher version than this store's: one that has left another store.
-        1: change 0 0 1, pass 3000, alone 2, alone 3, pass 2000, change 2 2 3, pass 2000, change 2 2, pass 2000, \
-           change 0 0 1 3, pass 3000, changed 4
+        1: change 0 0 1, pass 3000, kill 2, kill 3, start 2 2, start 3 3, pass 2000, change 2 2 3, pass 1000, change 2 2, \
+           pass 1000, change 2 2 3, pass 1000, change 2 2, pass 2000, change 0 0 1 3, pass 3000, changed 6, table 3 5
         # A view change that failed keeps no node from starting again.
         2: kill 1, pass 3000, kill 3, change 0 0 2 3, pass 9000, changed 0, start 3, pass 3000, table 3 0, whole 3
         # What a dead node wrote spreads without it.
