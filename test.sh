@@ -836,15 +836,17 @@ get_large() {
 }
 
 STREAM='Content-Type: application/x-kv-store-stream'
+# stream_half INSTANCE VERB ID [HEADER]: connects and sends the head of one request of a stream.
+stream_half() {
+  connect "$1"
+  printf '%s\r\n' "$2 /kv-store?stream=$3 HTTP/1.1" 'Host: test' "$STREAM" "${@:4}" '' >&"$fd"
+}
 # open_stream INSTANCE: opens a stream as other instances do: its answers are descriptor $answers, its questions $fd.
 open_stream() {
-  local line head
-  head=("/kv-store?stream=$RANDOM$RANDOM$RANDOM HTTP/1.1" 'Host: test' "$STREAM")
-  connect "$1" && answers=$fd
-  printf '%s\r\n' "GET ${head[0]}" "${head[@]:1}" '' >&"$answers"
+  local line id=$RANDOM$RANDOM$RANDOM
+  stream_half "$1" GET "$id" && answers=$fd
   read -r -t 20 -u "$answers" line && [ "$line" = $'HTTP/1.1 200 OK\r' ] || return 1
-  connect "$1"
-  printf '%s\r\n' "POST ${head[0]}" "${head[@]:1}" 'Content-Length: 1000000000' '' >&"$fd"
+  stream_half "$1" POST "$id" 'Content-Length: 1000000000'
 }
 # big_questions COUNT: asks for the key `big` so often. A message: its length, a number, the time, 1, and the request.
 big_questions() {
@@ -890,8 +892,7 @@ test_silent_streams() {
   local before fd fds=()
   before=$(metric main connections)
   for _ in {1..300}; do
-    connect main && fds+=("$fd")
-    printf '%s\r\n' "GET /kv-store?stream=$RANDOM$RANDOM$RANDOM HTTP/1.1" 'Host: test' "$STREAM" '' >&"$fd"
+    stream_half main GET "$RANDOM$RANDOM$RANDOM" && fds+=("$fd")
   done
   later check_less "streams without requests are closed" $((before + 100)) metric main connections
   for fd in "${fds[@]}"; do exec {fd}>&-; done
