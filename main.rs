@@ -1522,7 +1522,7 @@ mod service {
                 }
                 Ok(answer) => Some(answer.with_address(owner, self.vocabulary)),
                 Err(lost) => {
-                    world.with(|node| node.note_silent(owner, true));
+                    world.with(|node| node.note_answer(owner, now, false));
                     self.failed.push((*owner).clone());
                     (!is_read && lost.was_sent).then(|| self.render_down(owner))
                 }
@@ -2588,6 +2588,8 @@ mod node {
     struct Peer {
         status: Status,
         silent: bool,
+        /// When it last began to fetch from this node.
+        last_fetched: Duration,
         differs: Option<Duration>,
         is_reconciling: bool,
         /// How often this node noted that the peer may lack something.
@@ -3227,7 +3229,8 @@ mod node {
                 Message::GiveKey(key) if is_same => self.give_key(&key),
                 Message::Digests(span) if is_same && span.first <= span.last => {
                     // From now on, writes must reach the node that pulls, even if it was silent (R2).
-                    self.note_silent(&from, false);
+                    self.peers.entry(from.clone()).or_default().last_fetched = self.now;
+                    self.note_answer(&from, self.now, true);
                     Reply::Digests(self.records.digests_of(span), self.is_whole_for(span))
                 }
                 Message::Compare(span, theirs) if is_same => self.compare(span, theirs),
@@ -3278,8 +3281,11 @@ mod node {
             self.refresh_stable();
         }
 
-        pub fn note_silent(&mut self, node: &str, silent: bool) {
+        /// A node that did not answer is silent, unless it has begun to fetch since: the question was for an earlier
+        /// incarnation.
+        pub fn note_answer(&mut self, node: &str, began: Duration, has_answered: bool) {
             let peer = self.peers.entry(node.to_owned()).or_default();
+            let silent = !has_answered && peer.last_fetched < began;
             let is_news = std::mem::replace(&mut peer.silent, silent) != silent;
             if is_news && self.members().iter().any(|it| it == node) {
                 self.say(format!("{node} is {}", if silent { "silent" } else { "back" }));
@@ -3532,7 +3538,7 @@ mod replication {
             let mut answers = world.deliver(envelopes).await;
             world.with(|node| {
                 for (((name, _), answer), incarnation) in group.iter().zip(&mut answers).zip(incarnations) {
-                    node.note_silent(name, answer.is_none());
+                    node.note_answer(name, began, answer.is_some());
                     if let Some(Reply::Met(status, table)) = answer {
                         if let Some(table) = table.take() {
                             node.hear_of_table(name, Arc::new(table));
@@ -5324,6 +5330,8 @@ mod simulation {
         is_told: bool,
         /// Networks are cut often and for long, and nodes seldom die.
         is_cut_up: bool,
+        /// Nodes die, but no message is lost or late, and nobody sleeps.
+        is_steady: bool,
         /// The factor of the first table, and the nodes' lease of a lock.
         factor: usize,
         lease: Duration,
@@ -5549,8 +5557,8 @@ mod simulation {
         fn new(seed: u64, is_told: bool) -> Simulation {
             let start = Duration::from_secs(1_000_000);
             let factor = [1, 1, 2, 3][(seed % 4) as usize];
-            let is_cut_up = factor > 1 && seed % 8 > 3;
-            let mut simulation = Simulation { seed, is_told, is_cut_up, factor, ..Simulation::default() };
+            let (is_cut_up, is_steady) = (factor > 1 && seed % 8 > 3, factor > 1 && seed % 16 < 4);
+            let mut simulation = Simulation { seed, is_told, is_cut_up, is_steady, factor, ..Simulation::default() };
             simulation.random.set(seed.wrapping_mul(0x2545f4914f6cdd1d));
             simulation.now.set(start);
             simulation.quiet_until.set(start + millis(1600));
@@ -5640,7 +5648,7 @@ mod simulation {
         // -- Messages
 
         fn is_quiet(&self) -> bool {
-            self.now.get() < self.quiet_until.get()
+            self.is_steady || self.now.get() < self.quiet_until.get()
         }
 
         /// Lets an event arrive at another machine, unless it is lost.
@@ -5779,7 +5787,8 @@ mod simulation {
             }
         }
 
-        /// An acknowledged write is on every replica that the node that took it does not know to be silent.
+        /// An acknowledged write is on every replica that the node that took it does not know to be silent. Where no
+        /// message is lost, it is on all that have fetched from each other.
         fn note_acknowledged(&self, machine: usize, key: usize, stamp: u64) {
             let node = self.machines[machine].node.borrow();
             let node = node.as_ref().expect("it answers");
@@ -5787,9 +5796,11 @@ mod simulation {
                 return;
             }
             let is_deletion = self.written.borrow()[key][&stamp].is_none();
-            for other in node.others().iter().filter(|other| !node.is_silent(other)) {
+            for other in node.others().iter().filter(|other| self.is_steady || !node.is_silent(other)) {
                 let it = &self.machines[machine_of(other)];
-                let should = it.is(|other| other.version() == node.version() && !waits(other, key));
+                let has_fetched =
+                    it.is(|other| !waits(other, key) && (!node.is_silent(other.own()) || other.incoming().is_empty()));
+                let should = has_fetched && it.is(|other| other.version() == node.version());
                 let has_it = it.stamp(key) >= stamp || it.stamp(key) == 0 && is_deletion;
                 self.check(has_it || !should, || format!("n{machine} acknowledged what {other} does not have"));
             }
@@ -5861,7 +5872,7 @@ mod simulation {
                     self.ask(one, verb, key, self.below(SESSIONS));
                 }
                 62..78 => self.change_at_random(one),
-                78..84 => {
+                78..84 if !self.is_steady => {
                     self.tell(|| format!("n{one} sleeps"));
                     let time = millis([200, 1000, 3000, 15_000][self.below(4)] + self.below(500));
                     self.machines[one].asleep_until.set(self.now.get() + time);
@@ -5878,7 +5889,7 @@ mod simulation {
                         self.after(time, None, move |simulation| simulation.start_again(machine));
                     }
                 }
-                91.. => self.cut_or_heal(one, other),
+                91.. if !self.is_steady => self.cut_or_heal(one, other),
                 _ => {}
             }
         }
@@ -5962,7 +5973,7 @@ mod simulation {
             let end = self.now.get() + millis([2000, 3000, 5000, 12_000][self.below(4)]);
             while self.now.get() < end {
                 self.pass(self.below(50));
-                if !self.is_quiet() {
+                if self.now.get() > self.quiet_until.get() {
                     self.cause_trouble();
                 }
             }
@@ -6044,7 +6055,7 @@ mod simulation {
     /// A store of four nodes without keys, after a script.
     fn store_of_four(factor: usize, script: &str) -> Rc<Simulation> {
         let lease = Duration::from_secs(10);
-        let mut it = Simulation { factor, is_cut_up: true, lease, ..Simulation::new(2, false) };
+        let mut it = Simulation { factor, is_cut_up: true, is_steady: false, lease, ..Simulation::new(2, false) };
         it.machines.resize_with(4, Machine::default);
         it.quiet_until.set(Duration::MAX);
         let it = Rc::new(it);
@@ -6463,9 +6474,9 @@ mod simulation {
             reply(node, 1, lock_for(version(8, 7)));
             assert_eq!(begin(node, false), Some((0, 9)));
             assert_eq!(begin(node, true), Some((1, 9)), "by force");
-            node.note_silent(ADDRESSES[1], true);
+            node.note_answer(ADDRESSES[1], node.now, false);
             assert_eq!(begin(node, false), Some((0, 9)), "a silent node stays");
-            node.note_silent(ADDRESSES[3], true);
+            node.note_answer(ADDRESSES[3], node.now, false);
             assert_eq!(begin(node, false), Some((1, 9)), "a silent node leaves");
             hear(node, Version { epoch: 1, ..version(9, 0) });
             assert_eq!(begin(node, false), Some((1, 10)), "in that epoch");
@@ -6518,9 +6529,9 @@ mod simulation {
             assert!(node.status().stable_at[0] < record.stamp(), "lagging");
             // Who reconciles with it, and whether that is forgotten.
             assert!(node.begin_to_reconcile(ADDRESSES[3]).is_none(), "it does not lag");
-            node.note_silent(ADDRESSES[2], true);
+            node.note_answer(ADDRESSES[2], node.now, false);
             assert!(node.begin_to_reconcile(ADDRESSES[2]).is_none(), "it is silent");
-            node.note_silent(ADDRESSES[2], false);
+            node.note_answer(ADDRESSES[2], node.now, true);
             let failures = node.begin_to_reconcile(ADDRESSES[2]).expect("it lags");
             assert!(node.begin_to_reconcile(ADDRESSES[2]).is_none(), "it is under way");
             node.reconciled(ADDRESSES[2], version(7, 7), failures, true);
@@ -6588,12 +6599,16 @@ mod simulation {
             assert_eq!(node.context_needs(HASHES[1], b"k1", &of_own), Some(vec![names(&[0])]), "it has restarted");
             node.note_received(by, &pull, &found);
             assert!(node.incoming().is_empty());
-            node.note_silent(ADDRESSES[0], true);
+            let before = node.now;
+            node.note_answer(ADDRESSES[0], before, false);
+            node.look_at_clock(before + millis(1));
             let asked = node.compose(ADDRESSES[0], Message::Digests(Span { first: 0, last: 9 }));
             let (from, incarnation, to_incarnation) =
                 (ADDRESSES[0].to_owned(), asked.to_incarnation, asked.incarnation);
             node.receive(Envelope { from, incarnation, to_incarnation, ..asked });
             assert!(!node.is_silent(ADDRESSES[0]), "who fetches is not silent");
+            node.note_answer(ADDRESSES[0], before, false);
+            assert!(!node.is_silent(ADDRESSES[0]), "it was asked before it fetched");
         });
     }
 
