@@ -2849,6 +2849,11 @@ mod node {
                 self.not_pulled = vec![ALL];
             }
             self.not_pulled.extend(self.pulls.iter().filter(|pull| !pull.is_answerable).map(|pull| pull.span));
+            if let Some(old) = &self.table {
+                // Who was no member has not been met since it fell silent.
+                let members = old.nodes(self.settled);
+                self.peers.iter_mut().for_each(|(node, peer)| peer.silent &= members.contains(node));
+            }
             self.shard = table.shard_of(&self.own);
             self.table = Some(table.clone());
             self.pulls = self.pulls_by(&table);
@@ -2943,11 +2948,13 @@ mod node {
         }
 
         /// R4: reachable replicas that lack a write. Silent ones lag from now on. Fails if the write was dropped (R3).
+        /// If it was dropped since the table was settled (R8), all owners have got it, and may have deleted it since.
         pub fn lacking(&mut self, record: &Record, stored: &Stored) -> Result<Vec<String>, ()> {
-            let stamp = record.stamp();
+            let (hash, stamp) = (record.hash(), record.stamp());
             let Some(table) = self.table.clone().filter(|_| self.in_flight.contains(&stamp)) else { return Err(()) };
             let (mut lacking, mut unreached) = (Vec::new(), Vec::new());
-            for node in table.owners(record.hash()).iter().filter(|node| **node != self.own) {
+            let has_it = self.records.get(hash, record.key()).is_some();
+            for node in table.owners(hash).iter().filter(|node| has_it && **node != self.own) {
                 match self.peers.get(node) {
                     Some(peer) if peer.silent => unreached.push(node),
                     Some(peer) if stored.get(node) == Some(&(peer.status.incarnation, self.version())) => {}
@@ -3035,14 +3042,18 @@ mod node {
         // -- R6 stability
 
         /// R6: raises this node's claim, up to which its writes are on all replicas: below what is in flight and what a
-        /// replica may lack, once R8 holds. It never falls. The watermark is the lowest claim of all nodes.
+        /// replica may lack, once R8 holds. It never falls. The watermark is the lowest claim of all nodes. A node that
+        /// starts again must write above the claim of its earlier incarnation, which others may hear of late. So no
+        /// claim exceeds a replica's clock: the node fetches from one of them and hears its clock before it writes.
         fn refresh_stable(&mut self) {
             self.settle_if_all_whole();
             let Some(table) = self.table.clone().filter(|_| self.settled) else { return };
             if let Some(own) = table.view.iter().position(|node| *node == self.own).filter(|_| self.pulls.is_empty()) {
                 let open = self.in_flight.first().into_iter().chain(self.lagging.values());
-                let lowest = open.copied().min().unwrap_or(u64::MAX);
-                self.stable_at[own] = self.stable_at[own].max(self.clock_now().min(lowest.saturating_sub(1)));
+                let below = open.map(|stamp| stamp.saturating_sub(1));
+                let clock_of = |node: String| self.peers.get(&node).map_or(0, |peer| peer.status.clock);
+                let clocks = self.others().into_iter().map(clock_of);
+                self.stable_at[own] = self.stable_at[own].max(below.chain(clocks).fold(self.clock_now(), u64::min));
             }
             self.watermark = self.stable_at.iter().copied().min().unwrap_or(0);
         }
@@ -5771,16 +5782,18 @@ mod simulation {
                 });
                 let has_it = |it: &&Machine| it.counts.get() && (is_awaited || it.is(|node| owns(node, key)));
                 let left = self.machines.iter().filter(has_it).map(|it| it.stamp(key)).max();
-                // The last owner's clock is lost too, and all knowledge of deletions.
                 if left.is_some_and(|left| left >= stamp) {
                     continue;
                 }
+                // With the last owner, its clock is lost too, and all knowledge of deletions.
+                let last_written = || self.written.borrow()[key].keys().copied().max();
+                let last = left.or_else(last_written).unwrap_or(0).max(stamp);
                 let left = left.unwrap_or(0);
                 let (mut acknowledged, mut lost) = (self.acknowledged.borrow_mut(), self.lost.borrow_mut());
                 let may_go = !is_left_out || self.is_forced.get() || gave(ADDRESSES[machine], stamp);
                 self.check(may_go || acknowledged[key] != stamp, || format!("k{key} goes with n{machine}"));
                 let forget = |known: &mut Stamps| known[key] = known[key].min(left);
-                lost[key] = stamp.max(lost[key]);
+                lost[key] = last.max(lost[key]);
                 forget(&mut acknowledged);
                 self.known.borrow_mut().iter_mut().for_each(forget);
                 self.sessions.borrow_mut().iter_mut().for_each(|session| forget(&mut session.known));
