@@ -2849,10 +2849,9 @@ mod node {
                 self.not_pulled = vec![ALL];
             }
             self.not_pulled.extend(self.pulls.iter().filter(|pull| !pull.is_answerable).map(|pull| pull.span));
-            if let Some(old) = &self.table {
-                // Who was no member has not been met since it fell silent.
-                let members = old.nodes(self.settled);
-                self.peers.iter_mut().for_each(|(node, peer)| peer.silent &= members.contains(node));
+            if self.table.is_some() {
+                // All nodes of the view have answered to the lock.
+                self.peers.values_mut().for_each(|peer| peer.silent = false);
             }
             self.shard = table.shard_of(&self.own);
             self.table = Some(table.clone());
@@ -3378,8 +3377,8 @@ mod node {
         /// R10: a blank node adopts the newest table that it has heard of. More than half of that table's other
         /// members must have answered, and none of them may know of a lock for a newer table, which may be in force
         /// elsewhere. It is enough as well if all nodes that it asks answered, among them those that were asked for the
-        /// lock. If it has heard of no table, it adopts the first one once all nodes of its `VIEW` are blank too
-        /// (`first_table`).
+        /// lock, and the members of a newer table had a second to find this node. If it has heard of no table, it adopts
+        /// the first one once all nodes of its `VIEW` are blank too (`first_table`).
         pub fn take_up_table(&mut self, answers: &BTreeMap<String, Status>) {
             // Also those that were heard of only in this round.
             let has_all = self.nodes_to_ask().iter().all(|node| answers.contains_key(node));
@@ -3397,7 +3396,7 @@ mod node {
                     let answered = others.iter().filter(|node| answers.contains_key(**node)).count();
                     let knows_no_newer = |it: &Status| it.promised <= table.version || it.asked_for_lock.is_empty();
                     let is_enough = 2 * answered > others.len() && answers.values().all(knows_no_newer);
-                    Some(table).filter(|_| is_enough || has_all)
+                    Some(table).filter(|_| is_enough || has_all && self.rounds >= FIRST)
                 }
                 None => self.first_table(answers),
             };
@@ -5777,7 +5776,9 @@ mod simulation {
             let newest = self.newest();
             for (key, stamp) in stamps.into_iter().enumerate() {
                 let is_awaited = newest.as_ref().is_some_and(|newest| {
-                    let may_get_it = |node: &Node| node.version() != Some(newest.version) || waits(node, key);
+                    // One that has started again may find that the table was settled, and the sources have nothing.
+                    let is_behind = |node: &Node| node.version().is_some_and(|version| version < newest.version);
+                    let may_get_it = |node: &Node| is_behind(node) || waits(node, key);
                     newest.owners(HASHES[key]).iter().any(|node| self.machines[machine_of(node)].is(may_get_it))
                 });
                 let has_it = |it: &&Machine| it.counts.get() && (is_awaited || it.is(|node| owns(node, key)));
@@ -5788,7 +5789,9 @@ mod simulation {
                 // With the last owner, its clock is lost too, and all knowledge of deletions.
                 let last_written = || self.written.borrow()[key].keys().copied().max();
                 let last = left.or_else(last_written).unwrap_or(0).max(stamp);
-                let left = left.unwrap_or(0);
+                // Former owners may have dropped what one of them had before.
+                let owners = newest.iter().flat_map(|newest| newest.owners(HASHES[key]));
+                let left = owners.map(|node| self.machines[machine_of(node)].stamp(key)).max().unwrap_or(0);
                 let (mut acknowledged, mut lost) = (self.acknowledged.borrow_mut(), self.lost.borrow_mut());
                 let may_go = !is_left_out || self.is_forced.get() || gave(ADDRESSES[machine], stamp);
                 self.check(may_go || acknowledged[key] != stamp, || format!("k{key} goes with n{machine}"));
@@ -5811,9 +5814,8 @@ mod simulation {
             let is_deletion = self.written.borrow()[key][&stamp].is_none();
             for other in node.others().iter().filter(|other| self.is_steady || !node.is_silent(other)) {
                 let it = &self.machines[machine_of(other)];
-                let has_fetched =
-                    it.is(|other| !waits(other, key) && (!node.is_silent(other.own()) || other.incoming().is_empty()));
-                let should = has_fetched && it.is(|other| other.version() == node.version());
+                let has_fetched = |other: &Node| !waits(other, key) && !other.incoming().contains(node.own());
+                let should = it.is(|other| other.version() == node.version() && has_fetched(other));
                 let has_it = it.stamp(key) >= stamp || it.stamp(key) == 0 && is_deletion;
                 self.check(has_it || !should, || format!("n{machine} acknowledged what {other} does not have"));
             }
@@ -6443,7 +6445,7 @@ mod simulation {
         assert!(!is_in(&mut heard, &[(1, &good)]), "one of three");
         assert!(!is_in(&mut heard, &[(1, &good), (2, &promised)]), "a lock for a newer one");
         assert!(is_in(&mut heard, &[(1, &good), (2, &blank)]), "two of three");
-        let mut heard = node(0);
+        let mut heard = node(5);
         heard.hear(ADDRESSES[1], &node::Status { asked_for_lock: names(&[2]), ..good.clone() });
         heard.hear_of_table(ADDRESSES[4], first_table(1, &[0, 4]));
         assert_eq!(heard.begin_round(), Some(names(&[1, 2, 4])), "who was asked for a lock, and a table that names it");
