@@ -2588,8 +2588,8 @@ mod node {
     struct Peer {
         status: Status,
         silent: bool,
-        /// When it last began to fetch from this node.
-        last_fetched: Duration,
+        /// When it was known to be alive. That earlier questions fail says nothing about it.
+        alive_at: Duration,
         differs: Option<Duration>,
         is_reconciling: bool,
         /// How often this node noted that the peer may lack something.
@@ -2849,12 +2849,11 @@ mod node {
                 self.not_pulled = vec![ALL];
             }
             self.not_pulled.extend(self.pulls.iter().filter(|pull| !pull.is_answerable).map(|pull| pull.span));
-            if self.table.is_some() {
-                // All nodes of the view have answered to the lock.
-                self.peers.values_mut().for_each(|peer| peer.silent = false);
-            }
             self.shard = table.shard_of(&self.own);
-            self.table = Some(table.clone());
+            if self.table.replace(table.clone()).is_some() {
+                // All nodes of the view have granted the lock.
+                self.members().iter().for_each(|node| self.note_alive(node));
+            }
             self.pulls = self.pulls_by(&table);
             self.lagging = self.others().into_iter().map(|node| (node, 0)).collect();
             self.stable_at = vec![0; table.view.len()];
@@ -3239,8 +3238,7 @@ mod node {
                 Message::GiveKey(key) if is_same => self.give_key(&key),
                 Message::Digests(span) if is_same && span.first <= span.last => {
                     // From now on, writes must reach the node that pulls, even if it was silent (R2).
-                    self.peers.entry(from.clone()).or_default().last_fetched = self.now;
-                    self.note_answer(&from, self.now, true);
+                    self.note_alive(&from);
                     Reply::Digests(self.records.digests_of(span), self.is_whole_for(span))
                 }
                 Message::Compare(span, theirs) if is_same => self.compare(span, theirs),
@@ -3291,11 +3289,16 @@ mod node {
             self.refresh_stable();
         }
 
-        /// A node that did not answer is silent, unless it has begun to fetch since: the question was for an earlier
-        /// incarnation.
+        fn note_alive(&mut self, node: &str) {
+            self.peers.entry(node.to_owned()).or_default().alive_at = self.now;
+            self.note_answer(node, self.now, true);
+        }
+
+        /// A node that did not answer a question is silent, unless it was known to be alive after the question `began`:
+        /// that may have been for an earlier incarnation.
         pub fn note_answer(&mut self, node: &str, began: Duration, has_answered: bool) {
             let peer = self.peers.entry(node.to_owned()).or_default();
-            let silent = !has_answered && peer.last_fetched < began;
+            let silent = !has_answered && peer.alive_at < began;
             let is_news = std::mem::replace(&mut peer.silent, silent) != silent;
             if is_news && self.members().iter().any(|it| it == node) {
                 self.say(format!("{node} is {}", if silent { "silent" } else { "back" }));
@@ -3343,12 +3346,13 @@ mod node {
                 return Some(self.nodes_to_ask());
             }
             let members = self.members();
-            let neighbour = members.partition_point(|it| *it < self.own);
             let in_turn = |nodes: &[String], round: u32| nodes.get(round as usize % nodes.len().max(1)).cloned();
             let is_missed = |peer: &Peer| peer.silent || peer.status.version.is_none();
-            let missed: Vec<String> =
-                members.iter().filter(|it| self.peers.get(*it).is_none_or(is_missed)).cloned().collect();
-            let mut chosen = BTreeSet::from_iter(in_turn(&members, neighbour as u32));
+            let (missed, met): (Vec<String>, Vec<String>) =
+                members.iter().cloned().partition(|it| self.peers.get(it).is_none_or(is_missed));
+            // So each living node is met by one that notices when it starts again.
+            let neighbour = met.partition_point(|it| *it < self.own);
+            let mut chosen = BTreeSet::from_iter(in_turn(&met, neighbour as u32));
             chosen.extend(in_turn(&self.others(), self.rounds));
             chosen.extend(in_turn(&missed, self.rounds));
             if !self.settled {
@@ -5811,12 +5815,12 @@ mod simulation {
             if !owns(node, key) || !self.machines[machine].counts.get() {
                 return;
             }
-            let is_deletion = self.written.borrow()[key][&stamp].is_none();
+            let is_deleted = self.written.borrow()[key].range(stamp..).any(|(_, value)| value.is_none());
             for other in node.others().iter().filter(|other| self.is_steady || !node.is_silent(other)) {
                 let it = &self.machines[machine_of(other)];
                 let has_fetched = |other: &Node| !waits(other, key) && !other.incoming().contains(node.own());
                 let should = it.is(|other| other.version() == node.version() && has_fetched(other));
-                let has_it = it.stamp(key) >= stamp || it.stamp(key) == 0 && is_deletion;
+                let has_it = it.stamp(key) >= stamp || it.stamp(key) == 0 && is_deleted;
                 self.check(has_it || !should, || format!("n{machine} acknowledged what {other} does not have"));
             }
             let acknowledged = &mut self.acknowledged.borrow_mut()[key];
