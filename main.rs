@@ -3220,6 +3220,10 @@ mod node {
             let is_same = version.is_some() && version == self.version() && is_current;
             match message {
                 Message::Meet(status) => {
+                    if self.table.is_none() {
+                        // The other one learns that there is nothing to fetch here, so the same holds (`Digests`).
+                        self.note_alive(&from);
+                    }
                     self.hear(&from, &status);
                     if version > self.version() {
                         self.later.activities.push(Activity::Meet(from));
