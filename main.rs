@@ -2439,7 +2439,8 @@ mod node {
         pub is_ready: bool,
         pub clock: u64,
         pub promised: Version,
-        /// The nodes that were asked for that lock, unless nothing came of it.
+        /// The nodes that were asked for that lock, unless nothing came of it; or those of a table that a blank node has
+        /// heard of, if that is newer than the lock.
         pub asked_for_lock: Vec<String>,
         pub stable_at: Vec<u64>,
         pub first_view: Vec<String>,
@@ -3177,6 +3178,11 @@ mod node {
             let sums = self.sums();
             // A node that has heard of a table does not adopt a first one.
             let (table, is_blank) = (self.table.as_ref(), self.table.is_none() && self.heard_of.is_none());
+            let Promise { mut version, mut nodes, .. } = self.promise.clone();
+            if let Some(heard) = self.heard_of.as_ref().filter(|heard| heard.version > version) {
+                // Other blank nodes must ask its nodes too.
+                (version, nodes) = (heard.version, heard.nodes(false).into_iter().cloned().collect());
+            }
             Status {
                 incarnation: self.incarnation,
                 version: self.version(),
@@ -3189,8 +3195,8 @@ mod node {
                 incoming: self.incoming().into_iter().collect(),
                 is_ready: self.is_ready(),
                 clock: self.clock_now(),
-                promised: self.promise.version,
-                asked_for_lock: self.promise.nodes.clone(),
+                promised: version,
+                asked_for_lock: nodes,
                 stable_at: self.stable_at.clone(),
                 first_view: if is_blank { self.first_view.clone() } else { Vec::new() },
                 factor: self.first_factor,
@@ -3404,12 +3410,15 @@ mod node {
                     let answered = others.iter().filter(|node| answers.contains_key(**node)).count();
                     let knows_no_newer = |it: &Status| it.promised <= table.version || it.asked_for_lock.is_empty();
                     let is_enough = 2 * answered > others.len() && answers.values().all(knows_no_newer);
-                    Some(table).filter(|_| is_enough || has_all && self.rounds >= FIRST)
+                    let is_newest =
+                        answers.values().all(|it| it.store != table.store || it.version <= Some(table.version));
+                    Some(table).filter(|_| is_newest && (is_enough || has_all && self.rounds >= FIRST))
                 }
                 None => self.first_table(answers),
             };
             let Some(table) = table else { return };
             self.say(format!("started blank, takes up table {}", table.version));
+            self.heard_of = None;
             self.adopt(table);
             // What is settled has no sources (R8): one that is cut off may still have what was deleted since.
             answers.iter().for_each(|(node, status)| self.hear(node, status));
