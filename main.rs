@@ -3379,7 +3379,7 @@ mod node {
 
         fn nodes_to_ask(&self) -> Vec<String> {
             let locked = self.peers.values().flat_map(|peer| &peer.status.asked_for_lock);
-            let mut all: BTreeSet<&String> = self.first_view.iter().chain(locked).collect();
+            let mut all: BTreeSet<&String> = self.first_view.iter().chain(locked).chain(&self.promise.nodes).collect();
             if let Some(table) = &self.heard_of {
                 let goes_by_it = |(_, peer): &(&String, &Peer)| peer.status.version == Some(table.version);
                 all.extend(table.nodes(false));
