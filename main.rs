@@ -3230,7 +3230,10 @@ mod node {
                         // The other one learns that there is nothing to fetch here, so the same holds (`Digests`).
                         self.note_alive(&from);
                     }
-                    self.hear(&from, &status);
+                    // One for an earlier incarnation may be from an earlier store.
+                    if to_incarnation == self.incarnation || to_incarnation == 0 {
+                        self.hear(&from, &status);
+                    }
                     if version > self.version() {
                         self.later.activities.push(Activity::Meet(from));
                     }
@@ -3273,7 +3276,8 @@ mod node {
             }
             self.clock = self.clock.max(status.clock);
             let is_same = status.version == self.version();
-            if is_same {
+            // Others may know it of earlier incarnations: where all members start again, their first table is the same.
+            if is_same && status.is_member {
                 for (known, told) in self.stable_at.iter_mut().zip(&status.stable_at) {
                     *known = (*known).max(*told);
                 }
@@ -6649,7 +6653,8 @@ mod simulation {
         let it = store_of_four(4, "fill, pass 5000");
         it.there(0).with(|node| {
             let before = node.status().stable_at;
-            let claim = |version| node::Status { stable_at: vec![u64::MAX / 2; 4], ..status_by(Some(version)) };
+            let (stable_at, is_member) = (vec![u64::MAX / 2; 4], true);
+            let claim = |version| node::Status { stable_at: stable_at.clone(), is_member, ..status_by(Some(version)) };
             node.hear(ADDRESSES[1], &claim(version(7, 7)));
             assert_eq!(node.status().stable_at[1..], before[1..], "by another table");
             node.lagging.insert(ADDRESSES[1].to_owned(), 1);
@@ -6661,8 +6666,12 @@ mod simulation {
             assert!(node.take(&old, false) && node.lagging.keys().eq(&names(&[1, 2, 3])), "nothing is stable");
             node.lagging.clear();
             assert_eq!(node.status().stable_at, [0; 4], "not settled");
-            let incoming = names(&[2]);
-            node.hear(ADDRESSES[1], &node::Status { incoming, settled: true, ..status_by(Some(version(2, 7))) });
+            let (incoming, by) = (names(&[2]), Some(version(2, 7)));
+            let mut settled = node::Status { incoming, settled: true, ..status_by(by) };
+            node.hear(ADDRESSES[1], &settled);
+            assert!(!node.settled, "no member says so");
+            settled.is_member = true;
+            node.hear(ADDRESSES[1], &settled);
             assert!(node.settled);
             node.hear(ADDRESSES[1], &node::Status { clock: 1 << 62, ..status_by(None) });
             assert!(node.status().clock >= 1 << 62);
