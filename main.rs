@@ -6370,7 +6370,12 @@ mod simulation {
         it.pass(11_000);
         it.there(2).with(|node| {
             assert!(!node.adopt_own(next_table(node, version(4, 8)), began), "its lock is old");
+            let began = node.now;
+            node.look_at_clock(began + millis(1));
+            node.note_answer(ADDRESSES[1], node.now, false);
             assert!(node.adopt(next_table(node, version(2, 7))), "an old lock keeps nobody off");
+            node.note_answer(ADDRESSES[1], began, false);
+            assert!(!node.is_silent(ADDRESSES[1]), "it has granted the lock since");
             reply(node, 1, lock_for(version(9, 8)));
             assert!(node.adopt(next_table(node, version(3, 8))), "it has the lock, for another table");
             assert!(!locks(node, (10, 7)));
@@ -6463,10 +6468,15 @@ mod simulation {
         assert!(heard.status().first_view.is_empty());
         heard.hear(ADDRESSES[4], &good);
         assert_eq!(heard.begin_round(), Some(names(&[1, 2, 3, 4])), "who goes by it");
+        let status = heard.status();
+        assert_eq!((status.promised, status.asked_for_lock), (version(3, 9), names(&[0, 1, 2, 3])), "what it heard of");
         assert!(!is_in(&mut heard, &[(1, &good)]), "one of three");
+        let newer = status_by(Some(version(4, 9)));
+        let newer = node::Status { store: first_table(3, &[0, 1, 2, 3]).store, ..newer };
+        assert!(!is_in(&mut heard, &[(1, &good), (2, &blank), (4, &newer)]), "there is a newer one");
         assert!(!is_in(&mut heard, &[(1, &good), (2, &promised)]), "a lock for a newer one");
         assert!(is_in(&mut heard, &[(1, &good), (2, &blank)]), "two of three");
-        let mut heard = node(5);
+        let mut heard = node(2);
         heard.hear(ADDRESSES[1], &node::Status { asked_for_lock: names(&[2]), ..good.clone() });
         heard.hear_of_table(ADDRESSES[4], first_table(1, &[0, 4]));
         assert_eq!(heard.begin_round(), Some(names(&[1, 2, 4])), "who was asked for a lock, and a table that names it");
@@ -6475,7 +6485,17 @@ mod simulation {
         heard.hear_of_table(ADDRESSES[1], Arc::new(with_source));
         assert_eq!(heard.begin_round(), Some(names(&[1, 2, 3, 4])), "a source, and the table of a node of its view");
         let all = [1, 2, 3, 4].map(|it| (it, &promised));
-        assert!(!is_in(&mut heard, &all[1..]) && is_in(&mut heard, &all), "all that it asks");
+        assert!(
+            !is_in(&mut heard, &all[1..]) && !is_in(&mut heard, &all),
+            "all that it asks, but no second has passed"
+        );
+        assert!(heard.begin_round().is_some() && is_in(&mut heard, &all));
+        let mut asked = node(0);
+        asked.note_answer(ADDRESSES[3], asked.now, false);
+        reply(&mut asked, 3, Message::Lock(version(2, 7), names(&[3, 4])));
+        assert_eq!(asked.begin_round(), Some(names(&[1, 3, 4])), "who was asked for a lock with it");
+        reply(&mut asked, 3, Message::Meet(node::Status::default()));
+        assert!(!asked.is_silent(ADDRESSES[3]), "it may learn that there is nothing to fetch");
         let mut heard = node(3);
         heard.hear_of_table(ADDRESSES[1], first_table(3, &[0, 1, 2, 3]));
         assert!(!is_in(&mut heard, &[(1, &blank), (2, &blank)]), "nobody goes by it any more");
@@ -6527,6 +6547,9 @@ mod simulation {
         assert!(is_answered(question.clone()));
         assert!(!is_answered(Envelope { version: Some(version(7, 7)), ..question.clone() }), "by another table");
         assert!(!is_answered(Envelope { to_incarnation: 7, ..question.clone() }), "to another life");
+        let status = node::Status { clock: 1 << 63, ..node::Status::default() };
+        let meeting = Envelope { to_incarnation: 7, message: Message::Meet(status), ..question.clone() };
+        assert!(is_answered(meeting) && it.there(2).with(|node| node.status().clock < 1 << 63), "so is a meeting");
         let late = it.there(2).with(|node| {
             let copy = node.copy_of(record(node, 0).expect("it has the key"));
             node.compose(ADDRESSES[3], Message::Push(vec![copy]))
@@ -6593,6 +6616,12 @@ mod simulation {
             assert!(!node.take_reconciled(version(7, 7), ADDRESSES[1], &[new.clone()], false), "by another table");
             assert!(node.take_reconciled(by, ADDRESSES[1], &[new], false));
             assert!(node.lagging.keys().eq(&names(&[2, 3])), "{:?}", node.lagging);
+            // What was dropped as others own it is not pushed.
+            let record = write(node, 1);
+            let of_others = Table { shards: vec![names(&[1, 2, 3])], ..Table::clone(&next_table(node, version(8, 7))) };
+            assert!(node.adopt(Arc::new(of_others)) && node.lacking(&record, &BTreeMap::new()) != Ok(Vec::new()));
+            node.settle();
+            assert_eq!(node.lacking(&record, &BTreeMap::new()), Ok(Vec::new()));
         });
     }
 
@@ -6626,7 +6655,9 @@ mod simulation {
             assert!(!node.is_ready(), "nothing came of that");
             node.lagging.clear();
             node.look_at_clock(node.now + Duration::from_secs(3600));
-            assert!(node.status().stable_at[1] < node.status().clock, "it has a pull");
+            let clock = node.status().clock;
+            node.hear(ADDRESSES[0], &node::Status { clock, ..status_by(Some(by)) });
+            assert!(node.status().stable_at[1] < clock, "it has a pull");
             let old = |key: usize| (Record::new(NAMES[key].as_bytes(), "1"), Context::default());
             assert!(!node.take(&old(1), false), "it is stable");
             assert!(!node.take(&old(0), true), "no pull covers it");
@@ -6653,6 +6684,12 @@ mod simulation {
         let it = store_of_four(4, "fill, pass 5000");
         it.there(0).with(|node| {
             let before = node.status().stable_at;
+            node.look_at_clock(node.now + Duration::from_secs(3600));
+            let minutes = 2_400_000_000 << 12;
+            assert!(
+                node.status().stable_at[0] + minutes < node.status().clock,
+                "no claim is above another one's clock"
+            );
             let (stable_at, is_member) = (vec![u64::MAX / 2; 4], true);
             let claim = |version| node::Status { stable_at: stable_at.clone(), is_member, ..status_by(Some(version)) };
             node.hear(ADDRESSES[1], &claim(version(7, 7)));
