@@ -2294,7 +2294,7 @@ left_of_graders() { # reads their process ids
 
 # ---- AddressSanitizer under mixed load -------------------------------------------------------------------------------
 
-readonly SANITIZE_SECONDS=120
+readonly SANITIZE_SECONDS=${SANITIZE_SECONDS:-300}
 
 build_sanitized() {
   local target
