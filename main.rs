@@ -204,9 +204,12 @@ mod connections {
     //! pointer, and buffers need no accounting.
     //!
     //! A connection is closed
-    //! - after the answer to `Connection: close` or HTTP/1.0 (`close_with`);
-    //! - after a refusal, when the end of the request is not known or too far to read on (`refuse`);
-    //! - without an answer, when a body ends before its length (`serve`) or a stream ends (`serve_stream`);
+    //! - after the answer to `Connection: close`, HTTP/1.0 or a PUT of more than `MAX_BODY` (`close_with`);
+    //! - after a refusal, when a head does not parse (`Connection::drop`) or contradicts itself, or a stream does not
+    //!   prove the secret (`refuse`);
+    //! - when the client has closed its side, after all answers (`after_read`, `Connection::drop`);
+    //! - without an answer, when a body ends before its length (`serve`), a stream ends (`serve_stream`), reading fails
+    //!   (`after_read`), or a coroutine panics;
     //! - when its client takes nothing of an answer for 10 s (`write_waiting`), or sends nothing for 75 s (`watch`);
     //! - at once, when there are too many connections (`new_service`).
     //!
@@ -339,7 +342,7 @@ mod connections {
                 return self.close_with(answer_unread(request), verb, false);
             }
             let is_large = framing.length > LARGE_BODY && framing.length <= MAX_BODY;
-            let _room = is_large.then(|| self.wait_for_room(framing.length));
+            let _permit = is_large.then(|| self.wait_for_permit(framing.length));
             if framing.expects_continue && framing.length > 0 {
                 // RFC 9110 section 10.1.1.
                 self.output.borrow_mut().extend(b"HTTP/1.1 100 Continue\r\n\r\n");
@@ -375,13 +378,13 @@ mod connections {
         }
 
         /// Waits until `MAX_BODIES` allows another large body.
-        fn wait_for_room(&self, length: usize) -> Room {
+        fn wait_for_permit(&self, length: usize) -> Permit {
             self.flush();
             while BODIES.get() + length > MAX_BODIES {
                 pause(Duration::from_millis(5));
             }
             BODIES.set(BODIES.get() + length);
-            Room(length)
+            Permit(length)
         }
 
         /// Reads a whole body, and keeps it unless it is over `MAX_BODY`. Returns false if the connection ended before:
@@ -505,9 +508,9 @@ mod connections {
     }
 
     /// A part of `BODIES`, which it gives back when dropped.
-    struct Room(usize);
+    struct Permit(usize);
 
-    impl Drop for Room {
+    impl Drop for Permit {
         fn drop(&mut self) {
             BODIES.set(BODIES.get() - self.0);
         }
@@ -783,8 +786,8 @@ mod http {
         }
     }
 
-    /// Reads the head of a request that the server has parsed; the body is still missing. An error means that the end
-    /// of the request is not known, so the connection must be closed.
+    /// Reads the head of a request that the server has parsed; the body is still missing. An error means that
+    /// the head contradicts itself or the end of the body is not known, so the connection must be closed.
     pub fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
         let framing = Framing::of(parsed)?;
         let verb = if framing.is_head { "GET" } else { parsed.method() }.into();
@@ -1027,7 +1030,7 @@ mod http {
         Created, Replaced, Found(Record), Deleted, Missing,
         KeyInvalid, ValueMissing, ValueTooLarge, ValueNotText, BodyNotObject,
         ContextInvalid, Unsatisfied,
-        MainDown, NotFound, BadRequest, Unparsed, LengthRequired, AddressNotSet, ViewMissing, ChangeUnderWay, Elsewhere, NotOfStore,
+        MainDown, NotFound, BadRequest, Unparsed, LengthRequired, AddressNotSet, ViewMissing, ChangeUnderWay, NotOwner, NotOfStore,
         /// With the headers that say which verbs the path takes.
         VerbNotAllowed(&'static str),
         NoShard,
@@ -1085,8 +1088,8 @@ mod http {
                 NotOfStore        => [(403, "Not a node of this store"); 2],
                 HoldsKeys(_)      => [(409, "Node % holds keys of another store"); 2],
                 ViewChanged(_)    => [(200, r#"{"message":"View change successful",%}"#); 2],
-                // Only between nodes: by this node's table it is not the owner.
-                Elsewhere         => [(421, "Not the owner"); 2],
+                // Only between nodes: this node may not answer for the key now.
+                NotOwner          => [(421, "Not the owner"); 2],
             }
         }
 
@@ -1356,7 +1359,7 @@ mod service {
             match (node.place(self.hash), self.request.origin) {
                 (Place::Here, Origin::Node(store)) if store == node.store() => {}
                 // R1: a request is passed on once, so nodes with different tables cannot pass it in circles.
-                (_, Origin::Node(_)) => return Tried::Done(Outcome::Elsewhere, None),
+                (_, Origin::Node(_)) => return Tried::Done(Outcome::NotOwner, None),
                 (Place::Here, _) => {}
                 (Place::There(nodes), _) => return Tried::Elsewhere(nodes),
                 (Place::Unknown, _) => return Tried::Unknown,
@@ -1512,6 +1515,9 @@ mod service {
             let left: Vec<&String> = nodes.iter().filter(|node| !self.failed.contains(node)).collect();
             let Some(owner) = left.first() else { return Some(self.render_down(&nodes[0])) };
             let (store, now) = world.with(|node| (node.store(), node.now));
+            if now >= deadline {
+                return Some(self.render_down(owner));
+            }
             let limit = if is_read && left.len() > 1 { NEXT_REPLICA } else { PATIENCE };
             let passed_on = Request { origin: Origin::Node(store), ..self.request.clone() };
             match world.relay(owner, passed_on, deadline.saturating_sub(now).min(limit)).await {
@@ -2482,7 +2488,8 @@ mod node {
     }
 
     impl Message {
-        /// A node that takes longer is silent. A meeting must fit into the second that a starting node waits (R10).
+        /// A node that takes longer is silent. A meeting must fit into the second that a starting node waits (R10),
+        /// but for a large view (`begin_to_deliver`).
         pub fn limit(&self) -> Duration {
             Duration::from_millis(match self {
                 Message::Meet(_) | Message::GiveKey(_) => 700,
@@ -2521,13 +2528,13 @@ mod node {
     pub const MAX_BATCH: usize = if cfg!(test) { 40 } else { 256 << 10 };
     /// For how long a lock excludes other coordinators.
     pub const LEASE: Duration = Duration::from_secs(10);
-    /// A node that did nothing for this long was asleep. Others need 1.95 s at least to remove a silent node from the
-    /// view: 1.25 s until its stream ends, and 0.7 s for a meeting.
+    /// A node that did nothing for this long was asleep. Others need 1.95 s at least to remove it from the view: 1.25 s
+    /// (`SILENCE` less `BEAT`) until its stream ends, and 0.7 s until a meeting fails.
     const ASLEEP: Duration = Duration::from_millis(1500);
     /// For how long a node that was asleep tries to meet another one before it answers.
     const WAKING: Duration = Duration::from_secs(1);
-    /// R10: for how many rounds all nodes of a first view must have been up: a second.
-    const FIRST: u32 = 5;
+    /// R10: for how many rounds a node looks for a newer table before it goes by a first one: a second.
+    const MIN_ROUNDS: u32 = 5;
     /// R5: for how long digests must differ. While clients write, they differ in most meetings.
     const DIFFERING: Duration = Duration::from_secs(3);
 
@@ -2560,8 +2567,8 @@ mod node {
             self.group.iter().filter(|node| !self.received.contains(*node))
         }
 
-        /// No node is awaited, or in two rounds in a row each was incomplete. One that was so in both was so while the
-        /// others were asked: no whole node existed, and what all have together is all there is.
+        /// No node is awaited, or each was incomplete in two rounds in a row. Then there was no whole node when the
+        /// first of these rounds ended, and what all of them gave is all there is.
         fn is_done(&self) -> bool {
             self.incomplete_rounds > 1 || self.awaited().next().is_none()
         }
@@ -2589,12 +2596,12 @@ mod node {
     struct Peer {
         status: Status,
         silent: bool,
-        /// When it was known to be alive. That earlier questions fail says nothing about it.
+        /// Questions that began by then and failed do not make it silent (`note_alive`).
         alive_at: Duration,
         differs: Option<Duration>,
         is_reconciling: bool,
-        /// How often this node noted that the peer may lack something.
-        failures: u64,
+        /// The number of calls of `note_lagging`. A reconciliation counts only if there were none meanwhile.
+        times_lagging: u64,
     }
 
     #[derive(Clone, Debug)]
@@ -2628,7 +2635,7 @@ mod node {
         heard_of: Option<Arc<Table>>,
         promise: Promise,
         pub lease: Duration,
-        coordinating: bool,
+        pub coordinating: bool,
         pub records: Records,
         /// By stamp and hash, the contexts of the records that R6 and R7 still need. All tombstones are here.
         unstable: BTreeMap<(u64, u64), Context>,
@@ -2851,10 +2858,10 @@ mod node {
             }
             self.not_pulled.extend(self.pulls.iter().filter(|pull| !pull.is_answerable).map(|pull| pull.span));
             self.shard = table.shard_of(&self.own);
-            if self.table.replace(table.clone()).is_some() {
-                // All nodes of the view have granted the lock.
-                self.members().iter().for_each(|node| self.note_alive(node));
-            }
+            let was_blank = self.table.replace(table.clone()).is_none();
+            // All nodes of the view have granted the lock for it.
+            let granting = if was_blank { Vec::new() } else { table.view.clone() };
+            granting.iter().for_each(|node| self.note_alive(node));
             self.pulls = self.pulls_by(&table);
             self.lagging = self.others().into_iter().map(|node| (node, 0)).collect();
             self.stable_at = vec![0; table.view.len()];
@@ -2866,7 +2873,8 @@ mod node {
             let incoming = self.incoming();
             let from = if incoming.is_empty() { "nobody".into() } else { Vec::from_iter(incoming).join(", ") };
             let (version, count) = (table.version, table.view.len());
-            self.say(format!("goes by table {version} of {count} nodes, fetches from {from}"));
+            let how = if was_blank { "started blank, " } else { "" };
+            self.say(format!("{how}goes by table {version} of {count} nodes, fetches from {from}"));
             self.start_pulling();
             self.settle_if_all_whole();
             true
@@ -2882,11 +2890,11 @@ mod node {
                 table.spans().filter(|(_, range)| self.shard.is_some() && Some(range.shard) == self.shard)
             {
                 let has_it = !self.not_pulled.iter().any(|lack| lack.overlaps(&span));
-                let pull = |group: Vec<String>, has_it, is_source| Pull {
+                let pull = |group: Vec<String>, is_answerable, is_source| Pull {
                     span,
                     group: group.into_iter().filter(|node| *node != self.own).collect(),
                     received: BTreeSet::new(),
-                    is_answerable: has_it,
+                    is_answerable,
                     incomplete_rounds: 0,
                     is_source,
                 };
@@ -2976,7 +2984,7 @@ mod node {
             if self.is_replica(node) {
                 let lowest = self.lagging.entry(node.to_owned()).or_insert(stamp);
                 *lowest = stamp.min(*lowest);
-                self.peers.entry(node.to_owned()).or_default().failures += 1;
+                self.peers.entry(node.to_owned()).or_default().times_lagging += 1;
             }
         }
 
@@ -2993,15 +3001,15 @@ mod node {
             let can = peer.status.version == version && peer.status.is_ready && !peer.silent && !peer.is_reconciling;
             (can && (lags || differs)).then(|| {
                 (peer.is_reconciling, peer.differs) = (true, None);
-                peer.failures
+                peer.times_lagging
             })
         }
 
         /// R5: the replica lags no longer if all was compared and nothing failed meanwhile. A restart is a failure too.
-        pub fn reconciled(&mut self, node: &str, version: Version, failures: u64, is_through: bool) {
+        pub fn reconciled(&mut self, node: &str, version: Version, times_lagging: u64, is_through: bool) {
             let peer = self.peers.entry(node.to_owned()).or_default();
             peer.is_reconciling = false;
-            if is_through && peer.failures == failures && self.version() == Some(version) {
+            if is_through && peer.times_lagging == times_lagging && self.version() == Some(version) {
                 self.lagging.remove(node);
             }
         }
@@ -3041,9 +3049,11 @@ mod node {
         // -- R6 stability
 
         /// R6: raises this node's claim, up to which its writes are on all replicas: below what is in flight and what a
-        /// replica may lack, once R8 holds. It never falls. The watermark is the lowest claim of all nodes. A node that
-        /// starts again must write above the claim of its earlier incarnation, which others may hear of late. So no
-        /// claim exceeds a replica's clock: the node fetches from one of them and hears its clock before it writes.
+        /// replica may lack, once R8 holds. It never falls. The watermark is the lowest claim of all nodes.
+        ///
+        /// A node that starts again must write above the claims of its previous incarnation, which others may hear of
+        /// late. So no claim exceeds the clock of any other replica: the node fetches from one of these, and has heard
+        /// its clock, before it writes. (Without other replicas, nobody takes its writes but by pulls.)
         fn refresh_stable(&mut self) {
             self.settle_if_all_whole();
             let Some(table) = self.table.clone().filter(|_| self.settled) else { return };
@@ -3177,7 +3187,7 @@ mod node {
             self.refresh_stable();
             let sums = self.sums();
             // A node that has heard of a table does not adopt a first one.
-            let (table, is_blank) = (self.table.as_ref(), self.table.is_none() && self.heard_of.is_none());
+            let (table, may_begin) = (self.table.as_ref(), self.table.is_none() && self.heard_of.is_none());
             let Promise { mut version, mut nodes, .. } = self.promise.clone();
             if let Some(heard) = self.heard_of.as_ref().filter(|heard| heard.version > version) {
                 // Other blank nodes must ask its nodes too.
@@ -3198,7 +3208,7 @@ mod node {
                 promised: version,
                 asked_for_lock: nodes,
                 stable_at: self.stable_at.clone(),
-                first_view: if is_blank { self.first_view.clone() } else { Vec::new() },
+                first_view: if may_begin { self.first_view.clone() } else { Vec::new() },
                 factor: self.first_factor,
                 rounds: self.rounds,
             }
@@ -3227,7 +3237,7 @@ mod node {
             match message {
                 Message::Meet(status) => {
                     if self.table.is_none() {
-                        // The other one learns that there is nothing to fetch here, so the same holds (`Digests`).
+                        // The other one learns that there is nothing to fetch here, which stands for a fetch.
                         self.note_alive(&from);
                     }
                     // One for an earlier incarnation may be from an earlier store.
@@ -3250,7 +3260,7 @@ mod node {
                 Message::Survey(version, counts) if self.promise.version == version => self.survey(&counts),
                 Message::GiveKey(key) if is_same => self.give_key(&key),
                 Message::Digests(span) if is_same && span.first <= span.last => {
-                    // From now on, writes must reach the node that pulls, even if it was silent (R2).
+                    // R2: what is written from now on may be missing in the digests.
                     self.note_alive(&from);
                     Reply::Digests(self.records.digests_of(span), self.is_whole_for(span))
                 }
@@ -3303,13 +3313,14 @@ mod node {
             self.refresh_stable();
         }
 
+        /// From now on, writes must reach this node: it has begun to fetch, or granted the lock for a table.
         fn note_alive(&mut self, node: &str) {
             self.peers.entry(node.to_owned()).or_default().alive_at = self.now;
             self.note_answer(node, self.now, true);
         }
 
-        /// A node that did not answer a question is silent, unless it was known to be alive after the question `began`:
-        /// that may have been for an earlier incarnation.
+        /// Notes whether a node answered a question. If not it is silent, unless it was known to be alive after the
+        /// question `began`, which may have been sent to its previous incarnation.
         pub fn note_answer(&mut self, node: &str, began: Duration, has_answered: bool) {
             let peer = self.peers.entry(node.to_owned()).or_default();
             let silent = !has_answered && peer.alive_at < began;
@@ -3392,11 +3403,14 @@ mod node {
             all.into_iter().filter(|node| **node != self.own).cloned().collect()
         }
 
-        /// R10: a blank node adopts the newest table that it has heard of. More than half of that table's other
-        /// members must have answered, and none of them may know of a lock for a newer table, which may be in force
-        /// elsewhere. It is enough as well if all nodes that it asks answered, among them those that were asked for the
-        /// lock, and the members of a newer table had a second to find this node. If it has heard of no table, it adopts
-        /// the first one once all nodes of its `VIEW` are blank too (`first_table`).
+        /// R10: a blank node adopts the newest table that it has heard of if no answering node uses a newer one, and
+        /// - more than half of the table's other members answered, and no answer tells of a lock for a newer table,
+        ///   which may be in force elsewhere; or
+        /// - all nodes that it asks answered, among them those that were asked for the lock, and members of a newer
+        ///   table have had a second to find this node.
+        ///
+        /// If it has heard of no table, it adopts the first one once all nodes of its `VIEW` are blank too
+        /// (`first_table`).
         pub fn take_up_table(&mut self, answers: &BTreeMap<String, Status>) {
             // Also those that were heard of only in this round.
             let has_all = self.nodes_to_ask().iter().all(|node| answers.contains_key(node));
@@ -3416,16 +3430,16 @@ mod node {
                     let is_enough = 2 * answered > others.len() && answers.values().all(knows_no_newer);
                     let is_newest =
                         answers.values().all(|it| it.store != table.store || it.version <= Some(table.version));
-                    Some(table).filter(|_| is_newest && (is_enough || has_all && self.rounds >= FIRST))
+                    Some(table).filter(|_| is_newest && (is_enough || has_all && self.rounds >= MIN_ROUNDS))
                 }
                 None => self.first_table(answers),
             };
             let Some(table) = table else { return };
-            self.say(format!("started blank, takes up table {}", table.version));
-            self.heard_of = None;
-            self.adopt(table);
-            // What is settled has no sources (R8): one that is cut off may still have what was deleted since.
-            answers.iter().for_each(|(node, status)| self.hear(node, status));
+            if self.adopt(table) {
+                self.heard_of = None;
+                // If it is settled, nothing is pulled from sources (R8), which may still have what was deleted since.
+                answers.iter().for_each(|(node, status)| self.hear(node, status));
+            }
         }
 
         fn first_table(&mut self, answers: &BTreeMap<String, Status>) -> Option<Arc<Table>> {
@@ -3438,9 +3452,10 @@ mod node {
             if let Some(node) = differing.filter(|_| self.rounds.is_multiple_of(40)) {
                 self.later.lines.push(format!("waits: {node} was started with another VIEW or REPL_FACTOR"));
             }
-            let is_up =
-                |node: &&String| answers.get(*node).is_some_and(|it| !it.first_view.is_empty() && it.rounds >= FIRST);
-            let is_first = differing.is_none() && others.iter().all(is_up) && self.rounds >= FIRST;
+            let is_up = |node: &&String| {
+                answers.get(*node).is_some_and(|it| !it.first_view.is_empty() && it.rounds >= MIN_ROUNDS)
+            };
+            let is_first = differing.is_none() && others.iter().all(is_up) && self.rounds >= MIN_ROUNDS;
             let names_itself = self.first_view.contains(&self.own);
             (is_first && names_itself).then(|| Arc::new(Table::first(self.first_view.clone(), self.first_factor)))
         }
@@ -3487,10 +3502,6 @@ mod node {
             let leaves_out = force || self.silent().iter().any(|node| !view.contains(node));
             let epoch = newest.epoch + u64::from(leaves_out && newest.epoch == table.version.epoch);
             Some((table, Version { epoch, number: newest.number.saturating_add(1), coordinator: self.incarnation }))
-        }
-
-        pub fn end_change(&mut self) {
-            self.coordinating = false;
         }
 
         /// A wanted view may name anything: forgets the nodes of earlier ones that did not become members.
@@ -3699,18 +3710,18 @@ mod replication {
     }
 
     pub async fn reconcile_if_due(world: &impl World, other: &str) {
-        let Some(failures) = world.with(|node| node.begin_to_reconcile(other)) else { return };
+        let Some(times_lagging) = world.with(|node| node.begin_to_reconcile(other)) else { return };
         let (version, spans) = world.with(|node| (node.version().unwrap_or_default(), node.own_spans()));
         let mut is_through = true;
         for span in spans {
             is_through = is_through && reconcile(world, other, version, span, false).await.is_some();
         }
-        world.with(|node| node.reconciled(other, version, failures, is_through));
+        world.with(|node| node.reconciled(other, version, times_lagging, is_through));
     }
 
     /// R5: finds what differs by digests of buckets, then by stamps. Takes what is newer there and, except in a pull,
     /// gives what is newer here: the higher stamp wins wherever two meet. Returns whether the other node was whole
-    /// for the span before that: what it gets meanwhile may come too late for this. None if it could not finish.
+    /// for the span when it sent its digests: it may get records too late to give them. None if it could not finish.
     async fn reconcile(world: &impl World, other: &str, version: Version, span: Span, is_pull: bool) -> Option<bool> {
         let message = Message::Digests(span);
         let Reply::Digests(theirs, is_whole) = ask_by(world, other, version, message).await? else { return None };
@@ -3854,19 +3865,13 @@ mod membership {
             return Err(Outcome::NoShard);
         }
         let replicas = &table.shards[index];
-        let Some(count) = count_of_shard(world, replicas).await else {
-            return Err(Outcome::NodeDown(replicas[0].clone()));
-        };
-        Ok(Outcome::Shard(json!({"shard-id": id_of(index), "key-count": count, "replicas": replicas})))
-    }
-
-    async fn count_of_shard(world: &impl World, replicas: &[String]) -> Option<usize> {
-        for node in world.with(|node| node.ranked(replicas.to_vec())) {
-            if let Some(status) = meet(world, &node).await {
-                return Some(status.keys);
+        for node in world.with(|node| node.ranked(replicas.clone())) {
+            if let Some(Status { keys, .. }) = meet(world, &node).await {
+                let shard = json!({"shard-id": id_of(index), "key-count": keys, "replicas": replicas});
+                return Ok(Outcome::Shard(shard));
             }
         }
-        None
+        Err(Outcome::NodeDown(replicas[0].clone()))
     }
 
     /// R9: changes the view, here or at a better coordinator. If that one falls silent, the request may be repeated.
@@ -3921,12 +3926,13 @@ mod membership {
         Again(Outcome),
     }
 
-    const TRIES: Duration = Duration::from_secs(4);
+    /// For how long a view change is retried.
+    const RETRY_LIMIT: Duration = Duration::from_secs(4);
     /// Nodes that are still silent after this long are reported as unreached.
     const UNREACHED: Duration = Duration::from_secs(3);
 
     async fn change_view(world: &impl World, wanted: &WantedView) -> Outcome {
-        let deadline = world.with(|node| node.now) + TRIES;
+        let deadline = world.with(|node| node.now) + RETRY_LIMIT;
         world.with(|node| node.forget_strangers());
         loop {
             let begun = world.with(|node| node.begin_change(&wanted.view, wanted.force));
@@ -3934,7 +3940,7 @@ mod membership {
             let attempt = Attempt { world, base, version, wanted };
             let nodes = attempt.nodes();
             let result = attempt.run(&nodes).await;
-            world.with(|node| node.end_change());
+            world.with(|node| node.coordinating = false);
             let failure = match result {
                 Ok(table) => {
                     meet_all(world, &nodes).await;
@@ -4242,7 +4248,7 @@ mod peers {
     const BEAT: Duration = Duration::from_millis(250);
     const SILENCE: Duration = Duration::from_millis(1500);
     /// A stream without requests is ended after this time, in milliseconds. Neighbours meet more often and keep theirs.
-    const REST: i64 = 400;
+    const STREAM_IDLE: i64 = 400;
     /// How long to remember that an instance takes no streams, in milliseconds.
     const PLAIN_LIMIT: i64 = 60_000;
     const LOOKUP_LIMIT: Duration = Duration::from_millis(700);
@@ -4590,7 +4596,7 @@ mod peers {
         }
 
         fn is_idle(&self) -> bool {
-            self.queue.is_empty() && self.sent.is_empty() && clock() - self.last_asked > REST
+            self.queue.is_empty() && self.sent.is_empty() && clock() - self.last_asked > STREAM_IDLE
         }
     }
 
@@ -4959,7 +4965,7 @@ mod world {
     /// Computes on the background thread while the caller waits. What has to wait is returned as work and runs here.
     pub fn in_background(work: impl FnOnce() -> Result<Answer, Work> + Send + 'static) -> Answer {
         let (question, waiting) = Question::new(CHANGE_LIMIT);
-        // If the work panics, `waiting` is dropped, and there is no answer.
+        // If the work panics, `waiting` is dropped, and the connection is closed without an answer.
         let _ = BACKGROUND.send(Box::new(move || waiting.deliver(work())));
         match question.answer() {
             Some(done) => done.unwrap_or_else(|work| work()),
@@ -4996,11 +5002,9 @@ mod world {
     /// Runs a future whose waits all block: one poll completes it.
     pub fn block_on<T>(future: impl Future<Output = T>) -> T {
         // Not in a Box: large allocations are slow.
-        let mut future = pin!(future);
-        loop {
-            if let Poll::Ready(result) = future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
-                return result;
-            }
+        match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(result) => result,
+            Poll::Pending => unreachable!("all waits block"),
         }
     }
 
@@ -6519,7 +6523,7 @@ mod simulation {
             let begin = |node: &mut Node, force| {
                 let begun = node.begin_change(&names(&[0, 1, 2]), force).map(|(_, it)| (it.epoch, it.number));
                 assert!(node.begin_change(&names(&[0, 1, 2]), force).is_none(), "one at a time");
-                node.end_change();
+                node.coordinating = false;
                 begun
             };
             let hear = |node: &mut Node, promised| {

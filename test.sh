@@ -7,7 +7,8 @@
 #                             those at the end of this file; some continue with what others began
 #        ./test.sh bench      measures instead of testing, in five minutes: needs wrk and nginx, and compares with Redis
 #                             and etcd where they are installed; see README.md, "Speed"
-#        ./test.sh sanitize   runs processes built with AddressSanitizer under mixed load for two minutes: needs python3
+#        ./test.sh sanitize   runs processes built with AddressSanitizer under mixed load, for five minutes or what
+#                             SANITIZE_SECONDS says: needs python3
 #        ./test.sh grade IMAGE [SECTION...]
 #                             grades any image, as a black box in containers. Sections: single forwarding shards
 #                             replicas; without any, all of them. Options, before or after IMAGE:
