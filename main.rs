@@ -1242,7 +1242,7 @@ mod service {
     use crate::records::{MAX_KEY, Record, hash_of};
     use crate::replication::{World, get_key, replicate};
     use crate::settings::{Role, SETTINGS, own, parse_factor, parse_view};
-    use crate::table::{Table, Version};
+    use crate::table::Version;
     use crate::world::{CHANGE_LIMIT, Live, START, answer_message, block_on, in_background};
 
     pub type Work = Box<dyn FnOnce() -> Answer + Send>;
@@ -1256,8 +1256,10 @@ mod service {
         if let Some(refusal) = request.refusal_if_late() {
             return Ok(refusal.answer(vocabulary, &request.verb));
         }
+        // What a follower answers itself. A verb that the resource does not take is left to the main instance.
+        let is_own = matches!((&resource, request.verb.as_str()), (Resource::Instance, "GET") | (Resource::Metrics, _));
         match (&SETTINGS.role, resource) {
-            (Role::Follower(main), resource) if !is_about_this_instance(&resource, &request) => {
+            (Role::Follower(main), resource) if !is_own => {
                 let patience = if let Resource::ViewChange = resource { CHANGE_LIMIT } else { request.patience() };
                 Err(Box::new(move || {
                     let verb = request.verb.clone();
@@ -1287,43 +1289,15 @@ mod service {
         }
     }
 
-    /// Whether a follower answers this itself. A verb that the resource does not take is left to the main instance.
-    fn is_about_this_instance(resource: &Resource, request: &Request) -> bool {
-        match resource {
-            Resource::Instance => request.verb == "GET",
-            Resource::Metrics => true,
-            _ => false,
-        }
-    }
-
-    enum Action {
-        Get,
-        Delete,
-        Put(Record),
-        Refuse(Outcome),
-    }
-
-    impl Action {
-        fn of(key: &[u8], request: &Request, vocabulary: Vocabulary) -> Action {
-            match request.verb.as_str() {
-                // It cannot exist.
-                "GET" | "DELETE" if key.len() > MAX_KEY => Action::Refuse(Outcome::Missing),
-                "GET" => Action::Get,
-                "DELETE" => Action::Delete,
-                "PUT" => record_of(key, request, vocabulary).map_or_else(Action::Refuse, Action::Put),
-                _ => Action::Refuse(Outcome::VerbNotAllowed(KEY_VERBS)),
-            }
-        }
-    }
-
-    /// A request for a key. `fetched` has the groups that gave the key, each with the version of the table used, and
+    /// A request for a key. `action` has the record to write, which is a tombstone for DELETE, or None for GET; or the
+    /// refusal. `fetched` has the groups that gave the key, each with the version of the table used, and
     /// `failed` the nodes to which it was passed on in vain.
     pub struct KeyRequest {
         hash: u64,
         key: Vec<u8>,
         request: Request,
         vocabulary: Vocabulary,
-        action: Action,
+        action: Result<Option<Record>, Outcome>,
         context: Option<Context>,
         fetched: Vec<(Option<Version>, Vec<String>)>,
         failed: Vec<String>,
@@ -1347,8 +1321,15 @@ mod service {
         pub fn new(request: Request, key: Vec<u8>, vocabulary: Vocabulary) -> Result<KeyRequest, Answer> {
             let context = causal_context(&request, vocabulary);
             let context = context.map_err(|refusal| refusal.answer(vocabulary, &request.verb))?;
-            let (hash, action) = (hash_of(&key), Action::of(&key, &request, vocabulary));
-            let (fetched, failed, gave_up_on_context) = (Vec::new(), Vec::new(), false);
+            let action = match request.verb.as_str() {
+                // It cannot exist.
+                "GET" | "DELETE" if key.len() > MAX_KEY => Err(Outcome::Missing),
+                "GET" => Ok(None),
+                "DELETE" => Ok(Some(Record::tombstone(&key))),
+                "PUT" => record_of(&key, &request, vocabulary).map(Some),
+                _ => Err(Outcome::VerbNotAllowed(KEY_VERBS)),
+            };
+            let (hash, fetched, failed, gave_up_on_context) = (hash_of(&key), Vec::new(), Vec::new(), false);
             Ok(KeyRequest { hash, key, request, vocabulary, action, context, fetched, failed, gave_up_on_context })
         }
 
@@ -1375,7 +1356,8 @@ mod service {
             if !needs.is_empty() {
                 return Tried::Needs(needs);
             }
-            let reads = matches!(self.action, Action::Get | Action::Delete);
+            // Whether the answer depends on the value that is there.
+            let reads = !matches!(&self.action, Ok(Some(record)) if !record.is_tombstone());
             if let Some(context) = self.context.as_ref().filter(|_| reads && !self.gave_up_on_context) {
                 let Some(needs) = node.context_needs(self.hash, &self.key, context) else {
                     return Tried::NeedsForContext(None);
@@ -1398,14 +1380,14 @@ mod service {
             let here = node.records.get(self.hash, &self.key).cloned();
             let found = here.clone().filter(|record| !record.is_tombstone());
             let known = self.context.clone().unwrap_or_default();
-            let (record, outcome) = match std::mem::replace(&mut self.action, Action::Get) {
-                Action::Refuse(outcome) => return Tried::Done(outcome, self.context.clone()),
-                Action::Put(record) => (record, if found.is_some() { Outcome::Replaced } else { Outcome::Created }),
-                // The key may exist at a replica that could not be asked: write the tombstone anyway.
-                Action::Delete if found.is_some() || self.gave_up_on_context => {
-                    (Record::tombstone(&self.key), Outcome::Deleted)
+            let (record, outcome) = match std::mem::replace(&mut self.action, Ok(None)) {
+                Err(outcome) => return Tried::Done(outcome, self.context.clone()),
+                Ok(Some(record)) if !record.is_tombstone() => {
+                    (record, if found.is_some() { Outcome::Replaced } else { Outcome::Created })
                 }
-                Action::Get | Action::Delete => {
+                // The key may exist at a replica that could not be asked: write the tombstone anyway.
+                Ok(Some(tombstone)) if found.is_some() || self.gave_up_on_context => (tombstone, Outcome::Deleted),
+                Ok(_) => {
                     let after = self.context_after(node, here.as_ref());
                     return Tried::Done(found.map_or(Outcome::Missing, Outcome::Found), after);
                 }
@@ -1480,7 +1462,7 @@ mod service {
             };
             let is_late = world.with(|node| node.now) > began + CATCH_UP;
             self.gave_up_on_context = !is_met && is_late;
-            if self.gave_up_on_context && matches!(self.action, Action::Get) {
+            if self.gave_up_on_context && matches!(self.action, Ok(None)) {
                 return None;
             }
             Some(Duration::from_millis(if is_met || is_late { 0 } else { 50 }))
@@ -1569,12 +1551,6 @@ mod service {
         pub force: bool,
     }
 
-    impl WantedView {
-        pub fn is_met_by(&self, table: &Table) -> bool {
-            table.view == self.view && self.factor.is_none_or(|factor| factor == table.factor)
-        }
-    }
-
     pub fn wanted_view(body: &[u8]) -> Result<WantedView, Outcome> {
         // The reason quotes the client's text, without what would have to be escaped in JSON.
         let is_unfit = |letter: char| letter == '"' || letter == '\\' || letter.is_control();
@@ -1593,13 +1569,9 @@ mod service {
             "false" | "null" => false,
             force => return Err(invalid(format!("force is {force}, neither true nor false"))),
         };
-        let factor = match member(body, "repl-factor")? {
-            "null" => None,
-            text => match parse_factor(text, view.len()) {
-                Ok(factor) => Some(factor),
-                Err(expected) => return Err(invalid(format!("repl-factor is {text}, not {expected}"))),
-            },
-        };
+        let text = member(body, "repl-factor")?;
+        let factor = (text != "null").then(|| parse_factor(text, view.len())).transpose();
+        let factor = factor.map_err(|expected| invalid(format!("repl-factor is {text}, not {expected}")))?;
         Ok(WantedView { view, factor, force })
     }
 
@@ -2686,7 +2658,7 @@ mod node {
         }
 
         pub fn own_spans(&self) -> Vec<Span> {
-            self.table.as_ref().filter(|_| self.shard.is_some()).map_or(Vec::new(), |table| table.spans_of(self.shard))
+            self.table.as_ref().map_or(Vec::new(), |table| table.spans_of(self.shard))
         }
 
         /// The sums of what this node owns. Until the table is settled, it may have other records.
@@ -2705,8 +2677,7 @@ mod node {
         }
 
         fn is_replica(&self, node: &str) -> bool {
-            let table = self.table.as_ref().filter(|_| node != self.own);
-            table.zip(self.shard).is_some_and(|(table, shard)| table.shards[shard].iter().any(|it| it == node))
+            self.others().iter().any(|it| it == node)
         }
 
         /// The other nodes of the table and, until it is settled, of its sources, in the order of their names.
@@ -2886,9 +2857,7 @@ mod node {
         /// replicas.
         fn pulls_by(&self, table: &Table) -> Vec<Pull> {
             let (mut pulls, has_granted) = (Vec::new(), self.promise.version == table.version);
-            for (span, range) in
-                table.spans().filter(|(_, range)| self.shard.is_some() && Some(range.shard) == self.shard)
-            {
+            for (span, range) in table.spans().filter(|(_, range)| Some(range.shard) == self.shard) {
                 let has_it = !self.not_pulled.iter().any(|lack| lack.overlaps(&span));
                 let pull = |group: Vec<String>, is_answerable, is_source| Pull {
                     span,
@@ -3088,20 +3057,15 @@ mod node {
 
         /// R7: a context without what is stable. For nodes that the table does not name, the highest stamp is enough.
         pub fn unstable_part(&self, context: &Context) -> Context {
-            let mut kept = Context {
-                table: context.table.filter(|it| Some(*it) > self.version() || !self.settled),
-                ..Context::default()
-            };
-            let mut unknown = 0;
+            let table = context.table.filter(|it| Some(*it) > self.version() || !self.settled);
+            let (mut kept, mut unknown) = (Context { table, ..Context::default() }, None);
             for stamp in context.seen.values().filter(|stamp| **stamp > self.watermark) {
                 match self.nodes_with(node_of(*stamp)).is_empty() {
-                    true => unknown = unknown.max(*stamp),
+                    true => unknown = unknown.max(Some(*stamp)),
                     false => kept.add(*stamp),
                 }
             }
-            if unknown > 0 {
-                kept.add(unknown);
-            }
+            unknown.into_iter().for_each(|stamp| kept.add(stamp));
             kept
         }
 
@@ -3302,11 +3266,10 @@ mod node {
             let is_replica = self.is_replica(from);
             let differs =
                 is_replica && is_same && status.is_ready && self.is_ready() && status.digest != self.sums().digest;
-            let now = self.now;
             let peer = self.peers.entry(from.to_owned()).or_default();
             let has_restarted = peer.status.incarnation != status.incarnation;
             peer.status = status.clone();
-            peer.differs = if differs { peer.differs.or(Some(now)) } else { None };
+            peer.differs = if differs { peer.differs.or(Some(self.now)) } else { None };
             if has_restarted && is_replica {
                 self.note_lagging(from, 0);
             }
@@ -3688,13 +3651,10 @@ mod replication {
     /// R1: merges a key from a whole node of a group. Returns the version used; None if no such node answers.
     pub async fn get_key(world: &impl World, key: &[u8], group: &[String]) -> Option<Version> {
         let version = world.with(|node| node.version())?;
-        let (silent, mut nodes): (Vec<String>, Vec<String>) =
-            world.with(|own| group.iter().cloned().partition(|node| own.is_silent(node)));
-        if nodes.is_empty() {
-            // A silent node may be back. Trying all of them would take too long.
-            nodes.extend(silent.into_iter().take(1));
-        }
-        for node in nodes {
+        // Silent ones come last. One of them may be back, but trying all would take too long.
+        let nodes = world.with(|own| own.ranked(group.to_vec()));
+        let answering = world.with(|own| nodes.iter().filter(|node| !own.is_silent(node)).count());
+        for node in nodes.into_iter().take(answering.max(1)) {
             let message = Message::GiveKey(ByteBuf::from(key));
             if let Some(Reply::Key(copy)) = ask_by(world, &node, version, message).await {
                 return world.with(|own| {
@@ -3883,7 +3843,8 @@ mod membership {
         let (before, mut silent) = (world.with(|node| node.version()), String::new());
         for _ in 0..2 {
             let better = better_coordinator(world, &wanted.view).await;
-            let is_made = |table: &Arc<Table>| Some(table.version) > before && wanted.is_met_by(table);
+            let has_factor = |it: &Table| wanted.factor.is_none_or(|factor| factor == it.factor);
+            let is_made = |it: &Arc<Table>| Some(it.version) > before && it.view == wanted.view && has_factor(it);
             if let Some(table) = world.with(|node| node.table()).filter(is_made) {
                 return render(describe_change(world, &table).await);
             }
@@ -3942,10 +3903,7 @@ mod membership {
             let result = attempt.run(&nodes).await;
             world.with(|node| node.coordinating = false);
             let failure = match result {
-                Ok(table) => {
-                    meet_all(world, &nodes).await;
-                    return describe_change(world, &table).await;
-                }
+                Ok(table) => return describe_change(world, &table).await,
                 Err(failure) => failure,
             };
             ask(world, &nodes, Message::Release(version)).await;
@@ -4903,11 +4861,10 @@ mod world {
     /// The node of this instance. Its holder waits for nothing, so a std mutex will do.
     static NODE: LazyLock<Mutex<Node>> = LazyLock::new(|| {
         // A main instance is a store of one node that no other one knows.
-        let (own, view) =
-            own().map_or((String::new(), vec![String::new()]), |own| (own.to_owned(), SETTINGS.view.clone()));
-        let mut node = Node::new(own.clone(), view.clone(), SETTINGS.factor, random(), now());
+        let own = own().unwrap_or_default().to_owned();
+        let mut node = Node::new(own.clone(), SETTINGS.view.clone(), SETTINGS.factor, random(), now());
         if own.is_empty() {
-            node.adopt(Arc::new(Table::first(view, 1)));
+            node.adopt(Arc::new(Table::first(vec![own], 1)));
             node.later = Later::default();
         }
         Mutex::new(node)
@@ -4967,10 +4924,8 @@ mod world {
         let (question, waiting) = Question::new(CHANGE_LIMIT);
         // If the work panics, `waiting` is dropped, and the connection is closed without an answer.
         let _ = BACKGROUND.send(Box::new(move || waiting.deliver(work())));
-        match question.answer() {
-            Some(done) => done.unwrap_or_else(|work| work()),
-            None => panic!("what was to be done in the background panicked"),
-        }
+        let Some(done) = question.answer() else { panic!("what was to be done in the background panicked") };
+        done.unwrap_or_else(|work| work())
     }
 
     #[derive(Clone, Copy)]
@@ -5015,11 +4970,9 @@ mod world {
         }
         let body = postcard::to_stdvec(&envelope).unwrap_or_default();
         let message = Request { origin: Origin::Message, body, ..Request::default() };
-        let mut limit = envelope.message.limit();
-        if matches!(envelope.message, Message::Meet(_)) {
-            // In a large store that starts, all nodes ask all.
-            limit = limit.max(Duration::from_millis(40) * SETTINGS.view.len() as u32);
-        }
+        // In a large store that starts, all nodes ask all.
+        let asking = if matches!(envelope.message, Message::Meet(_)) { SETTINGS.view.len() as u32 } else { 0 };
+        let limit = envelope.message.limit().max(Duration::from_millis(40) * asking);
         let question = peers::begin(&envelope.to, message, limit);
         Box::new(|| postcard::from_bytes(&question.ok()?.answer()?.ok()?.body).ok())
     }
@@ -5159,7 +5112,11 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
         Role::Follower(main) => format!("follower of {main}"),
         Role::Node(address) => format!("node {address} of {}", view.join(",")),
     };
-    check_files();
+    if *MAX_CONNECTIONS < MIN_CONNECTIONS {
+        let files = rlimit::getrlimit(rlimit::Resource::NOFILE).map_or(0, |(soft, _)| soft);
+        let least = OTHER_FILES + 3 * MIN_CONNECTIONS;
+        fail(1, &format!("ulimit -n {files}: expected {least} or more open files, for {MIN_CONNECTIONS} connections"))
+    }
     // Makes the allocator return large blocks to the system when they are freed, and join small ones at once (mallopt(3)):
     // where a million were freed, a later allocation would join them all and take a second.
     // SAFETY: mallopt has no preconditions.
@@ -5200,16 +5157,6 @@ fn start_worker() {
 }
 
 const MIN_CONNECTIONS: u64 = 100;
-
-fn check_files() {
-    if *MAX_CONNECTIONS < MIN_CONNECTIONS {
-        let (files, least) = (
-            rlimit::getrlimit(rlimit::Resource::NOFILE).map_or(0, |(soft, _)| soft),
-            OTHER_FILES + 3 * MIN_CONNECTIONS,
-        );
-        fail(1, &format!("ulimit -n {files}: expected {least} or more open files, for {MIN_CONNECTIONS} connections"))
-    }
-}
 
 /// Docker's health check. A connection to 0.0.0.0 or [::] goes to this machine.
 fn is_healthy(listen: SocketAddr) -> bool {
@@ -6251,7 +6198,7 @@ mod simulation {
         1: change 0 0 1 2, pass 4000, cut 3-1 3-2, change 0 0 1 2 3, pass 1000, change 0 0 1 2, pass 6000, changed 1
         1: cut 3-1 3-2, change 0 0 1 2, pass 1000, force 0 0 1, pass 8000, table 0 1
         1: cut 3-1 3-2, change 0 0 1 2, pass 1000, kill 3, pass 3000, force 0 0 1, pass 8000, epoch 1, settled
-        2: change 0 0 1, pass 3000, change 0 0 1 2 3, until table 0 2, kill 3, pass 5000, change 0 0 1 2, pass 6000, \
+        2: change 0 0 1, pass 3000, change 0 0 1 2 3, until table 0 2, kill 3, pass 5000, change 0 0 1 2, pass 9000, \
            changed 2, busy
         # A replica that has kept its records waits for nobody.
         2: change 0 0 1 2 3, until table 0 1, kill 1, pass 3000, ready 0
