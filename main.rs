@@ -1299,10 +1299,13 @@ mod service {
         vocabulary: Vocabulary,
         action: Result<Option<Record>, Outcome>,
         context: Option<Context>,
-        fetched: Vec<(Option<Version>, Vec<String>)>,
+        fetched: Vec<Fetched>,
         failed: Vec<String>,
         gave_up_on_context: bool,
     }
+
+    /// The table by which a key was got, the group that gave it, and whether for the context (`Message::GiveKey`).
+    type Fetched = (Option<Version>, Vec<String>, bool);
 
     /// The state after one try. `Written`: other replicas lack the record. `Elsewhere`: at these nodes, in the order in
     /// which to ask them. `Needs`: one node of each group must give the key (R1). `NeedsForContext`: the same (R7), or
@@ -1352,7 +1355,7 @@ mod service {
                 // Drops what is stable, so that a forged context with many members costs no more than a real one.
                 *context = node.unstable_part(context);
             }
-            let needs = self.not_fetched(node, node.pull_needs(self.hash));
+            let needs = self.not_fetched(node, node.pull_needs(self.hash), false);
             if !needs.is_empty() {
                 return Tried::Needs(needs);
             }
@@ -1362,7 +1365,7 @@ mod service {
                 let Some(needs) = node.context_needs(self.hash, &self.key, context) else {
                     return Tried::NeedsForContext(None);
                 };
-                let needs = self.not_fetched(node, needs);
+                let needs = self.not_fetched(node, needs, true);
                 if !needs.is_empty() {
                     return Tried::NeedsForContext(Some(needs));
                 }
@@ -1371,8 +1374,9 @@ mod service {
         }
 
         /// The groups of which none has given the key by the present table.
-        fn not_fetched(&self, node: &Node, mut groups: Vec<Vec<String>>) -> Vec<Vec<String>> {
-            groups.retain(|group| !self.fetched.contains(&(node.version(), group.clone())));
+        fn not_fetched(&self, node: &Node, mut groups: Vec<Vec<String>>, for_context: bool) -> Vec<Vec<String>> {
+            let has = |group: &Vec<String>, flag| self.fetched.contains(&(node.version(), group.clone(), flag));
+            groups.retain(|group| !has(group, true) && (for_context || !has(group, false)));
             groups
         }
 
@@ -1429,7 +1433,7 @@ mod service {
                         Some(answer) => return answer,
                         None => Duration::from_millis(1),
                     },
-                    Tried::Needs(groups) => match self.get(world, &groups).await {
+                    Tried::Needs(groups) => match self.get(world, &groups, false).await {
                         Some(group) if world.with(|node| node.now) > deadline => return self.render_down(&group[0]),
                         missing => Duration::from_millis(if missing.is_some() { 5 } else { 0 }),
                     },
@@ -1457,7 +1461,7 @@ mod service {
             began: Duration,
         ) -> Option<Duration> {
             let is_met = match groups {
-                Some(groups) => self.get(world, &groups).await.is_none(),
+                Some(groups) => self.get(world, &groups, true).await.is_none(),
                 None => self.catch_up(world).await,
             };
             let is_late = world.with(|node| node.now) > began + CATCH_UP;
@@ -1469,10 +1473,10 @@ mod service {
         }
 
         /// Gets the key from a node of each group. Returns the first group of which none gave it.
-        async fn get(&mut self, world: &impl World, groups: &[Vec<String>]) -> Option<Vec<String>> {
+        async fn get(&mut self, world: &impl World, groups: &[Vec<String>], for_context: bool) -> Option<Vec<String>> {
             for group in groups {
-                match get_key(world, &self.key, group).await {
-                    Some(version) => self.fetched.push((Some(version), group.clone())),
+                match get_key(world, &self.key, group, for_context).await {
+                    Some(version) => self.fetched.push((Some(version), group.clone(), for_context)),
                     None => return Some(group.clone()),
                 }
             }
@@ -1576,8 +1580,8 @@ mod service {
     }
 
     fn describe_instance() -> Value {
-        let (count, table, status, silent) =
-            Live.with(|node| (node.sums().count, node.table(), node.status(), node.silent()));
+        let (count, table, status, silent, is_in_force) =
+            Live.with(|node| (node.sums().count, node.table(), node.status(), node.silent(), node.is_in_force()));
         match &SETTINGS.role {
             Role::Main => json!({"role": "main", "version": VERSION, "key-count": count}),
             Role::Follower(main) => json!({"role": "follower", "version": VERSION, "forwarding-address": main}),
@@ -1592,7 +1596,7 @@ mod service {
                     it["repl-factor"] = json!(table.factor);
                     it["table-version"] = json!(table.version.to_string());
                 }
-                it["incoming"] = json!(table.map(|_| status.incoming));
+                it["incoming"] = json!(table.filter(|_| is_in_force).map(|_| status.incoming));
                 it["silent"] = json!(silent);
                 it
             }
@@ -2452,7 +2456,8 @@ mod node {
         Release(Version),
         /// R12: for each count, where to cut so that as many of the addressee's keys lie above.
         Survey(Version, Vec<usize>),
-        GiveKey(ByteBuf),
+        /// R1 or, if the flag is set, R7: then the addressee must have fetched from all nodes that it fetches from.
+        GiveKey(ByteBuf, bool),
         Digests(Span),
         /// R5: compare with what the sender has of a span, by hash and stamp.
         Compare(Span, Vec<(u64, u64)>),
@@ -2464,7 +2469,7 @@ mod node {
         /// but for a large view (`begin_to_deliver`).
         pub fn limit(&self) -> Duration {
             Duration::from_millis(match self {
-                Message::Meet(_) | Message::GiveKey(_) => 700,
+                Message::Meet(_) | Message::GiveKey(..) => 700,
                 Message::Push(_) => 1200,
                 _ => 1500,
             })
@@ -2472,7 +2477,7 @@ mod node {
 
         /// Whether it takes no longer than a client's request.
         pub fn is_short(&self) -> bool {
-            matches!(self, Message::Push(_) | Message::GiveKey(_) | Message::Meet(_))
+            matches!(self, Message::Push(_) | Message::GiveKey(..) | Message::Meet(_))
         }
     }
 
@@ -2587,6 +2592,8 @@ mod node {
         pub lines: Vec<String>,
         pub garbage: Vec<Bucket>,
         pub activities: Vec<Activity>,
+        /// Nodes that have started again: streams to their previous incarnations end.
+        pub restarted: Vec<String>,
     }
 
     /// The nodes that have a write, in which incarnation and by which table: adopting another may have dropped it.
@@ -2693,12 +2700,17 @@ mod node {
         /// has adopted that table. So each key is answered for by one table at a time. A first table must be settled: a
         /// node that is still blank has no part in a write, and could not keep it if the node that took it dies.
         pub fn place(&self, hash: u64) -> Place {
-            let is_in_force = |table: &&Arc<Table>| self.may_answer() && (self.settled || table.version.number > 0);
-            let Some(table) = self.table.as_ref().filter(is_in_force) else { return Place::Unknown };
+            let Some(table) = self.table.as_ref().filter(|_| self.may_answer() && self.is_in_force()) else {
+                return Place::Unknown;
+            };
             match Some(table.shard_at(hash)) == self.shard {
                 true => Place::Here,
                 false => Place::There(self.ranked(table.owners(hash).to_vec())),
             }
+        }
+
+        pub fn is_in_force(&self) -> bool {
+            self.settled || self.table.as_ref().is_some_and(|table| table.version.number > 0)
         }
 
         /// R1: the groups of which a whole node must give the key before this node answers.
@@ -2746,18 +2758,24 @@ mod node {
 
         /// R2: whether this node has all of a span of one range.
         fn is_whole_for(&self, span: Span) -> bool {
+            self.may_give(span) && !self.pulls.iter().any(|pull| pull.span.overlaps(&span))
+        }
+
+        /// Whether this node may answer for a span of one range, or may until it adopted its table.
+        fn may_give(&self, span: Span) -> bool {
             let owns = self.table.as_ref().is_some_and(|table| Some(table.shard_at(span.first)) == self.shard);
             let has_kept = !self.settled && !self.not_pulled.iter().any(|lack| lack.overlaps(&span));
-            (owns || has_kept) && !self.pulls.iter().any(|pull| pull.span.overlaps(&span))
+            (owns || has_kept) && !self.pulls.iter().any(|pull| pull.span.overlaps(&span) && !pull.is_answerable)
         }
 
         fn drop_records(&mut self, span: Span) {
             self.later.garbage.extend(self.records.remove(span));
         }
 
-        fn give_key(&self, key: &[u8]) -> Reply {
+        fn give_key(&self, key: &[u8], for_context: bool) -> Reply {
             let hash = hash_of(key);
-            if !self.is_whole_for(Span { first: hash, last: hash }) {
+            let span = Span { first: hash, last: hash };
+            if !(if for_context { self.is_whole_for(span) } else { self.may_give(span) }) {
                 return Reply::Refused;
             }
             Reply::Key(self.records.get(hash, key).map(|record| self.copy_of(record)))
@@ -2959,7 +2977,8 @@ mod node {
 
         // -- R5 reconcile
 
-        /// R5: due if the replica may lack something or its digest differs for long. The result is for `reconciled`.
+        /// R5: due if the replica may lack something or its digest differs for long. The result is for `reconciled`. A
+        /// node that has nothing yet pulls first: doing both at once, it takes up to five times as long.
         pub fn begin_to_reconcile(&mut self, node: &str) -> Option<u64> {
             if !self.is_ready() {
                 return None;
@@ -3200,6 +3219,9 @@ mod node {
             let is_same = version.is_some() && version == self.version() && is_current;
             match message {
                 Message::Meet(status) => {
+                    if ![0, incarnation].contains(&self.incarnation_of(&from)) {
+                        self.later.restarted.push(from.clone());
+                    }
                     if self.table.is_none() {
                         // The other one learns that there is nothing to fetch here, which stands for a fetch.
                         self.note_alive(&from);
@@ -3222,7 +3244,7 @@ mod node {
                     Reply::Done
                 }
                 Message::Survey(version, counts) if self.promise.version == version => self.survey(&counts),
-                Message::GiveKey(key) if is_same => self.give_key(&key),
+                Message::GiveKey(key, for_context) if is_same => self.give_key(&key, for_context),
                 Message::Digests(span) if is_same && span.first <= span.last => {
                     // R2: what is written from now on may be missing in the digests.
                     self.note_alive(&from);
@@ -3648,14 +3670,14 @@ mod replication {
         meet(world, node).await.filter(|status| status.store != store).map(|_| Found::Restarted)
     }
 
-    /// R1: merges a key from a whole node of a group. Returns the version used; None if no such node answers.
-    pub async fn get_key(world: &impl World, key: &[u8], group: &[String]) -> Option<Version> {
+    /// R1, R7: merges a key from a node of a group that may give it. Returns the version used; None if none does.
+    pub async fn get_key(world: &impl World, key: &[u8], group: &[String], for_context: bool) -> Option<Version> {
         let version = world.with(|node| node.version())?;
         // Silent ones come last. One of them may be back, but trying all would take too long.
         let nodes = world.with(|own| own.ranked(group.to_vec()));
         let answering = world.with(|own| nodes.iter().filter(|node| !own.is_silent(node)).count());
         for node in nodes.into_iter().take(answering.max(1)) {
-            let message = Message::GiveKey(ByteBuf::from(key));
+            let message = Message::GiveKey(ByteBuf::from(key), for_context);
             if let Some(Reply::Key(copy)) = ask_by(world, &node, version, message).await {
                 return world.with(|own| {
                     let is_same = own.version() == Some(version);
@@ -4584,6 +4606,15 @@ mod peers {
         Ok(question)
     }
 
+    /// Ends the stream to an instance that has started again. It may not be told: a connection to a machine that lost
+    /// its power stays open for up to `SILENCE`, and would take messages meanwhile.
+    pub fn end_stream(address: &str) {
+        let id = lock(&TRAFFIC).get(address).map(|traffic| traffic.id);
+        if let Some(id) = id {
+            Stream { address: address.to_owned(), id }.end_if(|_| true);
+        }
+    }
+
     /// Queues a request, on a new stream if there is none. Where the system has no room for a thread, it gets no
     /// answer.
     fn enqueue(address: &str, request: Request, waiting: Waiting) {
@@ -4893,10 +4924,11 @@ mod world {
     /// Unlocks the node, and does what it left in `later`.
     #[inline(never)]
     fn unlock_node(mut node: MutexGuard<Node>) {
-        let Later { lines, garbage, activities } = std::mem::take(&mut node.later);
+        let Later { lines, garbage, activities, restarted } = std::mem::take(&mut node.later);
         // Still locked, which keeps the lines in order.
         lines.iter().for_each(|line| say(line));
         drop(node);
+        restarted.iter().for_each(|node| peers::end_stream(node));
         if !garbage.is_empty() {
             // Freeing many records takes long. Without a thread they are freed here.
             let _ = thread::Builder::new().spawn(move || drop(garbage));
@@ -6493,7 +6525,8 @@ mod simulation {
     #[test]
     fn messages_of_another_life_or_table_are_refused() {
         let it = store_of_four(2, "fill, pass 500");
-        let question = it.there(3).with(|node| node.compose(ADDRESSES[2], Message::GiveKey(b"k0".to_vec().into())));
+        let question =
+            it.there(3).with(|node| node.compose(ADDRESSES[2], Message::GiveKey(b"k0".to_vec().into(), false)));
         let is_answered = |message: Envelope| it.there(2).with(|node| !matches!(node.receive(message), Reply::Refused));
         assert!(is_answered(question.clone()));
         assert!(!is_answered(Envelope { version: Some(version(7, 7)), ..question.clone() }), "by another table");
@@ -6509,9 +6542,18 @@ mod simulation {
         assert!(!is_answered(question), "from another life");
         it.there(3).with(|node| node.receive(late));
         it.play("pass 8000, same 2 3");
+        // Who still waits for one of several nodes gives a key for an answer, but not for a context.
+        let other = store_of_four(4, "fill, pass 500, kill 3, cut 3-1, start 3, pass 3000, ready 3");
+        for (for_context, is_given) in [(false, true), (true, false)] {
+            let message = Message::GiveKey(b"k0".to_vec().into(), for_context);
+            let question = other.there(0).with(|node| node.compose(ADDRESSES[3], message));
+            let reply = other.there(3).with(|node| node.receive(question));
+            assert_eq!(matches!(reply, Reply::Key(Some(_))), is_given);
+        }
         // A source that was killed does not vouch for what it had.
         it.play("change 2 2 3, pass 2000, kill 1, start 1, pass 4000, table 1 1, table 2 1");
-        let question = it.there(2).with(|node| node.compose(ADDRESSES[1], Message::GiveKey(b"k1".to_vec().into())));
+        let question =
+            it.there(2).with(|node| node.compose(ADDRESSES[1], Message::GiveKey(b"k1".to_vec().into(), false)));
         let to_incarnation = it.there(1).with(|node| node.status().incarnation);
         assert!(
             it.there(1).with(|node| matches!(node.receive(Envelope { to_incarnation, ..question }), Reply::Refused))
@@ -6754,7 +6796,7 @@ mod simulation {
         it.there(0).with(|node| write(node, 1));
         let there = it.there(1);
         it.play("sleep 0");
-        let got = begin(&it, 1, async move { get_key(&there, b"k1", &names(&[0])).await });
+        let got = begin(&it, 1, async move { get_key(&there, b"k1", &names(&[0]), false).await });
         it.pass(10);
         it.there(1).with(|node| node.adopt(next_table(node, version(2, 7))));
         it.play("wake 0, pass 200");
@@ -6763,7 +6805,7 @@ mod simulation {
         let it = store_of_four(2, "fill, pass 3000");
         let there = it.there(1);
         it.play("sleep 0");
-        let got = begin(&it, 1, async move { get_key(&there, b"k1", &names(&[0])).await });
+        let got = begin(&it, 1, async move { get_key(&there, b"k1", &names(&[0]), false).await });
         it.pass(10);
         it.play("wake 0");
         // n0 also answers what n1 asks it in meetings: each answer is followed by the news.
