@@ -3219,17 +3219,7 @@ mod node {
             let is_same = version.is_some() && version == self.version() && is_current;
             match message {
                 Message::Meet(status) => {
-                    if ![0, incarnation].contains(&self.incarnation_of(&from)) {
-                        self.later.restarted.push(from.clone());
-                    }
-                    if self.table.is_none() {
-                        // The other one learns that there is nothing to fetch here, which stands for a fetch.
-                        self.note_alive(&from);
-                    }
-                    // One for an earlier incarnation may be from an earlier store.
-                    if to_incarnation == self.incarnation || to_incarnation == 0 {
-                        self.hear(&from, &status);
-                    }
+                    self.receive_meeting(&from, &status, [0, self.incarnation].contains(&to_incarnation));
                     if version > self.version() {
                         self.later.activities.push(Activity::Meet(from));
                     }
@@ -3258,6 +3248,20 @@ mod node {
                     Reply::Done
                 }
                 _ => Reply::Refused,
+            }
+        }
+
+        fn receive_meeting(&mut self, from: &str, status: &Status, is_for_this_incarnation: bool) {
+            if ![0, status.incarnation].contains(&self.incarnation_of(from)) {
+                self.later.restarted.push(from.to_owned());
+            }
+            if self.table.is_none() {
+                // The other one learns that there is nothing to fetch here, which stands for a fetch.
+                self.note_alive(from);
+            }
+            // A meeting with an earlier incarnation may be from an earlier store.
+            if is_for_this_incarnation {
+                self.hear(from, status);
             }
         }
 
