@@ -2851,7 +2851,7 @@ mod node {
             // All nodes of the view have granted the lock for it.
             let granting = if was_blank { Vec::new() } else { table.view.clone() };
             granting.iter().for_each(|node| self.note_alive(node));
-            self.pulls = self.pulls_by(&table);
+            self.pulls = self.pulls_by(&table, was_blank);
             self.lagging = self.others().into_iter().map(|node| (node, 0)).collect();
             self.stable_at = vec![0; table.view.len()];
             (self.watermark, self.settled) = (0, false);
@@ -2870,11 +2870,11 @@ mod node {
         }
 
         /// R3: for an owned range, pulls from each source group, answerable at once if this node is in the group and
-        /// kept its records; and from the other replicas if it did not keep them. A node that granted the lock for this
-        /// table gets what they write by it as pushes, so where there are sources it does not wait for the other
-        /// replicas.
-        fn pulls_by(&self, table: &Table) -> Vec<Pull> {
-            let (mut pulls, has_granted) = (Vec::new(), self.promise.version == table.version);
+        /// kept its records; and from the other replicas if it did not keep them. A node that joins, and so
+        /// granted the lock for this table, gets what they write by it as pushes: where there are sources, which all
+        /// former owners are then, it does not wait for the other replicas.
+        fn pulls_by(&self, table: &Table, was_blank: bool) -> Vec<Pull> {
+            let (mut pulls, has_joined) = (Vec::new(), !was_blank && self.promise.version == table.version);
             for (span, range) in table.spans().filter(|(_, range)| Some(range.shard) == self.shard) {
                 let has_it = !self.not_pulled.iter().any(|lack| lack.overlaps(&span));
                 let pull = |group: Vec<String>, is_answerable, is_source| Pull {
@@ -2888,7 +2888,7 @@ mod node {
                 for group in &range.sources {
                     pulls.push(pull(group.clone(), has_it && group.contains(&self.own), true));
                 }
-                if !has_it && (!has_granted || range.sources.is_empty()) {
+                if !has_it && (!has_joined || range.sources.is_empty()) {
                     pulls.push(pull(self.others(), false, false));
                 }
             }
@@ -6483,6 +6483,9 @@ mod simulation {
         assert_eq!(asked.begin_round(), Some(names(&[1, 3, 4])), "who was asked for a lock with it");
         reply(&mut asked, 3, Message::Meet(node::Status::default()));
         assert!(!asked.is_silent(ADDRESSES[3]), "it may learn that there is nothing to fetch");
+        let mut table = Table { version: version(2, 7), ..Table::clone(&first_table(2, &[0, 1, 3])) };
+        table.ranges[0].sources = vec![names(&[1])];
+        assert!(asked.adopt(Arc::new(table)) && asked.incoming().into_iter().eq(names(&[1, 3])), "replicas as well");
         let mut heard = node(3);
         heard.hear_of_table(ADDRESSES[1], first_table(3, &[0, 1, 2, 3]));
         assert!(!is_in(&mut heard, &[(1, &blank), (2, &blank)]), "nobody goes by it any more");
