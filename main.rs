@@ -786,8 +786,8 @@ mod http {
         }
     }
 
-    /// Reads the head of a request that the server has parsed; the body is still missing. An error means that
-    /// the head contradicts itself or the end of the body is not known, so the connection must be closed.
+    /// Reads the head of a request that the server has parsed; the body is still missing. An error means that the head
+    /// contradicts itself or the end of the body is not known, so the connection must be closed.
     pub fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
         let framing = Framing::of(parsed)?;
         let verb = if framing.is_head { "GET" } else { parsed.method() }.into();
@@ -1290,8 +1290,7 @@ mod service {
     }
 
     /// A request for a key. `action` has the record to write, which is a tombstone for DELETE, or None for GET; or the
-    /// refusal. `fetched` has the groups that gave the key, each with the version of the table used, and
-    /// `failed` the nodes to which it was passed on in vain.
+    /// refusal. `fetched` says who gave the key, and `failed` has the nodes to which it was passed on in vain.
     pub struct KeyRequest {
         hash: u64,
         key: Vec<u8>,
@@ -2713,7 +2712,7 @@ mod node {
             self.settled || self.table.as_ref().is_some_and(|table| table.version.number > 0)
         }
 
-        /// R1: the groups of which a whole node must give the key before this node answers.
+        /// R1: the groups of which a node must give the key before this node answers.
         pub fn pull_needs(&self, hash: u64) -> Vec<Vec<String>> {
             let open = self.pulls.iter().filter(|pull| pull.span.contains(hash) && !pull.is_answerable);
             open.map(|pull| pull.group.clone()).collect()
@@ -2761,7 +2760,7 @@ mod node {
             self.may_give(span) && !self.pulls.iter().any(|pull| pull.span.overlaps(&span))
         }
 
-        /// Whether this node may answer for a span of one range, or may until it adopted its table.
+        /// R1: whether this node may answer for a span of one range, or could until it adopted its table.
         fn may_give(&self, span: Span) -> bool {
             let owns = self.table.as_ref().is_some_and(|table| Some(table.shard_at(span.first)) == self.shard);
             let has_kept = !self.settled && !self.not_pulled.iter().any(|lack| lack.overlaps(&span));
@@ -2775,7 +2774,8 @@ mod node {
         fn give_key(&self, key: &[u8], for_context: bool) -> Reply {
             let hash = hash_of(key);
             let span = Span { first: hash, last: hash };
-            if !(if for_context { self.is_whole_for(span) } else { self.may_give(span) }) {
+            let may_give = if for_context { self.is_whole_for(span) } else { self.may_give(span) };
+            if !may_give {
                 return Reply::Refused;
             }
             Reply::Key(self.records.get(hash, key).map(|record| self.copy_of(record)))
@@ -2849,8 +2849,9 @@ mod node {
             self.shard = table.shard_of(&self.own);
             let was_blank = self.table.replace(table.clone()).is_none();
             // All nodes of the view have granted the lock for it.
-            let granting = if was_blank { Vec::new() } else { table.view.clone() };
-            granting.iter().for_each(|node| self.note_alive(node));
+            if !was_blank {
+                table.view.iter().for_each(|node| self.note_alive(node));
+            }
             self.pulls = self.pulls_by(&table, was_blank);
             self.lagging = self.others().into_iter().map(|node| (node, 0)).collect();
             self.stable_at = vec![0; table.view.len()];
@@ -2870,9 +2871,9 @@ mod node {
         }
 
         /// R3: for an owned range, pulls from each source group, answerable at once if this node is in the group and
-        /// kept its records; and from the other replicas if it did not keep them. A node that joins, and so
-        /// granted the lock for this table, gets what they write by it as pushes: where there are sources, which all
-        /// former owners are then, it does not wait for the other replicas.
+        /// kept its records; and from the other replicas if it did not keep them. A node that joins, and so granted the
+        /// lock for this table, gets what they write by it as pushes: where there are sources, which all former owners
+        /// are then, it does not wait for the other replicas.
         fn pulls_by(&self, table: &Table, was_blank: bool) -> Vec<Pull> {
             let (mut pulls, has_joined) = (Vec::new(), !was_blank && self.promise.version == table.version);
             for (span, range) in table.spans().filter(|(_, range)| Some(range.shard) == self.shard) {
@@ -2946,9 +2947,12 @@ mod node {
         pub fn lacking(&mut self, record: &Record, stored: &Stored) -> Result<Vec<String>, ()> {
             let (hash, stamp) = (record.hash(), record.stamp());
             let Some(table) = self.table.clone().filter(|_| self.in_flight.contains(&stamp)) else { return Err(()) };
+            if self.records.get(hash, record.key()).is_none() {
+                self.in_flight.remove(&stamp);
+                return Ok(Vec::new());
+            }
             let (mut lacking, mut unreached) = (Vec::new(), Vec::new());
-            let has_it = self.records.get(hash, record.key()).is_some();
-            for node in table.owners(hash).iter().filter(|node| has_it && **node != self.own) {
+            for node in table.owners(hash).iter().filter(|node| **node != self.own) {
                 match self.peers.get(node) {
                     Some(peer) if peer.silent => unreached.push(node),
                     Some(peer) if stored.get(node) == Some(&(peer.status.incarnation, self.version())) => {}
