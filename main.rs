@@ -2539,6 +2539,10 @@ mod node {
     }
 
     impl Pull {
+        fn new(span: Span, group: Vec<String>, is_source: bool, is_answerable: bool) -> Pull {
+            Pull { span, group, received: BTreeSet::new(), is_answerable, incomplete_rounds: 0, is_source }
+        }
+
         pub fn awaited(&self) -> impl Iterator<Item = &String> {
             self.group.iter().filter(|node| !self.received.contains(*node))
         }
@@ -2802,6 +2806,7 @@ mod node {
                 return;
             }
             let is_incomplete = found.iter().all(|(_, found)| *found == Some(Found::Incomplete));
+            let others = self.others();
             let is_it = |it: &&mut Pull| (it.span, &it.group) == (pull.span, &pull.group);
             for it in self.pulls.iter_mut().filter(is_it) {
                 it.incomplete_rounds = if is_incomplete { it.incomplete_rounds + 1 } else { 0 };
@@ -2810,6 +2815,10 @@ mod node {
                         it.received.insert(node.clone());
                     }
                     it.is_answerable |= *found == Some(Found::Whole);
+                }
+                if it.is_source && it.is_done() && !it.is_answerable {
+                    // No source is whole any more. What they gave until then may be at another replica alone.
+                    *it = Pull::new(it.span, others.clone(), false, false);
                 }
             }
             self.drop_pulls(Pull::is_done);
@@ -2878,19 +2887,12 @@ mod node {
             let (mut pulls, has_joined) = (Vec::new(), !was_blank && self.promise.version == table.version);
             for (span, range) in table.spans().filter(|(_, range)| Some(range.shard) == self.shard) {
                 let has_it = !self.not_pulled.iter().any(|lack| lack.overlaps(&span));
-                let pull = |group: Vec<String>, is_answerable, is_source| Pull {
-                    span,
-                    group: group.into_iter().filter(|node| *node != self.own).collect(),
-                    received: BTreeSet::new(),
-                    is_answerable,
-                    incomplete_rounds: 0,
-                    is_source,
-                };
                 for group in &range.sources {
-                    pulls.push(pull(group.clone(), has_it && group.contains(&self.own), true));
+                    let others = group.iter().filter(|node| **node != self.own).cloned().collect();
+                    pulls.push(Pull::new(span, others, true, has_it && group.contains(&self.own)));
                 }
                 if !has_it && (!has_joined || range.sources.is_empty()) {
-                    pulls.push(pull(self.others(), false, false));
+                    pulls.push(Pull::new(span, self.others(), false, false));
                 }
             }
             pulls.retain(|pull| !pull.group.is_empty());
@@ -6242,6 +6244,9 @@ mod simulation {
         1: cut 3-1 3-2, change 0 0 1 2, pass 1000, kill 3, pass 3000, force 0 0 1, pass 8000, epoch 1, settled
         2: change 0 0 1, pass 3000, change 0 0 1 2 3, until table 0 2, kill 3, pass 5000, change 0 0 1 2, pass 9000, \
            changed 2, busy
+        # Sources that have started again have nothing; what another replica got of them is left.
+        2: change 0 0 1, pass 3000, change 0 2 3, until table 3 2, cut 3-0 3-1, until whole 2, kill 0, kill 1, start 0 0, \
+           start 1 1, pass 2000, cut, until whole 3, complete 3
         # A replica that has kept its records waits for nobody.
         2: change 0 0 1 2 3, until table 0 1, kill 1, pass 3000, ready 0
         # When a table is settled, nobody waits for those who left.
