@@ -6023,10 +6023,17 @@ mod simulation {
             if !self.all().any(|it| self.is_member(it)) {
                 return;
             }
+            // A node that was cut off may have made a store of its own with nodes that had left this one.
+            let is_other = |table: Arc<Table>| table.store != self.store.get() && table.view.len() > 1;
+            let has_other = |machine: &Machine| machine.is(|node| node.table().is_some_and(is_other));
+            let is_divided = || self.machines.iter().any(has_other);
             let has_table = |machine: &Machine| machine.is(|node| node.table().is_some());
             self.pass_until(120, "the nodes do not come to go by one table", || {
-                self.is_settled() && self.machines.iter().all(has_table)
+                is_divided() || self.is_settled() && self.machines.iter().all(has_table)
             });
+            if is_divided() {
+                return;
+            }
             self.pass_until(5, "the replicas do not agree", || self.is_settled() && self.agrees());
             let sessions = if self.factor > 1 { SESSIONS } else { 1 };
             // Nodes of a first view that all restart while others remove them by force are a store of their own.
