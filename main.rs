@@ -3344,7 +3344,10 @@ mod node {
                 return;
             }
             let Some(mine) = &self.table else {
-                let is_ours = table.nodes(false).contains(&self.own) || self.first_view.iter().any(|node| node == from);
+                // The last: it may have been left out while all nodes of its `VIEW` were blank too.
+                let is_ours = table.nodes(false).contains(&self.own)
+                    || self.first_view.iter().any(|node| node == from)
+                    || table.store == Table::first(self.first_view.clone(), self.first_factor).store;
                 if is_ours && self.heard_of.as_ref().is_none_or(|it| it.version < table.version) {
                     self.heard_of = Some(table);
                 }
