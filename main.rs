@@ -2579,9 +2579,6 @@ mod node {
         /// Questions that began by then and failed do not make it silent (`note_alive`).
         alive_at: Duration,
         differs: Option<Duration>,
-        is_reconciling: bool,
-        /// The number of calls of `note_lagging`. A reconciliation counts only if there were none meanwhile.
-        times_lagging: u64,
     }
 
     #[derive(Clone, Debug)]
@@ -2628,8 +2625,10 @@ mod node {
         /// and has pulled them now. Empty once the table is settled.
         not_pulled: Vec<Span>,
         is_pulling: bool,
-        /// R5: for each replica that may lack something, the lowest stamp that it may lack.
-        pub lagging: BTreeMap<String, u64>,
+        /// R5: the replicas that may lack something that is here.
+        pub lagging: BTreeSet<String>,
+        /// The replicas that are being reconciled with, and whether each has had all that came here since.
+        reconciling: BTreeMap<String, bool>,
         /// The stamps of own writes that are not acknowledged yet.
         in_flight: BTreeSet<u64>,
         stable_at: Vec<u64>,
@@ -2862,7 +2861,8 @@ mod node {
                 table.view.iter().for_each(|node| self.note_alive(node));
             }
             self.pulls = self.pulls_by(&table, was_blank);
-            self.lagging = self.others().into_iter().map(|node| (node, 0)).collect();
+            self.lagging.clear();
+            self.others().iter().for_each(|node| self.note_lagging(node));
             self.stable_at = vec![0; table.view.len()];
             (self.watermark, self.settled) = (0, false);
             self.promise.joining = None;
@@ -2961,7 +2961,7 @@ mod node {
                     _ => lacking.push(node.clone()),
                 }
             }
-            unreached.into_iter().for_each(|node| self.note_lagging(node, stamp));
+            unreached.into_iter().for_each(|node| self.note_lagging(node));
             if lacking.is_empty() {
                 self.in_flight.remove(&stamp);
             }
@@ -2969,41 +2969,38 @@ mod node {
         }
 
         pub fn give_up(&mut self, record: &Record, lacking: &[String]) {
-            lacking.iter().for_each(|node| self.note_lagging(node, record.stamp()));
+            lacking.iter().for_each(|node| self.note_lagging(node));
             self.in_flight.remove(&record.stamp());
         }
 
-        fn note_lagging(&mut self, node: &str, stamp: u64) {
+        fn note_lagging(&mut self, node: &str) {
             if self.is_replica(node) {
-                let lowest = self.lagging.entry(node.to_owned()).or_insert(stamp);
-                *lowest = stamp.min(*lowest);
-                self.peers.entry(node.to_owned()).or_default().times_lagging += 1;
+                self.lagging.insert(node.to_owned());
+                self.reconciling.entry(node.to_owned()).and_modify(|has_all| *has_all = false);
             }
         }
 
         // -- R5 reconcile
 
-        /// R5: due if the replica may lack something or its digest differs for long. The result is for `reconciled`. A
+        /// R5: due if the replica may lack something or its digest differs for long. The caller calls `reconciled`. A
         /// node that has nothing yet pulls first: doing both at once, it takes up to five times as long.
-        pub fn begin_to_reconcile(&mut self, node: &str) -> Option<u64> {
-            if !self.is_ready() {
-                return None;
+        pub fn begin_to_reconcile(&mut self, node: &str) -> bool {
+            let (version, is_ready, lags) = (self.version(), self.is_ready(), self.lagging.contains(node));
+            let Some(peer) = self.peers.get_mut(node) else { return false };
+            let can = is_ready && peer.status.is_ready && peer.status.version == version && !peer.silent;
+            let differs = peer.differs.is_some_and(|since| since + DIFFERING < self.now);
+            let is_due = can && (lags || differs) && !self.reconciling.contains_key(node);
+            if is_due {
+                peer.differs = None;
+                self.reconciling.insert(node.to_owned(), true);
             }
-            let (version, lags, now) = (self.version(), self.lagging.contains_key(node), self.now);
-            let peer = self.peers.get_mut(node)?;
-            let differs = peer.differs.is_some_and(|since| since + DIFFERING < now);
-            let can = peer.status.version == version && peer.status.is_ready && !peer.silent && !peer.is_reconciling;
-            (can && (lags || differs)).then(|| {
-                (peer.is_reconciling, peer.differs) = (true, None);
-                peer.times_lagging
-            })
+            is_due
         }
 
-        /// R5: the replica lags no longer if all was compared and nothing failed meanwhile. A restart is a failure too.
-        pub fn reconciled(&mut self, node: &str, version: Version, times_lagging: u64, is_through: bool) {
-            let peer = self.peers.entry(node.to_owned()).or_default();
-            peer.is_reconciling = false;
-            if is_through && peer.times_lagging == times_lagging && self.version() == Some(version) {
+        /// R5: the replica lags no longer if all was compared, and nothing failed and no table was adopted meanwhile. A
+        /// restart is a failure too.
+        pub fn reconciled(&mut self, node: &str, is_through: bool) {
+            if self.reconciling.remove(node) == Some(true) && is_through {
                 self.lagging.remove(node);
             }
         }
@@ -3018,7 +3015,7 @@ mod node {
                 news |= self.take(copy, by_pull);
             }
             for other in self.others().iter().filter(|other| news && *other != from) {
-                self.note_lagging(other, 0);
+                self.note_lagging(other);
             }
             true
         }
@@ -3042,8 +3039,8 @@ mod node {
 
         // -- R6 stability
 
-        /// R6: raises this node's claim, up to which its writes are on all replicas: below what is in flight and what a
-        /// replica may lack, once R8 holds. It never falls. The watermark is the lowest claim of all nodes.
+        /// R6: raises this node's claim, up to which its writes are on all replicas: below what is in flight, while no
+        /// replica lags and R8 holds. It never falls. The watermark is the lowest claim of all nodes.
         ///
         /// A node that starts again must write above the claims of its previous incarnation, which others may hear of
         /// late. So no claim exceeds the clock of any other replica: the node fetches from one of these, and has heard
@@ -3051,12 +3048,12 @@ mod node {
         fn refresh_stable(&mut self) {
             self.settle_if_all_whole();
             let Some(table) = self.table.clone().filter(|_| self.settled) else { return };
-            if let Some(own) = table.view.iter().position(|node| *node == self.own).filter(|_| self.pulls.is_empty()) {
-                let open = self.in_flight.first().into_iter().chain(self.lagging.values());
-                let below = open.map(|stamp| stamp.saturating_sub(1));
+            let own = table.view.iter().position(|node| *node == self.own);
+            if let Some(own) = own.filter(|_| self.pulls.is_empty() && self.lagging.is_empty()) {
+                let in_flight = self.in_flight.first().map(|stamp| stamp - 1);
                 let clock_of = |node: String| self.peers.get(&node).map_or(0, |peer| peer.status.clock);
                 let clocks = self.others().into_iter().map(clock_of);
-                self.stable_at[own] = self.stable_at[own].max(below.chain(clocks).fold(self.clock_now(), u64::min));
+                self.stable_at[own] = clocks.chain(in_flight).fold(self.clock_now(), u64::min).max(self.stable_at[own]);
             }
             self.watermark = self.stable_at.iter().copied().min().unwrap_or(0);
         }
@@ -3303,7 +3300,7 @@ mod node {
             peer.status = status.clone();
             peer.differs = if differs { peer.differs.or(Some(self.now)) } else { None };
             if has_restarted && is_replica {
-                self.note_lagging(from, 0);
+                self.note_lagging(from);
             }
             self.refresh_stable();
         }
@@ -3705,13 +3702,15 @@ mod replication {
     }
 
     pub async fn reconcile_if_due(world: &impl World, other: &str) {
-        let Some(times_lagging) = world.with(|node| node.begin_to_reconcile(other)) else { return };
+        if !world.with(|node| node.begin_to_reconcile(other)) {
+            return;
+        }
         let (version, spans) = world.with(|node| (node.version().unwrap_or_default(), node.own_spans()));
         let mut is_through = true;
         for span in spans {
             is_through = is_through && reconcile(world, other, version, span, false).await.is_some();
         }
-        world.with(|node| node.reconciled(other, version, times_lagging, is_through));
+        world.with(|node| node.reconciled(other, is_through));
     }
 
     /// R5: finds what differs by digests of buckets, then by stamps. Takes what is newer there and, except in a pull,
@@ -6605,25 +6604,24 @@ mod simulation {
             assert_eq!(node.lacking(&record, &stored), Ok(names(&[1, 2, 3])), "by another table");
             node.lagging.clear();
             node.give_up(&record, &names(&[2]));
-            assert!(node.lagging.contains_key(ADDRESSES[2]) && node.lacking(&record, &stored).is_err());
+            assert!(node.lagging.contains(ADDRESSES[2]) && node.lacking(&record, &stored).is_err());
             assert!(node.status().stable_at[0] < record.stamp(), "lagging");
             // Who reconciles with it, and whether that is forgotten.
-            assert!(node.begin_to_reconcile(ADDRESSES[3]).is_none(), "it does not lag");
+            assert!(!node.begin_to_reconcile(ADDRESSES[3]), "it does not lag");
             node.note_answer(ADDRESSES[2], node.now, false);
-            assert!(node.begin_to_reconcile(ADDRESSES[2]).is_none(), "it is silent");
+            assert!(!node.begin_to_reconcile(ADDRESSES[2]), "it is silent");
             node.note_answer(ADDRESSES[2], node.now, true);
-            let failures = node.begin_to_reconcile(ADDRESSES[2]).expect("it lags");
-            assert!(node.begin_to_reconcile(ADDRESSES[2]).is_none(), "it is under way");
-            node.reconciled(ADDRESSES[2], version(7, 7), failures, true);
-            node.reconciled(ADDRESSES[2], by, failures, false);
-            assert!(node.lagging.contains_key(ADDRESSES[2]), "by another table, or not all");
-            node.lagging.insert(ADDRESSES[2].to_owned(), u64::MAX);
+            assert!(node.begin_to_reconcile(ADDRESSES[2]), "it lags");
+            assert!(!node.begin_to_reconcile(ADDRESSES[2]), "it is under way");
+            node.reconciled(ADDRESSES[2], false);
+            assert!(node.lagging.contains(ADDRESSES[2]), "not all");
+            assert!(node.begin_to_reconcile(ADDRESSES[2]));
             node.give_up(&record, &names(&[2]));
-            node.reconciled(ADDRESSES[2], by, failures, true);
-            assert_eq!(node.lagging.get(ADDRESSES[2]), Some(&record.stamp()), "a push failed meanwhile");
+            node.reconciled(ADDRESSES[2], true);
+            assert!(node.lagging.contains(ADDRESSES[2]), "a push failed meanwhile");
             for (version, is_ready) in [(version(7, 7), true), (by, false)] {
                 node.hear(ADDRESSES[2], &node::Status { is_ready, ..status_by(Some(version)) });
-                assert!(node.begin_to_reconcile(ADDRESSES[2]).is_none(), "by another table, or not ready");
+                assert!(!node.begin_to_reconcile(ADDRESSES[2]), "by another table, or not ready");
             }
             node.lagging.clear();
             // What is taken from another replica, the others may lack; but not what is stable.
@@ -6636,7 +6634,7 @@ mod simulation {
             assert!(node.take_reconciled(by, ADDRESSES[1], &[copy], false) && node.lagging.is_empty(), "no news");
             assert!(!node.take_reconciled(version(7, 7), ADDRESSES[1], &[new.clone()], false), "by another table");
             assert!(node.take_reconciled(by, ADDRESSES[1], &[new], false));
-            assert!(node.lagging.keys().eq(&names(&[2, 3])), "{:?}", node.lagging);
+            assert!(node.lagging.iter().eq(&names(&[2, 3])), "{:?}", node.lagging);
             // What was dropped as others own it is not pushed.
             let record = write(node, 1);
             let of_others = Table { shards: vec![names(&[1, 2, 3])], ..Table::clone(&next_table(node, version(8, 7))) };
@@ -6715,13 +6713,13 @@ mod simulation {
             let claim = |version| node::Status { stable_at: stable_at.clone(), is_member, ..status_by(Some(version)) };
             node.hear(ADDRESSES[1], &claim(version(7, 7)));
             assert_eq!(node.status().stable_at[1..], before[1..], "by another table");
-            node.lagging.insert(ADDRESSES[1].to_owned(), 1);
+            node.lagging.insert(ADDRESSES[1].to_owned());
             assert!(node.status().stable_at[0] >= before[0], "it does not go down");
             let mut old = (Record::new(b"old", "1"), Context::default());
             old.0.set_stamp(1);
             assert!(!node.take(&old, false), "stable");
             node.adopt(next_table(node, version(2, 7)));
-            assert!(node.take(&old, false) && node.lagging.keys().eq(&names(&[1, 2, 3])), "nothing is stable");
+            assert!(node.take(&old, false) && node.lagging.iter().eq(&names(&[1, 2, 3])), "nothing is stable");
             node.lagging.clear();
             assert_eq!(node.status().stable_at, [0; 4], "not settled");
             let (incoming, by) = (names(&[2]), Some(version(2, 7)));
