@@ -754,55 +754,44 @@ mod http {
         pub expects_continue: bool,
     }
 
-    impl Framing {
-        fn of(parsed: &Parsed) -> Result<Framing, Outcome> {
-            let is_1_0 = parsed.version() == 0;
-            let mut framing = Framing { is_head: parsed.method() == "HEAD", closing: is_1_0, ..Framing::default() };
-            let (mut hosts, mut lengths, mut size, mut is_sound) = (0, 0, parsed.path().len(), true);
-            for header in parsed.headers() {
-                let is = |name: &str| header.name.eq_ignore_ascii_case(name);
-                let text = || str::from_utf8(header.value).unwrap_or_default();
-                size += header.name.len() + header.value.len();
-                if is("Transfer-Encoding") {
-                    return Err(Outcome::LengthRequired);
-                } else if is("Host") {
-                    hosts += 1;
-                    is_sound &= is_host(header.value);
-                } else if is("Content-Length") {
-                    // Digits only (RFC 9110 section 8.6), where `parse` takes a sign. Repeated lengths must agree.
-                    let length = text().parse().ok().filter(|_| !text().starts_with('+'));
-                    is_sound &= length.is_some() && (lengths == 0 || length == Some(framing.length));
-                    framing.length = length.unwrap_or(0);
-                    lengths += 1;
-                } else if is("Connection") {
-                    framing.closing |= text().split(',').any(|option| option.trim().eq_ignore_ascii_case("close"));
-                } else if is("Expect") {
-                    framing.expects_continue = !is_1_0 && header.value.eq_ignore_ascii_case(b"100-continue");
-                }
-            }
-            // One host, or none in HTTP/1.0 (RFC 9112 section 3.2).
-            is_sound &= size <= MAX_HEAD && (hosts == 1 || hosts == 0 && is_1_0);
-            if is_sound { Ok(framing) } else { Err(Outcome::BadRequest) }
-        }
-    }
-
     /// Reads the head of a request that the server has parsed; the body is still missing. An error means that the head
     /// contradicts itself or the end of the body is not known, so the connection must be closed.
     pub fn read_head(parsed: &Parsed) -> Result<(Request, Framing), Outcome> {
-        let framing = Framing::of(parsed)?;
+        let is_1_0 = parsed.version() == 0;
+        let mut framing = Framing { is_head: parsed.method() == "HEAD", closing: is_1_0, ..Framing::default() };
         let verb = if framing.is_head { "GET" } else { parsed.method() }.into();
         let target = origin_form(parsed.path()).ok_or(Outcome::BadRequest)?;
         let mut request = Request { verb, target, ..Request::default() };
+        let (mut hosts, mut lengths, mut size, mut is_sound) = (0, 0, parsed.path().len(), true);
         for header in parsed.headers() {
-            let text = || str::from_utf8(header.value).unwrap_or_default();
-            if header.name.eq_ignore_ascii_case("Content-Type") {
-                request.content_type = text().into();
-            } else if header.name.eq_ignore_ascii_case("Via") {
+            let is = |name: &str| header.name.eq_ignore_ascii_case(name);
+            let text = str::from_utf8(header.value).unwrap_or_default();
+            size += header.name.len() + header.value.len();
+            if is("Transfer-Encoding") {
+                return Err(Outcome::LengthRequired);
+            } else if is("Host") {
+                hosts += 1;
+                is_sound &= is_host(header.value);
+            } else if is("Content-Length") {
+                // Digits only (RFC 9110 section 8.6), where `parse` takes a sign. Repeated lengths must agree.
+                let length = text.parse().ok().filter(|_| !text.starts_with('+'));
+                is_sound &= length.is_some() && (lengths == 0 || length == Some(framing.length));
+                framing.length = length.unwrap_or(0);
+                lengths += 1;
+            } else if is("Connection") {
+                framing.closing |= text.split(',').any(|option| option.trim().eq_ignore_ascii_case("close"));
+            } else if is("Expect") {
+                framing.expects_continue = !is_1_0 && text.eq_ignore_ascii_case("100-continue");
+            } else if is("Content-Type") {
+                request.content_type = text.into();
+            } else if is("Via") {
                 request.via += if request.via.is_empty() { "" } else { ", " };
-                request.via += text();
+                request.via += text;
             }
         }
-        Ok((request, framing))
+        // One host, or none in HTTP/1.0 (RFC 9112 section 3.2).
+        is_sound &= size <= MAX_HEAD && (hosts == 1 || hosts == 0 && is_1_0);
+        if is_sound { Ok((request, framing)) } else { Err(Outcome::BadRequest) }
     }
 
     /// The path and query of a target. In absolute form, scheme and host precede them (RFC 9112 section 3.2.2). None if
