@@ -2573,7 +2573,7 @@ mod node {
     #[derive(Clone, Debug)]
     pub enum Activity {
         Meet(String),
-        Pull,
+        Pull(Version),
     }
 
     #[derive(Default)]
@@ -2613,7 +2613,6 @@ mod node {
         /// Spans that this node owned by earlier tables and has not pulled. It is not whole for these unless it owns
         /// and has pulled them now. Empty once the table is settled.
         not_pulled: Vec<Span>,
-        is_pulling: bool,
         /// R5: the replicas that may lack something that is here.
         pub lagging: BTreeSet<String>,
         /// The replicas that are being reconciled with, and whether each has had all that came here since.
@@ -2777,15 +2776,9 @@ mod node {
             (record.clone(), self.context_of(record))
         }
 
-        fn start_pulling(&mut self) {
-            if !self.pulls.is_empty() && !std::mem::replace(&mut self.is_pulling, true) {
-                self.later.activities.push(Activity::Pull);
-            }
-        }
-
-        pub fn pulls_left(&mut self) -> Vec<Pull> {
-            self.is_pulling = !self.pulls.is_empty();
-            self.pulls.clone()
+        /// None once another table was adopted.
+        pub fn pulls_left(&self, version: Version) -> Vec<Pull> {
+            if self.version() == Some(version) { self.pulls.clone() } else { Vec::new() }
         }
 
         /// R2: ends a round of a pull. `found` says what each awaited node was, after it gave all; None: no answer.
@@ -2863,7 +2856,7 @@ mod node {
             let (version, count) = (table.version, table.view.len());
             let how = if was_blank { "started blank, " } else { "" };
             self.say(format!("{how}goes by table {version} of {count} nodes, fetches from {from}"));
-            self.start_pulling();
+            self.later.activities.push(Activity::Pull(version));
             self.settle_if_all_whole();
             true
         }
@@ -3637,11 +3630,12 @@ mod replication {
     /// digests differ. The span is answerable when a whole node has given all. The pull goes on with the others, which
     /// may have a write that the whole one lacks, and asks again those that are not whole (`Pull::is_done`). Sources
     /// keep their records until R8: the contract lets an owner that is killed before that come back with these.
-    pub async fn pull_all(world: &impl World) {
+    pub async fn pull_all(world: &impl World, version: Version) {
         loop {
-            let (version, pulls) = world.with(|node| (node.version(), node.pulls_left()));
-            let Some(version) = version.filter(|_| !pulls.is_empty()) else { return };
-            let mut progress = false;
+            let (pulls, mut progress) = (world.with(|node| node.pulls_left(version)), false);
+            if pulls.is_empty() {
+                return;
+            }
             for pull in pulls {
                 let mut round = Vec::new();
                 for node in pull.awaited() {
@@ -3788,7 +3782,7 @@ mod membership {
                     reconcile_if_due(&world, &node).await;
                 }
             }
-            Activity::Pull => pull_all(&world).await,
+            Activity::Pull(version) => pull_all(&world, version).await,
         }
     }
 
@@ -6261,7 +6255,8 @@ mod simulation {
         1: change 0 0 1 2, pass 3000, kill 3, start 3 3, pass 2000, put 3, pass 200, change 0 0 1 2 3, pass 200, \
            changed 1, table 0 1, foreign 3
         # One that is blank has not started yet; one of a store of several keeps to it.
-        1: change 0 0 1, pass 3000, kill 2, kill 3, start 3 2 3, pass 2000, change 0 0 1 3, pass 6000, changed 1, down 3
+        1: change 0 0 1, pass 3000, kill 2, kill 3, cut 1-3, start 3 2 3, pass 2000, change 0 0 1 3, \
+           pass 6000, changed 1, down 3
         1: change 0 0 1, pass 3000, kill 2, kill 3, start 2 2 3, start 3 2 3, pass 3000, change 0 0 1 2, pass 200, \
            changed 1, foreign 2
         # One whose table is above those of the store may join.
@@ -6638,7 +6633,7 @@ mod simulation {
     fn a_pull_needs_a_whole_node_and_all_others_of_the_group() {
         let mut node = alone();
         node.adopt(Arc::new(table_from(&node, version(2, 7), &[0, 1])));
-        let pull = node.pulls_left().remove(0);
+        let pull = node.pulls_left(version(2, 7)).remove(0);
         for (from, found, is_ready, is_done) in [
             (0, None, false, false),
             (0, Some(node::Found::Whole), true, false),
@@ -6654,8 +6649,8 @@ mod simulation {
     fn what_is_got_by_pulls() {
         let it = store_of_four(2, "fill, pass 5000, cut 0-1, kill 1, start 1, pass 3000");
         it.there(1).with(|node| {
-            let (by, pull, own) =
-                (node.version().expect("a table"), node.pulls_left().remove(0), node.own().to_owned());
+            let (by, own) = (node.version().expect("a table"), node.own().to_owned());
+            let pull = node.pulls_left(by).remove(0);
             let found = [(ADDRESSES[0].to_owned(), Some(node::Found::Whole))];
             node.note_received(version(7, 7), &pull, &found);
             let mut of_another_group = pull.clone();
