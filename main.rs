@@ -2393,8 +2393,8 @@ mod node {
         (time.as_micros() as u64) << NODE_BITS
     }
 
-    /// R11: what a node reports in a meeting. A blank node has no version, and reports its `VIEW` until it has heard of
-    /// a table. Pulls wait for the nodes in `incoming`. `stable_at` is in the order of the view.
+    /// R11: what a node reports in a meeting. A blank node has no version. Pulls wait for the nodes in `incoming`.
+    /// `stable_at` is in the order of the view.
     #[derive(Clone, Debug, Default, Serialize, Deserialize)]
     pub struct Status {
         pub incarnation: u64,
@@ -2413,8 +2413,8 @@ mod node {
         /// heard of, if that is newer than the lock.
         pub asked_for_lock: Vec<String>,
         pub stable_at: Vec<u64>,
-        pub first_view: Vec<String>,
-        pub factor: usize,
+        /// The id of the store that its `VIEW` would begin; 0 once it has heard of a table.
+        pub first: u64,
         pub rounds: u32,
     }
 
@@ -2591,8 +2591,8 @@ mod node {
     #[derive(Default)]
     pub struct Node {
         own: String,
-        first_view: Vec<String>,
-        first_factor: usize,
+        /// The table of the store that its `VIEW` would begin.
+        pub first: Arc<Table>,
         incarnation: u64,
         pub now: Duration,
         pub later: Later,
@@ -2630,8 +2630,8 @@ mod node {
 
     impl Node {
         pub fn new(own: String, view: Vec<String>, factor: usize, incarnation: u64, now: Duration) -> Node {
-            let (first_view, first_factor) = (view, factor);
-            Node { own, first_view, first_factor, incarnation, now, lease: LEASE, ..Node::default() }
+            let first = Arc::new(Table::first(view, factor));
+            Node { own, first, incarnation, now, lease: LEASE, ..Node::default() }
         }
 
         fn say(&mut self, line: String) {
@@ -3176,8 +3176,7 @@ mod node {
                 promised: version,
                 asked_for_lock: nodes,
                 stable_at: self.stable_at.clone(),
-                first_view: if may_begin { self.first_view.clone() } else { Vec::new() },
-                factor: self.first_factor,
+                first: if may_begin { self.first.store } else { 0 },
                 rounds: self.rounds,
             }
         }
@@ -3324,9 +3323,8 @@ mod node {
             }
             let Some(mine) = &self.table else {
                 // The last: it may have been left out while all nodes of its `VIEW` were blank too.
-                let is_ours = table.nodes(false).contains(&self.own)
-                    || self.first_view.iter().any(|node| node == from)
-                    || table.store == Table::first(self.first_view.clone(), self.first_factor).store;
+                let is_ours =
+                    table.nodes(false).contains(&self.own) || self.first.lists(from) || table.store == self.first.store;
                 if is_ours && self.heard_of.as_ref().is_none_or(|it| it.version < table.version) {
                     self.heard_of = Some(table);
                 }
@@ -3371,7 +3369,7 @@ mod node {
 
         fn nodes_to_ask(&self) -> Vec<String> {
             let locked = self.peers.values().flat_map(|peer| &peer.status.asked_for_lock);
-            let mut all: BTreeSet<&String> = self.first_view.iter().chain(locked).chain(&self.promise.nodes).collect();
+            let mut all: BTreeSet<&String> = self.first.view.iter().chain(locked).chain(&self.promise.nodes).collect();
             if let Some(table) = &self.heard_of {
                 let goes_by_it = |(_, peer): &(&String, &Peer)| peer.status.version == Some(table.version);
                 all.extend(table.nodes(false));
@@ -3420,21 +3418,16 @@ mod node {
         }
 
         fn first_table(&mut self, answers: &BTreeMap<String, Status>) -> Option<Arc<Table>> {
-            let others: Vec<&String> = self.first_view.iter().filter(|node| **node != self.own).collect();
-            let differing = others.iter().find(|node| {
-                let is_as_ours = |it: &Status| it.first_view == self.first_view && it.factor == self.first_factor;
-                let same = |it: &Status| it.first_view.is_empty() || is_as_ours(it);
-                answers.get(**node).is_some_and(|it| !same(it))
-            });
-            if let Some(node) = differing.filter(|_| self.rounds.is_multiple_of(40)) {
-                self.later.lines.push(format!("waits: {node} was started with another VIEW or REPL_FACTOR"));
+            let first = self.first.clone();
+            let others: Vec<&String> = first.view.iter().filter(|node| **node != self.own).collect();
+            let differs = |node: &String| answers.get(node).is_some_and(|it| it.first != 0 && it.first != first.store);
+            if let Some(node) = others.iter().find(|node| differs(node)).filter(|_| self.rounds.is_multiple_of(40)) {
+                self.say(format!("waits: {node} was started with another VIEW or REPL_FACTOR"));
             }
-            let is_up = |node: &&String| {
-                answers.get(*node).is_some_and(|it| !it.first_view.is_empty() && it.rounds >= MIN_ROUNDS)
-            };
-            let is_first = differing.is_none() && others.iter().all(is_up) && self.rounds >= MIN_ROUNDS;
-            let names_itself = self.first_view.contains(&self.own);
-            (is_first && names_itself).then(|| Arc::new(Table::first(self.first_view.clone(), self.first_factor)))
+            let is_up = |it: &Status| it.first == first.store && it.rounds >= MIN_ROUNDS;
+            let are_up = others.iter().all(|node| answers.get(*node).is_some_and(is_up));
+            let is_first = are_up && first.lists(&self.own) && self.rounds >= MIN_ROUNDS;
+            is_first.then_some(first)
         }
 
         // -- R9 view change, at the locked nodes
@@ -3499,7 +3492,7 @@ mod node {
         /// A node that this one waits for, to be named in an error.
         pub fn missing(&self) -> String {
             let joining = self.promise.joining.iter().cloned();
-            let views = joining.chain(self.silent()).chain(self.first_view.iter().cloned());
+            let views = joining.chain(self.silent()).chain(self.first.view.iter().cloned());
             views.into_iter().find(|node| *node != self.own).unwrap_or_else(|| self.own.clone())
         }
     }
@@ -4882,15 +4875,15 @@ mod world {
     use crate::replication::{Lost, World};
     use crate::service::Work;
     use crate::settings::{SETTINGS, own, port_of};
-    use crate::table::Table;
 
     /// The node of this instance. Its holder waits for nothing, so a std mutex will do.
     static NODE: LazyLock<Mutex<Node>> = LazyLock::new(|| {
         // A main instance is a store of one node that no other one knows.
         let own = own().unwrap_or_default().to_owned();
-        let mut node = Node::new(own.clone(), SETTINGS.view.clone(), SETTINGS.factor, random(), now());
-        if own.is_empty() {
-            node.adopt(Arc::new(Table::first(vec![own], 1)));
+        let view = if own.is_empty() { vec![own.clone()] } else { SETTINGS.view.clone() };
+        let mut node = Node::new(own, view, SETTINGS.factor, random(), now());
+        if node.own().is_empty() {
+            node.adopt(node.first.clone());
             node.later = Later::default();
         }
         Mutex::new(node)
@@ -6457,7 +6450,7 @@ mod simulation {
         heard.hear_of_table(ADDRESSES[1], first_table(3, &[0, 1, 2, 3]));
         heard.hear_of_table(ADDRESSES[1], first_table(2, &[0, 1, 4]));
         assert_eq!(heard.begin_round(), Some(names(&[1, 2, 3])), "the newest");
-        assert!(heard.status().first_view.is_empty());
+        assert!(heard.status().first == 0);
         heard.hear(ADDRESSES[4], &good);
         assert_eq!(heard.begin_round(), Some(names(&[1, 2, 3, 4])), "who goes by it");
         let status = heard.status();
@@ -6495,9 +6488,9 @@ mod simulation {
         heard.hear_of_table(ADDRESSES[1], first_table(3, &[0, 1, 2, 3]));
         assert!(!is_in(&mut heard, &[(1, &blank), (2, &blank)]), "nobody goes by it any more");
         assert_eq!((heard.status().rounds, heard.begin_round()), (0, Some(names(&[1]))));
-        let first = node::Status { first_view: names(&[0, 1]), factor: 2, rounds: 9, ..blank.clone() };
+        let first = node::Status { first: node(0).first.store, rounds: 9, ..blank.clone() };
         let (other_factor, young) =
-            (node::Status { factor: 1, ..first.clone() }, node::Status { rounds: 1, ..first.clone() });
+            (node::Status { first: 7, ..first.clone() }, node::Status { rounds: 1, ..first.clone() });
         for answers in [&[][..], &[(1, &other_factor)], &[(1, &young)], &[(1, &blank)]] {
             assert!(!is_in(&mut node(9), answers));
         }

@@ -1357,7 +1357,7 @@ status_on_stream() {
     }'
 }
 # greeting FROM TO: a request whose body is a node's greeting to another, with a blank node's status (incarnation 1).
-greeting() { message "$(sized "$1")$(sized "$2")\x00\x00\x00\x00\x01$(printf '\\x00%.0s' {1..18})"; }
+greeting() { message "$(sized "$1")$(sized "$2")\x00\x00\x00\x00\x01$(printf '\\x00%.0s' {1..17})"; }
 message() { printf '\\x00\\x00\\x00\\x00\\x02%s' "$(sized "$1")"; } # BODY; verb, target, type and Via are empty
 sized() { printf '\\x%02x%s' "$(printf %b "$1" | wc -c)" "$1"; }    # TEXT: with its length
 
