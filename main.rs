@@ -3322,9 +3322,9 @@ mod node {
                 return;
             }
             let Some(mine) = &self.table else {
-                // The last: it may have been left out while all nodes of its `VIEW` were blank too.
-                let is_ours =
-                    table.nodes(false).contains(&self.own) || self.first.lists(from) || table.store == self.first.store;
+                let is_named = table.nodes(false).contains(&self.own) || self.first.lists(from);
+                // It may have been left out of its store while all nodes of its `VIEW` were blank.
+                let is_ours = is_named || table.store == self.first.store;
                 if is_ours && self.heard_of.as_ref().is_none_or(|it| it.version < table.version) {
                     self.heard_of = Some(table);
                 }
