@@ -5774,7 +5774,10 @@ mod simulation {
                     let may_get_it = |node: &Node| is_behind(node) || waits(node, key);
                     newest.owners(HASHES[key]).iter().any(|node| self.machines[machine_of(node)].is(may_get_it))
                 });
-                let has_it = |it: &&Machine| it.counts.get() && (is_awaited || it.is(|node| owns(node, key)));
+                let is_asked =
+                    |node: &Node| newest.as_ref().is_some_and(|it| it.nodes(false).contains(&node.own().to_owned()));
+                let may_give = |node: &Node| is_awaited && is_asked(node) || owns(node, key);
+                let has_it = |it: &&Machine| it.counts.get() && it.is(may_give);
                 let left = self.machines.iter().filter(has_it).map(|it| it.stamp(key)).max();
                 if left.is_some_and(|left| left >= stamp) {
                     continue;
