@@ -6253,13 +6253,13 @@ mod simulation {
                 (it.promised, it.asked_for_lock, it.first_view) == (version(&[*number, 9]), names(nodes), Vec::new())
             }
             // By a context with a stamp of the writer, a read of k1 needs these nodes.
-            ("needs", [writer, later, nodes @ ..]) => {
-                let context = seen(node, ADDRESSES[*writer], *later);
+            ("needs", [writer, time, nodes @ ..]) => {
+                let context = seen(node, ADDRESSES[*writer], *time);
                 let groups = nodes.iter().map(|it| names(&[*it])).collect();
                 node.context_needs(HASHES[1], NAMES[1].as_bytes(), &context) == Some(groups)
             }
-            ("plausible", &[writer, later]) => {
-                let context = seen(node, ADDRESSES[writer], later);
+            ("plausible", &[writer, time]) => {
+                let context = seen(node, ADDRESSES[writer], time);
                 node.is_plausible(&context)
             }
             _ => replicates(node, what, numbers),
@@ -6269,7 +6269,10 @@ mod simulation {
     /// What a node does with records.
     fn replicates(node: &mut Node, what: &str, numbers: &[usize]) -> bool {
         match (what, numbers) {
-            ("write", &[key]) => drop(write(node, key)),
+            ("write", &[key]) => {
+                let record = Record::new(NAMES[key].as_bytes(), "true");
+                node.write(HASHES[key], record, &Context::default());
+            }
             // These nodes lack its write. All others have it; or had it in another incarnation (1), or table (2).
             ("lacks", [key, wrong, nodes @ ..]) => {
                 let (record, by) = (record(node, *key).expect("a record").clone(), node.version());
@@ -6292,9 +6295,9 @@ mod simulation {
                 return !begins_another && !node.lagging.contains_key(ADDRESSES[other]);
             }
             // It gets a record in a reconciliation, or by a pull.
-            ("gets", &[from, number, key, later, by_pull]) => {
+            ("gets", &[from, number, key, time, by_pull]) => {
                 let mut record = Record::new(NAMES[key].as_bytes(), "7");
-                record.set_stamp(*seen(node, ADDRESSES[from], later).seen.values().next().expect("a stamp"));
+                record.set_stamp(*seen(node, ADDRESSES[from], time).seen.values().next().expect("a stamp"));
                 let copies = [(record, Context::default())];
                 return node.take_reconciled(by(node, number), ADDRESSES[from], &copies, by_pull > 0);
             }
@@ -6429,18 +6432,15 @@ mod simulation {
         node.receive(Envelope { from, to, version: None, incarnation: 3, to_incarnation, message })
     }
 
-    fn write(node: &mut Node, key: usize) -> Record {
-        node.write(HASHES[key], Record::new(NAMES[key].as_bytes(), "true"), &Context::default())
-    }
-
-    /// A context with a stamp of a writer, some microseconds after the time that is ten seconds before a node's clock.
-    fn seen(node: &mut Node, writer: &str, later: usize) -> Context {
+    /// A context with a stamp of a writer. The time is in milliseconds; 10,000 is the node's clock.
+    fn seen(node: &mut Node, writer: &str, time: usize) -> Context {
         let bits = node_of(hash_of(writer.as_bytes()));
-        let stamp = ((node.status().clock >> 12) + later as u64 - 10_000_000) << 12 | u64::from(bits);
+        let stamp = ((node.status().clock >> 12) + 1000 * time as u64 - 10_000_000) << 12 | u64::from(bits);
         Context { seen: [(bits, stamp)].into(), table: None }
     }
 
-    /// Each with the factor of the first table. The comments say what the schedule must show.
+    /// Each with the factor of the first table. The comments say what the schedule must show. `2.7` is the version of
+    /// table 2 of coordinator 7, and four numbers with points are a status (`status_of`).
     const SCRIPTS: &str = "
         # Two sides of a cut, each with a replica of each shard, do not both change the view.
         2: cut 0-1 0-3 2-1 2-3, change 0 0 2, change 1 1 3, pass 8000, change 0 0 2, change 1 1 3, pass 8000, changed 0
@@ -6606,18 +6606,18 @@ mod simulation {
            hear 0 2 4.0.1.0, not reconciles 0 2 0 1 0, hear 0 2 3.0.0.0, not reconciles 0 2 0 1 0, hear 0 2 3.0.1.0, \
            reconciles 0 2 0 1 0
         # What a replica takes from another one, the others may lack; but not what is stable, or older than what it has.
-        4: pass 5000, not gets 0 1 7 0 10001000 0, gets 0 1 0 0 0 0, write 0 0, gets 0 1 0 0 9990000 0, lags 0, \
-           gets 0 1 0 0 10001000 0, lags 0 2 3
+        4: pass 5000, not gets 0 1 7 0 10001 0, gets 0 1 0 0 0 0, write 0 0, gets 0 1 0 0 9990 0, lags 0, \
+           gets 0 1 0 0 10001 0, lags 0 2 3
         4: delete 0, pass 15000, gets 0 1 0 0 0 0, not has 0 0, adopts 0 2.7, gets 0 1 0 0 0 0, has 0 0
         # A write that was dropped since the owners have got it is not pushed any more.
         4: pass 5000, write 3 1, leaves 3 8 0 1 2, not lacks 3 1 0, settle 3 1
         # What is stable is taken by a pull, if that covers the key.
         2: pass 15000, cut 0-1, kill 1, start 1, pass 3000, gets 1 0 0 1 0 0, gets 1 0 0 0 0 1, not has 1 1, \
-           not has 1 0, gets 1 0 0 1 0 1, has 1 1, needs 1 1 10001000 0
+           not has 1 0, gets 1 0 0 1 0 1, has 1 1, needs 1 1 10001 0
         # A read needs the writers in its context that may know of a newer record.
-        2: pass 15000, needs 0 0 10001000, needs 0 1 10001000 1, needs 0 2 10001000, needs 0 4 10001000 1, \
-           needs 2 4 0, not plausible 0 2 7210000000, write 0 1, needs 0 1 9999000, joins 0 2 2, \
-           needs 0 2 10001000 2, needs 0 1 10001000 1 2, settle 0, needs 0 2 10001000
+        2: pass 15000, needs 0 0 10001, needs 0 1 10001 1, needs 0 2 10001, needs 0 4 10001 1, needs 2 4 0, \
+           not plausible 0 2 7210000, write 0 1, needs 0 1 9999, joins 0 2 2, needs 0 2 10001 2, needs 0 1 10001 1 2, \
+           settle 0, needs 0 2 10001
         # A table in a context that nobody goes by is believed in until all nodes have answered.
         2: claim 9.9, get 2, pass 1500, status 200
         2: kill 1, pass 3000, claim 9.9, get 2, pass 1500, status 400
@@ -6642,21 +6642,21 @@ mod simulation {
         // n0 and n1 have the key.
         store_of_four(2, "fill, pass 5000").there(0).with(|node| {
             // The context of a write goes with the record, and into the context of its readers.
-            let of = seen(node, ADDRESSES[2], 10_005_000);
+            let of = seen(node, ADDRESSES[2], 10_005);
             let written = node.write(HASHES[1], value(), &of);
             assert!(of.seen.values().all(|stamp| *stamp < written.stamp()) && node.copy_of(&written).1 == of);
             let after = node.context_after(&none, Some(&written));
             assert_eq!((after.seen.len(), after.table), (2, None));
-            let mut copy = (value(), seen(node, ADDRESSES[2], 10_005_000));
+            let mut copy = (value(), seen(node, ADDRESSES[2], 10_005));
             copy.0.set_stamp(written.stamp() + (1 << 20));
             assert!(node.take(&copy, false) && node.copy_of(&copy.0).1 == copy.1);
             // What is stable is left out, and of unknown writers the latest counts.
             let stable = seen(node, ADDRESSES[1], 0);
             assert_eq!(node.unstable_part(&stable), none);
-            let (mut two, other) = (seen(node, ADDRESSES[4], 10_005_000), seen(node, "other:1", 10_006_000));
+            let (mut two, other) = (seen(node, ADDRESSES[4], 10_005), seen(node, "other:1", 10_006));
             two.seen.extend(&other.seen);
             assert_eq!(node.unstable_part(&two), other);
-            let ahead = seen(node, ADDRESSES[1], 1 << 30);
+            let ahead = seen(node, ADDRESSES[1], 1 << 20);
             node.context_after(&ahead, None);
             assert!(ahead.seen.values().all(|stamp| node.status().clock >= *stamp));
             // A context has the table, until that is settled.
