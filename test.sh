@@ -2209,48 +2209,21 @@ find_vocabulary() {
   given_up || tell "$section: asked in the vocabulary '$vocabulary', about keys under $prefix/$below"
 }
 
-# ---- The grader graded: servers with one defect each -----------------------------------------------------------------
+# ---- The grader graded: answers with one defect each -----------------------------------------------------------------
 
-# write_defective_server: our own server, whose requests and answers pass through Perl, which the base image has. DEFECT
-# is what Perl does to them. (Requests are relayed one by one, since it takes no streams.)
-write_defective_server() {
-  mkdir "$work/server"
-  cat >"$work/server/Dockerfile" <<END
-FROM $(awk '$1 == "FROM" && $2 ~ /^rust:/ { print $2 }' Dockerfile)
-COPY --from=$image /kv-store /
-COPY server.pl /
-ARG DEFECT
-ENV DEFECT=\$DEFECT
-CMD ["perl", "/server.pl"]
+# make_defects: a curl that has what DEFECT says done to its arguments, or to its answer by a function `defect`.
+make_defects() {
+  mkdir "$work/bin"
+  cat >"$work/bin/curl" <<END
+#!/usr/bin/env bash
+defect() { cat; }
+eval "\$DEFECT"
+"$(command -v curl)" "\$@" | defect
+exit "\${PIPESTATUS[0]}"
 END
-  cat >"$work/server/server.pl" <<'END'
-use IO::Socket::INET;
-my $port = $ENV{PORT};
-if (!fork) { $ENV{PORT} = 9999; exec '/kv-store' }
-sub change { local $_ = $_[0]; eval $ENV{DEFECT}; die $@ if $@; $_ }
-change('start');
-my $listener = IO::Socket::INET->new(LocalPort => $port, Listen => 50, ReuseAddr => 1) or die "server.pl: $!\n";
-$SIG{CHLD} = 'IGNORE';
-while (my $client = $listener->accept) {
-  next if fork;
-  my ($head, $body, $line) = ('', '');
-  while (defined($line = <$client>) && $line ne "\r\n") { $head .= $line }
-  if ($head =~ /^content-type: .*-stream/im) { print $client "HTTP/1.1 404 -\r\nContent-Length: 0\r\n\r\n"; exit }
-  read $client, $body, $1 if $head =~ /^content-length: *(\d+)/im;
-  my $server = IO::Socket::INET->new(PeerAddr => '127.0.0.1:9999') or exit;
-  print $server change("${head}Connection: close\r\n\r\n$body");
-  print $client change(join('', <$server>) =~ s/^Content-Length.*\n//imr);
-  exit;
+  chmod +x "$work/bin/curl"
 }
-END
-}
-# grades NAME VERDICT DEFECT [ARGUMENT...]: builds a server with this defect, and checks what the grader says of it.
-grades() {
-  docker build -q -t "$name-server:$1" --build-arg "DEFECT=$3" "$work/server" >/dev/null 2>"$work/build" ||
-    cat "$work/build" >&2
-  check "$1" "$2" "$(verdict "$name-server:$1" single "${@:4}")"
-}
-# verdict IMAGE ARGUMENT...: what the grader says of it, in short. The whole is in $work/graded.
+# verdict ARGUMENT...: what the grader says, in short. The whole is in $work/graded.
 verdict() {
   local ended
   (echo "$BASHPID" >>"$work/graders" && exec ./test.sh grade --json "$@") >"$work/graded" 2>"$work/grader.err"
@@ -2258,39 +2231,44 @@ verdict() {
   jq -r --arg ended "$ended" '"\(.score) of \(.max_score), status \($ended)"' "$work/graded"
   cat "$work/grader.err"
 }
+# grades WHAT VERDICT DEFECT [ARGUMENT...]: of our own image, with this defect.
+grades() { check "$1" "$2" "$(DEFECT=$3 PATH=$work/bin:$PATH verdict "$image" single "${@:4}")"; }
+# grades_image WHAT VERDICT SETTING ARGUMENT...: of our own image, with this setting.
+grades_image() {
+  printf 'FROM %s\nENV %s\n' "$image" "$3" | docker build -q -t "$name-server:$1" - >/dev/null 2>"$work/error"
+  check "$1" "$2" "$(verdict "$name-server:$1" single "${@:4}")"
+}
 # failed_with PATTERN: how many checks failed with it, as the last verdict says.
 failed_with() { jq -r '.tests[] | select(.score < .max_score) | .output' "$work/graded" | grep -c "$1"; }
 
 test_grader() {
-  write_defective_server
+  make_defects
   check "this project's own image" "168 of 168, status 0" "$(verdict "$image")"
   check "... in the other vocabulary" "57 of 57, status 0" "$(verdict "$image" single forwarding --vocabulary json)"
-  grades json_spelled_in_another_way "25 of 25, status 0" 's/":/" : /g; s/^\{/{ "more" : [], /m'
-  grades json_only "22 of 22, status 0" 's/.*/HTTP\/1.1 415 -\n\n/s if /"msg"/'
-  grades 200_in_place_of_201 "24 of 25, status 1" 's/201 Created/200 OK/'
+  grades "JSON spelled in another way" "25 of 25, status 0" \
+    'defect() { sed "s/\":/\" : /g; s/^{/{ \"more\" : [], /"; }'
+  grades "JSON only" "22 of 22, status 0" 'defect() { sed -z -E "s/.*\"msg\".*\x1e.../\x1e415/"; }'
+  grades "200 in place of 201" "24 of 25, status 1" 'defect() { sed "s/^\x1e201/\x1e200/"; }'
   check "... and that is why" 1 "$(failed_with '^got  *.*200 .*New key created')"
-  grades another_name_of_a_member "24 of 25, status 1" 's/"value":"/"val":"/'
-  grades delete_forgets_to "22 of 25, status 1" 's/^DELETE/GET/'
-  grades delete_has_no_answer "20 of 25, status 1" 'sleep 99 if /^DELETE/' --timeout 1
-  check "... which is told from a wrong one" 3 "$(failed_with '^got .*no answer within 1 s')"
-  check "the time in all" 1 "$(verdict "$name-server:delete_has_no_answer" single --limit 15 | sed 's/.*status //')"
-  check "... ends it" 1 "$(failed_with '^the time in all is over, 15 s')"
-  grades ends_at_once "0 of 25, status 2" 'die "\e[31mout of order\e[0m\n"'
-  check "... and that is why" 1 "$(failed_with '^main ended with status .* before it answered')"
-  check "... with its last words" 1 "$(failed_with '^  out of order$')"
-  grades does_not_listen "0 of 25, status 2" 'sleep 99' --start 3
+  grades "another name of a member" "24 of 25, status 1" 'defect() { sed "s/\"value\":\"/\"val\":\"/"; }'
+  # shellcheck disable=SC2016 # is expanded by the curl that has defects
+  grades "DELETE forgets to" "22 of 25, status 1" 'set -- "${@/DELETE/GET}"'
+  grades "DELETE has no answer" "20 of 25, status 1" '[[ $* != *DELETE* ]] || exit 28'
+  check "... which is told from a wrong one" 3 "$(failed_with '^got .*no answer within 10 s')"
+  grades_image ends_at_once "0 of 25, status 2" IP=localhost
+  check "... and that is why" 1 "$(failed_with '^main ended with status 2 before it answered')"
+  check "... with its last words" 1 "$(failed_with '^  kv-store: IP=localhost')"
+  grades_image does_not_listen "0 of 25, status 2" IP=127.0.0.1 --start 3
   check "... and that is why" 1 "$(failed_with '^main runs, but its port 8080 is still closed after 3 s$')"
+  grades "the time in all" "1 of 25, status 1" '[[ $* != *DELETE* ]] || exec sleep 99' --limit 10
+  check "... ends it" 1 "$(failed_with '^the time in all is over, 10 s')"
   check "TAP" "TAP version 13, ok 25, 1..25" \
     "$(./test.sh grade "$image" single --tap | sed -n '1p; s/^\(ok 25\).*/\1/p; $p' | paste -sd, | sed 's/,/, /g')"
   check "nothing can be graded, in JSON" "0 no section 'nothing'" \
     "$(./test.sh grade --json x nothing 2>/dev/null | jq -r '"\(.score) \(.output | split(";")[0])"')"
-  check "nothing is left of its containers and networks" "" "$(left_of_graders <"$work/graders")"
-}
-left_of_graders() { # reads their process ids
-  local pid
-  while read -r pid; do
-    docker ps -aq --filter "name=^kv-grade-$pid-" && docker network ls -q --filter "name=^kv-grade-$pid-"
-  done
+  mapfile -t graders < <(sed 's/.*/--filter=name=^kv-grade-&-/' "$work/graders")
+  check "nothing is left of its containers and networks" "" \
+    "$(docker ps -aq "${graders[@]}" && docker network ls -q "${graders[@]}")"
 }
 
 # ---- AddressSanitizer under mixed load -------------------------------------------------------------------------------
