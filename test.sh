@@ -8,7 +8,7 @@
 #        ./test.sh bench      measures instead of testing, in five minutes: needs wrk and nginx, and compares with Redis
 #                             and etcd where they are installed; see README.md, "Speed"
 #        ./test.sh sanitize   runs processes built with AddressSanitizer under mixed load, for five minutes or what
-#                             SANITIZE_SECONDS says: needs python3
+#                             SANITIZE_SECONDS says
 #        ./test.sh grade IMAGE [SECTION...]
 #                             grades any image, as a black box in containers. Sections: single forwarding shards
 #                             replicas; without any, all of them. Options, before or after IMAGE:
@@ -2285,96 +2285,50 @@ build_sanitized() {
     cargo build --release --locked --target "$target" --target-dir target/sanitize
 }
 
-# write_load: a program for python3, load.py SECONDS HOST:PORT...: 20 clients at a time, each time of an instance at
-# random. What a client sends, how much of it, what it reads and how it leaves are random. Prints how often they left in
-# each way.
-write_load() {
-  cat >"$work/load.py" <<'END'
-import collections, concurrent.futures, random, socket, struct, sys, threading, time
-
-end, instances = time.monotonic() + float(sys.argv[1]), [address.split(":") for address in sys.argv[2:]]
-
-def request(verb, key=None, body=b"", head=""):
-    key = key or f"k{random.randrange(500)}"
-    return f"{verb} /kv-store/{key} HTTP/1.1\r\nHost: t\r\nContent-Length: {len(body)}\r\n{head}\r\n".encode() + body
-
-REQUESTS = [
-    lambda: request("GET"),
-    lambda: request("PUT", body=b"val=" + b"v" * random.randrange(3000)),
-    lambda: request(random.choice(["DELETE", "HEAD", "POST"])),
-    lambda: request("GET", "big") * random.randrange(8),
-    lambda: request("PUT", random.choice(["big", None]), b"val=" + b"v" * random.randrange(1 << 20)),
-    lambda: random.choice([b"\0\1\2\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n"]),
-    lambda: request("GET", head="Connection: close\r\n") + b"x" * random.randrange(1 << 16),
-]
-
-def read(client, most):
-    try:
-        while most > 0 and client.recv(1 << 16):
-            most -= 1
-    except OSError:  # The instance was killed, or has closed the connection.
-        pass
-
-def reset(client):  # To close it sends a reset then.
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-LEAVE = {
-    "read_all": lambda client: (client.shutdown(socket.SHUT_WR), read(client, 1000)),
-    "read_some": lambda client: read(client, random.randrange(50)),
-    "read_nothing": lambda client: None,
-    "reset": lambda client: (read(client, random.randrange(2)), reset(client)),
-    "lingered": lambda client: (read(client, 1), time.sleep(random.random() / 5), client.sendall(b"x" * (1 << 16))),
+# write_request VERB KEY LENGTH: what clients send, in a file of its own.
+write_request() {
+  (printf '%s /kv-store/%s HTTP/1.1\r\nHost: test\r\nContent-Length: %d\r\n\r\nval=' "$1" "$2" $(($3 + 4)) &&
+    letters "$3") >"$work/request.$1.$2"
 }
-
-def converse(client, _):
-    count, way = random.choice([1, 1, 1, 2, 5, 60]), random.choice(list(LEAVE))
-    data = b"".join(random.choice(REQUESTS[: random.randrange(1, 8)])() for _ in range(count))
-    if random.random() < 0.4:
-        data = data[: random.randrange(len(data) + 1)]
-    if random.random() < 0.4:  # Reads while it sends.
-        threading.Thread(target=read, args=[client, 1000], daemon=True).start()
-    client.sendall(data)
-    LEAVE[way](client)
-    return way
-
-def stream(answers, questions):  # That brings nonsense, or nothing.
-    head = f"/kv-store?stream={random.random()} HTTP/1.1\r\nHost: t\r\nContent-Type: application/x-kv-store-stream\r\n"
-    answers.sendall(f"GET {head}\r\n".encode())
-    read(answers, 1)
-    questions.sendall(f"POST {head}Content-Length: 99999\r\n\r\n".encode() + random.randbytes(random.randrange(200)))
-    if random.random() < 0.5:
-        reset(random.choice([answers, questions]))
-    read(answers, 1)
-    return "streamed"
-
-def client(kind):
-    ways = collections.Counter()
-    while time.monotonic() < end:
-        where = tuple(random.choice(instances)), random.choice([0.1, 0.3, 3])
-        try:
-            with socket.create_connection(*where) as first, socket.create_connection(*where) as second:
-                ways[kind(first, second)] += 1
-        except OSError:
-            pass
-    return ways
-
-if __name__ == "__main__":
-    with concurrent.futures.ProcessPoolExecutor(20) as clients:
-        ways = sum(clients.map(client, [converse] * 17 + [stream] * 3), collections.Counter())
-    for way in [*LEAVE, "streamed"]:
-        print(way, ways[way])
-END
+write_requests() {
+  local n
+  for n in {1..20}; do
+    write_request GET "k$n" 0
+    write_request PUT "k$n" $((RANDOM % 3000))
+    write_request "$(shuf -n 1 -e DELETE HEAD POST)" "k$n" 0
+  done
+  for n in {1..5}; do write_request GET big "$n"; done
+  for n in {1..2}; do write_request PUT "big$n" $((RANDOM << 5)); done
+  printf '\0\x01\x02\r\n\r\n' >"$work/request.nonsense"
+}
+# mixed_load: a client that talks to one instance after another. What it sends, how much of that, what it reads and when
+# it leaves are random: to close a connection with something unread resets it. Prints what it has done.
+mixed_load() {
+  local fd answers writer end=$((SECONDS + SANITIZE_SECONDS)) instance
+  while [ "$SECONDS" -lt "$end" ] && [ ! -e "$work/enough" ]; do
+    instance=${all[RANDOM % ${#all[@]}]}
+    if ((RANDOM % 5 == 0)); then
+      open_stream "$instance" && head -c $((RANDOM % 200)) /dev/urandom >&"$fd" && echo streamed
+      exec {answers}>&-
+    elif connect "$instance"; then
+      shuf -r -n $((RANDOM % 3 ? 2 : 60)) -e "$work"/request.* | xargs cat | head -c $((RANDOM << RANDOM % 9)) >&"$fd" &
+      writer=$!
+      timeout "0.$((RANDOM % 9 + 1))" head -c $((RANDOM << RANDOM % 9)) <&"$fd" >/dev/null
+      { disown "$writer" && kill "$writer"; } 2>/dev/null
+      echo conversed
+    fi
+    exec {fd}>&-
+  done
 }
 ended_of() { each end_of_process "$@" | grep -o error | wc -l; } # INSTANCE...: how many have ended
 sanitize() {
-  local load kind count instance round=0 all=(main follower n1 n2 n3)
+  local load kind instance round=0 all=(main follower n1 n2 n3)
   check "the program is built with it" 1 "$(grep -c -m 1 __asan_init "$binary")"
   # It says what it finds in files, since the instances have taken stderr for themselves.
   export ASAN_OPTIONS=log_path=$work/asan:detect_leaks=0
-  write_load
+  write_requests
   start main && start follower FORWARDING_ADDRESS="${address[main]}" && start_store "n1 n2 n3"
-  # (In a process group of its own, to be ended as a whole.)
-  setsid python3 "$work/load.py" "$SANITIZE_SECONDS" "${address[@]}" >"$work/load" &
+  at_once 20 mixed_load &
   load=$!
   # The store grows and shrinks, its factor changes, and one node is killed and started again.
   while kill -0 "$load" 2>/dev/null && [ "$(ended_of "${all[@]}")" = 0 ]; do
@@ -2386,11 +2340,9 @@ sanitize() {
     esac >/dev/null
     sleep 2
   done
-  [ "$(ended_of "${all[@]}")" = 0 ] || kill -- "-$load"
   check "all instances live after $SANITIZE_SECONDS s" 0 "$(ended_of "${all[@]}")"
-  wait "$load"
-  check "the load ran to its end" "0, 6 kinds" "$?, $(wc -l <"$work/load") kinds"
-  while read -r kind count; do check_that "clients were at work: $kind" "$count > 0"; done <"$work/load"
+  touch "$work/enough" && wait "$load"
+  for kind in conversed streamed; do check_that "clients $kind" "$(output | grep -c "$kind") > 100"; done
   for instance in "${all[@]}"; do check "$instance answers" 200 "$(status_of "$instance" GET /kv-store)"; done
   check "nothing was found" "" "$(grep -h -A 12 'ERROR: AddressSanitizer' "$work"/asan.*)"
 }
