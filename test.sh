@@ -1706,158 +1706,159 @@ test_contexts() {
 
 # ---- The bench -------------------------------------------------------------------------------------------------------
 #
-# Instances are processes: CPU time and memory are what the kernel says of them. A kv-store and the nginx that it is
-# compared with are asked one right after the other, for a second each, three times. The median counts.
+# Instances are processes: CPU time and memory are what the kernel says of them. What is compared is measured one right
+# after the other, three times. The median counts.
 
-readonly VIEW_KEYS=300000 MEMORY_KEYS=1000000 MEMORY_CLIENTS=1000 IDLE_NODES=10
-readonly FORM=application/x-www-form-urlencoded JSON=application/json
+readonly VIEW_KEYS=300000 MEMORY_KEYS=1000000 IDLE_NODES=10
 declare -A workers=() # instance -> the processes that its clients talk to
 
-# write_wrk_script: wrk sends VERB and TARGET with BODY of TYPE, DEPTH times in one write. If there are KEYS,
-# ########## in these is a number, up to so many. It prints what it has counted.
+# write_wrk_script: wrk sends a request DEPTH times in one write. KEYNUMBER in it is one of 5,000 numbers.
 write_wrk_script() {
   cat >"$work/wrk.lua" <<'END'
-local function env(name) return os.getenv(name) ~= "" and os.getenv(name) or nil end
-local n, keys = 0, env("KEYS")
-local function number()
-  n = (n + 1) % keys
-  return ("%010d"):format(n)
-end
-function init() -- What is formatted once is sent again and again.
-  local text = wrk.format(env("VERB"), env("TARGET"), { ["Content-Type"] = env("TYPE") }, env("BODY")):rep(env("DEPTH"))
+function init(args) -- VERB DEPTH [BODY]
+  local type = (args[3] or ""):find("^{") and "application/json" or "application/x-www-form-urlencoded"
+  local text = wrk.format(args[1], nil, { ["Content-Type"] = type }, args[3]):rep(args[2])
   wrk.format = function() return text end
-end
-if keys then
-  function request() return (wrk.format():gsub("##########", number)) end
-end
-function done(summary, latency)
-  local e = summary.errors
-  local failed = e.status + e.connect + e.read + e.write + e.timeout
-  print("counted", summary.requests, summary.duration, failed, latency:percentile(99) / 1000)
+  if text:find("KEYNUMBER") then
+    local n = 0
+    function request()
+      n = (n + 1) % 5000
+      return (text:gsub("KEYNUMBER", ("%010d"):format(n)))
+    end
+  end
 end
 END
 }
-# load INSTANCE "WRK OPTION..." DEPTH KEYS VERB TARGET [TYPE BODY]: prints requests/s, microseconds of CPU time of one
-# (0 if its workers are not known) and the 99th percentile of the latency in milliseconds.
+# load CONNECTIONS DEPTH INSTANCE VERB PATH [BODY]: prints requests/s, and microseconds of CPU time of one (0 if the
+# workers are not known); nothing if a request failed. (One thread of wrk would be what limits direct requests; two are
+# as many as nginx has workers.)
 load() {
-  local before
-  before=$(cpu_time "$1")
-  # shellcheck disable=SC2086 # options are words
-  DEPTH=$3 KEYS=$4 VERB=$5 TARGET=$6 TYPE=${7-} BODY=${8-} wrk $2 -s "$work/wrk.lua" "${url[$1]}" >"$work/counted" 2>&1
-  awk -v cpu=$(($(cpu_time "$1") - before)) \
-    '/^counted/ && $2 > 0 && $4 == 0 { print $2 / $3 * 1e6, cpu / $2, $5 }' "$work/counted"
+  local before threads=$(($1 > 1 ? 2 : 1))
+  before=$(cpu_time "$3")
+  wrk -t "$threads" -c "$1" -d 1s -s "$work/wrk.lua" "${url[$3]}$5" -- "$4" "$2" "${@:6}" >"$work/counted" 2>&1
+  awk -v cpu=$(($(cpu_time "$3") - before)) '/Socket errors|Non-2xx/ { exit } / requests in / { count = $1 }
+    /^Requests\/sec/ && count { print $2, cpu / count }' "$work/counted"
 }
 # cpu_time INSTANCE: what its workers have had so far, in microseconds.
 cpu_time() {
   # shellcheck disable=SC2046,SC2086 # workers are words. What they are called may have spaces.
   awk -v hertz="$(getconf CLK_TCK)" '{ sub(/.*\) /, ""); sum += $12 + $13 } END { printf "%d", sum / hertz * 1e6 }' \
-    /dev/null $(for worker in ${workers[$1]:-}; do echo "/proc/$worker/stat"; done)
+    /dev/null $(printf '/proc/%s/stat ' ${workers[$1]:-self})
 }
-# beside INSTANCE SERVER CONNECTIONS DEPTH VERB TARGET: "1.05 (0.95), 90000/s, 1.2 ms": requests/s, and in brackets CPU
-# time of a request, as multiples of what the server has; requests/s; 99th percentile. (One thread of wrk would be what
-# limits direct requests; two are as many as nginx has workers.)
-beside() {
-  local what=("-t $(($3 > 1 ? 2 : 1)) -c $3 -d 1s" "$4" '' "$5" "$6")
-  [ "$5" = GET ] || what+=("$FORM" val=abcdef)
+# ratio CONNECTIONS DEPTH "INSTANCE VERB PATH [BODY]" "PEER VERB PATH [BODY]": "1.05 (0.95)": requests/s, and in
+# brackets CPU time of a request, as multiples of those of the peer.
+ratio() {
+  # shellcheck disable=SC2086 # arguments are words
   for _ in {1..3}; do
-    echo "$(load "$1" "${what[@]}") $(load "$2" "${what[@]}")"
-  done | awk 'NF == 6 { printf "%.2f (%.2f), %.0f/s, %.2f ms\n", $1 / $4, ($5 ? $2 / $5 : 0), $1, $3 }' | median
+    echo "$(load "$1" "$2" $3) $(load "$1" "$2" $4)"
+  done | awk 'NF == 4 { printf "%.2f (%.2f)\n", $1 / $3, $4 ? $2 / $4 : 0 }' | median
 }
 median() { sort -g | sed -n 2p | grep . || echo error; } # of three
-print_table() { # TARGET: a key that the first node has to fetch from the second
-  local asked server=return_200 verb clients
-  echo '| asked | verb | 1 connection | 8 | 64 | 256 |'
-  echo '| --- | --- | --- | --- | --- | --- |'
-  for asked in main follower n1; do
-    for verb in GET PUT; do
-      printf '| %s | %s |' "$asked" "$verb"
-      for clients in 1 8 64 256; do printf ' %s |' "$(beside "$asked" "$server" "$clients" 1 "$verb" "$1")"; done
-      echo
-    done
-    server=keepalive
-  done
-  for verb in GET PUT; do echo "16 $verb in one write, 64 clients: $(beside main return_200 64 16 "$verb" "$1")"; done
-}
+
 # serve NAME COMMAND...: runs another program, to be killed with the rest.
 serve() {
   "${@:2}" >"$work/$1.log" 2>&1 &
-  process[$1]=$!
+  process[$1]=$! url[$1]=http://${address[$1]}
 }
-# start_nginx: the two servers that kv-store is compared with. No request is written to a file, and no connection is
-# closed for having served many requests, which kv-store does not do either.
+# start_nginx: what kv-store is compared with: it answers /200 itself, and relays all else to main. As in kv-store, no
+# request is written to a file, and no connection is closed for having served many requests.
 start_nginx() {
-  local paths
-  paths=$(printf "%s_temp_path $work/nginx.%s; " client_body 1 proxy 2 fastcgi 3 uwsgi 4 scgi 5)
-  place return_200 keepalive
+  place nginx
   cat >"$work/nginx.conf" <<END
-daemon off; worker_processes 2; pid $work/nginx.pid; error_log stderr;
-user $(id -un) $(id -gn);
+daemon off; worker_processes 2; pid $work/nginx.pid; error_log stderr; user $(id -un) $(id -gn);
 events { worker_connections 2048; }
 http {
-  access_log off;
-  keepalive_requests 1000000000;
-  $paths
+  access_log off; keepalive_requests 1000000000; default_type application/json;
+  $(printf "%s_temp_path $work/nginx.%s; " client_body 1 proxy 2 fastcgi 3 uwsgi 4 scgi 5)
   upstream main { server ${address[main]}; keepalive 256; keepalive_requests 1000000000; }
   server {
-    listen ${address[return_200]};
-    default_type application/json;
-    return 200 '{"result":"Success","value":"abcdef"}\n';
-  }
-  server {
-    listen ${address[keepalive]};
+    listen ${address[nginx]};
+    location = /200 { return 200 '{"result":"Success","value":"abcdef"}\n'; }
     location / { proxy_pass http://main; proxy_http_version 1.1; proxy_set_header Connection ""; }
   }
 }
 END
   serve nginx nginx -p "$work" -c "$work/nginx.conf"
-  url[return_200]=http://${address[return_200]} url[keepalive]=http://${address[keepalive]}
-  poll 20 curl -s -o /dev/null "${url[keepalive]}/kv-store"
-  workers[return_200]=$(cat "/proc/${process[nginx]}/task/${process[nginx]}/children")
-  workers[keepalive]=${workers[return_200]}
+  poll 20 curl -s -o /dev/null "${url[nginx]}/200"
+  workers[nginx]=$(cat "/proc/${process[nginx]}/task/${process[nginx]}/children")
 }
 measure_requests() {
-  local instance n=0 key=bench
+  local asked verb clients peer=/200 n=0 path=/kv-store/bench
   start main && start follower FORWARDING_ADDRESS="${address[main]}" && start_store "n1 n2" && start_nginx
-  until [[ $(get n1 "$key") == *"\"address\":\"${address[n2]}\""* ]] || [ "$n" = 100 ]; do key=bench$((n++)); done
-  for instance in main follower n1; do
-    workers[$instance]=${process[$instance]}
-    ask "$instance" PUT "$key" -d val=abcdef >/dev/null
-    [ "$(ask "$instance" GET "$key")" = "$(form_value abcdef)" ] || return
+  # A key that n1 has to ask n2 for.
+  until [[ $(get n1 "bench$n") == *"\"address\":\"${address[n2]}\""* ]] || [ "$n" = 100 ]; do ((n++)); done
+  path+=$n
+  echo '| asked | verb | 1 connection | 8 | 64 | 256 |'
+  echo '| --- | --- | --- | --- | --- | --- |'
+  for asked in main follower n1; do
+    workers[$asked]=${process[$asked]}
+    ask "$asked" PUT "$path" -d val=abcdef >/dev/null
+    for verb in GET PUT; do
+      printf '| %s | %s |' "$asked" "$verb"
+      for clients in 1 8 64 256; do
+        printf ' %s |' "$(ratio "$clients" 1 "$asked $verb $path val=abcdef" "nginx $verb $peer val=abcdef")"
+      done
+      echo
+    done
+    peer=$path
   done
-  print_table "/kv-store/$key"
-  ask n1 DELETE "$key" >/dev/null
+  for verb in GET PUT; do
+    echo "16 $verb in one write: $(ratio 64 16 "main $verb $path val=abcdef" "nginx $verb /200 val=abcdef")"
+  done
+}
+# Three nodes with three replicas of each key, beside three with one, and three of etcd.
+measure_replicas() {
+  local put='PUT /kv-store/keys/KEYNUMBER {"value":"abcdef"}' get='GET /kv-store/keys/KEYNUMBER' peer
+  start_store "one1 one2 one3" && start_store "all1 all2 all3" REPL_FACTOR=3
+  poll 60 write one1 ready 1 >/dev/null && poll 60 write all1 ready 1 >/dev/null
+  echo "Three replicas beside one: PUT $(ratio 64 1 "all1 $put" "one1 $put")"
+  echo "Three replicas beside one: GET $(ratio 64 1 "all1 $get" "one1 $get")"
+  command -v etcd >/dev/null || return 0
+  start_etcd
+  # Keys and values are in base64.
+  peer='etcd1 POST /v3/kv/put {"key":"a2V5CgKEYNUMBER","value":"YWJjZGVm"}'
+  echo "Three replicas beside etcd: PUT $(ratio 64 1 "all1 $put" "$peer")"
+  kill_process etcd1 && kill_process etcd2 && kill_process etcd3
+  rm -rf "/dev/shm/$name".*
+}
+start_etcd() { # three nodes, their data in memory
+  local n client peer
+  place etcd{1..3} peer{1..3}
+  for n in 1 2 3; do
+    client=http://${address[etcd$n]} peer=http://${address[peer$n]}
+    serve "etcd$n" etcd --name "$n" --data-dir "/dev/shm/$name.$n" --listen-peer-urls "$peer" \
+      --initial-advertise-peer-urls "$peer" --listen-client-urls "$client" --advertise-client-urls "$client" \
+      --initial-cluster "1=http://${address[peer1]},2=http://${address[peer2]},3=http://${address[peer3]}"
+  done
+  poll 20 curl -s -f -o /dev/null -d '{"key":"a2V5","value":"YWJj"}' "${url[etcd1]}/v3/kv/put"
 }
 
-# fill KEYS INSTANCE: puts keys of 10 bytes with values of 10 bytes until the instance has so many, for 60 s at most.
+# fill KEYS INSTANCE: puts keys of 10 bytes with values of 10 bytes.
 fill() {
-  local filler
-  DEPTH=64 KEYS=$1 VERB=PUT TARGET='/kv-store/##########' TYPE=$FORM BODY=val=abcdefghij \
-    wrk -t 1 -c 4 -d 61s -s "$work/wrk.lua" "${url[$2]}" >/dev/null 2>&1 &
-  filler=$!
-  poll 60 has_keys "$@"
-  kill -INT "$filler" 2>/dev/null # which ends it in order
-  wait "$filler"
+  (seq -f $'PUT /kv-store/%010.0f?val=abcdefghij HTTP/1.1\r\nHost: bench\r\n\r' "$1" && printf %s "$LAST") |
+    exchange "$2" >/dev/null
   has_keys "$@"
 }
 has_keys() { [ "$(count "$2")" = "$1" ]; } # KEYS INSTANCE
-
-# A fourth node joins three, three times, while a client reads through two nodes.
-measure_view_change() {
-  local began answer along
+# A fourth node joins three, while a client reads; a replica starts again.
+measure_moves() {
+  local began answer along took
   start_node n3 && start_node n4 && change_to n1 n1 >/dev/null && fill "$VIEW_KEYS" n1 || return
-  for _ in 1 2 3; do
-    change_to n1 n1 n2 n3 >/dev/null
-    all_along read_keys
-    began=$(now)
-    answer=$(change_to n1 n1 n2 n3 n4)
-    echo $((VIEW_KEYS * 250 / ($(now) - began))) >>"$work/changes"
-    enough
-    cat "$work/along" >>"$work/waits"
-    [ "$(moved <<<"$answer") $(total n1 n2 n3 n4)" = "$((VIEW_KEYS / 4)) $VIEW_KEYS" ] || return
-  done
-  echo "View change, a fourth node joins: $(median <"$work/changes") keys/s ($((VIEW_KEYS / 4)) of $VIEW_KEYS move)."
-  echo "The longest wait of a client that reads meanwhile, new connections included:" \
-    "$(awk '$2 > most { most = $2 } END { printf "%.0f", most * 1000 }' "$work/waits") ms."
+  change_to n1 n1 n2 n3 >/dev/null
+  all_along read_keys
+  began=$(now)
+  answer=$(change_to n1 n1 n2 n3 n4)
+  took=$(($(now) - began))
+  enough
+  [ "$(moved <<<"$answer") $(total n1 n2 n3 n4)" = "$((VIEW_KEYS / 4)) $VIEW_KEYS" ] || return
+  echo "A view change moves $((VIEW_KEYS * 250 / took)) keys/s. The longest wait of a client meanwhile, with a new" \
+    "connection each: $(awk '$2 > most { most = $2 } END { printf "%.0f", most * 1000 }' "$work/along") ms."
+  factor_to 2 n1 n1 n2 >/dev/null
+  kill_process n2
+  began=$(now)
+  restart n2
+  poll 60 has_keys "$VIEW_KEYS" n2 || return
+  echo "A replica that starts again fetches $((VIEW_KEYS * 1000 / ($(now) - began))) keys/s, from its start on."
 }
 measure_idle_store() {
   local node nodes before
@@ -1870,90 +1871,34 @@ measure_idle_store() {
   awk -v cpu=$(($(cpu_time idle) - before)) -v n="$IDLE_NODES" \
     'BEGIN { printf "CPU of an idle store of %d nodes: %.1f%% of one core in all.\n", n, cpu / 5e6 * 100 }'
 }
-measure_key_memory() {
-  start memory
-  echo "Memory of a key of 10 bytes with a value of 10: $(bytes_of_key memory fill "$MEMORY_KEYS" memory) bytes."
-  kill_process memory
+measure_memory() {
+  local idle=() idle_until
+  start memory && start blank
+  echo "Memory of a key of 10 bytes with a value of 10: $(bytes_of_each "$MEMORY_KEYS" memory fill) bytes."
+  # (Not in a subshell, which would close the connections.)
+  bytes_of_each "$IDLE_CLIENTS" blank open_idle_clients >"$work/bytes"
+  echo "Of an idle connection: $(<"$work/bytes") bytes, and" \
+    "$(bytes_of_each "$IDLE_CLIENTS" blank use_clients) more once it has served a request."
   command -v redis-server >/dev/null || return 0
   place redis
   serve redis redis-server --bind 127.0.0.1 --port "${address[redis]#*:}" --save '' --appendonly no --dir "$work"
   poll 20 ask_redis ping >/dev/null
-  echo "... of Redis: $(bytes_of_key redis fill_redis) bytes."
+  echo "Memory of such a key in Redis: $(bytes_of_each "$MEMORY_KEYS" redis fill_redis) bytes."
+}
+# bytes_of_each COUNT INSTANCE COMMAND: by how much the memory of an instance grows for each that the command makes.
+bytes_of_each() {
+  local before
+  before=$(status_field "$2" VmRSS)
+  "$3" "$1" "$2" && echo $((($(status_field "$2" VmRSS) - before) * 1024 / $1)) || echo error
+}
+use_clients() {
+  local fd
+  for fd in "${idle[@]}"; do gets 1 none >&"$fd" && read -r -t 5 -d '}' _ <&"$fd" || return; done
 }
 ask_redis() { redis-cli -h 127.0.0.1 -p "${address[redis]#*:}" "$@" 2>&1; }
-fill_redis() {
-  seq -f 'SET %010.0f abcdefghij' "$MEMORY_KEYS" | sed 's/$/\r/' | ask_redis --pipe >/dev/null
-  [ "$(ask_redis dbsize)" = "$MEMORY_KEYS" ]
-}
-# bytes_of_key INSTANCE COMMAND...: by how much its memory grows for each of the keys that the command puts.
-bytes_of_key() {
-  local before
-  before=$(status_field "$1" VmRSS)
-  "${@:2}" && echo $((($(status_field "$1" VmRSS) - before) * 1024 / MEMORY_KEYS)) || echo error
-}
-# Of connections before their first request, and after it.
-measure_connection_memory() {
-  local fd files clients=() rss=()
-  ulimit -S -n $((MEMORY_CLIENTS + 200)) && start idle || return
-  files=$(files_of idle)
-  rss+=("$(status_field idle VmRSS)")
-  while [ ${#clients[@]} -lt "$MEMORY_CLIENTS" ]; do connect idle && clients+=("$fd"); done
-  poll 10 has_files idle $((files + MEMORY_CLIENTS)) || return
-  rss+=("$(status_field idle VmRSS)")
-  for fd in "${clients[@]}"; do
-    printf 'GET /kv-store HTTP/1.1\r\nHost: bench\r\n\r\n' >&"$fd"
-    read -r -t 5 -d '}' _ <&"$fd" || return
-  done
-  rss+=("$(status_field idle VmRSS)")
-  for fd in "${clients[@]}"; do exec {fd}>&-; done
-  awk -v n="$MEMORY_CLIENTS" '{ printf "Memory of a connection: %.1f KiB, %.1f KiB once it has served a request.\n",
-    ($2 - $1) / n, ($3 - $1) / n }' <<<"${rss[*]}"
-}
-has_files() { [ "$(files_of "$1")" -ge "$2" ]; } # INSTANCE COUNT
-# Three nodes with one replica of each key, with three, and of etcd: 64 connections to one of them. And a replica that
-# starts again.
-measure_replicas() {
-  local factor began target='/kv-store/keys/key##########'
-  for factor in 1 3; do
-    start_store "f1 f2 f3" REPL_FACTOR="$factor"
-    get f1 none >/dev/null # which waits until all nodes have found one another
-    echo "Three nodes, replicas of each key: $factor. PUT $(rate f1 PUT "$target" '{"value":"abcdef"}')/s," \
-      "GET $(rate f1 GET "$target")/s."
-    kill_process f1 && kill_process f2 && kill_process f3
-  done
-  if command -v etcd >/dev/null; then measure_etcd; fi
-  start_node f1 && start_node f2 && start_node f3
-  fill "$MEMORY_KEYS" f1 && factor_to 3 f1 f1 f2 f3 >/dev/null || return
-  kill_process f3
-  began=$(now)
-  restart f3
-  poll 60 has_keys "$MEMORY_KEYS" f3 || return
-  echo "A replica that starts again: $((MEMORY_KEYS * 1000 / ($(now) - began))) keys/s, from its start on."
-}
-# rate INSTANCE VERB TARGET [BODY]: requests/s for some thousand keys.
-rate() {
-  load "$1" "-t 2 -c 64 -d 3s" 1 5000 "$2" "$3" "$JSON" "${4-}" | awk '{ printf "%.0f", $1 }' | grep . || echo error
-}
-measure_etcd() {
-  local node cluster='' data peer
-  data=$(mktemp -d -p "$([ -d /dev/shm ] && echo /dev/shm || echo "$work")")
-  for node in etcd1 etcd2 etcd3; do
-    place "$node" "$node.peer"
-    url[$node]=http://${address[$node]}
-    cluster+=",$node=http://${address[$node.peer]}"
-  done
-  for node in etcd1 etcd2 etcd3; do
-    peer=http://${address[$node.peer]}
-    serve "$node" etcd --name "$node" --data-dir "$data/$node" --initial-cluster "${cluster#,}" \
-      --listen-client-urls "${url[$node]}" --advertise-client-urls "${url[$node]}" \
-      --listen-peer-urls "$peer" --initial-advertise-peer-urls "$peer"
-  done
-  poll 20 curl -s -f -o /dev/null -d '{"key":"a2V5","value":"YWJj"}' "${url[etcd1]}/v3/kv/put"
-  # Keys and values are in base64.
-  echo "Three nodes of etcd, through its JSON gateway, data in memory: PUT" \
-    "$(rate etcd1 POST /v3/kv/put '{"key":"a2V5Cg##########","value":"YWJjZGVm"}')/s."
-  kill_process etcd1 && kill_process etcd2 && kill_process etcd3
-  rm -rf "$data"
+fill_redis() { # KEYS
+  seq -f $'SET %010.0f abcdefghij\r' "$1" | ask_redis --pipe >/dev/null
+  [ "$(ask_redis dbsize)" = "$1" ]
 }
 bench() {
   local program what
@@ -1962,7 +1907,7 @@ bench() {
     command -v "$program" >/dev/null || { echo "test.sh: the bench needs $program" >&2 && return 2; }
   done
   write_wrk_script
-  for what in requests view_change idle_store key_memory connection_memory replicas; do
+  for what in requests replicas moves idle_store memory; do
     "measure_$what" >"$work/measured" || echo "$what: error" >>"$work/measured"
     tee -a "$work/report" <"$work/measured"
   done
