@@ -53,20 +53,17 @@ declare -A url=() address=() process=() settings=() ip=()
 build_process() { cargo build --release --locked; }
 build_container() { docker build -q -t "$image" . && make_network; }
 
-# place_process INSTANCE: fixes where others reach an instance, before it runs.
-place_process() {
+place_process() { # INSTANCE: fixes where others reach an instance, before it runs
   local port
   while port=$((20000 + RANDOM % 12000)) && (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do :; done
   address[$1]=127.0.0.1:$port
 }
-# Our own nodes have names. The assignments give nodes fixed IP addresses.
-place_container() {
+place_container() { # Our own nodes have names. The assignments give nodes fixed IP addresses.
   ip[$1]=${network%.*}.$((${network##*.} + 2 + ${#ip[@]})) # the network's first address is the host's
   address[$1]=${ip[$1]}:$served
   if "$strict"; then address[$1]=$name-$1:$served; fi
 }
-# launch_process INSTANCE: starts an instance with its settings. One that ran before starts blank.
-launch_process() {
+launch_process() { # INSTANCE: starts an instance with its settings. One that ran before starts blank.
   # shellcheck disable=SC2086 # settings are words
   env IP=127.0.0.1 PORT="${address[$1]#*:}" ${settings[$1]} "$binary" 2>>"$work/$1.log" &
   process[$1]=$!
@@ -98,8 +95,7 @@ pause_process() { kill -STOP "${process[$1]}" && poll 60 grep -q '^State:.T' "/p
 pause_container() { engine pause "${process[$1]}"; }
 resume_process() { kill -CONT "${process[$1]}"; }
 resume_container() { engine unpause "${process[$1]}"; }
-# stop_process INSTANCE: asks it to end; its exit status is in $ended.
-stop_process() {
+stop_process() { # INSTANCE: asks it to end; its exit status is in $ended
   kill -TERM "${process[$1]}"
   wait "${process[$1]}"
   ended=$?
@@ -107,8 +103,7 @@ stop_process() {
 stop_container() {
   engine stop -t 5 "${process[$1]}" && ended=$(engine inspect -f '{{.State.ExitCode}}' "${process[$1]}")
 }
-# cut_container INSTANCE: cuts it off from the others. We still reach it, over Docker's own network.
-cut_container() {
+cut_container() { # INSTANCE: cuts it off from the others. We still reach it, over Docker's own network.
   engine network connect bridge "${process[$1]}" && engine network disconnect "$name" "${process[$1]}" && find_port "$1"
 }
 heal_container() {
@@ -160,8 +155,7 @@ make_network() {
   return 1
 }
 
-# act VERB INSTANCE: launch, kill, pause, resume, stop, cut or heal.
-act() {
+act() { # VERB INSTANCE: launch, kill, pause, resume, stop, cut or heal
   given_up || "$1_$where" "$2" >/dev/null || hopeless="no way to $1 $2: $(tail -n 1 "$work/error")"
   settle
 }
@@ -171,15 +165,13 @@ place() { # INSTANCE...
   local instance
   for instance in "$@"; do [ -n "${address[$instance]:-}" ] || "place_$where" "$instance"; done
 }
-# start INSTANCE [VARIABLE=VALUE...]: starts an instance with these settings, and waits until it answers.
-start() {
+start() { # INSTANCE [VARIABLE=VALUE...]: starts an instance with these settings, and waits until it answers
   place "$1"
   settings[$1]="${*:2}"
   restart "$1"
 }
 start_node() { place "$1" && start "$1" ADDRESS="${address[$1]}" "${@:2}"; } # NODE [VARIABLE=VALUE...]
-# restart INSTANCE...: starts instances with the settings that they have.
-restart() {
+restart() { # INSTANCE...: starts instances with the settings that they have
   local instance
   for instance in "$@"; do act launch "$instance"; done
   for instance in "$@"; do
@@ -187,16 +179,14 @@ restart() {
   done
   settle
 }
-# start_store "NODE..." [VARIABLE=VALUE...]: starts the nodes of a first view.
-start_store() {
+start_store() { # "NODE..." [VARIABLE=VALUE...]: starts the nodes of a first view
   local node nodes
   read -r -a nodes <<<"$1"
   place "${nodes[@]}"
   for node in "${nodes[@]}"; do settings[$node]="ADDRESS=${address[$node]} VIEW=$(view "${nodes[@]}") ${*:2}"; done
   restart "${nodes[@]}"
 }
-# has_come_up INSTANCE: any answer will do. One that has ended will not come up.
-has_come_up() {
+has_come_up() { # INSTANCE: any answer will do. One that has ended will not come up.
   [ -z "$("end_of_$where" "$1")" ] || { hopeless=$(why_not_up "$1") && return; }
   curl -s -o /dev/null -m 2 "${url[$1]}$prefix" || curl -s -o /dev/null -m 2 "${url[$1]}$prefix/none"
 }
@@ -217,14 +207,12 @@ last_lines() { # INSTANCE
   printf "last lines of %s's log:\n%s\n" "$1" "$(indent '  ' "${lines:-(there are none)}")"
 }
 
-# given_up: whether nothing can be asked any more.
-given_up() {
+given_up() { # whether nothing can be asked any more
   [ "$SECONDS" -lt "$limit" ] || hopeless="the time in all is over, $limit s (--limit)"
   [ -n "$hopeless" ]
 }
 left() { echo $((SECONDS >= limit ? 1 : limit - SECONDS < $1 ? limit - SECONDS : $1)); } # MOST: seconds
-# poll SECONDS COMMAND...: again and again, until the command succeeds or the time is over.
-poll() {
+poll() { # SECONDS COMMAND...: again and again, until the command succeeds or the time is over
   local deadline=$((SECONDS + $1))
   until "${@:2}"; do
     [ "$SECONDS" -lt "$deadline" ] && ! given_up || return
@@ -292,8 +280,7 @@ status_of() { ask "$@" | code; }
 body() { cut -c 5-; }                              # of answers that are JSON
 member() { body | jq -r -c "$1" 2>/dev/null; }     # FILTER: of such answers
 
-# connect INSTANCE: opens a connection; its descriptor is in $fd.
-connect() {
+connect() { # INSTANCE: opens a connection; its descriptor is in $fd
   local host=${url[$1]#http://}
   exec {fd}<>"/dev/tcp/${host%:*}/${host#*:}"
 }
@@ -335,8 +322,7 @@ check() {
   : >"$work/sent"
 }
 skip() { given_up && check "$1" '' ''; } # WHAT: counts a check that cannot be made
-# report_skipped: one line for all checks that could not be made in this section. They have failed.
-report_skipped() {
+report_skipped() { # one line for all checks that could not be made in this section. They have failed.
   [ "$skipped" -eq 0 ] || report FAIL "$section: $skipped checks could not be made" "$skipped" "$hopeless"
   unmade=$((unmade + skipped)) skipped=0
 }
@@ -390,8 +376,7 @@ later() {
     if [ "$SECONDS" -ge "$deadline" ] || given_up; then again=''; fi
   done
 }
-# on "INSTANCE..." CHECK...: makes a check of each of them, with its name in place of NODE.
-on() {
+on() { # "INSTANCE..." CHECK...: makes a check of each of them, with its name in place of NODE
   local instance words=("${@:2}")
   for instance in $1; do "${words[@]//NODE/$instance}"; done
 }
@@ -476,8 +461,7 @@ stores() {
   expect "$1" "$2" "$4" PUT "$5" --path-as-is "${@:6}"
   expect "... which is found" "$found" "$4" GET "$path" --path-as-is
 }
-# key OUTCOME WHAT INSTANCE VERB KEY [VALUE]: the value is what a PUT sends, and a GET should find.
-key() {
+key() { # OUTCOME WHAT INSTANCE VERB KEY [VALUE]: the value is what a PUT sends, and a GET should find
   local answer=${ANSWERS[$vocabulary $1]} data=()
   answer=${answer/VERB/$4}
   case $vocabulary,$4 in
@@ -488,14 +472,12 @@ key() {
   expect "$2" "${answer/VALUE/"${6-}"}" "$3" "$4" "$below$5" "${data[@]}"
 }
 
-# key_stored OUTCOME WHAT INSTANCE KEY VALUE WHAT READER: that of a PUT, and that the reader finds the key then.
-key_stored() {
+key_stored() { # OUTCOME WHAT INSTANCE KEY VALUE WHAT READER: that of a PUT, and that the reader finds the key then
   key "$1" "$2" "$3" PUT "$4" "$5"
   key found "$6" "$7" GET "$4" "$5"
 }
 
-# test_single INSTANCE: what every kv-store answers, in either vocabulary.
-test_single() {
+test_single() { # INSTANCE: what every kv-store answers, in either vocabulary
   local i=$1 signs='a b & c=d + 100%' longest=200 long
   [ "$vocabulary" = form ] || longest=50
   long=$(letters "$longest" k)
@@ -525,8 +507,7 @@ test_sizes() { # INSTANCE
   check "... which comes back" "900000 letters" "$(ask "$1" GET large | length_of_value)"
   expect "a value of 1,100,000 bytes is too large" "$TOO_LARGE" "$1" PUT foo -H Expect: -d "@$work/val=,1100000_letters"
 }
-# length_of_value: of the answer that it reads; or the answer, if it has none.
-length_of_value() {
+length_of_value() { # of the answer that it reads; or the answer, if it has none
   jq -R -r '. as $answer | try (.[4:] | fromjson | .value // ([.[] | strings] | max_by(length))
     | "\(length) letters") catch $answer[:300]'
 }
@@ -535,8 +516,7 @@ goes() { # INSTANCE KEY...
   for key in "${@:2}"; do check "... and goes" 200 "$(status_of "$1" DELETE "keys/$key" --path-as-is)"; done
 }
 
-# What this project promises besides, of each vocabulary. Some keys are there.
-test_form() { # INSTANCE
+test_form() { # INSTANCE: What this project promises besides, of each vocabulary. Some keys are there.
   local i=$1
   test_single "$i"
   expect "the other vocabulary reads what is there" "$(json_value '"again"')" "$i" GET keys/foo
@@ -587,8 +567,7 @@ DELETE /kv-store/            GET, HEAD
 END
 }
 
-# Values and keys that need encoding, or that only look like something else.
-test_values() { # INSTANCE
+test_values() { # INSTANCE: values and keys that need encoding, or that only look like something else
   local i=$1 value back pair key
   for value in '"text"' '""' 0 -12.50 1e400 123456789012345678901234567890 true false '[]' '{"a":{"b":null}}' \
     '[1,"two",null,{"three":[]}]' '"\"\\\/\b\f\n\r\t\u0001"'; do
@@ -625,8 +604,7 @@ test_values() { # INSTANCE
   for key in %ff ''; do expect "the key '$key'" "$LONG_KEY" "$i" PUT "keys/$key" -d '{"value":1}'; done
 }
 
-# Values of the limit and over it, in files, also for other tests.
-make_large_values() {
+make_large_values() { # values of the limit and over it, in files, also for other tests
   (printf val= && letters "$LIMIT") >"$work/full"
   (cat "$work/full" && printf v) >"$work/over"
   (printf '{"value":"' && letters "$LIMIT" && printf '"}') >"$work/full.json"
@@ -667,8 +645,7 @@ BAD=$(form_error 400 'Bad request')
 NO_LENGTH=$(form_error 411 'Length required')
 UNPARSED=$(form_error 400 'Bad request: not HTTP/1.1, or more than 16 headers')
 
-# test_http INSTANCE: where requests begin and end.
-test_http() {
+test_http() { # INSTANCE: where requests begin and end
   local i=$1 n fd body="$FIVE\r\nval=1" puts=''
   expect_raw "a new key, kept open, then closed" "$MADE $ONE" "$i" "$PUT$body$GET$CLOSE"
   expect_raw "not HTTP" "$UNPARSED" "$i" 'hello\r\n\r\n'
@@ -708,8 +685,7 @@ put_large_and_delete() {
 # answers_counted: equal ones that follow on one another as one, with their number.
 answers_counted() { statuses | sed 's/} /}\n/g' | uniq -c | xargs -d '\n' | sed -E 's/ +/ /g; s/^ //'; }
 
-# test_heads INSTANCE: what stands in the heads of requests.
-test_heads() {
+test_heads() { # INSTANCE: what stands in the heads of requests
   local i=$1 n path='/kv-store/h HTTP/1.1\r\n' hosted='GET /kv-store/h HTTP/1.\x31\r\n'
   expect "(a key)" "$MADE" "$i" PUT h -d val=1
   expect_raw "16 headers" "$ONE" "$i" "$GET$(printf 'X-%s: y\\r\\n' {1..14})$CLOSE"
@@ -797,8 +773,7 @@ resting_clients() {
   done
 }
 
-# Many large answers at once by way of a follower.
-test_large_answers() {
+test_large_answers() { # many large answers at once by way of a follower
   status_of main PUT large -d "@$work/full" >/dev/null
   for _ in {1..4}; do
     at_once 150 get_large
@@ -813,13 +788,11 @@ get_large() {
 }
 
 STREAM='Content-Type: application/x-kv-store-stream'
-# stream_half INSTANCE VERB ID [HEADER]: connects and sends the head of one request of a stream.
-stream_half() {
+stream_half() { # INSTANCE VERB ID [HEADER]: connects and sends the head of one request of a stream
   connect "$1"
   printf '%s\r\n' "$2 /kv-store?stream=$3 HTTP/1.1" 'Host: test' "$STREAM" "${@:4}" '' >&"$fd"
 }
-# open_stream INSTANCE: opens a stream as other instances do: its answers are descriptor $answers, its questions $fd.
-open_stream() {
+open_stream() { # INSTANCE: opens a stream as other instances do: its answers are descriptor $answers, its questions $fd
   local line id=$RANDOM$RANDOM$RANDOM
   stream_half "$1" GET "$id" && answers=$fd
   read -r -t 20 -u "$answers" line && [ "$line" = $'HTTP/1.1 200 OK\r' ] || return 1
@@ -869,8 +842,7 @@ test_streams() {
 }
 files_of() { find "/proc/$("pid_$where" "$1")/fd" 2>/dev/null | wc -l; } # INSTANCE
 
-# Nobody reads stderr: the lines are lost, and not the instance.
-test_unread_stderr() {
+test_unread_stderr() { # nobody reads stderr: the lines are lost, and not the instance
   local fd
   mkfifo "$work/unheard.log"
   exec {fd}<>"$work/unheard.log"
@@ -882,8 +854,7 @@ test_unread_stderr() {
 
 # ---- A follower and its main instance --------------------------------------------------------------------------------
 
-# test_forwarding: what every follower does besides answering as its main instance, in either vocabulary.
-test_forwarding() {
+test_forwarding() { # what every follower does besides answering as its main instance, in either vocabulary
   local verb
   key_stored made "PUT through the follower makes a key" follower shared bar "... which the main instance has" main
   key_stored replaced "PUT to the main instance replaces the value" main shared baz "... the follower sees it" follower
@@ -897,8 +868,7 @@ test_forwarding() {
   key_stored made "... PUT" follower back bar "... which the main instance has then" main
 }
 
-# Continues with that: there is one key.
-test_main_gone() {
+test_main_gone() { # continues with test_forwarding: there is one key
   local began
   check "what was written once is stored once" 1 "$(count main)"
   act stop main
@@ -944,9 +914,6 @@ test_metrics() {
     $1 == "#" { known[$3]++; next }
     { sub(/(_(bucket|sum|count))?({.*)?$/, "", $1); if (known[$1] != 2) wrong++ }
     END { print wrong + 0 }')"
-  if command -v promtool >/dev/null; then
-    check "promtool has no complaint" "" "$(curl -s "${url[main]}/metrics" | promtool check metrics 2>&1)"
-  fi
   before=$(counted)
   ask main PUT metric -d val=123 >/dev/null
   ask follower PUT metric -d val=12345 >/dev/null
@@ -998,8 +965,8 @@ answer_after() { # CURL-ARGUMENTS-BEFORE INSTANCE CURL-ARGUMENTS PATH
   curl -s -o /dev/null $1 "${url[main]}/kv-store/same" && curl -s -i $3 "${url[$2]}$4" | grep -v ^Date
 }
 
-test_main_paused() {
-  local crowd fd line=
+test_main_paused() { # main instances that do not answer: one that is paused, and one that asks its follower
+  local crowd fd line='' began
   act pause main
   at_once 200 timed follower &
   crowd=$!
@@ -1018,10 +985,6 @@ test_main_paused() {
   expect "the error in JSON" "${MAIN_DOWN/GET/DELETE}" follower DELETE keys/foo
   act resume main
   expect "resumed: the next request works" "$NO_KEY" follower GET foo
-}
-
-test_ring() {
-  local began
   place ring1 ring2
   start ring1 FORWARDING_ADDRESS="${address[ring2]}"
   start ring2 MAINIP="${address[ring1]}"
@@ -1030,8 +993,7 @@ test_ring() {
   check_that "... and is told apart from a main instance that hangs (ms)" "$(now) - $began < 2500"
 }
 
-# Writers on main and on both followers at once, each with keys of its own.
-test_concurrent_clients() {
+test_concurrent_clients() { # writers on main and on both followers at once, each with keys of its own
   at_once 12 write_and_count
   check "12 clients write 50 keys each through three instances" 600 "$(output | sum)"
   check "... and all of them are there" 600 "$(count main)"
@@ -1082,8 +1044,7 @@ test_image() {
 
 # ---- A store of several nodes ----------------------------------------------------------------------------------------
 
-# view NODE...: their addresses, separated by commas. addresses NODE...: a JSON array of them, sorted.
-view() {
+view() { # NODE...: their addresses, separated by commas. addresses NODE...: a JSON array of them, sorted.
   local node list=()
   for node in "$@"; do list+=("${address[$node]}"); done
   (IFS=, && echo "${list[*]}")
@@ -1112,8 +1073,7 @@ field() { ask "$2" GET /kv-store | member "$1"; }
 view_of() { field '.view | join(",")' "$1"; }
 # (Whatever an image calls it: that is a check of its own.)
 count() { ask "$1" GET key-count | member '."key-count" // first(.[] | numbers)'; }
-# each COMMAND NODE...: what it prints for each of them, on one line.
-each() {
+each() { # COMMAND NODE...: what it prints for each of them, on one line
   local node
   for node in "${@:2}"; do "$1" "$node"; done | paste -sd' '
 }
@@ -1136,8 +1096,7 @@ owners_expected() {
   printf '%s\n' "$held ${address[$1]}" "$((120 - held)) none" | sort -k 2 | paste -sd' '
 }
 
-# test_shards: what every store of several nodes does.
-test_shards() {
+test_shards() { # what every store of several nodes does
   local answer
   start_store "n1 n2"
   on "n1 n2" later expect_all "NODE is ready, and has no such key" 1 "$(no_such_key GET)" NODE GET keys/none
@@ -1175,8 +1134,7 @@ test_shards() {
   expect_all "... and deletes" 10 "$REMOVED" n1 DELETE 'keys/c[1-10]'
 }
 
-# What this project promises besides. Continues with 120 keys on n1, n2 and n3.
-test_nodes() {
+test_nodes() { # What this project promises besides. Continues with 120 keys on n1, n2 and n3.
   local itself id second three
   start_node n4
   three=$(view n1 n2 n3)
@@ -1269,15 +1227,13 @@ test_refused_view_changes() {
   check "nothing has changed" "$before" "$(view_of n1; counts n1 n2 n3)"
 }
 
-# ask_on_stream INSTANCE REQUEST: opens a stream and asks one thing on it; prints the error that is the answer.
-ask_on_stream() {
+ask_on_stream() { # INSTANCE REQUEST: opens a stream and asks one thing on it; prints the error that is the answer
   local fd answers
   open_stream "$1" && question "$2" >&"$fd"
   timeout 20 grep -a -m 1 -o '{"result":"Error".*' <&"$answers" || echo "no answer"
   exec {fd}>&- {answers}>&-
 }
-# answers_head INSTANCE: its status to who opens a stream, and how it proves then that it knows the secret.
-answers_head() {
+answers_head() { # INSTANCE: its status to who opens a stream, and how it proves then that it knows the secret
   curl -s -m 1 -o /dev/null -D - -H "$STREAM" "${@:2}" \
     "${url[$1]}/kv-store?stream=7" | tr -d '\r' | grep -i -E '^(HTTP|Authentication-Info)'
 }
@@ -1471,15 +1427,13 @@ context_of() { member '."causal-context" // {}' <<<"$1" || echo '{}'; } # ANSWER
 replicas_of() { ask r1 GET "shards/[1-$1]" | member '.replicas[]' | jq -R -s -c 'split("\n")[:-1] | sort'; }
 sizes_of() { ask r1 GET "shards/[1-$1]" | member '."key-count" // first(.[] | numbers)' | sum; }
 same_count() { counts "$@" | awk '{ print $1 != "" && $1 == $2 ? "the same" : "counts: " $0 }'; } # NODE OTHER
-# answers_itself NODE: "as many" if it adds no address to the answers for as many keys as it has.
-answers_itself() {
+answers_itself() { # NODE: "as many" if it adds no address to the answers for as many keys as it has
   local own held
   own=$(get "$1" '[a-b][1-60]' | grep '^200' | grep -v -c '"address"')
   held=$(count "$1")
   if [ "$own" = "$held" ]; then echo "as many"; else echo "$own, but it has $held"; fi
 }
-# agree_on KEY NODE...: "agreed" if all of them give the same value.
-agree_on() {
+agree_on() { # KEY NODE...: "agreed" if all of them give the same value
   local node
   for node in "${@:2}"; do get "$node" "$1" | sed -E 's/^200 .*("value": *"[^"]*").*/\1/'; done | sort -u |
     awk '{ values = values $0 "; " } END { print NR == 1 && /^"value"/ ? "agreed" : values }'
@@ -1538,8 +1492,7 @@ test_replicas() {
   test_six_nodes
 }
 
-# Uses the variables of test_replicas, as do the next ones.
-test_replicas_that_die() {
+test_replicas_that_die() { # uses the variables of test_replicas, as do the next ones
   act kill "$second"
   on "$first $third $fourth" later expect_gets "$second is killed: NODE reads" 20 'of a' NODE 'a[1-20]'
   expect_puts "$second is killed: $first writes" 10 "$UPDATED" "$first" 'a[1-10]' 'killed'
@@ -1617,8 +1570,7 @@ test_six_nodes() {
   on "r1 r4 r5 r6" later expect_gets "after that NODE finds those that came later" 20 'of c' NODE 'c[1-20]'
 }
 
-# What this project promises besides. Continues with the store of test_replicas.
-test_shards_of_several() {
+test_shards_of_several() { # What this project promises besides. Continues with the store of test_replicas.
   local answer wrong invalid
   check "six nodes are four again" 200 "$(status_of_change r1 r1 r2 r3 r4)"
   check "... 60 keys are as at first, and 20 go" "60 20" "$(write r1 a 60) $(deleted r3 'c[1-20]')"
@@ -1649,8 +1601,7 @@ test_shards_of_several() {
   check "... and the factor is still 2 when it grows" "60 60" "$(change_to r1 r1 r2 r3 r4 | shards)"
 }
 
-# A client of r3 goes on writing while other replicas are killed and started again.
-test_replicas_killed() {
+test_replicas_killed() { # a client of r3 goes on writing while other replicas are killed and started again
   local round along
   all_along write_key
   for round in r1 r4 r2 r1 r4 r2; do
@@ -1713,8 +1664,7 @@ test_contexts() {
 readonly VIEW_KEYS=300000 MEMORY_KEYS=1000000 IDLE_NODES=10
 declare -A workers=() # instance -> the processes that its clients talk to
 
-# write_wrk_script: wrk sends a request DEPTH times in one write. KEYNUMBER in it is one of 5,000 numbers.
-write_wrk_script() {
+write_wrk_script() { # wrk sends a request DEPTH times in one write. KEYNUMBER in it is one of 5,000.
   cat >"$work/wrk.lua" <<'END'
 function init(args) -- VERB DEPTH [BODY]
   local type = (args[3] or ""):find("^{") and "application/json" or "application/x-www-form-urlencoded"
@@ -1724,7 +1674,7 @@ function init(args) -- VERB DEPTH [BODY]
     local n = 0
     function request()
       n = (n + 1) % 5000
-      return (text:gsub("KEYNUMBER", ("%010d"):format(n)))
+      return (text:gsub("KEYNUMBER", ("%09d"):format(n)))
     end
   end
 end
@@ -1740,8 +1690,7 @@ load() {
   awk -v cpu=$(($(cpu_time "$3") - before)) '/Socket errors|Non-2xx/ { exit } / requests in / { count = $1 }
     /^Requests\/sec/ && count { print $2, cpu / count }' "$work/counted"
 }
-# cpu_time INSTANCE: what its workers have had so far, in microseconds.
-cpu_time() {
+cpu_time() { # INSTANCE: what its workers have had so far, in microseconds
   # shellcheck disable=SC2046,SC2086 # workers are words. What they are called may have spaces.
   awk -v hertz="$(getconf CLK_TCK)" '{ sub(/.*\) /, ""); sum += $12 + $13 } END { printf "%d", sum / hertz * 1e6 }' \
     /dev/null $(printf '/proc/%s/stat ' ${workers[$1]:-self})
@@ -1752,12 +1701,11 @@ ratio() {
   # shellcheck disable=SC2086 # arguments are words
   for _ in {1..3}; do
     echo "$(load "$1" "$2" $3) $(load "$1" "$2" $4)"
-  done | awk 'NF == 4 { printf "%.2f (%.2f)\n", $1 / $3, $4 ? $2 / $4 : 0 }' | median
+  done | awk 'NF == 4 { print sprintf("%.2f", $1 / $3) ($4 ? sprintf(" (%.2f)", $2 / $4) : "") }' | median
 }
 median() { sort -g | sed -n 2p | grep . || echo error; } # of three
 
-# serve NAME COMMAND...: runs another program, to be killed with the rest.
-serve() {
+serve() { # NAME COMMAND...: runs another program, to be killed with the rest
   "${@:2}" >"$work/$1.log" 2>&1 &
   process[$1]=$! url[$1]=http://${address[$1]}
 }
@@ -1806,9 +1754,9 @@ measure_requests() {
   for verb in GET PUT; do
     echo "16 $verb in one write: $(ratio 64 16 "main $verb $path val=abcdef" "nginx $verb /200 val=abcdef")"
   done
+  ask n1 DELETE "$path" >/dev/null
 }
-# Three nodes with three replicas of each key, beside three with one, and three of etcd.
-measure_replicas() {
+measure_replicas() { # three nodes with three replicas of each key, beside three with one, and three of etcd
   local put='PUT /kv-store/keys/KEYNUMBER {"value":"abcdef"}' get='GET /kv-store/keys/KEYNUMBER' peer
   start_store "one1 one2 one3" && start_store "all1 all2 all3" REPL_FACTOR=3
   poll 60 write one1 ready 1 >/dev/null && poll 60 write all1 ready 1 >/dev/null
@@ -1817,7 +1765,7 @@ measure_replicas() {
   command -v etcd >/dev/null || return 0
   start_etcd
   # Keys and values are in base64.
-  peer='etcd1 POST /v3/kv/put {"key":"a2V5CgKEYNUMBER","value":"YWJjZGVm"}'
+  peer='etcd1 POST /v3/kv/put {"key":"a2V5CgAKEYNUMBER","value":"YWJjZGVm"}'
   echo "Three replicas beside etcd: PUT $(ratio 64 1 "all1 $put" "$peer")"
   kill_process etcd1 && kill_process etcd2 && kill_process etcd3
   rm -rf "/dev/shm/$name".*
@@ -1834,15 +1782,13 @@ start_etcd() { # three nodes, their data in memory
   poll 20 curl -s -f -o /dev/null -d '{"key":"a2V5","value":"YWJj"}' "${url[etcd1]}/v3/kv/put"
 }
 
-# fill KEYS INSTANCE: puts keys of 10 bytes with values of 10 bytes.
-fill() {
+fill() { # KEYS INSTANCE: puts keys of 10 bytes with values of 10 bytes
   (seq -f $'PUT /kv-store/%010.0f?val=abcdefghij HTTP/1.1\r\nHost: bench\r\n\r' "$1" && printf %s "$LAST") |
     exchange "$2" >/dev/null
   has_keys "$@"
 }
 has_keys() { [ "$(count "$2")" = "$1" ]; } # KEYS INSTANCE
-# A fourth node joins three, while a client reads; a replica starts again.
-measure_moves() {
+measure_moves() { # a fourth node joins three, while a client reads; a replica starts again
   local began answer along took
   start_node n3 && start_node n4 && change_to n1 n1 >/dev/null && fill "$VIEW_KEYS" n1 || return
   change_to n1 n1 n2 n3 >/dev/null
@@ -1886,8 +1832,7 @@ measure_memory() {
   poll 20 ask_redis ping >/dev/null
   echo "Memory of such a key in Redis: $(bytes_of_each "$MEMORY_KEYS" redis fill_redis) bytes."
 }
-# bytes_of_each COUNT INSTANCE COMMAND: by how much the memory of an instance grows for each that the command makes.
-bytes_of_each() {
+bytes_of_each() { # COUNT INSTANCE COMMAND: by how much the memory of an instance grows for each that the command makes
   local before
   before=$(status_field "$2" VmRSS)
   "$3" "$1" "$2" && echo $((($(status_field "$2" VmRSS) - before) * 1024 / $1)) || echo error
@@ -1960,8 +1905,7 @@ whole_number() { # OPTION [VALUE]
   [ "$2" -le 65535 ] || refuse_to_grade "$1 is at most 65535, not $2"
 }
 
-# tell TEXT: what is no check.
-tell() {
+tell() { # TEXT: what is no check
   case $style in
     text) printf '%s\n' "$1" ;;
     tap) indent '# ' "$1" ;;
@@ -2028,8 +1972,7 @@ find_vocabulary() {
 
 # ---- The grader graded: answers with one defect each -----------------------------------------------------------------
 
-# make_defects: a curl that has what DEFECT says done to its arguments, or to its answer by a function `defect`.
-make_defects() {
+make_defects() { # a curl that has what DEFECT says done to its arguments, or to its answer by a function `defect`
   mkdir "$work/bin"
   cat >"$work/bin/curl" <<END
 #!/usr/bin/env bash
@@ -2040,8 +1983,7 @@ exit "\${PIPESTATUS[0]}"
 END
   chmod +x "$work/bin/curl"
 }
-# verdict ARGUMENT...: what the grader says, in short. The whole is in $work/graded.
-verdict() {
+verdict() { # ARGUMENT...: what the grader says, in short. The whole is in $work/graded.
   local ended
   (echo "$BASHPID" >>"$work/graders" && exec ./test.sh grade --json "$@") >"$work/graded" 2>"$work/grader.err"
   ended=$?
@@ -2050,8 +1992,7 @@ verdict() {
 }
 # grades WHAT VERDICT DEFECT [ARGUMENT...]: of our own image, with this defect.
 grades() { check "$1" "$2" "$(DEFECT=$3 PATH=$work/bin:$PATH verdict "$image" single "${@:4}")"; }
-# grades_image WHAT VERDICT SETTING ARGUMENT...: of our own image, with this setting.
-grades_image() {
+grades_image() { # WHAT VERDICT SETTING ARGUMENT...: of our own image, with this setting
   printf 'FROM %s\nENV %s\n' "$image" "$3" | docker build -q -t "$name-server:$1" - >/dev/null 2>"$work/error"
   check "$1" "$2" "$(verdict "$name-server:$1" single "${@:4}")"
 }
@@ -2102,8 +2043,7 @@ build_sanitized() {
     cargo build --release --locked --target "$target" --target-dir target/sanitize
 }
 
-# write_request VERB KEY LENGTH: what clients send, in a file of its own.
-write_request() {
+write_request() { # VERB KEY LENGTH: what clients send, in a file of its own
   (printf '%s /kv-store/%s HTTP/1.1\r\nHost: test\r\nContent-Length: %d\r\n\r\nval=' "$1" "$2" $(($3 + 4)) &&
     letters "$3") >"$work/request.$1.$2"
 }
@@ -2166,8 +2106,7 @@ sanitize() {
 
 # ---- The run ---------------------------------------------------------------------------------------------------------
 
-# run TEST [INSTANCE]: its checks are named after it.
-run() {
+run() { # TEST [INSTANCE]: its checks are named after it
   [ ${#only[@]} -eq 0 ] || [[ " ${only[*]} " == *" $1 "* ]] || return 0
   section=${1//_/ }${2:+, $2} hopeless=''
   "test_$1" "${@:2}"
@@ -2188,7 +2127,7 @@ run_tests() {
   run follower_is_no_different
   for test in large_answers many_clients streams main_paused; do run "$test"; done
   run idle main
-  for test in settings forwarding main_gone ring concurrent_clients contexts shards nodes view_changes \
+  for test in settings forwarding main_gone concurrent_clients contexts shards nodes view_changes \
     refused_view_changes secret writers_during_changes node_paused killed_in_a_view_change stale_nodes first_views \
     replicas shards_of_several replicas_killed replica_paused; do run "$test"; done
   if [ "$where" = process ]; then run unread_stderr; else run image && run grader; fi
