@@ -472,7 +472,7 @@ key() { # OUTCOME WHAT INSTANCE VERB KEY [VALUE]: the value is what a PUT sends,
   expect "$2" "${answer/VALUE/"${6-}"}" "$3" "$4" "$below$5" "${data[@]}"
 }
 
-key_stored() { # OUTCOME WHAT INSTANCE KEY VALUE WHAT READER: that of a PUT, and that the reader finds the key then
+key_stored() { # OUTCOME WHAT INSTANCE KEY VALUE WHAT READER: a PUT has this outcome, and the reader finds the key
   key "$1" "$2" "$3" PUT "$4" "$5"
   key found "$6" "$7" GET "$4" "$5"
 }
@@ -516,7 +516,7 @@ goes() { # INSTANCE KEY...
   for key in "${@:2}"; do check "... and goes" 200 "$(status_of "$1" DELETE "keys/$key" --path-as-is)"; done
 }
 
-test_form() { # INSTANCE: What this project promises besides, of each vocabulary. Some keys are there.
+test_form() { # INSTANCE: what this project promises besides, like test_json. Some keys are there.
   local i=$1
   test_single "$i"
   expect "the other vocabulary reads what is there" "$(json_value '"again"')" "$i" GET keys/foo
@@ -1134,7 +1134,7 @@ test_shards() { # what every store of several nodes does
   expect_all "... and deletes" 10 "$REMOVED" n1 DELETE 'keys/c[1-10]'
 }
 
-test_nodes() { # What this project promises besides. Continues with 120 keys on n1, n2 and n3.
+test_nodes() { # what this project promises besides. Continues with 120 keys on n1, n2 and n3.
   local itself id second three
   start_node n4
   three=$(view n1 n2 n3)
@@ -1570,7 +1570,7 @@ test_six_nodes() {
   on "r1 r4 r5 r6" later expect_gets "after that NODE finds those that came later" 20 'of c' NODE 'c[1-20]'
 }
 
-test_shards_of_several() { # What this project promises besides. Continues with the store of test_replicas.
+test_shards_of_several() { # what this project promises besides. Continues with the store of test_replicas.
   local answer wrong invalid
   check "six nodes are four again" 200 "$(status_of_change r1 r1 r2 r3 r4)"
   check "... 60 keys are as at first, and 20 go" "60 20" "$(write r1 a 60) $(deleted r3 'c[1-20]')"
@@ -1641,17 +1641,17 @@ test_replica_paused() {
 }
 
 test_contexts() {
-  local node context empty=',"causal-context":{}}' not_valid
+  local context empty=',"causal-context":{}}' not_valid
   not_valid=$(json_error 400 'Causal context is not valid' GET)
   local -a with_context=("${json[@]}" -d '{"value":1,"causal-context":{}}')
   expect "{} in a healthy store" "${ADDED%\}}$empty" main PUT keys/causal "${with_context[@]}"
-  for node in main follower; do
-    expect "$node: a read has it" "$(json_value 1 | sed "s/}$/$empty/")" "$node" GET keys/causal "${with_context[@]}"
-    expect "$node: without one there is none" "$(json_value 1)" "$node" GET keys/causal
-    expect "$node: an error has it" "$(no_such_key GET | sed "s/}$/$empty/")" "$node" GET keys/none "${with_context[@]}"
-    for context in '[]' 1 '"x"' null '{"a":1}' '{"a":"xyz"}' '{"a":"ffffffffffffffff"}' '{"a":{}}'; do
-      check "$node: $context is none of ours" "$not_valid" "$(get "$node" causal "$context")"
-    done
+  on "main follower" expect "NODE: a read has it" "$(json_value 1 | sed "s/}$/$empty/")" NODE GET keys/causal \
+    "${with_context[@]}"
+  on "main follower" expect "NODE: without one there is none" "$(json_value 1)" NODE GET keys/causal
+  on "main follower" expect "NODE: an error has it" "$(no_such_key GET | sed "s/}$/$empty/")" NODE GET keys/none \
+    "${with_context[@]}"
+  for context in '[]' 1 '"x"' null '{"a":1}' '{"a":"xyz"}' '{"a":"ffffffffffffffff"}' '{"a":{}}'; do
+    on "main follower" check_output "NODE: $context is none of ours" "$not_valid" get NODE causal "$context"
   done
   expect "a deletion has it" "${REMOVED%\}}$empty" main DELETE keys/causal "${with_context[@]}"
 }
@@ -1972,7 +1972,7 @@ find_vocabulary() {
 
 # ---- The grader graded: answers with one defect each -----------------------------------------------------------------
 
-make_defects() { # a curl that has what DEFECT says done to its arguments, or to its answer by a function `defect`
+make_defects() { # installs a curl that applies DEFECT to its arguments, or to its answer (the function `defect`)
   mkdir "$work/bin"
   cat >"$work/bin/curl" <<END
 #!/usr/bin/env bash
