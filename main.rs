@@ -5774,8 +5774,8 @@ mod simulation {
                     let may_get_it = |node: &Node| is_behind(node) || waits(node, key);
                     newest.owners(HASHES[key]).iter().any(|node| self.machines[machine_of(node)].is(may_get_it))
                 });
-                let is_asked =
-                    |node: &Node| newest.as_ref().is_some_and(|it| it.nodes(false).contains(&node.own().to_owned()));
+                let sources = newest.iter().flat_map(|newest| &newest.range_at(HASHES[key]).sources).flatten();
+                let is_asked = |node: &Node| sources.clone().any(|source| source == node.own());
                 let may_give = |node: &Node| is_awaited && is_asked(node) || owns(node, key);
                 let has_it = |it: &&Machine| it.counts.get() && it.is(may_give);
                 let left = self.machines.iter().filter(has_it).map(|it| it.stamp(key)).max();
