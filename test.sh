@@ -1013,15 +1013,19 @@ refused() {
   check "$2" "1 line, status $1" "$("run_$where" "$2" | grep -v sesame | sed "s|.*$named.*|1 line,|" | paste -sd' ')"
 }
 test_settings() {
-  local settings
-  for settings in PORT=abc PORT=65536 PORT=0 IP=localhost FORWARDING_ADDRESS=nohost ADDRESS=:8080 VIEW=a:1,b:1 \
+  local wrong
+  for wrong in PORT=abc PORT=65536 PORT=0 PORT=+1 IP=localhost FORWARDING_ADDRESS=nohost ADDRESS=:8080 VIEW=a:1,b:1 \
     FORWARDING_ADDRESS=http://main:8080 MAINIP=main:http 'VIEW=a:1 ADDRESS=a:1 FORWARDING_ADDRESS=b:1' \
     'REPL_FACTOR=1 ADDRESS=a:1 FORWARDING_ADDRESS=b:1' 'VIEW=a:1,b ADDRESS=a:1' 'VIEW=a:1,A:1 ADDRESS=a:1'; do
-    refused 2 "$settings"
+    refused 2 "$wrong"
   done
   refused 1 IP=192.0.2.1 # which this machine does not have
   refused 2 SECRET=sesame SECRET=
   refused 2 'ADDRESS=a:1 SECRET=sesame-ö' SECRET=
+  place ported
+  start ported PORT= ADDRESS="${address[ported]}"
+  check "without PORT, that of ADDRESS" 200 "$(status_of ported GET /kv-store)"
+  act kill ported
   check "an argument that is none" "status 2" "$("run_$where" '' --nonsense | tail -n 1)"
   check "--version" "kv-store $VERSION status 0" "$("run_$where" '' --version | xargs)"
   check "--help names the settings" "status 0 7" "$("run_$where" '' --help | awk '
