@@ -1,29 +1,31 @@
 //! kv-store: a distributed key-value store over HTTP, in one file. A main instance has every key. A follower has none
 //! and relays to its main instance. A node has the keys of its shard, one of several.
 //!
-//! The rooms stand in the order in which a request passes them:
+//! The modules stand in the order in which a request passes them:
 //! - `settings` reads the environment. `connections` receives a client's bytes and sends the answers. `http` parses
 //!   requests and renders answers. `service` answers a request here, or relays it.
 //! - `records` holds keys and values in buckets. `table` says which shard owns which hashes. `node` holds a node's
 //!   state and decides, by the rules R1 to R12. `replication` copies records. `membership` starts a node and changes
 //!   the view.
 //! - `peers` carries requests to other instances and serves theirs. `world` has the lock, the clock and the threads.
-//!   The start has `main`. `simulation` runs whole stores in one process, and `tests` has the other unit tests.
+//!   `main` follows. `simulation` runs whole stores in one process, and `tests` has the other unit tests.
 //!
 //! Where to look:
 //! - The text of an answer is decided in `Outcome::row`, with the contract's two vocabularies side by side. A relayed
 //!   answer is passed on unchanged, or with the address of the node that gave it.
 //! - The owner of a key is decided in `Node::place`.
 //! - A key changes hands in `Node::adopt` (its former owner stops answering), `replication::pull_all` (the new owner
-//!   gets it) and `Node::note_received` (the new owner answers alone). `replication::replicate` takes a write to the
-//!   other replicas.
-//! - A client's socket is written in `Client::flush` and `Client::write_waiting` only. `peers` writes streams.
+//!   gets it; `replication::get_key`, if it is asked for before) and `Node::note_received` (the new owner answers
+//!   alone). `replication::replicate` takes a write to the other replicas.
+//! - A client's socket is written in `Client::flush` and `Client::write_waiting` only. `peers` writes streams, on
+//!   connections that it is handed.
 //!
 //! Each connection is a coroutine of the library `may`, and so is each request from another instance that has to wait.
-//! All coroutines share one worker thread (`start_worker`), so none may block it or compute for long. Blocking work
-//! runs on threads: two for each stream to another instance; one for each plain request, each name lookup, and each
-//! meeting of nodes with what it reconciles; one for pulls. The background thread parses large bodies and answers long
-//! messages of nodes (`in_background`). One thread wakes sleepers, and one begins rounds of meetings.
+//! All coroutines share one worker thread (`configure_worker`), so none may block it or compute for long. Blocking work
+//! runs on threads: two for each stream to another instance; one for each plain request, each name lookup, each meeting
+//! of nodes with what it reconciles, and the pulls of each table; one to free records. The background thread parses
+//! large bodies and answers long messages of nodes (`in_background`). One thread wakes sleepers, and one begins rounds
+//! of meetings.
 //!
 //! "The contract" in comments is the section of this name in README.md: all that a client may see.
 
@@ -40,7 +42,7 @@ use may_minihttp::HttpServiceFactory;
 use connections::{MAX_CONNECTIONS, OTHER_FILES, Server};
 use http::Request;
 use membership::keep_in_touch;
-use settings::{HELP, Role, SETTINGS, Settings, own};
+use settings::{HELP, Role, SETTINGS, Settings};
 use world::{BACKGROUND, Live, block_on, fail, keep_stderr, pause, repeat, say, wake_sleepers};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -63,7 +65,7 @@ mod settings {
 kv-store: a distributed key-value store over HTTP
 
 usage: kv-store [--help | --version | --health]
-  --health  asks the instance that the same environment describes whether it answers, a node for keys; exit status 0 or 1
+  --health  checks that the instance with this environment answers, a node for keys; exit status 0 or 1
 
 environment (an empty variable is an unset one):
   PORT                TCP port to listen on                        [the port of ADDRESS, else 8080]
@@ -200,22 +202,23 @@ mod connections {
     //!
     //! The output is flushed when the server sends, when it exceeds `BATCH`, and before anything that may wait: a
     //! request to another instance, a body, a large value. A large value is not copied: `write_waiting` writes it
-    //! directly from the record while the coroutine waits for the client. So a client that does not read costs a
-    //! pointer, and buffers need no accounting.
+    //! directly from the record while the coroutine waits for the client. So a client that does not read holds a
+    //! reference to the record, and no buffer.
     //!
     //! A connection is closed
     //! - after the answer to `Connection: close`, HTTP/1.0 or a PUT of more than `MAX_BODY` (`close_with`);
-    //! - after a refusal, when a head does not parse (`Connection::drop`) or contradicts itself, or a stream does not
-    //!   prove the secret (`refuse`);
+    //! - after a refusal, when a head does not parse or end (`Connection::drop`) or contradicts itself, or a stream
+    //!   does not prove the secret (`refuse`);
     //! - when the client has closed its side, after all answers (`after_read`, `Connection::drop`);
     //! - without an answer, when a body ends before its length (`serve`), a stream ends (`serve_stream`), reading fails
     //!   (`after_read`), or a coroutine panics;
-    //! - when its client takes nothing of an answer for 10 s (`write_waiting`), or sends nothing for 75 s (`watch`);
+    //! - when its client takes nothing of an answer for 10 s (`write_waiting`), or for 75 s completes no head of a
+    //!   request, or sends nothing of a body (`watch`);
     //! - at once, when there are too many connections (`new_service`).
     //!
     //! The two connections of a stream are handed to `peers` (`serve_stream`).
     //!
-    //! All of this runs on the worker thread (`start_worker`), so the state of connections needs no locks.
+    //! All of this runs on the worker thread (`configure_worker`), so the state of connections needs no locks.
 
     use std::cell::{Cell, RefCell};
     use std::io::{self, BufRead, IoSlice, Read, Write};
@@ -281,7 +284,7 @@ mod connections {
     struct Client {
         fd: RawFd,
         phase: Cell<Phase>,
-        /// The number of seconds since something last happened.
+        /// The number of seconds since the last answer, or since bytes of a body arrived.
         idle: Cell<u32>,
         /// When the head of the current request was complete.
         asked: Cell<Instant>,
@@ -449,8 +452,11 @@ mod connections {
 
         /// Writes to the socket while the coroutine waits for the client to read, for up to `WRITE_LIMIT` at a time.
         fn write_waiting(&self, bytes: &[u8]) {
+            if self.is_closing() {
+                return;
+            }
             let stream = waiting_stream(&self.socket(), Some(WRITE_LIMIT));
-            if self.is_closing() || stream.and_then(|mut stream| stream.write_all(bytes)).is_err() {
+            if stream.and_then(|mut stream| stream.write_all(bytes)).is_err() {
                 self.close(Shutdown::Write);
             }
         }
@@ -489,7 +495,7 @@ mod connections {
             match (self.phase.get(), count) {
                 (Phase::Request | Phase::Body, _) => self.phase.set(Phase::Body),
                 (Phase::Head, 0) => {
-                    // Told of the end now, the server would drop the requests that it has just read.
+                    // If the server saw the end of input now, it would drop the requests that it has just read.
                     self.phase.set(Phase::LastHead);
                     signal_again(&self.socket());
                     return fail_with(libc::EAGAIN);
@@ -723,7 +729,8 @@ mod http {
         /// The instances that have relayed this request (RFC 9110 section 7.6.3).
         pub via: String,
         pub origin: Origin,
-        /// When a request from another instance began, in milliseconds by the clock of this one. None: here and now.
+        /// When a request from another instance began, in milliseconds by the clock of this one. None for a request of
+        /// this instance's own client.
         #[serde(skip)]
         pub began: Option<i64>,
         #[serde(with = "serde_bytes")]
@@ -870,7 +877,7 @@ mod http {
         number.map_or(usize::MAX, |number| number - 1)
     }
 
-    /// Whether a key may be stored. GET and DELETE take any key: one that cannot exist does not exist.
+    /// Whether a key may be stored. GET and DELETE take any key: an invalid one is reported as missing.
     fn is_valid_key(key: &[u8], vocabulary: Vocabulary) -> bool {
         let is_form_byte = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'_';
         match vocabulary {
@@ -1019,7 +1026,8 @@ mod http {
         Created, Replaced, Found(Record), Deleted, Missing,
         KeyInvalid, ValueMissing, ValueTooLarge, ValueNotText, BodyNotObject,
         ContextInvalid, Unsatisfied,
-        MainDown, NotFound, BadRequest, Unparsed, LengthRequired, AddressNotSet, ViewMissing, ChangeUnderWay, NotOwner, NotOfStore,
+        MainDown, NotFound, BadRequest, Unparsed, LengthRequired, AddressNotSet, ViewMissing, ChangeUnderWay, NotOwner,
+        NotOfStore,
         /// With the headers that say which verbs the path takes.
         VerbNotAllowed(&'static str),
         NoShard,
@@ -1073,11 +1081,10 @@ mod http {
                 ViewMissing       => [(400, "View is missing"); 2],
                 ViewInvalid(_)    => [(400, "View is not valid: %"); 2],
                 ChangeUnderWay    => [(409, "Another view change is in progress"); 2],
-                // Between instances.
-                NotOfStore        => [(403, "Not a node of this store"); 2],
                 HoldsKeys(_)      => [(409, "Node % holds keys of another store"); 2],
                 ViewChanged(_)    => [(200, r#"{"message":"View change successful",%}"#); 2],
-                // Only between nodes: this node may not answer for the key now.
+                // Only between instances. The second: this node may not answer for the key now.
+                NotOfStore        => [(403, "Not a node of this store"); 2],
                 NotOwner          => [(421, "Not the owner"); 2],
             }
         }
@@ -1097,25 +1104,26 @@ mod http {
 
         /// Renders the outcome in a vocabulary.
         pub fn answer(self, vocabulary: Vocabulary, verb: &str) -> Answer {
-            let (status, text) = self.row()[vocabulary as usize];
-            let flag = if let Outcome::Missing = self { r#""doesExist":false,"# } else { "" };
-            let template = match vocabulary {
-                _ if text.starts_with(['{', '%']) => Cow::Borrowed(text),
-                Vocabulary::Form => format!(r#"{{"result":"Error","msg":"{text}"}}"#).into(),
-                Vocabulary::Json => format!(r#"{{{flag}"error":"{text}","message":"Error in {verb}"}}"#).into(),
-            };
-            let (before, text, after) = match template.split_once('%') {
+            let (status, row) = self.row()[vocabulary as usize];
+            let (before, text, after) = match row.split_once('%') {
                 Some((before, after)) => (before, self.text(), after),
-                None => (&*template, "".into(), ""),
+                None => (row, "".into(), ""),
             };
-            let body = [before, &text, after, "\n"].concat().into_bytes();
+            let flag = if let Outcome::Missing = self { r#""doesExist":false,"# } else { "" };
+            let body = match vocabulary {
+                _ if row.starts_with(['{', '%']) => [before, &text, after, "\n"].concat(),
+                Vocabulary::Form => format!("{{\"result\":\"Error\",\"msg\":\"{before}{text}{after}\"}}\n"),
+                Vocabulary::Json => {
+                    format!("{{{flag}\"error\":\"{before}{text}{after}\",\"message\":\"Error in {verb}\"}}\n")
+                }
+            };
             let (header, value) = match self {
                 Outcome::Found(record) => (JSON, Some((before.len(), record))),
                 Outcome::VerbNotAllowed(header) => (header, None),
                 Outcome::Metrics(_) => (METRICS, None),
                 _ => (JSON, None),
             };
-            Answer { status, header: header.into(), body, value }
+            Answer { status, header: header.into(), body: body.into_bytes(), value }
         }
     }
 
@@ -1245,7 +1253,7 @@ mod service {
         if let Some(refusal) = request.refusal_if_late() {
             return Ok(refusal.answer(vocabulary, &request.verb));
         }
-        // What a follower answers itself. A verb that the resource does not take is left to the main instance.
+        // What a follower answers itself. Other verbs of `Instance` are left to the main instance.
         let is_own = matches!((&resource, request.verb.as_str()), (Resource::Instance, "GET") | (Resource::Metrics, _));
         match (&SETTINGS.role, resource) {
             (Role::Follower(main), resource) if !is_own => {
@@ -1278,32 +1286,37 @@ mod service {
         }
     }
 
-    /// A request for a key. `action` has the record to write, which is a tombstone for DELETE, or None for GET; or the
-    /// refusal. `fetched` says who gave the key, and `failed` has the nodes to which it was passed on in vain.
+    /// A request for a key.
     pub struct KeyRequest {
         hash: u64,
         key: Vec<u8>,
         request: Request,
         vocabulary: Vocabulary,
+        /// The record to write, which is a tombstone for DELETE, or None for GET; or the refusal.
         action: Result<Option<Record>, Outcome>,
         context: Option<Context>,
+        /// Who gave the key.
         fetched: Vec<Fetched>,
+        /// The nodes that did not answer the request.
         failed: Vec<String>,
         gave_up_on_context: bool,
     }
 
     /// The table by which a key was got, the group that gave it, and whether for the context (`Message::GiveKey`).
-    type Fetched = (Option<Version>, Vec<String>, bool);
+    type Fetched = (Version, Vec<String>, bool);
 
-    /// The state after one try. `Written`: other replicas lack the record. `Elsewhere`: at these nodes, in the order in
-    /// which to ask them. `Needs`: one node of each group must give the key (R1). `NeedsForContext`: the same (R7), or
-    /// None if the context names a newer table. `Unknown`: this node may not use its table yet.
+    /// The state after one try.
     pub enum Tried {
         Done(Outcome, Option<Context>),
+        /// Other replicas lack the record.
         Written(Record, Outcome),
+        /// The key is at these nodes, in the order in which to ask them.
         Elsewhere(Vec<String>),
+        /// R1: one node of each group must give the key.
         Needs(Vec<Vec<String>>),
+        /// R7: the same. None: the context names a newer table.
         NeedsForContext(Option<Vec<Vec<String>>>),
+        /// This node may not use its table yet.
         Unknown,
     }
 
@@ -1313,7 +1326,7 @@ mod service {
             let context = causal_context(&request, vocabulary);
             let context = context.map_err(|refusal| refusal.answer(vocabulary, &request.verb))?;
             let action = match request.verb.as_str() {
-                // It cannot exist.
+                // No stored key is this long.
                 "GET" | "DELETE" if key.len() > MAX_KEY => Err(Outcome::Missing),
                 "GET" => Ok(None),
                 "DELETE" => Ok(Some(Record::tombstone(&key))),
@@ -1363,8 +1376,10 @@ mod service {
 
         /// The groups of which none has given the key by the present table.
         fn not_fetched(&self, node: &Node, mut groups: Vec<Vec<String>>, for_context: bool) -> Vec<Vec<String>> {
-            let has = |group: &Vec<String>, flag| self.fetched.contains(&(node.version(), group.clone(), flag));
-            groups.retain(|group| !has(group, true) && (for_context || !has(group, false)));
+            // What was given for a context will do for R1 too.
+            let fits = |(version, _, flag): &&Fetched| Some(*version) == node.version() && (*flag || !for_context);
+            let given: Vec<&Vec<String>> = self.fetched.iter().filter(fits).map(|(_, group, _)| group).collect();
+            groups.retain(|group| !given.contains(&group));
             groups
         }
 
@@ -1419,7 +1434,7 @@ mod service {
                     }
                     Tried::Elsewhere(nodes) => match self.pass_on(world, &nodes, deadline).await {
                         Some(answer) => return answer,
-                        None => Duration::from_millis(1),
+                        None => Duration::from_millis(5),
                     },
                     Tried::Needs(groups) => match self.get(world, &groups, false).await {
                         Some(group) if world.with(|node| node.now) > deadline => return self.render_down(&group[0]),
@@ -1464,7 +1479,7 @@ mod service {
         async fn get(&mut self, world: &impl World, groups: &[Vec<String>], for_context: bool) -> Option<Vec<String>> {
             for group in groups {
                 match get_key(world, &self.key, group, for_context).await {
-                    Some(version) => self.fetched.push((Some(version), group.clone(), for_context)),
+                    Some(version) => self.fetched.push((version, group.clone(), for_context)),
                     None => return Some(group.clone()),
                 }
             }
@@ -1478,7 +1493,9 @@ mod service {
             let all = meet_all(world, &nodes).await.iter().all(Option::is_some);
             let own = world.with(|node| node.version());
             let Some(context) = &mut self.context else { return true };
-            context.table = context.table.filter(|table| Some(*table) <= own || !all);
+            if all && context.table > own {
+                context.table = None;
+            }
             context.table <= own
         }
 
@@ -1493,16 +1510,20 @@ mod service {
                 return Some(self.render_down(owner));
             }
             let limit = if is_read && left.len() > 1 { NEXT_REPLICA } else { PATIENCE };
+            let patience = deadline.saturating_sub(now).min(limit);
             let passed_on = Request { origin: Origin::Node(store), ..self.request.clone() };
-            match world.relay(owner, passed_on, deadline.saturating_sub(now).min(limit)).await {
+            match world.relay(owner, passed_on, patience).await {
                 Ok(answer) if answer.status == 421 => {
-                    // The older table gives way.
+                    // The node with the older table adopts the newer one.
                     meet(world, owner).await;
                     None
                 }
                 Ok(answer) => Some(answer.with_address(owner, self.vocabulary)),
                 Err(lost) => {
-                    world.with(|node| node.note_answer(owner, now, false));
+                    // A node that had too little time to answer is not silent.
+                    if !lost.was_sent || patience >= NEXT_REPLICA {
+                        world.with(|node| node.note_answer(owner, now, false));
+                    }
                     self.failed.push((*owner).clone());
                     (!is_read && lost.was_sent).then(|| self.render_down(owner))
                 }
@@ -1568,8 +1589,8 @@ mod service {
     }
 
     fn describe_instance() -> Value {
-        let (count, table, status, silent, is_in_force) =
-            Live.with(|node| (node.sums().count, node.table(), node.status(), node.silent(), node.is_in_force()));
+        let (count, table, incoming, silent, is_in_force) =
+            Live.with(|node| (node.sums().count, node.table(), node.incoming(), node.silent(), node.is_in_force()));
         match &SETTINGS.role {
             Role::Main => json!({"role": "main", "version": VERSION, "key-count": count}),
             Role::Follower(main) => json!({"role": "follower", "version": VERSION, "forwarding-address": main}),
@@ -1584,7 +1605,7 @@ mod service {
                     it["repl-factor"] = json!(table.factor);
                     it["table-version"] = json!(table.version.to_string());
                 }
-                it["incoming"] = json!(table.filter(|_| is_in_force).map(|_| status.incoming));
+                it["incoming"] = json!(Some(incoming).filter(|_| is_in_force));
                 it["silent"] = json!(silent);
                 it
             }
@@ -1609,7 +1630,7 @@ mod service {
 
     static ANSWERED: LazyLock<[Answered; VERBS.len()]> = LazyLock::new(Default::default);
     pub static RELAYED: AtomicU64 = AtomicU64::new(0);
-    pub static RELAYED_IN_VAIN: AtomicU64 = AtomicU64::new(0);
+    pub static RELAYS_FAILED: AtomicU64 = AtomicU64::new(0);
 
     pub fn count_answer(verb: &str, status: u16, time: Duration) {
         let answered = &ANSWERED[VERBS.iter().position(|it| *it == verb).unwrap_or(3)];
@@ -1642,7 +1663,7 @@ mod service {
             Live.with(|node| (node.sums(), node.version().unwrap_or_default(), node.incoming(), node.silent()));
         for (name, kind, help, value) in [
             ("kv_store_relays_total", "counter", "Requests relayed to other instances.", RELAYED.load(Relaxed)),
-            ("kv_store_relay_failures_total", "counter", "Relays without an answer.", RELAYED_IN_VAIN.load(Relaxed)),
+            ("kv_store_relay_failures_total", "counter", "Relays without an answer.", RELAYS_FAILED.load(Relaxed)),
             ("kv_store_keys", "gauge", "Keys held.", sums.count as u64),
             ("kv_store_value_bytes", "gauge", "Bytes of the values held.", sums.bytes as u64),
             ("kv_store_connections", "gauge", "Open connections.", CONNECTIONS.load(Relaxed)),
@@ -1680,10 +1701,10 @@ mod service {
 // ---- Records: keys and values, in buckets ---------------------------------------------------------------------------
 
 mod records {
-    //! Stores the records of an instance. Keys are ordered by hash, and a `Span` is an interval of hashes; two keys
-    //! with one hash are never parted. Records stand in a fixed array of buckets, by the upper bits of the hash, each a
-    //! small hash table. So work on many records can go bucket by bucket, with the lock released in between, and no
-    //! large table ever grows at once. When records are written and dropped is decided in `node`.
+    //! Stores the records of an instance. Keys are ordered by hash, and a `Span` is an interval of hashes, so keys with
+    //! equal hashes are in the same span. Records stand in a fixed array of buckets, by the upper bits of the hash,
+    //! each a small hash table. So work on many records can go bucket by bucket, with the lock released in between, and
+    //! no large table ever grows at once. When records are written and dropped is decided in `node`.
 
     use hashbrown::hash_table::{Entry, HashTable};
     use serde::de::Error;
@@ -1898,11 +1919,10 @@ mod records {
                     None
                 }
             };
-            bucket.sums.add(came);
-            self.sums.add(came);
-            if let Some(old) = &old {
-                bucket.sums.subtract(Sums::of(hash, old));
-                self.sums.subtract(Sums::of(hash, old));
+            let gone = old.as_ref().map_or(Sums::default(), |old| Sums::of(hash, old));
+            for sums in [&mut bucket.sums, &mut self.sums] {
+                sums.add(came);
+                sums.subtract(gone);
             }
             old
         }
@@ -2027,7 +2047,7 @@ mod table {
     }
 
     impl Version {
-        /// Versions count upwards by one: a number so high is none.
+        /// Versions count upwards by one. No store gets near this limit, and a forged number could not be exceeded.
         pub fn is_valid(&self) -> bool {
             self.epoch.max(self.number) < u64::MAX / 2
         }
@@ -2077,8 +2097,7 @@ mod table {
             let coordinator =
                 (view.len() as u64) << 48 | hash_of(format!("{} {factor}", view.join(",")).as_bytes()) >> 16;
             let version = Version { coordinator, ..Version::default() };
-            let (store, counts) = (coordinator, vec![0; shards.len()]);
-            Table { version, base: Version::default(), store, factor, shards, view, ranges, moved: 0, counts }
+            Table { version, store: coordinator, view, factor, shards, ranges, ..Table::default() }
         }
 
         pub fn is_valid(&self) -> bool {
@@ -2154,7 +2173,8 @@ mod table {
                 let index = self.index_at(from);
                 let before = &self.ranges[index];
                 let cut = cuts.iter().rev().find(|cut| cut.giver == before.shard && cut.span.contains(from));
-                // A shard that ends gives its keys away by cuts. The rest has no keys, or is given up: it is dealt out.
+                // A shard that ends gives its keys away by cuts. What is left has no keys, or they are given up by
+                // force: it is spread over the shards.
                 let shard =
                     cut.map(|cut| cut.receiver).or(change.kept[before.shard]).unwrap_or(index % change.shards.len());
                 let owners: BTreeSet<&String> = change.shards[shard].iter().collect();
@@ -2173,8 +2193,7 @@ mod table {
             }
             let Change { view, factor, shards, .. } = change;
             let (view, factor, shards) = (view.clone(), *factor, shards.clone());
-            let (base, store, counts) = (self.version, self.store, Vec::new());
-            Table { version, base, store, view, factor, shards, ranges, moved: 0, counts }
+            Table { version, base: self.version, store: self.store, view, factor, shards, ranges, ..Table::default() }
         }
     }
 
@@ -2189,7 +2208,7 @@ mod table {
     /// Giver, receiver, number of keys.
     pub type Move = (usize, usize, usize);
 
-    /// The indices of some numbers, sorted by number. The sort is stable.
+    /// The indices of some numbers, sorted by number. Equal numbers keep their order.
     fn in_order(numbers: impl Iterator<Item = u64>) -> Vec<usize> {
         let mut numbers: Vec<(u64, usize)> = numbers.zip(0..).collect();
         numbers.sort_unstable();
@@ -2339,7 +2358,12 @@ mod node {
     //! R12 planning (`table`).
     //!
     //! Terms: a node without a table is *blank*. Its *incarnation* is a random number, new at each start. A *pull* is a
-    //! span that it owns and has not fetched; without one it is *whole*. A record that all replicas have is *stable*.
+    //! span that it owns and has not fetched. A record that all replicas have is *stable*.
+    //!
+    //! A table is *in force* unless it is a first one that is not settled. Then a node may answer (`may_answer`) unless
+    //! it has just been asleep, or is about to join a store. It is *ready* if it can answer for all that it owns
+    //! without asking others (`is_ready`; for a span `may_give`), and *whole* if it has no pulls (`is_whole_by`, for a
+    //! span `is_whole_for`). A table is *settled* when all nodes of its view are whole.
 
     use std::collections::{BTreeMap, BTreeSet};
     use std::sync::Arc;
@@ -2409,12 +2433,13 @@ mod node {
         pub is_ready: bool,
         pub clock: u64,
         pub promised: Version,
-        /// The nodes that were asked for that lock, unless nothing came of it; or those of a table that a blank node has
-        /// heard of, if that is newer than the lock.
+        /// The nodes that were asked for that lock, unless nothing came of it; or those of a table that a blank node
+        /// has heard of, if that is newer than the lock.
         pub asked_for_lock: Vec<String>,
         pub stable_at: Vec<u64>,
         /// The id of the store that its `VIEW` would begin; 0 once it has heard of a table.
         pub first: u64,
+        /// R10: two nodes must not adopt a first table before a third one that has just started has found them.
         pub rounds: u32,
     }
 
@@ -2441,6 +2466,7 @@ mod node {
         Meet(Status),
         /// R9: the version to be made, and all nodes that are asked for this lock.
         Lock(Version, Vec<String>),
+        /// R9: nothing comes of this lock. Without this, other coordinators wait for `LEASE`.
         Release(Version),
         /// R12: for each count, where to cut so that as many of the addressee's keys lie above.
         Survey(Version, Vec<usize>),
@@ -2453,8 +2479,8 @@ mod node {
     }
 
     impl Message {
-        /// A node that takes longer is silent. A meeting must fit into the second that a starting node waits (R10),
-        /// but for a large view (`begin_to_deliver`).
+        /// A node that takes longer is marked silent. A meeting must fit into the second that a starting node waits
+        /// (R10), but for a large view (`begin_to_deliver`).
         pub fn limit(&self) -> Duration {
             Duration::from_millis(match self {
                 Message::Meet(_) | Message::GiveKey(..) => 700,
@@ -2500,7 +2526,8 @@ mod node {
     const WAKING: Duration = Duration::from_secs(1);
     /// R10: for how many rounds a node looks for a newer table before it goes by a first one: a second.
     const MIN_ROUNDS: u32 = 5;
-    /// R5: for how long digests must differ. While clients write, they differ in most meetings.
+    /// R5: for how long digests must differ. A writer that dies after it pushed to some replicas leaves the others
+    /// behind, which only their digests show. But while clients write, digests differ in most meetings.
     const DIFFERING: Duration = Duration::from_secs(3);
 
     #[derive(Debug, PartialEq)]
@@ -2521,7 +2548,7 @@ mod node {
         received: BTreeSet<String>,
         /// Whether one of these was whole.
         is_answerable: bool,
-        /// Consecutive rounds in which all awaited nodes answered, and none was whole.
+        /// Consecutive rounds in which every awaited node was incomplete.
         incomplete_rounds: u32,
         /// Whether the table names the group. Otherwise it is the other replicas, as this node has kept no records.
         is_source: bool,
@@ -2613,7 +2640,7 @@ mod node {
         /// Spans that this node owned by earlier tables and has not pulled. It is not whole for these unless it owns
         /// and has pulled them now. Empty once the table is settled.
         not_pulled: Vec<Span>,
-        /// R5: the replicas that may lack something that is here.
+        /// R5: the replicas that may lack something that is here: until they were reconciled with, no claim rises (R6).
         pub lagging: BTreeSet<String>,
         /// The replicas that are being reconciled with, and whether each has had all that came here since.
         reconciling: BTreeMap<String, bool>,
@@ -2830,7 +2857,7 @@ mod node {
             }
             let keeps = table.nodes(false).contains(&self.own) && self.version() == Some(table.base);
             if !keeps {
-                // Their clients get 503 (`lacking`).
+                // `lacking` fails for its writes in flight now: their clients get 503.
                 self.in_flight.clear();
                 self.drop_records(ALL);
                 self.not_pulled = vec![ALL];
@@ -2838,7 +2865,8 @@ mod node {
             self.not_pulled.extend(self.pulls.iter().filter(|pull| !pull.is_answerable).map(|pull| pull.span));
             self.shard = table.shard_of(&self.own);
             let was_blank = self.table.replace(table.clone()).is_none();
-            // All nodes of the view have granted the lock for it.
+            // A node that is not blank adopts only tables of view changes, for which every node of the view has granted
+            // the lock.
             if !was_blank {
                 table.view.iter().for_each(|node| self.note_alive(node));
             }
@@ -3186,7 +3214,7 @@ mod node {
             self.table.is_some() && self.pulls.iter().all(|pull| pull.is_answerable)
         }
 
-        pub fn compose(&mut self, to: &str, message: Message) -> Envelope {
+        pub fn compose(&self, to: &str, message: Message) -> Envelope {
             let to_incarnation = self.incarnation_of(to);
             let (from, to, incarnation) = (self.own.clone(), to.to_owned(), self.incarnation);
             Envelope { from, to, version: self.version(), incarnation, to_incarnation, message }
@@ -3240,7 +3268,8 @@ mod node {
                 self.later.restarted.push(from.to_owned());
             }
             if self.table.is_none() {
-                // The other one learns that there is nothing to fetch here, which stands for a fetch.
+                // The other one learns that there is nothing to pull here. From now on writes must reach it, as if it
+                // had begun to pull.
                 self.note_alive(from);
             }
             // A meeting with an earlier incarnation may be from an earlier store.
@@ -3260,7 +3289,8 @@ mod node {
             }
             self.clock = self.clock.max(status.clock);
             let is_same = status.version == self.version();
-            // Others may know it of earlier incarnations: where all members start again, their first table is the same.
+            // This node's own claim too: others may know it of its earlier incarnation. (Where all members start again,
+            // their first table has the same version.)
             if is_same && status.is_member {
                 for (known, told) in self.stable_at.iter_mut().zip(&status.stable_at) {
                     *known = (*known).max(*told);
@@ -3296,9 +3326,12 @@ mod node {
         /// question `began`, which may have been sent to its previous incarnation.
         pub fn note_answer(&mut self, node: &str, began: Duration, has_answered: bool) {
             let peer = self.peers.entry(node.to_owned()).or_default();
-            let silent = !has_answered && peer.alive_at < began;
-            let is_news = std::mem::replace(&mut peer.silent, silent) != silent;
-            if is_news && self.members().iter().any(|it| it == node) {
+            if !has_answered && peer.alive_at >= began {
+                return;
+            }
+            let silent = !has_answered;
+            let has_changed = std::mem::replace(&mut peer.silent, silent) != silent;
+            if has_changed && self.members().iter().any(|it| it == node) {
                 self.say(format!("{node} is {}", if silent { "silent" } else { "back" }));
             }
         }
@@ -3322,9 +3355,9 @@ mod node {
                 return;
             }
             let Some(mine) = &self.table else {
-                let is_named = table.nodes(false).contains(&self.own) || self.first.lists(from);
-                // It may have been left out of its store while all nodes of its `VIEW` were blank.
-                let is_ours = is_named || table.store == self.first.store;
+                let names_it = table.nodes(false).contains(&self.own);
+                // Of the store of its `VIEW`: it was left out while all nodes of that were blank.
+                let is_ours = names_it || self.first.lists(from) || table.store == self.first.store;
                 if is_ours && self.heard_of.as_ref().is_none_or(|it| it.version < table.version) {
                     self.heard_of = Some(table);
                 }
@@ -3350,7 +3383,7 @@ mod node {
             let is_missed = |peer: &Peer| peer.silent || peer.status.version.is_none();
             let (missed, met): (Vec<String>, Vec<String>) =
                 members.iter().cloned().partition(|it| self.peers.get(it).is_none_or(is_missed));
-            // So each living node is met by one that notices when it starts again.
+            // The next node by name. So each has one that notices when it starts again.
             let neighbour = met.partition_point(|it| *it < self.own);
             let mut chosen = BTreeSet::from_iter(in_turn(&met, neighbour as u32));
             chosen.extend(in_turn(&self.others(), self.rounds));
@@ -3378,7 +3411,8 @@ mod node {
             all.into_iter().filter(|node| **node != self.own).cloned().collect()
         }
 
-        /// R10: a blank node adopts the newest table that it has heard of if no answering node uses a newer one, and
+        /// R10: a blank node adopts the newest table that it has heard of if no answering node of that store uses a
+        /// newer one, and
         /// - more than half of the table's other members answered, and no answer tells of a lock for a newer table,
         ///   which may be in force elsewhere; or
         /// - all nodes that it asks answered, among them those that were asked for the lock, and members of a newer
@@ -3387,7 +3421,7 @@ mod node {
         /// If it has heard of no table, it adopts the first one once all nodes of its `VIEW` are blank too
         /// (`first_table`).
         pub fn take_up_table(&mut self, answers: &BTreeMap<String, Status>) {
-            // Also those that were heard of only in this round.
+            // Asked anew: the answers of this round may have named more nodes.
             let has_all = self.nodes_to_ask().iter().all(|node| answers.contains_key(node));
             // A table that no answering node uses may be lost with all nodes that did.
             let is_alive = |table: &Arc<Table>| answers.values().any(|status| status.version == Some(table.version));
@@ -3474,7 +3508,7 @@ mod node {
             Some((table, Version { epoch, number: newest.number.saturating_add(1), coordinator: self.incarnation }))
         }
 
-        /// A wanted view may name anything: forgets the nodes of earlier ones that did not become members.
+        /// Forgets nodes that earlier requests for view changes named and that did not join.
         pub fn forget_strangers(&mut self) {
             if !self.coordinating {
                 let members = BTreeSet::from_iter(self.members());
@@ -3482,8 +3516,8 @@ mod node {
             }
         }
 
-        /// R9: the change itself: the coordinator adopts its table, while its lock is the highest here. All nodes granted
-        /// theirs after the change `began`, so they are fresh for 10 s from then on. It uses 8 s.
+        /// R9: the change itself: the coordinator adopts its table, while its lock is the highest here. All nodes
+        /// granted theirs after the change `began`, so they are fresh for 10 s from then on. It uses 8 s.
         pub fn adopt_own(&mut self, table: Arc<Table>, began: Duration) -> bool {
             let is_fresh = self.now < began + self.lease * 4 / 5;
             self.promise.version == table.version && is_fresh && self.adopt(table)
@@ -3501,7 +3535,7 @@ mod node {
 // ---- Replication: what a node does over time with records -----------------------------------------------------------
 
 mod replication {
-    //! What a node does over time with records. `Node` decides under its lock; this room sends the messages, and
+    //! What a node does over time with records. `Node` decides under its lock; this module sends the messages, and
     //! repeats what failed. Begin with the trait `World`, then read `replicate` (R4), `pull_all` (R2) and `reconcile`
     //! (R5). The functions are async only for the simulation, which runs many at once and decides the fate of each
     //! message. In the program each wait blocks its coroutine or thread, and `block_on` polls once.
@@ -3519,7 +3553,7 @@ mod replication {
     use crate::table::Version;
 
     /// A node's access to its own state, to other instances, and to time.
-    pub trait World: Clone {
+    pub trait World {
         fn with<T>(&self, action: impl FnOnce(&mut Node) -> T) -> T;
         /// Sends messages side by side. None for each that got no answer in time.
         fn deliver(&self, envelopes: Vec<Envelope>) -> impl Future<Output = Vec<Option<Reply>>>;
@@ -3860,7 +3894,7 @@ mod membership {
             }
             let Some(node) = better else { return render(change_view(world, wanted).await) };
             let origin = Origin::Node(world.with(|node| node.store()));
-            // Without the time limit of relayed requests.
+            // Without its age: it would be refused as late.
             let passed_on = Request { origin, began: None, ..request.clone() };
             match world.relay(&node, passed_on, CHANGE_LIMIT).await {
                 Ok(answer) => return answer,
@@ -4027,7 +4061,7 @@ mod membership {
                     }
                 }
             }
-            // Of a node that is up, the lock or its reply was lost.
+            // If one of them is up, only a message was lost.
             match meet_all(self.world, &missing).await.iter().any(Option::is_some) {
                 true => Err(Failure::Again(Outcome::ChangeUnderWay)),
                 false => Ok(granted),
@@ -4053,7 +4087,7 @@ mod membership {
             let is_starting = |node: &String| granted.contains_key(node) && !is_whole(node);
             match is_majority && silent.iter().all(has_other) {
                 true if self.version.epoch > base.version.epoch => Ok(()),
-                // By the next attempt its silence is known, and the version begins a new epoch.
+                // The next attempt knows that it is silent, and begins a new epoch.
                 true => Err(Failure::Again(Outcome::NodeDown(first.clone()))),
                 false if base.view.iter().any(is_starting) => Err(Failure::Again(Outcome::NodeDown(first.clone()))),
                 false => Err(down(first)),
@@ -4116,12 +4150,9 @@ mod membership {
             let moves_of = |shard: usize| moves.iter().filter(move |(giver, ..)| *giver == shard);
             let mut messages = Vec::new();
             for (shard, node) in representatives {
-                let mut above = 0;
-                let counts = moves_of(*shard).map(|(.., count)| {
-                    above += count;
-                    above
-                });
-                messages.push((node.clone(), Message::Survey(self.version, counts.collect())));
+                let mut counts = vec![0];
+                moves_of(*shard).for_each(|(.., count)| counts.push(counts[counts.len() - 1] + count));
+                messages.push((node.clone(), Message::Survey(self.version, counts.split_off(1))));
             }
             let replies = ask_each(self.world, messages).await;
             let (mut cuts, mut keys) = (Vec::new(), vec![Some(Vec::new()); self.base.shards.len()]);
@@ -4166,7 +4197,7 @@ mod peers {
     //! **Late writes.** When the network to the main instance is cut, the stream ends after 1.5 s and the client gets
     //! the error. The kernel may still hold the write, and delivers it if the network heals soon. Therefore each
     //! message carries the time at which its request began, across any number of followers, and the asked side refuses
-    //! a request that is older than `RELAYED_LIMIT`. The client gets the error after its request began, so the write
+    //! a write that is older than `RELAYED_LIMIT`. The client gets the error after its request began, so the write
     //! takes effect within 3 s of the error or never. The same holds for a process that is stopped and continued.
     //!
     //! This needs no common clock. Times are in milliseconds since the stream was opened, and each side measures them
@@ -4201,7 +4232,7 @@ mod peers {
     use crate::connections::{WRITE_LIMIT, set_option, take_turn, waiting_stream};
     use crate::http::{Answer, CLOSE, Origin, Outcome, Request};
     use crate::replication::Lost;
-    use crate::service::{RELAYED, RELAYED_IN_VAIN, answer_or_defer};
+    use crate::service::{RELAYED, RELAYS_FAILED, answer_or_defer};
     use crate::settings::{SETTINGS, own};
     use crate::world::{lock, now, park_until, pause, random, say};
 
@@ -4240,7 +4271,7 @@ mod peers {
             if self.began.is_some() { RELAYED_LIMIT.saturating_sub(self.age()) } else { PATIENCE }
         }
 
-        /// Refuses a write whose client may have got the error already. A GET has no effect and is never late.
+        /// Refuses a write whose client may have got the error already. A GET has no effect and is not refused.
         pub fn refusal_if_late(&self) -> Option<Outcome> {
             let refusal = || own().map_or(Outcome::MainDown, |own| Outcome::NodeDown(own.to_owned()));
             (self.verb != "GET" && self.patience().is_zero()).then(refusal)
@@ -4449,7 +4480,7 @@ mod peers {
             }
             all.insert(id.to_owned(), asked.clone());
         }
-        // Only who has given a proof gets one.
+        // A proof is sent only to who has given one.
         let proof = proof(id, "answer", own().unwrap_or_default()).filter(|_| knows_secret);
         let proof = proof.map_or(String::new(), |proof| format!("Authentication-Info: {proof}\r\n"));
         // Without a length, the body ends with the connection (RFC 9112 section 6.3).
@@ -4526,7 +4557,7 @@ mod peers {
 
     // -- The asking side
 
-    /// Identifies this process in the `Via` of what it relays. A request that comes back with it runs in a ring.
+    /// Identifies this process in the `Via` of what it relays. A request that comes back with it is in a relay loop.
     static VIA: LazyLock<String> = LazyLock::new(|| format!("1.1 kv-store-{:016x}", random()));
     /// What is being asked of each instance, by its address. An entry lasts as long as its stream.
     static TRAFFIC: LazyLock<Mutex<HashMap<String, Traffic>>> = LazyLock::new(Default::default);
@@ -4569,12 +4600,12 @@ mod peers {
     }
 
     /// Relays a request to the instance at `address` and waits for its answer. An error: there is none within
-    /// `patience`, or the request runs in a ring. The request is sent at most once.
+    /// `patience`, or the request is in a relay loop. The request is sent at most once.
     pub fn relay(address: &str, request: Request, patience: Duration) -> Result<Answer, Lost> {
         let no_answer = Err(Lost { was_sent: true });
         let result = begin(address, request, patience).and_then(|question| question.answer().unwrap_or(no_answer));
         RELAYED.fetch_add(1, SeqCst);
-        RELAYED_IN_VAIN.fetch_add(result.is_err().into(), SeqCst);
+        RELAYS_FAILED.fetch_add(result.is_err().into(), SeqCst);
         result
     }
 
@@ -4828,7 +4859,7 @@ mod peers {
             }
             let (status, headers, reader) = builder.bytes(&self.body).send()?.split();
             if status.is_informational() || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
-                // It is no answer to such a request.
+                // No final answer, or none that such a request may get (RFC 9110 section 15).
                 return Err(io::Error::from(io::ErrorKind::InvalidData).into());
             }
             let value = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
@@ -4849,7 +4880,7 @@ mod peers {
 // ---- World: the real lock, clock and network ------------------------------------------------------------------------
 
 mod world {
-    //! What other rooms use of the system: lock, clock, messages, sleeping, threads, stderr. The simulation replaces
+    //! What other modules use of the system: lock, clock, messages, sleeping, threads, stderr. The simulation replaces
     //! `Live`. Begin with `lock_node` and `unlock_node`, which does what is slow after the lock (`Node::later`).
 
     use std::collections::BTreeMap;
@@ -4876,7 +4907,7 @@ mod world {
     use crate::service::Work;
     use crate::settings::{SETTINGS, own, port_of};
 
-    /// The node of this instance. Its holder waits for nothing, so a std mutex will do.
+    /// The node of this instance. It is never locked across a wait, so a std mutex blocks nobody for long.
     static NODE: LazyLock<Mutex<Node>> = LazyLock::new(|| {
         // A main instance is a store of one node that no other one knows.
         let own = own().unwrap_or_default().to_owned();
@@ -4901,7 +4932,7 @@ mod world {
     /// A relayed view change has no shorter limit: it takes as long as moving its keys.
     pub const CHANGE_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
 
-    // Not inlined, as `unlock_node`: a hundred places look at the node.
+    // Not inlined, as `unlock_node`: in a hundred places it would enlarge the binary.
     #[inline(never)]
     fn lock_node() -> MutexGuard<'static, Node> {
         let mut node = lock(&NODE);
@@ -4944,7 +4975,7 @@ mod world {
         let (question, waiting) = Question::new(CHANGE_LIMIT);
         // If the work panics, `waiting` is dropped, and the connection is closed without an answer.
         let _ = BACKGROUND.send(Box::new(move || waiting.deliver(work())));
-        let Some(done) = question.answer() else { panic!("what was to be done in the background panicked") };
+        let Some(done) = question.answer() else { panic!("work in the background panicked") };
         done.unwrap_or_else(|work| work())
     }
 
@@ -5120,7 +5151,8 @@ fn main() {
     }
 }
 
-const MEETINGS: Duration = Duration::from_millis(250);
+/// How often a node begins a round of meetings (R11).
+const MEETING_INTERVAL: Duration = Duration::from_millis(250);
 
 fn serve(Settings { listen, role, view, .. }: &'static Settings) {
     // PID 1 of a container ignores these signals unless it handles them. There is nothing to save.
@@ -5137,11 +5169,11 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
         let least = OTHER_FILES + 3 * MIN_CONNECTIONS;
         fail(1, &format!("ulimit -n {files}: expected {least} or more open files, for {MIN_CONNECTIONS} connections"))
     }
-    // Makes the allocator return large blocks to the system when they are freed, and join small ones at once (mallopt(3)):
-    // where a million were freed, a later allocation would join them all and take a second.
+    // Makes the allocator return large blocks to the system when they are freed, and join small ones at once
+    // (mallopt(3)): where a million were freed, a later allocation would join them all and take a second.
     // SAFETY: mallopt has no preconditions.
     unsafe { (libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10), libc::mallopt(libc::M_MXFAST, 0)) };
-    start_worker();
+    configure_worker();
     may::go!(|| {
         loop {
             let _ = catch_unwind(connections::watch);
@@ -5154,11 +5186,11 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
         fail(1, &format!("IP={ip} PORT={port}: expected an address and port that can be listened on: {error}"))
     });
     say(&format!("{description}, version {VERSION}, listening on {listen}"));
-    // Without /dev/null, stderr stays what it is.
+    // If /dev/null cannot be opened, stderr stays as it is.
     let _ = keep_stderr();
     LazyLock::force(&BACKGROUND);
     repeat(Duration::ZERO, wake_sleepers);
-    repeat(MEETINGS, || block_on(keep_in_touch(&Live)));
+    repeat(MEETING_INTERVAL, || block_on(keep_in_touch(&Live)));
     let _ = server.join();
     fail(1, &format!("IP={} PORT={}: expected to go on listening, but the server ended", listen.ip(), listen.port()))
 }
@@ -5170,7 +5202,7 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
 /// which frees the data: the heap is corrupted within minutes of mixed load (`./test.sh sanitize`). With one worker,
 /// the thread that would run it is still in `subscribe`. `may`'s timer thread must run no coroutine with a socket
 /// either: so no `may::coroutine::sleep`, and no parking with a time limit. Timeouts of sockets are the worker's.
-fn start_worker() {
+fn configure_worker() {
     may::config().set_workers(1).set_stack_size(16 << 10).set_worker_pin(false);
     // An idle worker polls once a second instead of a hundred times: whatever has work for it wakes it.
     may::config().set_timeout_ns(1_000_000_000);
@@ -5180,9 +5212,10 @@ const MIN_CONNECTIONS: u64 = 100;
 
 /// Docker's health check. A connection to 0.0.0.0 or [::] goes to this machine.
 fn is_healthy(listen: SocketAddr) -> bool {
-    let target = if own().is_some() { "/kv-store/key-count" } else { "/kv-store" };
-    let request = Request { verb: "GET".into(), target: target.into(), ..Request::default() };
-    request.send(&listen.to_string()).is_ok_and(|answer| answer.status == 200)
+    let request = Request { verb: "GET".into(), target: "/kv-store".into(), ..Request::default() };
+    // A node that goes by no table, or by a first one that is not settled, cannot answer for keys.
+    let is_up = |body: &[u8]| !String::from_utf8_lossy(body).contains(r#""incoming":null"#);
+    request.send(&listen.to_string()).is_ok_and(|answer| answer.status == 200 && is_up(&answer.body))
 }
 
 // ---- The simulation: whole stores in one process --------------------------------------------------------------------
@@ -5696,7 +5729,7 @@ mod simulation {
             self.spawn(machine, async move {
                 loop {
                     keep_in_touch(&there).await;
-                    there.sleep(MEETINGS + millis(there.simulation.below(20))).await;
+                    there.sleep(MEETING_INTERVAL + millis(there.simulation.below(20))).await;
                 }
             });
         }
@@ -6267,8 +6300,8 @@ mod simulation {
                 let record = record(node, *key).expect("a record").clone();
                 node.give_up(&record, &names(nodes));
             }
-            // It reconciles, through all or not. Meanwhile, a push fails (1), or it adopts a table (2). Then the other one
-            // lacks nothing more.
+            // It reconciles, through all or not. Meanwhile, a push fails (1), or it adopts a table (2). Then the other
+            // one lacks nothing more.
             ("reconciles", &[other, is_through, trouble]) => {
                 let begins = node.begin_to_reconcile(ADDRESSES[other]);
                 let begins_another = node.begin_to_reconcile(ADDRESSES[other]);
@@ -6818,7 +6851,7 @@ mod tests {
     fn connect() -> TcpStream {
         static SERVED: LazyLock<SocketAddr> = LazyLock::new(|| {
             let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).unwrap();
-            start_worker();
+            configure_worker();
             Server.start(free).unwrap();
             repeat(Duration::ZERO, wake_sleepers);
             free
