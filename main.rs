@@ -3892,7 +3892,10 @@ mod membership {
             if let Some(table) = world.with(|node| node.table()).filter(is_made) {
                 return render(describe_change(world, &table).await);
             }
-            let Some(node) = better else { return render(change_view(world, wanted).await) };
+            let Some(node) = better else {
+                let (is_member, missing) = world.with(|node| (node.shard.is_some(), node.missing()));
+                return render(if is_member { change_view(world, wanted).await } else { Outcome::NodeDown(missing) });
+            };
             let origin = Origin::Node(world.with(|node| node.store()));
             // Without its age: it would be refused as late.
             let passed_on = Request { origin, began: None, ..request.clone() };
@@ -3904,8 +3907,8 @@ mod membership {
         render(Outcome::NodeDown(silent))
     }
 
-    /// R9: the node that must coordinate instead of this one: a member of the table, if this node is none; or, if this
-    /// node is alone without keys, a node of the wanted view that has keys or a store.
+    /// R9: the node that must coordinate instead of this one: a member of the table, if this node is none (and may have
+    /// missed newer tables); or, if this node is alone without keys, a node of the wanted view that has keys or a store.
     async fn better_coordinator(world: &impl World, view: &[String]) -> Option<String> {
         let (table, status, own) = world.with(|node| (node.table(), node.status(), node.own().to_owned()));
         let table = table?;
@@ -6554,6 +6557,9 @@ mod simulation {
            until table 2 1, cut 2-3, pass 1000, change 0 0 1 2, pass 200, foreign 2
         # One that left by the base, and has its keys still, may join again by force.
         1: cut 3-1, change 0 0 1 2, pass 1000, kill 1, pass 3000, force 0 0 2 3, pass 6000, table 3 2
+        # A node that has left does not coordinate, also where it reaches no member: it may have missed tables.
+        1: change 0 0, pass 3000, cut 1-0 1-3, change 0 0 3, pass 3000, kill 0, start 0 0, change 1 0 1, pass 800, cut, \
+           pass 6000, changed 2
         # A coordinator that has missed a table learns of it from whoever joined by that.
         1: change 1 1 2 3, pass 3000, change 2 0 1 2 3, until table 2 2, cut 1-0 1-2 1-3, pass 11000, cut, \
            change 1 0 1 2, pass 9000, changed 3
