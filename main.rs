@@ -1822,10 +1822,8 @@ mod records {
     impl<'de> Deserialize<'de> for Record {
         fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Record, D::Error> {
             let (stamp, bytes) = <(u64, &Bytes)>::deserialize(from)?;
-            match bytes.split_first().is_some_and(|(length, rest)| rest.len() >= *length as usize) {
-                true => Ok(Record::from_parts(stamp, bytes)),
-                false => Err(D::Error::custom("not a key and a value")),
-            }
+            let has_key = bytes.split_first().is_some_and(|(length, rest)| rest.len() >= *length as usize);
+            if has_key { Ok(Record::from_parts(stamp, bytes)) } else { Err(D::Error::custom("not a key and a value")) }
         }
     }
 
@@ -2720,10 +2718,8 @@ mod node {
             let Some(table) = self.table.as_ref().filter(|_| self.may_answer() && self.is_in_force()) else {
                 return Place::Unknown;
             };
-            match Some(table.shard_at(hash)) == self.shard {
-                true => Place::Here,
-                false => Place::There(self.ranked(table.owners(hash).to_vec())),
-            }
+            let is_here = Some(table.shard_at(hash)) == self.shard;
+            if is_here { Place::Here } else { Place::There(self.ranked(table.owners(hash).to_vec())) }
         }
 
         pub fn is_in_force(&self) -> bool {
@@ -3092,9 +3088,10 @@ mod node {
             let table = context.table.filter(|it| Some(*it) > self.version() || !self.settled);
             let (mut kept, mut unknown) = (Context { table, ..Context::default() }, None);
             for stamp in context.seen.values().filter(|stamp| **stamp > self.watermark) {
-                match self.nodes_with(node_of(*stamp)).is_empty() {
-                    true => unknown = unknown.max(Some(*stamp)),
-                    false => kept.add(*stamp),
+                if self.nodes_with(node_of(*stamp)).is_empty() {
+                    unknown = unknown.max(Some(*stamp));
+                } else {
+                    kept.add(*stamp);
                 }
             }
             unknown.into_iter().for_each(|stamp| kept.add(stamp));
@@ -3364,9 +3361,10 @@ mod node {
                 return;
             };
             let has_left = !mine.lists(&self.own);
+            let joins = (self.is_alone() || has_left) && table.lists(&self.own);
             // A node that has left a store adopts what that store's nodes use.
-            let may_join = (self.is_alone() || has_left) && table.lists(&self.own) || has_left && mine.lists(from);
-            if mine.store == table.store || may_join {
+            let follows = has_left && mine.lists(from);
+            if mine.store == table.store || joins || follows {
                 self.adopt(table);
             }
         }
@@ -3666,10 +3664,8 @@ mod replication {
             for pull in pulls {
                 let mut round = Vec::new();
                 for node in pull.awaited() {
-                    let found = match world.with(|own| own.is_silent(node)) {
-                        true => None,
-                        false => pull_from(world, version, &pull, node).await,
-                    };
+                    let is_silent = world.with(|own| own.is_silent(node));
+                    let found = if is_silent { None } else { pull_from(world, version, &pull, node).await };
                     progress |= matches!(found, Some(Found::Whole | Found::Restarted));
                     round.push((node.clone(), found));
                 }
@@ -3764,7 +3760,9 @@ mod replication {
         let (replies, mut left) = (ask_each(world, messages).await, Vec::new());
         for ((part, (records, _)), reply) in parts.iter().zip(ours).zip(replies) {
             let Reply::Compared(theirs, wanted, last) = reply? else { return None };
-            world.with(|node| node.take_reconciled(version, other, &theirs, is_pull)).then_some(())?;
+            if !world.with(|node| node.take_reconciled(version, other, &theirs, is_pull)) {
+                return None;
+            }
             let wanted = BTreeSet::from_iter(wanted);
             let is_wanted = |record: &Record| wanted.contains(&(record.hash(), record.stamp()));
             let newer: Vec<Record> = records.into_iter().filter(|record| !is_pull && is_wanted(record)).collect();
@@ -4041,10 +4039,8 @@ mod membership {
             let mut table = self.base.next(self.version, &change, &cuts, &silent, settled);
             (table.moved, table.counts) = (moves.iter().map(|(.., count)| count).sum(), counts);
             let table = Arc::new(table);
-            match self.world.with(|node| node.adopt_own(table.clone(), began)) {
-                true => Ok(table),
-                false => Err(Failure::Again(Outcome::ChangeUnderWay)),
-            }
+            let is_adopted = self.world.with(|node| node.adopt_own(table.clone(), began));
+            if is_adopted { Ok(table) } else { Err(Failure::Again(Outcome::ChangeUnderWay)) }
         }
 
         /// Locks the lowest address first: of two coordinators one fails there, and they do not block each other.
@@ -4065,10 +4061,8 @@ mod membership {
                 }
             }
             // If one of them is up, only a message was lost.
-            match meet_all(self.world, &missing).await.iter().any(Option::is_some) {
-                true => Err(Failure::Again(Outcome::ChangeUnderWay)),
-                false => Ok(granted),
-            }
+            let is_up = meet_all(self.world, &missing).await.iter().any(Option::is_some);
+            if is_up { Err(Failure::Again(Outcome::ChangeUnderWay)) } else { Ok(granted) }
         }
 
         /// R9: silent nodes may be left out by force; or if a whole replica of each one's shard, and more than half of
@@ -4088,12 +4082,12 @@ mod membership {
             let has_other =
                 |node: &String| base.shard_of(node).is_some_and(|shard| base.shards[shard].iter().any(is_whole));
             let is_starting = |node: &String| granted.contains_key(node) && !is_whole(node);
-            match is_majority && silent.iter().all(has_other) {
-                true if self.version.epoch > base.version.epoch => Ok(()),
+            let again = Err(Failure::Again(Outcome::NodeDown(first.clone())));
+            if is_majority && silent.iter().all(has_other) {
                 // The next attempt knows that it is silent, and begins a new epoch.
-                true => Err(Failure::Again(Outcome::NodeDown(first.clone()))),
-                false if base.view.iter().any(is_starting) => Err(Failure::Again(Outcome::NodeDown(first.clone()))),
-                false => Err(down(first)),
+                if self.version.epoch > base.version.epoch { Ok(()) } else { again }
+            } else {
+                if base.view.iter().any(is_starting) { again } else { Err(down(first)) }
             }
         }
 
