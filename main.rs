@@ -2076,12 +2076,15 @@ mod table {
         pub factor: usize,
         pub shards: Vec<Vec<String>>,
         pub ranges: Vec<Range>,
+        /// The last nodes that left. One that starts again must be told, or it begins its first store anew (R11).
+        pub left: Vec<String>,
         /// How many keys change their shard by this table, and how many each shard has afterwards.
         pub moved: usize,
         pub counts: Vec<usize>,
     }
 
     const MAX_RANGES: usize = 100_000;
+    const MAX_LEFT: usize = 20;
 
     impl Table {
         /// The table of a store without a view change: equal ranges, and nodes dealt out in the order of the view.
@@ -2100,7 +2103,7 @@ mod table {
 
         pub fn is_valid(&self) -> bool {
             let is_of_view = |shard: &Vec<String>| !shard.is_empty() && shard.iter().all(|node| self.lists(node));
-            let mut sources = self.ranges.iter().flat_map(|range| range.sources.iter().flatten());
+            let sources = self.ranges.iter().flat_map(|range| range.sources.iter().flatten());
             parse_view(self.view.iter().map(String::as_str)).is_ok()
                 && (1..=1000).contains(&self.factor)
                 && (1..=self.view.len()).contains(&self.shards.len())
@@ -2109,7 +2112,7 @@ mod table {
                 && self.ranges.len() <= MAX_RANGES
                 && self.ranges.is_sorted_by(|one, next| one.from < next.from)
                 && self.ranges.iter().all(|range| range.shard < self.shards.len())
-                && sources.all(|source| port_of(source).is_some())
+                && sources.chain(&self.left).all(|node| port_of(node).is_some())
                 && self.version.is_valid()
         }
 
@@ -2190,8 +2193,10 @@ mod table {
                 }
             }
             let Change { view, factor, shards, .. } = change;
-            let (view, factor, shards) = (view.clone(), *factor, shards.clone());
-            Table { version, base: self.version, store: self.store, view, factor, shards, ranges, ..Table::default() }
+            let left = self.view.iter().chain(&self.left).filter(|node| !view.contains(node));
+            let left = left.take(MAX_LEFT).cloned().collect();
+            let (view, factor, shards, base) = (view.clone(), *factor, shards.clone(), self.version);
+            Table { version, base, store: self.store, view, factor, shards, ranges, left, ..Table::default() }
         }
     }
 
@@ -3369,8 +3374,8 @@ mod node {
             }
         }
 
-        /// R11: meets a neighbour, a replica, at times another node, and one that is silent or blank: so an idle store
-        /// costs in proportion to its nodes. A blank node returns all nodes to ask instead (R10).
+        /// R11: meets a neighbour, a replica, at times another node, and one that is silent or blank, or has left: so an
+        /// idle store costs in proportion to its nodes. A blank node returns all nodes to ask instead (R10).
         pub fn begin_round(&mut self) -> Option<Vec<String>> {
             self.rounds = self.rounds.saturating_add(1);
             if self.table.is_none() {
@@ -3379,8 +3384,10 @@ mod node {
             let members = self.members();
             let in_turn = |nodes: &[String], round: u32| nodes.get(round as usize % nodes.len().max(1)).cloned();
             let is_missed = |peer: &Peer| peer.silent || peer.status.version.is_none();
+            let left = self.table.iter().flat_map(|table| &table.left).filter(|node| **node != self.own);
+            let known: BTreeSet<String> = members.iter().chain(left).cloned().collect();
             let (missed, met): (Vec<String>, Vec<String>) =
-                members.iter().cloned().partition(|it| self.peers.get(it).is_none_or(is_missed));
+                known.into_iter().partition(|it| self.peers.get(it).is_none_or(is_missed));
             // The next node by name. So each has one that notices when it starts again.
             let neighbour = met.partition_point(|it| *it < self.own);
             let mut chosen = BTreeSet::from_iter(in_turn(&met, neighbour as u32));
@@ -3882,14 +3889,16 @@ mod membership {
         if let Err(outcome) = await_table(world).await {
             return render(outcome);
         }
-        let (before, mut silent) = (world.with(|node| node.version()), String::new());
+        let (mut before, mut silent) = (None, String::new());
         for _ in 0..2 {
             let better = better_coordinator(world, &wanted.view).await;
             let has_factor = |it: &Table| wanted.factor.is_none_or(|factor| factor == it.factor);
-            let is_made = |it: &Arc<Table>| Some(it.version) > before && it.view == wanted.view && has_factor(it);
+            let is_new = |it: &Table| before.is_some_and(|before| it.version > before);
+            let is_made = |it: &Arc<Table>| is_new(it) && it.view == wanted.view && has_factor(it);
             if let Some(table) = world.with(|node| node.table()).filter(is_made) {
                 return render(describe_change(world, &table).await);
             }
+            before = world.with(|node| node.version());
             let Some(node) = better else {
                 let (is_member, missing) = world.with(|node| (node.shard.is_some(), node.missing()));
                 return render(if is_member { change_view(world, wanted).await } else { Outcome::NodeDown(missing) });
@@ -5996,10 +6005,9 @@ mod simulation {
             let (first, newest) = (self.first_view(), self.newest());
             let in_force = newest.as_ref().map(|table| table.view.iter().map(|it| machine_of(it)).collect());
             let present: Vec<usize> = in_force.unwrap_or(first.clone());
-            // Nodes that left would begin a store of their own if they asked no node that stayed.
             let view = match self.below(if first.len() > 1 { 4 } else { 1 }) {
                 1 if newest.is_some() && present.contains(&machine) => vec![machine],
-                2 | 3 if first.iter().any(|it| present.contains(it)) => first,
+                2 | 3 => first,
                 _ => present.clone(),
             };
             let knows = |it: &usize| present.contains(it) && newest.is_some() && self.table(*it) == newest;
@@ -6534,23 +6542,28 @@ mod simulation {
            pass 3000, ready 3
         # A node that has just started may join; one with keys of its own may not.
         1: change 0 0 1 2, pass 3000, kill 3, start 3 3, change 0 0 1 2 3, pass 6000, changed 2
-        1: change 0 0 1 2, pass 3000, kill 3, start 3 3, pass 2000, put 3, pass 200, change 0 0 1 2 3, pass 200, \
-           changed 1, table 0 1, foreign 3
+        1: change 0 0 1 2, pass 3000, kill 3, cut 3-0 3-1 3-2, start 3 3, pass 2000, put 3, pass 200, cut, \
+           change 0 0 1 2 3, pass 200, changed 1, table 0 1, foreign 3
         # One that is blank has not started yet; one of a store of several keeps to it.
         1: change 0 0 1, pass 3000, kill 2 3, cut 1-3, start 3 2 3, pass 2000, change 0 0 1 3, \
            pass 6000, changed 1, down 3
-        1: change 0 0 1, pass 3000, kill 2 3, start 2 2 3, start 3 2 3, pass 3000, change 0 0 1 2, pass 200, \
-           changed 1, foreign 2
+        1: change 0 0 1, pass 3000, kill 2 3, cut 2-0 2-1 3-0 3-1, start 2 2 3, start 3 2 3, pass 3000, cut, \
+           change 0 0 1 2, pass 200, changed 1, foreign 2
         # One whose table is above those of the store may join.
-        1: change 1 1 2 3, pass 3000, kill 0, start 0 0, pass 2000, change 0 0, pass 100, change 0 0, pass 100, \
-           change 0 0, pass 100, change 1 0 1 2 3, pass 6000, changed 5
+        1: change 1 1 2 3, pass 3000, kill 0, cut 0-1 0-2 0-3, start 0 0, pass 2000, change 0 0, pass 100, \
+           change 0 0, pass 100, change 0 0, pass 100, cut, change 1 0 1 2 3, pass 6000, changed 5
         # One that another node still fetches from, or that fetches from another one itself, does not join.
-        1: change 0 0 1 3, pass 3000, kill 2, start 2 2, pass 2000, put 2, cut 1-3, change 0 0 1, pass 1000, \
-           change 2 2 3, pass 6000, changed 1, cut, pass 9000, changed 2, kept
-        1: change 0 0 1, pass 3000, kill 2 3, start 2 2 3, start 3 2 3, pass 3000, put 2, pass 200, change 2 2, \
-           until table 2 1, cut 2-3, pass 1000, change 0 0 1 2, pass 200, foreign 2
+        1: change 0 0 1 3, pass 3000, kill 2, cut 2-0 2-1 2-3, start 2 2, pass 2000, put 2, cut 1-3, \
+           change 0 0 1, pass 1000, change 2 2 3, pass 6000, changed 1, cut, pass 9000, changed 2, kept
+        1: change 0 0 1, pass 3000, kill 2 3, cut 2-0 2-1 3-0 3-1, start 2 2 3, start 3 2 3, pass 3000, put 2, \
+           pass 200, change 2 2, until table 2 1, cut 2-3, pass 1000, change 0 0 1 2, pass 200, foreign 2
         # One that left by the base, and has its keys still, may join again by force.
         1: cut 3-1, change 0 0 1 2, pass 1000, kill 1, pass 3000, force 0 0 2 3, pass 6000, table 3 2
+        # The same view evens out what drifted, also through a node that learns only now of the table with that view.
+        1: change 0 0 1, pass 3000, cut 2-0 2-1 2-3, change 0 0 1, pass 3000, cut, change 2 0 1, pass 1000, changed 3, \
+           table 0 3
+        # One that has left and starts again is told, also where its view names only nodes that left.
+        1: change 0 2 3, pass 3000, kill 0 1, start 0 0 1, start 1 0 1, pass 3000, table 0 1, table 1 1
         # A node that has left does not coordinate, also where it reaches no member: it may have missed tables.
         1: change 0 0, pass 3000, cut 1-0 1-3, change 0 0 3, pass 3000, kill 0, start 0 0, change 1 0 1, pass 800, cut, \
            pass 6000, changed 2
