@@ -3374,8 +3374,8 @@ mod node {
             }
         }
 
-        /// R11: meets a neighbour, a replica, at times another node, and one that is silent or blank, or has left: so an
-        /// idle store costs in proportion to its nodes. A blank node returns all nodes to ask instead (R10).
+        /// R11: meets a neighbour, a replica, at times another node, and one that is silent or blank, or has left: so
+        /// an idle store costs in proportion to its nodes. A blank node returns all nodes to ask instead (R10).
         pub fn begin_round(&mut self) -> Option<Vec<String>> {
             self.rounds = self.rounds.saturating_add(1);
             if self.table.is_none() {
@@ -3915,7 +3915,8 @@ mod membership {
     }
 
     /// R9: the node that must coordinate instead of this one: a member of the table, if this node is none (and may have
-    /// missed newer tables); or, if this node is alone without keys, a node of the wanted view that has keys or a store.
+    /// missed newer tables); or, if this node is alone without keys, a node of the wanted view that has keys or a
+    /// store.
     async fn better_coordinator(world: &impl World, view: &[String]) -> Option<String> {
         let (table, status, own) = world.with(|node| (node.table(), node.status(), node.own().to_owned()));
         let table = table?;
@@ -6565,8 +6566,8 @@ mod simulation {
         # One that has left and starts again is told, also where its view names only nodes that left.
         1: change 0 2 3, pass 3000, kill 0 1, start 0 0 1, start 1 0 1, pass 3000, table 0 1, table 1 1
         # A node that has left does not coordinate, also where it reaches no member: it may have missed tables.
-        1: change 0 0, pass 3000, cut 1-0 1-3, change 0 0 3, pass 3000, kill 0, start 0 0, change 1 0 1, pass 800, cut, \
-           pass 6000, changed 2
+        1: change 0 0, pass 3000, cut 1-0 1-3, change 0 0 3, pass 3000, kill 0, start 0 0, change 1 0 1, pass 800, \
+           cut, pass 6000, changed 2
         # A coordinator that has missed a table learns of it from whoever joined by that.
         1: change 1 1 2 3, pass 3000, change 2 0 1 2 3, until table 2 2, cut 1-0 1-2 1-3, pass 11000, cut, \
            change 1 0 1 2, pass 9000, changed 3
