@@ -3392,7 +3392,12 @@ mod node {
             let neighbour = met.partition_point(|it| *it < self.own);
             let mut chosen = BTreeSet::from_iter(in_turn(&met, neighbour as u32));
             chosen.extend(in_turn(&self.others(), self.rounds));
+            // Nodes that left may be gone for good: they do not delay a member's turn.
+            let (missed, gone): (Vec<String>, Vec<String>) = missed.into_iter().partition(|it| members.contains(it));
             chosen.extend(in_turn(&missed, self.rounds));
+            if self.rounds.is_multiple_of(2) {
+                chosen.extend(in_turn(&gone, self.rounds / 2));
+            }
             if !self.settled {
                 chosen.extend(in_turn(&members, self.rounds));
             } else if self.rounds.is_multiple_of(4) {
