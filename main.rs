@@ -40,7 +40,7 @@ use std::time::Duration;
 use may_minihttp::HttpServiceFactory;
 
 use connections::{MAX_CONNECTIONS, OTHER_FILES, Server};
-use http::Request;
+use http::{Request, find_member};
 use membership::keep_in_touch;
 use settings::{HELP, Role, SETTINGS, Settings};
 use world::{BACKGROUND, Live, block_on, fail, keep_stderr, pause, repeat, say, wake_sleepers};
@@ -970,7 +970,8 @@ mod http {
         Ok(find_member(body, name)?.unwrap_or("null"))
     }
 
-    fn find_member<'a>(body: &'a [u8], name: &str) -> Result<Option<&'a str>, Outcome> {
+    /// The same. None if there is no such member.
+    pub fn find_member<'a>(body: &'a [u8], name: &str) -> Result<Option<&'a str>, Outcome> {
         // JSON is UTF-8 (RFC 8259 section 8.1), which the parser does not check where it skips.
         let body = str::from_utf8(if body.is_empty() { b"{}" } else { body }).map_err(|_| Outcome::BodyNotObject)?;
         let mut parser = serde_json::Deserializer::from_str(body);
@@ -2701,7 +2702,11 @@ mod node {
 
         pub fn others(&self) -> Vec<String> {
             let (Some(table), Some(shard)) = (&self.table, self.shard) else { return Vec::new() };
-            table.shards[shard].iter().filter(|node| **node != self.own).cloned().collect()
+            self.without_own(&table.shards[shard])
+        }
+
+        fn without_own<'a>(&self, nodes: impl IntoIterator<Item = &'a String>) -> Vec<String> {
+            nodes.into_iter().filter(|node| **node != self.own).cloned().collect()
         }
 
         fn is_replica(&self, node: &str) -> bool {
@@ -2710,8 +2715,7 @@ mod node {
 
         /// The other nodes of the table and, until it is settled, of its sources, in the order of their names.
         fn members(&self) -> Vec<String> {
-            let nodes = self.table.iter().flat_map(|table| table.nodes(self.settled));
-            nodes.filter(|node| **node != self.own).cloned().collect()
+            self.without_own(self.table.iter().flat_map(|table| table.nodes(self.settled)))
         }
 
         // -- R1 answering
@@ -2805,7 +2809,7 @@ mod node {
             (record.clone(), self.context_of(record))
         }
 
-        /// None once another table was adopted.
+        /// Empty once another table was adopted.
         pub fn pulls_left(&self, version: Version) -> Vec<Pull> {
             if self.version() == Some(version) { self.pulls.clone() } else { Vec::new() }
         }
@@ -2886,7 +2890,9 @@ mod node {
             let (version, count) = (table.version, table.view.len());
             let how = if was_blank { "started blank, " } else { "" };
             self.say(format!("{how}goes by table {version} of {count} nodes, fetches from {from}"));
-            self.later.activities.push(Activity::Pull(version));
+            if !self.pulls.is_empty() {
+                self.later.activities.push(Activity::Pull(version));
+            }
             self.settle_if_all_whole();
             true
         }
@@ -2900,8 +2906,8 @@ mod node {
             for (span, range) in table.spans().filter(|(_, range)| Some(range.shard) == self.shard) {
                 let has_it = !self.not_pulled.iter().any(|lack| lack.overlaps(&span));
                 for group in &range.sources {
-                    let others = group.iter().filter(|node| **node != self.own).cloned().collect();
-                    pulls.push(Pull::new(span, others, true, has_it && group.contains(&self.own)));
+                    let is_answerable = has_it && group.contains(&self.own);
+                    pulls.push(Pull::new(span, self.without_own(group), true, is_answerable));
                 }
                 if !has_it && (!has_joined || range.sources.is_empty()) {
                     pulls.push(Pull::new(span, self.others(), false, false));
@@ -3359,7 +3365,7 @@ mod node {
             }
             let Some(mine) = &self.table else {
                 let names_it = table.nodes(false).contains(&self.own);
-                // Of the store of its `VIEW`: it was left out while all nodes of that were blank.
+                // The store's id tells a node that was left out while all nodes of its `VIEW` were blank.
                 let is_ours = names_it || self.first.lists(from) || table.store == self.first.store;
                 if is_ours && self.heard_of.as_ref().is_none_or(|it| it.version < table.version) {
                     self.heard_of = Some(table);
@@ -3394,8 +3400,8 @@ mod node {
             chosen.extend(in_turn(&missed, self.rounds));
             if self.rounds.is_multiple_of(2) {
                 // Nodes that left may be gone for good: no member waits for its turn behind them.
-                let left = self.table.iter().flat_map(|table| table.left.clone()).filter(|node| *node != self.own);
-                chosen.extend(in_turn(&left.collect::<Vec<String>>(), self.rounds / 2));
+                let left = self.without_own(self.table.iter().flat_map(|table| &table.left));
+                chosen.extend(in_turn(&left, self.rounds / 2));
             }
             if !self.settled {
                 chosen.extend(in_turn(&members, self.rounds));
@@ -3417,7 +3423,7 @@ mod node {
                 all.extend(table.nodes(false));
                 all.extend(self.peers.iter().filter(goes_by_it).map(|(node, _)| node));
             }
-            all.into_iter().filter(|node| **node != self.own).cloned().collect()
+            self.without_own(all)
         }
 
         /// R10: a blank node adopts the newest table that it has heard of if no answering node of that store uses a
@@ -5224,8 +5230,8 @@ const MIN_CONNECTIONS: u64 = 100;
 /// Docker's health check. A connection to 0.0.0.0 or [::] goes to this machine.
 fn is_healthy(listen: SocketAddr) -> bool {
     let request = Request { verb: "GET".into(), target: "/kv-store".into(), ..Request::default() };
-    // A node that goes by no table, or by a first one that is not settled, cannot answer for keys.
-    let is_up = |body: &[u8]| !String::from_utf8_lossy(body).contains(r#""incoming":null"#);
+    // A node whose table is not in force cannot answer for keys.
+    let is_up = |body: &[u8]| !matches!(find_member(body, "incoming"), Ok(Some("null")));
     request.send(&listen.to_string()).is_ok_and(|answer| answer.status == 200 && is_up(&answer.body))
 }
 
