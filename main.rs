@@ -2757,7 +2757,7 @@ mod node {
             self.table.is_some() && !self.is_waking() && self.promise.joining.is_none()
         }
 
-        /// R11: a node that was asleep may have been left out of the view. It meets another one before it answers.
+        /// R11: a node that was asleep may have been left out of the view. It meets a member before it answers.
         fn is_waking(&self) -> bool {
             let has_others = self.table.as_ref().is_some_and(|table| table.view.len() > 1);
             has_others && self.last_met < self.last_woke && self.now < self.last_woke + WAKING
@@ -2771,8 +2771,9 @@ mod node {
             self.now = self.now.max(now);
         }
 
+        /// R11: notes a meeting with a member. One that has left learns of a newer table later than the members.
         pub fn note_meeting(&mut self, node: &str, began: Duration) {
-            if node != self.own {
+            if node != self.own && self.table.as_ref().is_some_and(|table| table.lists(node)) {
                 self.last_met = self.last_met.max(began);
             }
         }
@@ -6601,7 +6602,7 @@ mod simulation {
         2: kill 0 1 2 3, start 0, start 1, start 2, start 3, until table 0 0, not here 0 1
         # Who was asleep meets another one that is awake.
         1: alone 3, sleep 3, pass 3000, wake 3, locks 3 0 2.7, told 3 0 2 0 3, not answering 3, met 3 3 0, \
-           met 3 0 2000, not answering 3, met 3 0 0, answering 3
+           met 3 1 0, met 3 0 2000, not answering 3, met 3 0 0, answering 3
         # A node takes a table of another store only if it joins that, or has left its own store.
         1: alone 2, told 2 0 9 0 1 2, table 2 9
         1: alone 2, told 2 0 9 0 1 3, not table 2 9, write 2 0, told 2 0 9 0 1 2, not table 2 9, leaves 2 1 0 1, \
