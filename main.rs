@@ -207,13 +207,13 @@ mod connections {
     //!
     //! A connection is closed
     //! - after the answer to `Connection: close`, HTTP/1.0 or a PUT of more than `MAX_BODY` (`close_with`);
-    //! - after a refusal, when a head does not parse or end (`Connection::drop`) or contradicts itself, or a stream
-    //!   does not prove the secret (`refuse`);
+    //! - after a refusal, when a head does not parse or end (`Connection::drop`), contradicts itself, has no host, or
+    //!   announces a body without a length, or a stream does not prove the secret (`refuse`);
     //! - when the client has closed its side, after all answers (`after_read`, `Connection::drop`);
-    //! - without an answer, when a body ends before its length (`serve`), a stream ends (`serve_stream`), reading fails
-    //!   (`after_read`), or a coroutine panics;
-    //! - when its client takes nothing of an answer for 10 s (`write_waiting`), or for 75 s completes no head of a
-    //!   request, or sends nothing of a body (`watch`);
+    //! - without an answer, when a body ends before its length (`serve`), a stream ends or is one too many
+    //!   (`serve_stream`), reading fails (`after_read`), or a coroutine panics;
+    //! - when writing fails, or its client takes nothing of an answer for 10 s (`write_waiting`);
+    //! - when its client, for 75 s, completes no head of a request, or sends nothing of a body (`watch`);
     //! - at once, when there are too many connections (`new_service`).
     //!
     //! The two connections of a stream are handed to `peers` (`serve_stream`).
@@ -683,7 +683,7 @@ mod connections {
     }
 }
 
-// ---- Requests and answers: what a client asks for, and what it is told -----------------------------------------------
+// ---- Requests and answers: what a client asks for, and what it is told ----------------------------------------------
 
 mod http {
     //! Parses requests and renders answers.
@@ -1267,15 +1267,14 @@ mod service {
         action: Result<Option<Record>, Outcome>,
         /// The client's causal context; once the request is performed, that of the answer.
         context: Option<Context>,
-        /// Who gave the key.
-        fetched: Vec<Fetched>,
+        given: Vec<Given>,
         /// The nodes that did not answer the request.
         failed: Vec<String>,
         gave_up_on_context: bool,
     }
 
-    /// The table by which a key was got, the group that gave it, and whether for the context (`Message::GiveKey`).
-    type Fetched = (Version, Vec<String>, bool);
+    /// The table by which a group gave the key, that group, and whether for the context (`Message::GiveKey`).
+    type Given = (Version, Vec<String>, bool);
 
     /// The state after one try.
     pub enum Tried {
@@ -1306,8 +1305,8 @@ mod service {
                     _ => Err(Outcome::VerbNotAllowed(KEY_VERBS)),
                 }
             });
-            let (hash, fetched, failed, gave_up_on_context) = (hash_of(&key), Vec::new(), Vec::new(), false);
-            KeyRequest { hash, key, request, vocabulary, action, context, fetched, failed, gave_up_on_context }
+            let (hash, given, failed, gave_up_on_context) = (hash_of(&key), Vec::new(), Vec::new(), false);
+            KeyRequest { hash, key, request, vocabulary, action, context, given, failed, gave_up_on_context }
         }
 
         pub fn perform(&mut self, node: &mut Node) -> Tried {
@@ -1329,7 +1328,7 @@ mod service {
                 // Drops what is stable, so that a forged context with many members costs no more than a real one.
                 self.context = Some(node.unstable_part(&context));
             }
-            let needs = self.not_fetched(node, node.pull_needs(self.hash), false);
+            let needs = self.not_given(node, node.pull_needs(self.hash), false);
             if !needs.is_empty() {
                 return Tried::Needs(needs);
             }
@@ -1339,7 +1338,7 @@ mod service {
                 let Some(needs) = node.context_needs(self.hash, &self.key, context) else {
                     return Tried::NeedsForContext(None);
                 };
-                let needs = self.not_fetched(node, needs, true);
+                let needs = self.not_given(node, needs, true);
                 if !needs.is_empty() {
                     return Tried::NeedsForContext(Some(needs));
                 }
@@ -1348,10 +1347,10 @@ mod service {
         }
 
         /// The groups of which none has given the key by the present table.
-        fn not_fetched(&self, node: &Node, mut groups: Vec<Vec<String>>, for_context: bool) -> Vec<Vec<String>> {
+        fn not_given(&self, node: &Node, mut groups: Vec<Vec<String>>, for_context: bool) -> Vec<Vec<String>> {
             // What was given for a context will do for R1 too.
-            let fits = |(version, _, flag): &&Fetched| Some(*version) == node.version() && (*flag || !for_context);
-            let given: Vec<&Vec<String>> = self.fetched.iter().filter(fits).map(|(_, group, _)| group).collect();
+            let fits = |(version, _, flag): &&Given| Some(*version) == node.version() && (*flag || !for_context);
+            let given: Vec<&Vec<String>> = self.given.iter().filter(fits).map(|(_, group, _)| group).collect();
             groups.retain(|group| !given.contains(&group));
             groups
         }
@@ -1431,8 +1430,8 @@ mod service {
             }
         }
 
-        /// Gets what the context requires. If it cannot, it refuses a read within a second. Returns the pause before the
-        /// next try.
+        /// Gets what the context requires. If it cannot, it refuses a read, within a second. Returns the pause before
+        /// the next try.
         async fn get_for_context(
             &mut self,
             world: &impl World,
@@ -1455,7 +1454,7 @@ mod service {
         async fn get(&mut self, world: &impl World, groups: &[Vec<String>], for_context: bool) -> bool {
             for group in groups {
                 let Some(version) = get_key(world, &self.key, group, for_context).await else { return false };
-                self.fetched.push((version, group.clone(), for_context));
+                self.given.push((version, group.clone(), for_context));
             }
             true
         }
@@ -2335,7 +2334,7 @@ mod node {
     //! R12 planning (`table`).
     //!
     //! Terms: a node without a table is *blank*. Its *incarnation* is a random number, new at each start. A *pull* is a
-    //! span that it owns and has not fetched. A record that all replicas have is *stable*.
+    //! span that it owns and has not got yet. A record that all replicas have is *stable*.
     //!
     //! A table is *in force* unless it is a first one that is not settled. Then a node may answer (`may_answer`) unless
     //! it has just been asleep, or is about to join a store. It is *ready* if it can answer for all that it owns
@@ -2415,7 +2414,8 @@ mod node {
         pub asked_for_lock: Vec<String>,
         pub stable_at: Vec<u64>,
         /// R10: the id of the store that its `VIEW` would begin. 0 once it has heard of a table, and before
-        /// `MIN_ROUNDS`: two nodes must not adopt a first table before a third one that has just started has found them.
+        /// `MIN_ROUNDS`: two nodes must not adopt a first table before a third one, which has just started, has found
+        /// them.
         pub first: u64,
     }
 
@@ -2509,7 +2509,7 @@ mod node {
         Unknown,
     }
 
-    /// R2: a span that this node owns and has not fetched yet.
+    /// R2: a span that this node owns and has not got yet.
     #[derive(Clone, Debug, Default)]
     pub struct Pull {
         pub span: Span,
@@ -2538,7 +2538,7 @@ mod node {
     }
 
     #[derive(Clone, Copy, PartialEq)]
-    pub enum Found {
+    pub enum Giver {
         Whole,
         Incomplete,
         /// Blank, or in another store: it has nothing for this one.
@@ -2604,8 +2604,8 @@ mod node {
         /// A hybrid logical clock (Kulkarni et al., 2014): the highest stamp given or seen.
         clock: u64,
         pulls: Vec<Pull>,
-        /// Spans of which this node may lack records, as it has not pulled them by an earlier table, or has dropped all.
-        /// It is not whole for these unless it owns and has pulled them now. Empty once the table is settled.
+        /// Spans of which this node may lack records: it has not pulled them by an earlier table, or dropped all. It
+        /// is not whole for these unless it owns and has pulled them now. Empty once the table is settled.
         not_pulled: Vec<Span>,
         /// R5: the replicas that may lack something that is here: until they were reconciled with, no claim rises (R6).
         pub lagging: BTreeSet<String>,
@@ -2780,20 +2780,20 @@ mod node {
         }
 
         /// R2: ends a round of a pull. `found` says what each awaited node was, after it gave all; None: no answer.
-        pub fn note_received(&mut self, version: Version, pull: &Pull, found: &[(String, Option<Found>)]) {
+        pub fn note_received(&mut self, version: Version, pull: &Pull, found: &[(String, Option<Giver>)]) {
             if self.version() != Some(version) {
                 return;
             }
-            let is_incomplete = found.iter().all(|(_, found)| *found == Some(Found::Incomplete));
+            let is_incomplete = found.iter().all(|(_, found)| *found == Some(Giver::Incomplete));
             let others = self.others();
             let is_it = |it: &&mut Pull| (it.span, &it.group) == (pull.span, &pull.group);
             for it in self.pulls.iter_mut().filter(is_it) {
                 it.incomplete_rounds = if is_incomplete { it.incomplete_rounds + 1 } else { 0 };
                 for (node, found) in found {
-                    if let Some(Found::Whole | Found::Restarted) = found {
+                    if let Some(Giver::Whole | Giver::Restarted) = found {
                         it.received.insert(node.clone());
                     }
-                    it.is_answerable |= *found == Some(Found::Whole);
+                    it.is_answerable |= *found == Some(Giver::Whole);
                 }
                 if it.is_source && it.is_done() && !it.is_answerable {
                     // No source is whole any more. What they gave until then may be at another replica alone.
@@ -2854,7 +2854,7 @@ mod node {
             let from = if incoming.is_empty() { "nobody".into() } else { Vec::from_iter(incoming).join(", ") };
             let (version, count) = (table.version, table.view.len());
             let how = if was_blank { "started blank, " } else { "" };
-            self.say(format!("{how}goes by table {version} of {count} nodes, fetches from {from}"));
+            self.say(format!("{how}goes by table {version} of {count} nodes, pulls from {from}"));
             if !self.pulls.is_empty() {
                 self.later.activities.push(Activity::Pull(version));
             }
@@ -3028,7 +3028,7 @@ mod node {
         /// replica lags and R8 holds. It never falls. The watermark is the lowest claim of all nodes.
         ///
         /// A node that starts again must write above the claims of its previous incarnation, which others may hear of
-        /// late. So no claim exceeds the clock of any other replica: the node fetches from one of these, and has heard
+        /// late. So no claim exceeds the clock of any other replica: the node pulls from one of these, and has heard
         /// its clock, before it writes. (Without other replicas, nobody takes its writes but by pulls.)
         fn refresh_stable(&mut self) {
             self.settle_if_all_whole();
@@ -3213,7 +3213,7 @@ mod node {
                     self.met(version)
                 }
                 Message::Lock(lock, nodes) => {
-                    self.lock(&from, lock, nodes);
+                    self.grant(&from, lock, nodes);
                     self.met(version)
                 }
                 Message::Survey(version, counts) if self.promise.version == version => self.survey(&counts),
@@ -3287,7 +3287,7 @@ mod node {
             self.refresh_stable();
         }
 
-        /// From now on, writes must reach this node: it has begun to fetch, or granted the lock for a table.
+        /// From now on, writes must reach this node: it has begun to pull, or granted the lock for a table.
         fn note_alive(&mut self, node: &str) {
             self.peers.entry(node.to_owned()).or_default().alive_at = self.now;
             self.note_answer(node, self.now, true);
@@ -3447,7 +3447,7 @@ mod node {
         }
 
         /// R9: grants a lock above every table and lock known here, unless another coordinator's lock is fresh.
-        fn lock(&mut self, from: &str, version: Version, nodes: Vec<String>) {
+        fn grant(&mut self, from: &str, version: Version, nodes: Vec<String>) {
             let is_other = self.promise.version.coordinator != version.coordinator;
             let is_above = Some(version) > self.version() && version > self.promise.version && version.is_valid();
             if self.is_locked() && is_other || !is_above && version != self.promise.version {
@@ -3515,7 +3515,7 @@ mod replication {
 
     use crate::http::{Answer, Request};
     use crate::membership::meet;
-    use crate::node::{Envelope, Found, MAX_BATCH, Message, Node, Pull, Reply};
+    use crate::node::{Envelope, Giver, MAX_BATCH, Message, Node, Pull, Reply};
     use crate::records::{Record, Span};
     use crate::table::Version;
 
@@ -3635,7 +3635,7 @@ mod replication {
                 for node in pull.awaited() {
                     let is_silent = world.with(|own| own.is_silent(node));
                     let found = if is_silent { None } else { pull_from(world, version, &pull, node).await };
-                    progress |= matches!(found, Some(Found::Whole | Found::Restarted));
+                    progress |= matches!(found, Some(Giver::Whole | Giver::Restarted));
                     round.push((node.clone(), found));
                 }
                 world.with(|own| own.note_received(version, &pull, &round));
@@ -3647,12 +3647,12 @@ mod replication {
     }
 
     /// None if the node does not answer.
-    async fn pull_from(world: &impl World, version: Version, pull: &Pull, node: &str) -> Option<Found> {
+    async fn pull_from(world: &impl World, version: Version, pull: &Pull, node: &str) -> Option<Giver> {
         if let Some(is_whole) = reconcile(world, node, version, pull.span, true).await {
-            return Some(if is_whole { Found::Whole } else { Found::Incomplete });
+            return Some(if is_whole { Giver::Whole } else { Giver::Incomplete });
         }
         let store = world.with(|own| own.store());
-        meet(world, node).await.filter(|status| status.store != store).map(|_| Found::Restarted)
+        meet(world, node).await.filter(|status| status.store != store).map(|_| Giver::Restarted)
     }
 
     /// R1, R7: merges a key from a node of a group that may give it. Returns the version used; None if none does.
@@ -4162,9 +4162,9 @@ mod peers {
     //!
     //! **Late writes.** When the network to the main instance is cut, the stream ends after 1.5 s and the client gets
     //! the error. The kernel may still hold the write, and delivers it if the network heals soon. Therefore each
-    //! message carries the time at which its request began, across any number of followers, and the asked side refuses
-    //! a write that is older than `RELAYED_LIMIT`. The client gets the error after its request began, so the write
-    //! takes effect within 3 s of the error or never. The same holds for a process that is stopped and continued.
+    //! frame carries the time at which its request began, across any number of followers, and the asked side refuses
+    //! a write that is older than `RELAYED_LIMIT`. As no error comes before its request began, a write takes effect
+    //! within 3 s of its error or never. The same holds for a process that is stopped and continued.
     //!
     //! This needs no common clock. Times are in milliseconds since the stream was opened, and each side measures them
     //! by its own clock: the asked side from just before it writes the head of its answer, the asking side from when it
@@ -4249,26 +4249,27 @@ mod peers {
             self.target.strip_prefix(TARGET).filter(|id| is_part && !id.is_empty())
         }
 
-        /// The approximate size of its message, in bytes.
+        /// The approximate size of its frame, in bytes.
         fn size(&self) -> usize {
             self.body.len() + self.target.len() + self.via.len() + self.content_type.len() + 64
         }
     }
 
-    // -- Messages
+    // -- Frames
 
     /// The media type of both requests of a stream, and of their answers.
     const STREAM: &str = "application/x-kv-store-stream";
     /// The target of both requests, without the id.
     const TARGET: &str = "/kv-store?stream=";
-    /// The limit of a message, and of a plain answer's body, in bytes.
-    const MAX_MESSAGE: u32 = 17 << 20;
-    /// About how many bytes of messages are read or written at a time.
+    /// The limit of a frame, and of a plain answer's body, in bytes.
+    const MAX_FRAME: u32 = 17 << 20;
+    /// About how many bytes of frames are read or written at a time.
     const CHUNK: usize = 64 << 10;
 
-    /// On the wire, a message follows its length (4 bytes, little-endian) and is encoded by `postcard`.
+    /// A request, an answer or a heartbeat on a stream. It follows its length (4 bytes, little-endian), encoded by
+    /// `postcard`.
     #[derive(Serialize, Deserialize)]
-    struct Message<T> {
+    struct Frame<T> {
         /// An answer has the number of its request.
         number: u64,
         /// When the request began, or the answer or heartbeat was queued: milliseconds since the stream was opened.
@@ -4277,7 +4278,7 @@ mod peers {
         content: Option<T>,
     }
 
-    impl<T: Serialize + DeserializeOwned> Message<T> {
+    impl<T: Serialize + DeserializeOwned> Frame<T> {
         fn write(&self, out: &mut impl Write) -> io::Result<()> {
             let mut bytes = postcard::to_extend(self, vec![0; 4]).map_err(|_| io::ErrorKind::InvalidData)?;
             let length = bytes.len() as u32 - 4;
@@ -4285,19 +4286,19 @@ mod peers {
             out.write_all(&bytes)
         }
 
-        /// Waits for a message and reads it. An error is the end of the stream, or bytes that are no message.
-        fn read(reader: &mut impl Read) -> io::Result<Message<T>> {
+        /// Waits for a frame and reads it. An error is the end of the stream, or bytes that are no frame.
+        fn read(reader: &mut impl Read) -> io::Result<Frame<T>> {
             let mut length = [0; 4];
             reader.read_exact(&mut length)?;
-            let length = u32::from_le_bytes(length).min(MAX_MESSAGE);
+            let length = u32::from_le_bytes(length).min(MAX_FRAME);
             let mut bytes = Vec::with_capacity(CHUNK.min(length as usize));
             reader.take(length.into()).read_to_end(&mut bytes)?;
             postcard::from_bytes(&bytes).map_err(|_| io::ErrorKind::InvalidData.into())
         }
     }
 
-    /// Whether these bytes begin with a whole message.
-    fn has_message(bytes: &[u8]) -> bool {
+    /// Whether these bytes begin with a whole frame.
+    fn has_frame(bytes: &[u8]) -> bool {
         bytes.split_first_chunk().is_some_and(|(length, rest)| rest.len() >= u32::from_le_bytes(*length) as usize)
     }
 
@@ -4327,7 +4328,7 @@ mod peers {
     /// that they cannot keep nodes from answering one another. It keeps the stacks below the number of mappings that
     /// `MAX_CONNECTIONS` leaves.
     const MAX_HELD: usize = 32 << 20;
-    /// What a deferred request takes besides its message, in bytes.
+    /// What a deferred request takes besides its frame, in bytes.
     const STACK: usize = 8 << 10;
 
     /// The limit of streams. Those who do not prove that they know the secret may take up half of it.
@@ -4354,8 +4355,8 @@ mod peers {
 
         /// Writes an answer, or a heartbeat, to the output.
         fn write(&self, number: u64, answer: Option<Answer>) -> io::Result<()> {
-            let message = Message { number, time: clock() - self.opened, content: answer.map(Answer::joined) };
-            message.write(&mut *self.output())
+            let frame = Frame { number, time: clock() - self.opened, content: answer.map(Answer::joined) };
+            frame.write(&mut *self.output())
         }
 
         fn end(&self) {
@@ -4364,21 +4365,21 @@ mod peers {
 
         /// Reads and answers requests until the stream ends.
         fn serve(self: &Arc<Asked>, body: &mut BodyReader, socket: &TcpStream, knows_secret: bool) -> io::Result<()> {
-            // The limit is for each read, not for each message: a large message on a slow link takes longer.
+            // The limit is for each read, not for each frame: a large one on a slow link takes longer.
             let connection = waiting_stream(socket, Some(SILENCE))?;
             // What the server has read together with the head of the POST.
             let begun = body.fill_buf()?.to_vec();
             body.consume(begun.len());
             let mut reader = BufReader::new(begun.chain(connection));
             loop {
-                if !has_message(reader.buffer()) {
+                if !has_frame(reader.buffer()) {
                     self.output().flush()?;
                     // Acknowledge the next packet at once. The other side sends no second small packet before (RFC
                     // 896), and no answer on this connection would carry the acknowledgement. The kernel resets this
                     // option.
                     set_option(socket, libc::IPPROTO_TCP, libc::TCP_QUICKACK, 1);
                 }
-                let Message { number, time, content } = Message::<Request>::read(&mut reader)?;
+                let Frame { number, time, content } = Frame::<Request>::read(&mut reader)?;
                 let Some(mut request) = content else { continue };
                 request.began = Some(self.opened.saturating_add(time));
                 let size = request.size();
@@ -4578,7 +4579,7 @@ mod peers {
     /// Queues a request to the instance at `address`. The caller may queue others before it waits for the answer.
     pub fn begin(address: &str, mut request: Request, patience: Duration) -> Result<Arc<Question>, Lost> {
         let not_sent = Lost { was_sent: false };
-        // Messages are never relayed further.
+        // Messages of nodes are never relayed further.
         if request.origin != Origin::Message {
             if request.via.split(',').any(|hop| hop.trim() == *VIA) {
                 return Err(not_sent);
@@ -4693,7 +4694,7 @@ mod peers {
         fn read_answers(&self, answers: impl Read) -> io::Result<()> {
             let (mut answers, mut batch) = (BufReader::with_capacity(CHUNK, answers), Vec::new());
             loop {
-                let Message { number, time, content } = Message::<Answer>::read(&mut answers)?;
+                let Frame { number, time, content } = Frame::<Answer>::read(&mut answers)?;
                 let read = self.with(|traffic| match content {
                     Some(answer) => batch.extend(traffic.sent.remove(&number).map(|waiting| (waiting, answer))),
                     // The asked side opened the stream at this time or earlier. A heartbeat that waited behind large
@@ -4704,14 +4705,14 @@ mod peers {
                 if read.is_none() {
                     return Ok(());
                 }
-                if !has_message(answers.buffer()) {
+                if !has_frame(answers.buffer()) {
                     deliver(std::mem::take(&mut batch));
                 }
             }
         }
 
         /// What the sender writes next: what is queued, or else a heartbeat. None if the stream has ended.
-        fn next_batch(&self) -> Option<Vec<Message<Request>>> {
+        fn next_batch(&self) -> Option<Vec<Frame<Request>>> {
             let began = Instant::now();
             while began.elapsed() < BEAT && self.with(|traffic| traffic.queue.is_empty())? {
                 thread::park_timeout(BEAT);
@@ -4725,10 +4726,10 @@ mod peers {
                     traffic.last_number += 1;
                     traffic.sent.insert(traffic.last_number, waiting);
                     let time = request.began.map_or(0, |began| began.saturating_sub(traffic.opened));
-                    batch.push(Message { number: traffic.last_number, time, content: Some(request) });
+                    batch.push(Frame { number: traffic.last_number, time, content: Some(request) });
                 }
                 if batch.is_empty() {
-                    batch.push(Message { number: 0, time: 0, content: None });
+                    batch.push(Frame { number: 0, time: 0, content: None });
                 }
                 batch
             })
@@ -4771,7 +4772,7 @@ mod peers {
         fn write<W: Write>(&mut self, mut writer: W) -> io::Result<()> {
             self.with(|traffic| traffic.sender = thread::current());
             while let Some(batch) = self.next_batch() {
-                batch.iter().try_for_each(|message| message.write(&mut writer))?;
+                batch.iter().try_for_each(|frame| frame.write(&mut writer))?;
                 writer.flush()?;
                 self.end_if(Traffic::is_idle);
             }
@@ -4833,9 +4834,9 @@ mod peers {
             }
             let value = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
             let mut body = Vec::new();
-            let length = reader.take(u64::from(MAX_MESSAGE)).read_to_end(&mut body)?;
+            let length = reader.take(u64::from(MAX_FRAME)).read_to_end(&mut body)?;
             let is_cut = value("Content-Length").is_some_and(|expected| expected.parse() != Ok(length));
-            if is_cut || length as u64 == u64::from(MAX_MESSAGE) {
+            if is_cut || length as u64 == u64::from(MAX_FRAME) {
                 return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
             }
             let content_type = value("Content-Type").unwrap_or("application/octet-stream");
@@ -6353,7 +6354,7 @@ mod simulation {
             ("met", &[other, ago]) => node.note_meeting(ADDRESSES[other], node.now - millis(ago)),
             // A round of its pull: the other node did not answer (0), was incomplete (1), or was whole (2).
             ("found", &[other, what, number]) => {
-                let found = [None, Some(node::Found::Incomplete), Some(node::Found::Whole)][what];
+                let found = [None, Some(node::Giver::Incomplete), Some(node::Giver::Whole)][what];
                 let pull = node.pulls_left(by(node, 0)).remove(0);
                 node.note_received(by(node, number), &pull, &[(ADDRESSES[other].to_owned(), found)]);
             }
@@ -6514,7 +6515,7 @@ mod simulation {
         # One whose table is above those of the store may join.
         1: change 1 1 2 3, pass 3000, kill 0, cut 0-1 0-2 0-3, start 0 0, pass 2000, change 0 0, pass 100, \
            change 0 0, pass 100, change 0 0, pass 100, cut, change 1 0 1 2 3, pass 6000, changed 5
-        # One that another node still fetches from, or that fetches from another one itself, does not join.
+        # One that another node still pulls from, or that pulls from another one itself, does not join.
         1: change 0 0 1 3, pass 3000, kill 2, cut 2-0 2-1 2-3, start 2 2, pass 2000, put 2, cut 1-3, \
            change 0 0 1, pass 1000, change 2 2 3, pass 6000, changed 1, cut, pass 9000, changed 2, kept
         1: change 0 0 1, pass 3000, kill 2 3, cut 2-0 2-1 3-0 3-1, start 2 2 3, start 3 2 3, pass 3000, put 2, \
