@@ -6267,6 +6267,7 @@ mod simulation {
                 let record = record(node, *key).expect("a record").clone();
                 node.give_up(&record, &names(nodes));
             }
+            ("compares", &[other]) => return node.begin_to_reconcile(ADDRESSES[other]),
             // It reconciles, through all or not. Meanwhile, a push fails (1), or it adopts a table (2). Then the other
             // one lacks nothing more.
             ("reconciles", &[other, is_through, trouble]) => {
@@ -6581,6 +6582,7 @@ mod simulation {
            not takes 0 1.0.0.9.2, rounds 0 9, not takes 0, not takes 0 1.0.0.9.1, not takes 0 1.0.0.1.2, \
            not takes 0 1.0.0.9.0, takes 0 1.0.0.9.2
         2: kill 0 1 2 3, start 3 0 1, rounds 3 9, not takes 3 0.0.0.9.2 1.0.0.9.2
+        2: kill 0 1 2 3, start 0 0 1, pass 3000, start 1 0 1, pass 700, blank 0, until table 0 0
         # A view change is above all that its coordinator knows, in a new epoch if it leaves out silent nodes.
         2: hear 0 2 5.0.0.0, begins 0 0 0 6, hear 0 2 5.6.0.0, begins 0 0 0 7, locks 0 1 8.7, begins 0 0 0 9, \
            begins 0 1 1 9, fails 0 1 0, begins 0 0 0 9, fails 0 3 0, begins 0 0 1 9, locks 0 1 9.7.1, begins 0 0 1 10
@@ -6600,6 +6602,7 @@ mod simulation {
            not reconciles 0 2 0 0, not reconciles 0 2 1 1, adopts 0 3.9, hear 0 2 4.0.1.0, not reconciles 0 2 1 0, \
            hear 0 2 3.0.0.0, not reconciles 0 2 1 0, hear 0 2 3.0.1.0, reconciles 0 2 1 0, abandon 0 0 2, \
            not reconciles 0 2 1 2
+        4: pass 5000, write 0 0, abandon 0 0 2, compares 0 2, lags 0, pass 1000, not stable 0 0
         # What a replica takes from another one, the others may lack; but not what is stable, or older than what it has.
         4: pass 5000, not gets 0 1 7 0 10001 0, gets 0 1 0 0 0 0, write 0 0, gets 0 1 0 0 9990 0, lags 0, \
            gets 0 1 0 0 10001 0, lags 0 2 3
