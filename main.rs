@@ -2505,7 +2505,7 @@ mod node {
     pub enum Place {
         Here,
         There(Vec<String>),
-        /// This node is blank, or does not know whether its table is in force.
+        /// This node knows of no other owner and has no table, or does not know whether that is in force.
         Unknown,
     }
 
@@ -2644,8 +2644,9 @@ mod node {
             self.table.as_ref().map(|table| table.version)
         }
 
+        /// The id of the store that this node relays to.
         pub fn store(&self) -> u64 {
-            self.table.as_ref().map_or(0, |table| table.store)
+            self.table.as_ref().or(self.heard_of.as_ref()).map_or(0, |table| table.store)
         }
 
         pub fn own_spans(&self) -> Vec<Span> {
@@ -2685,13 +2686,16 @@ mod node {
         /// R1: only the replicas of the shard that owns a key by the table answer for it. A node that has adopted a
         /// newer table never answers again for what it gave away, and the new owner first gets the key from a node that
         /// has adopted that table. So each key is answered for by one table at a time. A first table must be settled: a
-        /// node that is still blank has no part in a write, and could not keep it if the node that took it dies.
+        /// node that is still blank has no part in a write, and could not keep it if the node that took it dies. A blank
+        /// node relays by the table that it has heard of: who answers does so by its own.
         pub fn place(&self, hash: u64) -> Place {
-            let Some(table) = self.table.as_ref().filter(|_| self.may_answer() && self.is_in_force()) else {
-                return Place::Unknown;
-            };
-            let is_here = Some(table.shard_at(hash)) == self.shard;
-            if is_here { Place::Here } else { Place::There(self.ranked(table.owners(hash).to_vec())) }
+            let in_use = self.table.as_ref().filter(|_| self.may_answer() && self.is_in_force());
+            let Some(table) = in_use.or(self.heard_of.as_ref()) else { return Place::Unknown };
+            if in_use.is_some() && Some(table.shard_at(hash)) == self.shard {
+                return Place::Here;
+            }
+            let others = self.without_own(table.owners(hash));
+            if others.is_empty() { Place::Unknown } else { Place::There(self.ranked(others)) }
         }
 
         pub fn is_in_force(&self) -> bool {
@@ -3169,7 +3173,7 @@ mod node {
             Status {
                 incarnation: self.incarnation,
                 version: self.version(),
-                store: self.store(),
+                store: self.table.as_ref().map_or(0, |table| table.store),
                 settled: self.settled,
                 members: self.table.as_ref().filter(|_| self.shard.is_some()).map_or(0, |table| table.view.len()),
                 keys: sums.count,
@@ -5276,6 +5280,11 @@ mod simulation {
         owns(node, key) && node.place(HASHES[key]) == Place::Here && !waits(node, key)
     }
 
+    /// Whether a node has just started, in a store of several.
+    fn relays(node: &Node) -> bool {
+        node.table().is_none() && node.first.view.len() > 1
+    }
+
     /// Whether a stamp was given by this node.
     fn gave(node: &str, stamp: u64) -> bool {
         node_of(stamp) == node_of(hash_of(node.as_bytes()))
@@ -5496,11 +5505,13 @@ mod simulation {
         /// Judges an answer by what the client knew when it asked: a write is above that, and a read not below.
         fn judge(&self, number: usize, verb: &str, key: usize, session: usize, answer: &Answer) {
             let (simulation, name) = (&self.simulation, NAMES[key]);
-            if !matches!(answer.status, 200 | 201 | 404) || !simulation.machines[self.machine].counts.get() {
+            let body: serde_json::Value = serde_json::from_slice(&answer.body).expect("every answer is JSON");
+            // A node that is relayed to counts.
+            let counts = simulation.machines[self.machine].counts.get() || body.get("address").is_some();
+            if !matches!(answer.status, 200 | 201 | 404) || !counts {
                 return;
             }
             simulation.answers.update(|count| count + 1);
-            let body: serde_json::Value = serde_json::from_slice(&answer.body).expect("every answer is JSON");
             let (written, lost) = (&simulation.written.borrow()[key], simulation.lost.borrow()[key]);
             let mut known = simulation.known.borrow()[number];
             let is_missing = answer.status == 404 || answer.status == 201 && simulation.factor == 1;
@@ -5895,7 +5906,7 @@ mod simulation {
                 return;
             }
             match roll {
-                0..62 if self.table(one).is_some() => {
+                0..62 if self.table(one).is_some() || self.machines[one].is(relays) => {
                     let verb = ["PUT", "PUT", "GET", "GET", "DELETE"][self.below(5)];
                     let key = self.below(if self.is_cut_up { 3 } else { KEYS });
                     self.ask(one, verb, key, self.below(SESSIONS));
@@ -6450,6 +6461,8 @@ mod simulation {
         1: change 0 0 1 3, until table 0 1, until table 1 1, until table 3 1, until pulls 0, until pulls 1, \
            until pulls 3, cut 2-0 2-1 2-3, delete 0, pass 3000, cut, change 0 0 1 2 3, pass 6000, changed 2, \
            gone 0 1 2 3
+        # A node that starts again beside too many dead ones relays.
+        4: kill 1 2 3, start 1, pass 3000, blank 1, put 1, pass 100, status 200, get 1, pass 100, status 200, blank 1
         # A view change that failed keeps no node from starting again.
         2: kill 1, pass 3000, kill 3, change 0 0 2 3, pass 9000, changed 0, start 3, pass 3000, table 3 0, pulls 3
         # What a dead node wrote spreads without it.
