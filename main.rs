@@ -614,11 +614,14 @@ mod connections {
     #[unsafe(no_mangle)]
     unsafe extern "C" fn recv(fd: RawFd, buffer: *mut libc::c_void, size: usize, flags: libc::c_int) -> isize {
         let client = Client::at(fd);
-        if let Some(client) = &client
-            && matches!(client.phase.get(), Phase::Request | Phase::Body)
-        {
-            // The client may wait for earlier answers before it sends the rest of a body.
-            client.flush();
+        if let Some(client) = &client {
+            match client.phase.get() {
+                // The client may wait for earlier answers before it sends the rest of a body.
+                Phase::Request | Phase::Body => client.flush(),
+                // What still comes is read from another descriptor (`waiting_stream`). The server must not wait for it.
+                Phase::Closing => return 0,
+                Phase::Head | Phase::LastHead => {}
+            }
         }
         // SAFETY: the same call as `recv` (recv(2)), with the caller's arguments.
         let count = unsafe { libc::recvfrom(fd, buffer, size, flags, std::ptr::null_mut(), std::ptr::null_mut()) };
@@ -979,7 +982,8 @@ mod http {
     pub fn causal_context(request: &Request, vocabulary: Vocabulary) -> Result<Option<Context>, Outcome> {
         // A quick check first: few requests have one, and a body may be large.
         let may_have_it = || str::from_utf8(&request.body).is_ok_and(|body| body.contains("causal-context"));
-        if matches!(vocabulary, Vocabulary::Form) || !may_have_it() {
+        let takes_it = matches!((vocabulary, &*request.verb), (Vocabulary::Json, "GET" | "PUT" | "DELETE"));
+        if !takes_it || !may_have_it() {
             return Ok(None);
         }
         let Ok(Some(text)) = find_member(&request.body, "causal-context") else { return Ok(None) };
@@ -4187,7 +4191,7 @@ mod peers {
     use std::thread::{self, Thread};
     use std::time::{Duration, Instant};
 
-    use attohttpc::body::{Body, BodyKind};
+    use attohttpc::body::{Body, BodyKind, Bytes};
     use attohttpc::{Method, ProxySettings, RequestBuilder, StatusCode};
     use may::coroutine::yield_now;
     use may::sync::Blocker;
@@ -4475,8 +4479,6 @@ mod peers {
             let _ = catch_unwind(AssertUnwindSafe(|| asked.serve(&mut body, socket, knows_secret)));
             asked.end();
         }
-        // Before `body` is dropped, which reads up to its end: that never comes.
-        let _ = socket.shutdown(Shutdown::Both);
     }
 
     // -- Questions
@@ -4831,7 +4833,8 @@ mod peers {
                     builder = builder.try_header(name, value)?;
                 }
             }
-            let (status, headers, reader) = builder.bytes(&self.body).send()?.split();
+            // Not `builder.bytes`, which names a type where there is none.
+            let (status, headers, reader) = builder.body(Bytes(&self.body)).send()?.split();
             if status.is_informational() || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
                 // No final answer, or none that such a request may get (RFC 9110 section 15).
                 return Err(io::Error::from(io::ErrorKind::InvalidData).into());

@@ -839,6 +839,10 @@ test_streams() {
   for _ in {1..300}; do stream_half flooded GET "$RANDOM$RANDOM$RANDOM" && fds+=("$fd"); done
   later check_less "streams without requests are closed" $((before + 100)) metric flooded connections
   for fd in "${fds[@]}"; do exec {fd}>&-; done
+  fds=()
+  for _ in {1..100}; do open_stream flooded && fds+=("$fd" "$answers"); done
+  later check_less "... with both halves, too" $((before + 50)) metric flooded connections
+  for fd in "${fds[@]}"; do exec {fd}>&-; done
 }
 files_of() { find "/proc/$("pid_$where" "$1")/fd" 2>/dev/null | wc -l; } # INSTANCE
 
@@ -1669,6 +1673,8 @@ test_contexts() {
     on "main follower" check_output "NODE: $context is none of ours" "$not_valid" get NODE causal "$context"
   done
   expect "a deletion has it" "${REMOVED%\}}$empty" main DELETE keys/causal "${with_context[@]}"
+  expect "a verb that a key does not take has none" "$(json_error 405 'Method not allowed' POST)" main POST keys/causal \
+    "${json[@]}" -d '{"causal-context":1}'
 }
 
 # ---- The bench -------------------------------------------------------------------------------------------------------
