@@ -3979,7 +3979,7 @@ mod membership {
                 return silent;
             }
             world.sleep(Duration::from_millis(pause)).await;
-            pause = (pause * 2).min(50);
+            pause = (pause * 2).min(20);
         }
     }
 
