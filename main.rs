@@ -2862,7 +2862,7 @@ mod node {
             let from = if incoming.is_empty() { "nobody".into() } else { Vec::from_iter(incoming).join(", ") };
             let (version, count) = (table.version, table.view.len());
             let how = if was_blank { "started blank, " } else { "" };
-            self.say(format!("{how}goes by table {version} of {count} nodes, pulls from {from}"));
+            self.say(format!("{how}goes by table {version} of {count} nodes, fetches from {from}"));
             if !self.pulls.is_empty() {
                 self.later.activities.push(Activity::Pull(version));
             }

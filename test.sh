@@ -1171,7 +1171,7 @@ test_nodes() { # what this project promises besides. Continues with 120 keys on 
   expect "shards: a verb that they do not take" "$(json_error 405 'Method not allowed')" n1 PUT shards -d val=1
   expect "the count says whose it is" "${COUNTED}40,\"shard-id\":\"3\"}" n3 GET key-count
   check "log: which table it adopts, and when it has everything" "1 1" "$("log_$where" n3 |
-    awk '/goes by table 0.1 of 3 nodes, pulls from .*:/ { adopted++ } /has everything of table 0.1/ { whole++ }
+    awk '/goes by table 0.1 of 3 nodes, fetches from .*:/ { adopted++ } /has everything of table 0.1/ { whole++ }
       END { print adopted, whole }')"
 }
 test_view_changes() {
