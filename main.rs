@@ -65,7 +65,7 @@ mod settings {
 kv-store: a distributed key-value store over HTTP
 
 usage: kv-store [--help | --version | --health]
-  --health  checks that the instance with this environment answers, or that a node can for keys; exit status 0 or 1
+  --health  checks that the instance with this environment answers, and a node for keys; exit status 0 or 1
 
 environment (an empty variable is an unset one):
   PORT                TCP port to listen on                        [the port of ADDRESS, else 8080]
@@ -1291,7 +1291,7 @@ mod service {
         Needs(Vec<Vec<String>>),
         /// R7: the same, for the context. None: the context names a newer table, which must be found first.
         NeedsForContext(Option<Vec<Vec<String>>>),
-        /// This node may not use its table yet.
+        /// This node may not use its table yet, or has none and knows of no other owner.
         Unknown,
     }
 
@@ -1331,6 +1331,9 @@ mod service {
                 }
                 // Drops what is stable, so that a forged context with many members costs no more than a real one.
                 self.context = Some(node.unstable_part(&context));
+            }
+            if self.action.is_err() {
+                return self.perform_here(node);
             }
             let needs = self.not_given(node, node.pull_needs(self.hash), false);
             if !needs.is_empty() {
@@ -1403,7 +1406,7 @@ mod service {
         pub async fn answer(mut self, world: &impl World, mut tried: Tried) -> Answer {
             // Not earlier: a client that does not read earlier answers may have delayed this.
             let began = world.with(|node| node.now);
-            let deadline = began + self.request.patience();
+            let (deadline, mut pause) = (began + self.request.patience(), 3);
             loop {
                 let is_late = world.with(|node| node.now) > deadline;
                 let retry = match tried {
@@ -1417,7 +1420,11 @@ mod service {
                     }
                     Tried::Elsewhere(nodes) => match self.pass_on(world, &nodes, deadline).await {
                         Some(answer) => return answer,
-                        None => Duration::from_millis(5),
+                        // Each try sends the body again.
+                        None => {
+                            pause = (2 * pause).min(100);
+                            Duration::from_millis(pause)
+                        }
                     },
                     Tried::Needs(groups) if is_late => return self.render_down(&groups[0][0]),
                     Tried::Needs(groups) => {
@@ -1434,8 +1441,8 @@ mod service {
             }
         }
 
-        /// Gets what the context requires. If it cannot, it refuses a read, within a second. Returns the pause before
-        /// the next try.
+        /// Gets what the context requires. If it cannot, the next try refuses a read, within a second. Returns the
+        /// pause before that.
         async fn get_for_context(
             &mut self,
             world: &impl World,
@@ -1476,8 +1483,8 @@ mod service {
             context.table <= own
         }
 
-        /// Relays the request to the first of these nodes that has not failed. None: try again, since this one has a
-        /// different table, or failed without effect.
+        /// Relays the request to the first of these nodes that has not failed. None: try again, since this one does
+        /// not answer for the key now, or failed without effect.
         async fn pass_on(&mut self, world: &impl World, nodes: &[String], deadline: Duration) -> Option<Answer> {
             let is_read = self.request.verb == "GET";
             let left: Vec<&String> = nodes.iter().filter(|node| !self.failed.contains(node)).collect();
@@ -1491,7 +1498,7 @@ mod service {
             let passed_on = Request { origin: Origin::Node(store), ..self.request.clone() };
             match world.relay(owner, passed_on, patience).await {
                 Ok(answer) if answer.status == 421 => {
-                    // The node with the older table adopts the newer one.
+                    // The node with the older table adopts the newer one. A blank one only hears of it.
                     meet(world, owner).await;
                     None
                 }
@@ -2471,7 +2478,7 @@ mod node {
 
     #[derive(Clone, Debug, Serialize, Deserialize)]
     pub enum Reply {
-        /// To a meeting or a lock, which is granted if the status has it as promised. With the table if that is newer:
+        /// To a meeting, or a lock, which is granted if the status has it as promised. With the table if that is newer:
         /// tables come in replies only, since a message may be from an earlier incarnation.
         Met(Box<Status>, Option<Table>),
         /// The cuts, and the hashes of all keys if these are few.
@@ -2552,8 +2559,10 @@ mod node {
     #[derive(Clone, Debug, Default)]
     struct Promise {
         version: Version,
-        /// All nodes that were asked for it.
-        nodes: Vec<String>,
+        /// All nodes that were asked for it, unless it was released, and for `earlier` locks.
+        nodes: BTreeSet<String>,
+        /// All nodes that were asked for earlier locks of which a table may have come.
+        earlier: BTreeSet<String>,
         granted: Option<Duration>,
         /// Set while this node may join this coordinator's store. It answers nothing then: it would drop what it took.
         joining: Option<String>,
@@ -2598,6 +2607,7 @@ mod node {
         pub shard: Option<usize>,
         /// R8. This node then has no records but those it owns.
         pub settled: bool,
+        /// R10: while this node is blank, the newest table that it has heard of.
         heard_of: Option<Arc<Table>>,
         promise: Promise,
         pub lease: Duration,
@@ -2648,7 +2658,7 @@ mod node {
             self.table.as_ref().map(|table| table.version)
         }
 
-        /// The id of the store that this node relays to.
+        /// The id of its store; of a blank node, of the store that it has heard of.
         pub fn store(&self) -> u64 {
             self.table.as_ref().or(self.heard_of.as_ref()).map_or(0, |table| table.store)
         }
@@ -2690,12 +2700,12 @@ mod node {
         /// R1: only the replicas of the shard that owns a key by the table answer for it. A node that has adopted a
         /// newer table never answers again for what it gave away, and the new owner first gets the key from a node that
         /// has adopted that table. So each key is answered for by one table at a time. A first table must be settled: a
-        /// node that is still blank has no part in a write, and could not keep it if the node that took it dies. A blank
-        /// node relays by the table that it has heard of: who answers does so by its own.
+        /// node that is still blank has no part in a write, and could not keep it if the node that took it dies. A
+        /// blank node relays by the table that it has heard of: whoever answers goes by its own.
         pub fn place(&self, hash: u64) -> Place {
             let in_use = self.table.as_ref().filter(|_| self.may_answer() && self.is_in_force());
             let Some(table) = in_use.or(self.heard_of.as_ref()) else { return Place::Unknown };
-            if in_use.is_some() && Some(table.shard_at(hash)) == self.shard {
+            if Some(table.shard_at(hash)) == self.shard {
                 return Place::Here;
             }
             let others = self.without_own(table.owners(hash));
@@ -2776,7 +2786,7 @@ mod node {
             Reply::Key(self.records.get(hash, key).map(|record| self.copy_of(record)))
         }
 
-        /// A record with its context; or the one that has replaced it meanwhile, which took its context away.
+        /// The present record of its key, with its context: one that was replaced has no context any more.
         pub fn copy_of(&self, record: &Record) -> Copied {
             let present = self.records.get(record.hash(), record.key()).unwrap_or(record);
             (present.clone(), self.context_of(present))
@@ -2856,7 +2866,7 @@ mod node {
             (self.watermark, self.settled) = (0, false);
             self.promise.joining = None;
             if self.promise.version <= table.version {
-                (self.promise.granted, self.promise.nodes) = (None, Vec::new());
+                self.promise = Promise { version: self.promise.version, ..Promise::default() };
             }
             let incoming = self.incoming();
             let from = if incoming.is_empty() { "nobody".into() } else { Vec::from_iter(incoming).join(", ") };
@@ -3033,7 +3043,8 @@ mod node {
         // -- R6 stability
 
         /// R6: raises this node's claim, up to which its writes are on all replicas: below what is in flight, while no
-        /// replica lags and R8 holds. It never falls. The watermark is the lowest claim of all nodes.
+        /// replica lags or is being reconciled with, and R8 holds. It never falls. The watermark is the lowest claim of
+        /// all nodes.
         ///
         /// A node that starts again must write above the claims of its previous incarnation, which others may hear of
         /// late. So no claim exceeds the clock of any other replica: the node pulls from one of these, and has heard
@@ -3186,7 +3197,7 @@ mod node {
                 is_ready: self.is_ready(),
                 clock: self.clock_now(),
                 promised: version,
-                asked_for_lock: nodes,
+                asked_for_lock: nodes.into_iter().collect(),
                 stable_at: self.stable_at.clone(),
                 first: if may_begin { self.first.store } else { 0 },
             }
@@ -3454,17 +3465,24 @@ mod node {
             self.promise.granted.is_some_and(|granted| self.now < granted + self.lease)
         }
 
-        /// R9: grants a lock above every table and lock known here, unless another coordinator's lock is fresh.
+        /// R9: grants a lock above every table and lock known here, unless another coordinator's lock is fresh. Without
+        /// nodes, releases the lock if it was granted.
         fn grant(&mut self, from: &str, version: Version, nodes: Vec<String>) {
-            let is_other = self.promise.version.coordinator != version.coordinator;
-            let is_above = Some(version) > self.version() && version > self.promise.version && version.is_valid();
-            if self.is_locked() && is_other || !is_above && version != self.promise.version {
+            let (is_release, before) = (nodes.is_empty(), self.promise.version);
+            let is_above = !is_release && Some(version) > self.version() && version > before && version.is_valid();
+            if self.is_locked() && before.coordinator != version.coordinator || !is_above && version != before {
                 return;
             }
-            let granted = Some(self.now).filter(|_| !nodes.is_empty());
-            let may_join = granted.is_some() && self.is_alone() && from != self.own;
-            let joining = may_join.then(|| from.to_owned());
-            self.promise = Promise { version, nodes, granted, joining };
+            let Promise { nodes: asked, earlier, .. } = std::mem::take(&mut self.promise);
+            let earlier = if version == before { earlier } else { asked };
+            let may_join = !is_release && self.is_alone() && from != self.own;
+            self.promise = Promise {
+                version,
+                nodes: nodes.into_iter().chain(earlier.iter().cloned()).collect(),
+                earlier,
+                granted: Some(self.now).filter(|_| !is_release),
+                joining: may_join.then(|| from.to_owned()),
+            };
         }
 
         fn survey(&self, counts: &[usize]) -> Reply {
@@ -3482,7 +3500,7 @@ mod node {
             self.coordinating = true;
             let of_peer = |peer: &Peer| peer.status.promised.max(peer.status.version.unwrap_or_default());
             let of_peers = self.peers.values().map(of_peer).max().unwrap_or_default();
-            // Forgets nodes that earlier requests for view changes named and that did not join.
+            // Forgets nodes that earlier attempts named and that did not join.
             let members = BTreeSet::from_iter(self.members());
             self.peers.retain(|node, _| members.contains(node));
             let newest = table.version.max(self.promise.version).max(of_peers);
@@ -3501,8 +3519,10 @@ mod node {
         /// A node that this one waits for, to be named in an error.
         pub fn missing(&self) -> String {
             let joining = self.promise.joining.iter().cloned();
-            let views = joining.chain(self.silent()).chain(self.first.view.iter().cloned());
-            views.into_iter().find(|node| *node != self.own).unwrap_or_else(|| self.own.clone())
+            let asked = self.nodes_to_ask();
+            let silent = asked.iter().filter(|node| self.is_silent(node)).cloned();
+            let mut all = joining.chain(self.silent()).chain(silent).chain(asked.clone());
+            all.next().unwrap_or_else(|| self.own.clone())
         }
     }
 }
@@ -3842,8 +3862,8 @@ mod membership {
         };
         let replicas = table.shards.get(index).ok_or(Outcome::NoShard)?;
         for node in world.with(|node| node.ranked(replicas.clone())) {
-            // One that has just started again has no keys yet.
-            let status = meet(world, &node).await.filter(|status| status.version == Some(table.version));
+            // A blank one has no keys yet.
+            let status = meet(world, &node).await.filter(|status| status.version.is_some());
             if let Some(Status { keys, .. }) = status {
                 let shard = json!({"shard-id": id_of(index), "key-count": keys, "replicas": replicas});
                 return Ok(Outcome::Shard(shard));
@@ -3890,7 +3910,7 @@ mod membership {
         let (table, status, own) = world.with(|node| (node.table(), node.status(), node.own().to_owned()));
         let table = table?;
         let is_member = status.members > 0;
-        if is_member && (status.members > 1 || status.keys > 0) {
+        if status.members > 1 || status.keys > 0 {
             return None;
         }
         let others = if is_member { view } else { &table.view };
@@ -6459,7 +6479,7 @@ mod simulation {
         # A node that starts waits for a newer table that others have granted a lock for: only n0 and n1 know it, and n1
         # has given its keys away when it is killed.
         1: change 0 0 2 3, until table 0 1, cut 0-2 0-3 1-2 1-3, pass 500, kill 1, start 1, cut 0-1 0-2 0-3, \
-           pass 3000, blank 1
+           pass 3000, blank 1, pass 11000, change 2 0 1 2 3, pass 6000, blank 1
         # A key stays deleted where a node that left while it was cut off joins again: first it drops what it had.
         1: change 0 0 1 3, until table 0 1, until table 1 1, until table 3 1, until pulls 0, until pulls 1, \
            until pulls 3, cut 2-0 2-1 2-3, delete 0, pass 3000, cut, change 0 0 1 2 3, pass 6000, changed 2, \
