@@ -3963,10 +3963,12 @@ mod membership {
         let unreached = await_settled(world, table).await;
         let mut shards = Vec::new();
         for (index, (nodes, count)) in table.shards.iter().zip(&table.counts).enumerate() {
-            let mut shard = json!({"shard-id": id_of(index), "replicas": nodes, "key-count": count});
+            let mut shard = json!({"shard-id": id_of(index)});
             if let [only] = &nodes[..] {
                 shard["address"] = json!(only);
             }
+            shard["replicas"] = json!(nodes);
+            shard["key-count"] = json!(count);
             shards.push(shard);
         }
         let mut change = json!({"moved": table.moved, "shards": shards});
