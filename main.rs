@@ -5305,11 +5305,6 @@ mod simulation {
         owns(node, key) && node.place(HASHES[key]) == Place::Here && !waits(node, key)
     }
 
-    /// Whether a node has just started, in a store of several.
-    fn relays(node: &Node) -> bool {
-        node.table().is_none() && node.first.view.len() > 1
-    }
-
     /// Whether a stamp was given by this node.
     fn gave(node: &str, stamp: u64) -> bool {
         node_of(stamp) == node_of(hash_of(node.as_bytes()))
@@ -5931,7 +5926,8 @@ mod simulation {
                 return;
             }
             match roll {
-                0..62 if self.table(one).is_some() || self.machines[one].is(relays) => {
+                // A blank node relays.
+                0..62 if self.machines[one].is(|node| node.store() == self.store.get()) => {
                     let verb = ["PUT", "PUT", "GET", "GET", "DELETE"][self.below(5)];
                     let key = self.below(if self.is_cut_up { 3 } else { KEYS });
                     self.ask(one, verb, key, self.below(SESSIONS));
