@@ -608,8 +608,8 @@ mod connections {
 
     /// Replaces the C library's `recv`, with which the standard library, and so the server, reads from sockets. It
     /// delays the end of the stream until all requests before it are served, and ends a connection whose head does not
-    /// end: the server would buffer it without limit. After a coroutine had to wait for input, `may`
-    /// reads with read(2), which is not seen here.
+    /// end: the server would buffer it without limit. After a coroutine had to wait for input, `may` reads with
+    /// read(2), which is not seen here.
     // SAFETY: the signature and the behavior are those of recv(2).
     #[unsafe(no_mangle)]
     unsafe extern "C" fn recv(fd: RawFd, buffer: *mut libc::c_void, size: usize, flags: libc::c_int) -> isize {
@@ -1407,8 +1407,8 @@ mod service {
             // Not earlier: a client that does not read earlier answers may have delayed this.
             let began = world.with(|node| node.now);
             let (deadline, mut pause) = (began + self.request.patience(), 3);
+            let is_late = || world.with(|node| node.now) > deadline;
             loop {
-                let is_late = world.with(|node| node.now) > deadline;
                 let retry = match tried {
                     Tried::Done(outcome) => return self.render(outcome),
                     Tried::Written(record, outcome) => {
@@ -1426,12 +1426,12 @@ mod service {
                             Duration::from_millis(pause)
                         }
                     },
-                    Tried::Needs(groups) if is_late => return self.render_down(&groups[0][0]),
+                    Tried::Needs(groups) if is_late() => return self.render_down(&groups[0][0]),
                     Tried::Needs(groups) => {
                         Duration::from_millis(if self.get(world, &groups, false).await { 0 } else { 5 })
                     }
                     Tried::NeedsForContext(groups) => self.get_for_context(world, groups, began).await,
-                    Tried::Unknown if is_late => return self.render_down(&world.with(|node| node.missing())),
+                    Tried::Unknown if is_late() => return self.render_down(&world.with(|node| node.missing())),
                     Tried::Unknown => Duration::from_millis(5),
                 };
                 if retry > Duration::ZERO {
@@ -2783,10 +2783,11 @@ mod node {
             if !may_give {
                 return Reply::Refused;
             }
-            Reply::Key(self.records.get(hash, key).map(|record| self.copy_of(record)))
+            Reply::Key(self.records.get(hash, key).map(|record| (record.clone(), self.context_of(record))))
         }
 
-        /// The present record of its key, with its context: one that was replaced has no context any more.
+        /// To send a record that was got under an earlier lock: the present one of its key, with its context. One that
+        /// was replaced meanwhile has no context any more.
         pub fn copy_of(&self, record: &Record) -> Copied {
             let present = self.records.get(record.hash(), record.key()).unwrap_or(record);
             (present.clone(), self.context_of(present))
@@ -3034,7 +3035,8 @@ mod node {
                     theirs.remove(&hash);
                 }
                 if stamp < record.stamp() {
-                    newer.push(self.copy_of(&record));
+                    let context = self.context_of(&record);
+                    newer.push((record, context));
                 }
             }
             Reply::Compared(newer, theirs.into_iter().collect(), last)
