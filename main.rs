@@ -2575,6 +2575,8 @@ mod node {
         /// Questions that began by then and failed do not make it silent (`note_alive`).
         alive_at: Duration,
         differs: Option<Duration>,
+        /// When this incarnation was first heard of.
+        heard_since: Duration,
     }
 
     #[derive(Clone, Debug)]
@@ -3227,10 +3229,7 @@ mod node {
             let is_same = version.is_some() && version == self.version() && is_current;
             match message {
                 Message::Meet(status) => {
-                    self.receive_meeting(&from, &status, [0, self.incarnation].contains(&to_incarnation));
-                    if version > self.version() {
-                        self.later.activities.push(Activity::Meet(from));
-                    }
+                    self.receive_meeting(from, &status);
                     self.met(version)
                 }
                 Message::Lock(lock, nodes) => {
@@ -3255,18 +3254,20 @@ mod node {
             }
         }
 
-        fn receive_meeting(&mut self, from: &str, status: &Status, is_for_this_incarnation: bool) {
-            if ![0, status.incarnation].contains(&self.incarnation_of(from)) {
-                self.later.restarted.push(from.to_owned());
-            }
+        fn receive_meeting(&mut self, from: String, status: &Status) {
             if self.table.is_none() {
                 // The other one learns that there is nothing to pull here. From now on writes must reach it, as if it
                 // had begun to pull.
-                self.note_alive(from);
+                self.note_alive(&from);
             }
-            // A meeting with an earlier incarnation may be from an earlier store.
-            if is_for_this_incarnation {
-                self.hear(from, status);
+            let known = self.incarnation_of(&from);
+            self.hear(&from, status);
+            if ![0, status.incarnation].contains(&known) {
+                self.later.restarted.push(from.clone());
+            }
+            // What this message cannot tell, a reply does.
+            if known != status.incarnation || status.version > self.version() {
+                self.later.activities.push(Activity::Meet(from));
             }
         }
 
@@ -3275,8 +3276,20 @@ mod node {
             Reply::Met(Box::new(self.status()), newer)
         }
 
+        /// Notes which incarnation replied to a question. Messages do not count, nor does a reply to a question that
+        /// began before the present incarnation was heard of: these may be late, and from an earlier one. What that
+        /// pushed and is still under way must be refused (R4), as no claim waits for it any more.
+        pub fn note_incarnation(&mut self, node: &str, incarnation: u64, began: Duration) {
+            let (now, peer) = (self.now, self.peers.entry(node.to_owned()).or_default());
+            if incarnation != peer.status.incarnation && began >= peer.heard_since {
+                (peer.status, peer.heard_since) = (Status { incarnation, ..Status::default() }, now);
+                self.note_lagging(node);
+            }
+        }
+
+        /// Believes what a node reports of itself, if it is of the incarnation that last replied.
         pub fn hear(&mut self, from: &str, status: &Status) {
-            if from == self.own {
+            if from == self.own || status.incarnation != self.incarnation_of(from) {
                 return;
             }
             self.clock = self.clock.max(status.clock);
@@ -3299,12 +3312,8 @@ mod node {
             let differs =
                 is_replica && is_same && status.is_ready && self.is_ready() && status.digest != self.sums().digest;
             let peer = self.peers.entry(from.to_owned()).or_default();
-            let has_restarted = peer.status.incarnation != status.incarnation;
             peer.status = status.clone();
             peer.differs = if differs { peer.differs.or(Some(self.now)) } else { None };
-            if has_restarted && is_replica {
-                self.note_lagging(from);
-            }
             self.refresh_stable();
         }
 
@@ -3587,6 +3596,7 @@ mod replication {
                             node.hear_of_table(name, Arc::new(table));
                         }
                         // After the table was adopted: the status may say that it is settled (R8).
+                        node.note_incarnation(name, status.incarnation, began);
                         node.hear(name, status);
                         node.note_meeting(name, began);
                     } else if node.incarnation_of(name) != incarnation {
@@ -6371,16 +6381,24 @@ mod simulation {
     /// What a node hears of others.
     fn hears(node: &mut Node, what: &str, numbers: &[usize]) -> bool {
         match (what, numbers) {
-            ("meet", &[from, to_incarnation]) => {
-                receive(node, from, to_incarnation as u64, Message::Meet(status_of(&[0; 4])));
+            ("meet", &[from]) => drop(receive(node, from, 0, Message::Meet(status_of(&[0; 4])))),
+            // A reply of some incarnation, to a question of some time ago. It is the one that counts then.
+            ("reply", &[from, incarnation, ago]) => {
+                node.note_incarnation(ADDRESSES[from], incarnation as u64, node.now - millis(ago));
+                return node.incarnation_of(ADDRESSES[from]) == incarnation as u64;
             }
-            ("hear", [from, status @ ..]) => node.hear(ADDRESSES[*from], &status_of(status)),
+            ("hear", [from, status @ ..]) => {
+                node.note_incarnation(ADDRESSES[*from], 3, node.now);
+                node.hear(ADDRESSES[*from], &status_of(status));
+            }
             ("told", [from, number, view @ ..]) => node.hear_of_table(ADDRESSES[*from], first_table(*number, view)),
             // Rounds of a start. The last one has these answers: then it adopts a table.
             ("rounds", &[count]) => (0..count).for_each(|_| drop(node.begin_round())),
             ("takes", answers) => {
                 let answer = |it: &[usize]| (ADDRESSES[it[0]].to_owned(), status_of(&it[1..]));
-                node.take_up_table(&answers.chunks(5).map(answer).collect());
+                let answers: BTreeMap<String, node::Status> = answers.chunks(5).map(answer).collect();
+                answers.iter().for_each(|(from, status)| node.note_incarnation(from, status.incarnation, node.now));
+                node.take_up_table(&answers);
                 return node.table().is_some();
             }
             // Another node has answered, or not, what it was asked some time ago. It was met.
@@ -6611,7 +6629,7 @@ mod simulation {
            not takes 0 1.3.4.0.0 2.3.4.0.0 3.3.4.0.0 4.3.4.0.0, rounds 0 1, \
            takes 0 1.3.4.0.0 2.3.4.0.0 3.3.4.0.0 4.3.4.0.0, table 0 3
         # It asks who was asked for a lock with it. It pulls from the other replicas as well.
-        2: kill 0 1 2 3, start 0 0 1, fails 0 3 0, locks 0 3 2.9, asks 0 1 2, meet 0 3 0, not silent 0 3, \
+        2: kill 0 1 2 3, start 0 0 1, fails 0 3 0, locks 0 3 2.9, asks 0 1 2, meet 0 3, not silent 0 3, \
            told 0 1 2 0 1 3, takes 0 1.2.0.0.0 3.0.0.9.0, pulls 0 1 3
         # A table that nobody goes by is forgotten. A first table needs all nodes of the view, blank for a second too.
         2: kill 0 1 2 3, start 0 0 1, rounds 0 6, told 0 1 3 0 1 2 3, not takes 0 1.0.0.9.0 2.0.0.9.0, asks 0 1, \
@@ -6625,7 +6643,8 @@ mod simulation {
         # Messages are answered by one table and within one incarnation; a key is not given for a context by a node
         # that still waits for one of several, nor by a source that was killed.
         2: gives 2 3 0 0 0, not gives 2 3 0 0 1, not gives 2 3 0 0 2
-        4: pass 5000, meet 0 3 7, lags 0, meet 0 3 0, lags 0 3
+        4: pass 5000, meet 0 3, not reply 0 3 5 9000, lags 0, reply 0 3 5 0, lags 0 3, meet 0 3, not reply 0 3 3 1, \
+           reply 0 3 5 1, reply 0 3 3 0
         4: kill 3, cut 3-1, start 3, pass 3000, ready 3, gives 3 0 0 0 0, not gives 3 0 0 1 0
         2: change 2 2 3, pass 2000, kill 1, start 1, pass 4000, table 1 1, table 2 1, not gives 1 2 1 0 0
         # What a write lacks, and what is stable. A claim is below the clocks of the others, and never falls.
@@ -6734,7 +6753,7 @@ mod simulation {
                 it.step();
                 it.there(1).with(|node| {
                     if !adopts {
-                        node.hear(ADDRESSES[0], &node::Status::default())
+                        node.note_incarnation(ADDRESSES[0], 0, node.now);
                     }
                 });
             }
