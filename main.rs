@@ -3276,7 +3276,7 @@ mod node {
             Reply::Met(Box::new(self.status()), newer)
         }
 
-        /// Notes which incarnation replied to a question. Messages do not count, nor does a reply to a question that
+        /// R11: notes which incarnation replied to a question. Messages do not count, nor does a reply to a question that
         /// began before the present incarnation was heard of: these may be late, and from an earlier one. What that
         /// pushed and is still under way must be refused (R4), as no claim waits for it any more.
         pub fn note_incarnation(&mut self, node: &str, incarnation: u64, began: Duration) {
