@@ -2575,8 +2575,10 @@ mod node {
         /// Questions that began by then and failed do not make it silent (`note_alive`).
         alive_at: Duration,
         differs: Option<Duration>,
-        /// When this incarnation was first heard of.
-        heard_since: Duration,
+        /// When the first reply of this incarnation came.
+        replied_since: Duration,
+        /// The incarnation of which a message came and which is being asked to confirm it.
+        unconfirmed: u64,
     }
 
     #[derive(Clone, Debug)]
@@ -2590,8 +2592,6 @@ mod node {
         pub lines: Vec<String>,
         pub garbage: Vec<Bucket>,
         pub activities: Vec<Activity>,
-        /// Nodes that have started again: streams to their previous incarnations end.
-        pub restarted: Vec<String>,
     }
 
     /// The nodes that have a write, in which incarnation and by which table: adopting another may have dropped it.
@@ -3260,13 +3260,12 @@ mod node {
                 // had begun to pull.
                 self.note_alive(&from);
             }
-            let known = self.incarnation_of(&from);
             self.hear(&from, status);
-            if ![0, status.incarnation].contains(&known) {
-                self.later.restarted.push(from.clone());
-            }
-            // What this message cannot tell, a reply does.
-            if known != status.incarnation || status.version > self.version() {
+            let peer = self.peers.entry(from.clone()).or_default();
+            let before = std::mem::replace(&mut peer.unconfirmed, status.incarnation);
+            let is_unknown = ![peer.status.incarnation, before].contains(&status.incarnation);
+            // A reply tells which incarnation is alive, and has the newer table.
+            if is_unknown || status.version > self.version() {
                 self.later.activities.push(Activity::Meet(from));
             }
         }
@@ -3276,13 +3275,14 @@ mod node {
             Reply::Met(Box::new(self.status()), newer)
         }
 
-        /// R11: notes which incarnation replied to a question. Messages do not count, nor does a reply to a question that
-        /// began before the present incarnation was heard of: these may be late, and from an earlier one. What that
-        /// pushed and is still under way must be refused (R4), as no claim waits for it any more.
+        /// R11: notes which incarnation replied to a question. Messages do not count, nor does a reply to a question
+        /// that began before the present incarnation first replied: these may be late, and from an earlier one. From
+        /// now on what that one pushed is refused. Nobody waits for it any more, so the claims of its successor may
+        /// rise above it, and some replicas would take it while others ignore it as stable.
         pub fn note_incarnation(&mut self, node: &str, incarnation: u64, began: Duration) {
             let (now, peer) = (self.now, self.peers.entry(node.to_owned()).or_default());
-            if incarnation != peer.status.incarnation && began >= peer.heard_since {
-                (peer.status, peer.heard_since) = (Status { incarnation, ..Status::default() }, now);
+            if incarnation != peer.status.incarnation && began >= peer.replied_since {
+                (peer.status.incarnation, peer.replied_since) = (incarnation, now);
                 self.note_lagging(node);
             }
         }
@@ -3327,8 +3327,11 @@ mod node {
         /// question `began`, which may have been sent to its previous incarnation.
         pub fn note_answer(&mut self, node: &str, began: Duration, has_answered: bool) {
             let peer = self.peers.entry(node.to_owned()).or_default();
-            if !has_answered && peer.alive_at >= began {
-                return;
+            if !has_answered {
+                peer.unconfirmed = 0;
+                if peer.alive_at >= began {
+                    return;
+                }
             }
             let silent = !has_answered;
             let has_changed = std::mem::replace(&mut peer.silent, silent) != silent;
@@ -3644,12 +3647,15 @@ mod replication {
                 return if late { Err(first.clone()) } else { Ok(()) };
             }
             blank.clear();
-            let copies = vec![world.with(|node| node.copy_of(record))];
+            let incarnations_of = |own: &mut Node| lacking.iter().map(|node| own.incarnation_of(node)).collect();
+            // If one starts again meanwhile, `ask` returns None.
+            let (copies, incarnations): (_, Vec<u64>) =
+                world.with(|node| (vec![node.copy_of(record)], incarnations_of(node)));
             let replies = ask(world, &lacking, Message::Push(copies)).await;
             let refused = replies.iter().any(|reply| matches!(reply, Some(Reply::Refused)));
-            for (node, reply) in lacking.iter().zip(replies) {
+            for ((node, reply), incarnation) in lacking.iter().zip(replies).zip(incarnations) {
                 if let Some(Reply::Done) = reply {
-                    stored.insert(node.clone(), (world.with(|own| own.incarnation_of(node)), version));
+                    stored.insert(node.clone(), (incarnation, version));
                 } else if reply.is_some() && meet(world, node).await.is_some_and(|status| status.version.is_none()) {
                     blank.push(node.clone());
                 }
@@ -3665,6 +3671,7 @@ mod replication {
     /// may have a write that the whole one lacks, and asks again those that are not whole (`Pull::is_done`). Sources
     /// keep their records until R8: the contract lets an owner that is killed before that come back with these.
     pub async fn pull_all(world: &impl World, version: Version) {
+        let mut pause = 2;
         loop {
             let (pulls, mut progress) = (world.with(|node| node.pulls_left(version)), false);
             if pulls.is_empty() {
@@ -3680,8 +3687,12 @@ mod replication {
                 }
                 world.with(|own| own.note_received(version, &pull, &round));
             }
-            if !progress {
-                world.sleep(Duration::from_millis(100)).await;
+            if progress {
+                pause = 2;
+            } else {
+                // The others refuse until they know this incarnation, which takes a meeting.
+                pause = (2 * pause).min(100);
+                world.sleep(Duration::from_millis(pause)).await;
             }
         }
     }
@@ -4632,15 +4643,6 @@ mod peers {
         Ok(question)
     }
 
-    /// Ends the stream to an instance that has started again. It may not be told: a connection to a machine that lost
-    /// its power stays open for up to `SILENCE`, and would take messages meanwhile.
-    pub fn end_stream(address: &str) {
-        let id = lock(&TRAFFIC).get(address).map(|traffic| traffic.id);
-        if let Some(id) = id {
-            Stream { address: address.to_owned(), id }.end_if(|_| true);
-        }
-    }
-
     /// Queues a request, on a new stream if there is none. Where the system has no room for a thread, it gets no
     /// answer.
     fn enqueue(address: &str, request: Request, waiting: Waiting) {
@@ -4954,11 +4956,10 @@ mod world {
     /// Unlocks the node, and does what it left in `later`.
     #[inline(never)]
     fn unlock_node(mut node: MutexGuard<Node>) {
-        let Later { lines, garbage, activities, restarted } = std::mem::take(&mut node.later);
+        let Later { lines, garbage, activities } = std::mem::take(&mut node.later);
         // Still locked, which keeps the lines in order.
         lines.iter().for_each(|line| say(line));
         drop(node);
-        restarted.iter().for_each(|node| peers::end_stream(node));
         if !garbage.is_empty() {
             // Freeing many records takes long. Without a thread they are freed here.
             let _ = thread::Builder::new().spawn(move || drop(garbage));
