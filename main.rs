@@ -2706,12 +2706,19 @@ mod node {
         /// blank node relays by the table that it has heard of: whoever answers goes by its own.
         pub fn place(&self, hash: u64) -> Place {
             let in_use = self.table.as_ref().filter(|_| self.may_answer() && self.is_in_force());
-            let Some(table) = in_use.or(self.heard_of.as_ref()) else { return Place::Unknown };
+            let heard_of = self.heard_of.as_ref().filter(|table| self.is_ours(table));
+            let Some(table) = in_use.or(heard_of) else { return Place::Unknown };
             if Some(table.shard_at(hash)) == self.shard {
                 return Place::Here;
             }
             let others = self.without_own(table.owners(hash));
             if others.is_empty() { Place::Unknown } else { Place::There(self.ranked(others)) }
+        }
+
+        /// R10: a node of its `VIEW` may have left the store since, and begun one of its own. The members of the store's
+        /// table look for this node, and find it within a second.
+        fn is_ours(&self, table: &Table) -> bool {
+            table.lists(&self.own) || self.rounds >= MIN_ROUNDS
         }
 
         pub fn is_in_force(&self) -> bool {
@@ -3446,7 +3453,8 @@ mod node {
                     let others: Vec<&String> = table.view.iter().filter(|node| **node != self.own).collect();
                     let answered = others.iter().filter(|node| answers.contains_key(**node)).count();
                     let knows_no_newer = |it: &Status| it.promised <= table.version || it.asked_for_lock.is_empty();
-                    let is_enough = 2 * answered > others.len() && answers.values().all(knows_no_newer);
+                    let is_majority = 2 * answered > others.len();
+                    let is_enough = is_majority && self.is_ours(&table) && answers.values().all(knows_no_newer);
                     let is_newest =
                         answers.values().all(|it| it.store != table.store || it.version <= Some(table.version));
                     Some(table).filter(|_| is_newest && (is_enough || has_all && self.rounds >= MIN_ROUNDS))
@@ -4050,7 +4058,7 @@ mod membership {
             let granted = self.lock(nodes).await?;
             let silent: Vec<String> = nodes.iter().filter(|node| !granted.contains_key(*node)).cloned().collect();
             self.check_silent(&granted, &silent)?;
-            let settled = self.check_granted(&granted, &silent)?;
+            let settled = self.check_granted(&granted)?;
             let change = Change::new(&self.base, &self.wanted.view, self.wanted.factor.unwrap_or(self.base.factor));
             let representatives = self.representatives(&granted);
             let mut held = vec![0; self.base.shards.len()];
@@ -4112,9 +4120,9 @@ mod membership {
             }
         }
 
-        /// R9: all must use the base or may join. Returns whether it is settled, which it must be but by force: then it
-        /// may still wait for nodes that are left out.
-        fn check_granted(&self, granted: &Granted, silent: &[String]) -> Result<bool, Failure> {
+        /// R9: all must use the base or may join. Returns whether it is settled, which it must be but by force: then a
+        /// node may still wait for nodes that are left out, and for others that do.
+        fn check_granted(&self, granted: &Granted) -> Result<bool, Failure> {
             let settled = self.world.with(|node| node.settled);
             for (node, status) in granted {
                 let is_part = self.base.nodes(settled).contains(node);
@@ -4124,8 +4132,8 @@ mod membership {
                 } else if self.wanted.view.contains(node) && !self.base.lists(node) {
                     self.check_joining(node, status, settled)?;
                 }
-                let waits_for_others = status.incoming.iter().any(|it| !silent.contains(it));
-                if !settled && (!self.wanted.force || waits_for_others) {
+                let is_whole = |it: &String| granted.get(it).is_some_and(|it| it.is_whole_by(self.base.version));
+                if !settled && (!self.wanted.force || status.incoming.iter().any(is_whole)) {
                     return Err(Failure::Again(Outcome::ChangeUnderWay));
                 }
             }
@@ -6546,6 +6554,8 @@ mod simulation {
         1: cut 3-1 3-2, change 0 0 1 2, pass 1000, kill 3, pass 3000, force 0 0 1, pass 8000, epoch 1, settled
         2: change 0 0 1, pass 3000, change 0 0 1 2 3, until table 0 2, kill 3, pass 5000, change 0 0 1 2, pass 9000, \
            changed 2, status 409
+        2: change 2 1 3, until table 1 1, kill 0, pass 5000, not settled, force 2 1 3, pass 8000, settled, kept
+        2: change 2 1 3, until table 1 1, kill 0, pass 5000, force 1 1 3, pass 8000, settled, kept
         # Sources that have started again have nothing; what another replica got of them is left.
         2: change 0 0 1, pass 3000, change 0 2 3, until table 3 2, cut 3-0 3-1, until table 2 2, until pulls 2, \
            kill 0, kill 1, start 0 0, start 1 1, pass 2000, cut, until pulls 3, complete 3
@@ -6632,6 +6642,11 @@ mod simulation {
         # It asks who was asked for a lock with it. It pulls from the other replicas as well.
         2: kill 0 1 2 3, start 0 0 1, fails 0 3 0, locks 0 3 2.9, asks 0 1 2, meet 0 3, not silent 0 3, \
            told 0 1 2 0 1 3, takes 0 1.2.0.0.0 3.0.0.9.0, pulls 0 1 3
+        # A node of its view may have left, and begun another store: it looks for its own one for a second.
+        2: kill 0 1 2 3, start 0 0 1, told 0 1 1 1 4, not takes 0 1.1.0.0.0 4.1.0.0.0, rounds 0 5, \
+           takes 0 1.1.0.0.0 4.1.0.0.0
+        1: change 0 0 2, pass 3000, kill 1, cut 1-0 1-2 1-3, start 1 1, pass 3000, cut, kill 0, start 0 0 1, put 0, \
+           pass 2000, not has 1 0, status 200
         # A table that nobody goes by is forgotten. A first table needs all nodes of the view, blank for a second too.
         2: kill 0 1 2 3, start 0 0 1, rounds 0 6, told 0 1 3 0 1 2 3, not takes 0 1.0.0.9.0 2.0.0.9.0, asks 0 1, \
            not takes 0 1.0.0.9.2, rounds 0 9, not takes 0, not takes 0 1.0.0.9.1, not takes 0 1.0.0.1.2, \
