@@ -2869,7 +2869,7 @@ mod node {
             if !was_blank {
                 table.view.iter().for_each(|node| self.note_alive(node));
             }
-            self.pulls = self.pulls_by(&table, was_blank);
+            self.pulls = self.pulls_by(&table);
             self.lagging.clear();
             self.others().iter().for_each(|node| self.note_lagging(node));
             self.stable_at = vec![0; table.view.len()];
@@ -2891,11 +2891,12 @@ mod node {
         }
 
         /// R3: for an owned range, pulls from each source group, answerable at once if this node is in the group and
-        /// kept its records; and from the other replicas if it did not keep them. A node that has granted the lock for
-        /// this table gets all that they write by it as pushes. Where the table names sources too, which have all that
-        /// was written before, it does not wait for the other replicas.
-        fn pulls_by(&self, table: &Table, was_blank: bool) -> Vec<Pull> {
-            let (mut pulls, has_joined) = (Vec::new(), !was_blank && self.promise.version == table.version);
+        /// kept its records; and from the other replicas if it did not keep them. A node that joins, and has granted
+        /// the lock for this table, gets all that they write by it as pushes. Where the table names sources too, which
+        /// have all that was written before, it does not wait for the other replicas. (One with open pulls may own the
+        /// range already. Then it lacks what the others wrote by the table before.)
+        fn pulls_by(&self, table: &Table) -> Vec<Pull> {
+            let (mut pulls, has_joined) = (Vec::new(), self.settled && self.promise.version == table.version);
             for (span, range) in table.spans().filter(|(_, range)| Some(range.shard) == self.shard) {
                 let has_it = !self.not_pulled.iter().any(|lack| lack.overlaps(&span));
                 for group in &range.sources {
@@ -6556,6 +6557,9 @@ mod simulation {
            changed 2, status 409
         2: change 2 1 3, until table 1 1, kill 0, pass 5000, not settled, force 2 1 3, pass 8000, settled, kept
         2: change 2 1 3, until table 1 1, kill 0, pass 5000, force 1 1 3, pass 8000, settled, kept
+        # A replica that starts again gets by the next table, too, what the other one wrote by the one before.
+        2: change 0 0 1, pass 3000, change 0 2 3, until table 2 2, kill 1, pass 3000, delete 2, pass 500, kill 2, \
+           start 2, until table 2 2, sleep 3, pass 2000, wake 3, force 2 2 3, until table 2 3, until pulls 2, gone 2
         # Sources that have started again have nothing; what another replica got of them is left.
         2: change 0 0 1, pass 3000, change 0 2 3, until table 3 2, cut 3-0 3-1, until table 2 2, until pulls 2, \
            kill 0, kill 1, start 0 0, start 1 1, pass 2000, cut, until pulls 3, complete 3
