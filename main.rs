@@ -2715,8 +2715,8 @@ mod node {
             if others.is_empty() { Place::Unknown } else { Place::There(self.ranked(others)) }
         }
 
-        /// R10: a node of its `VIEW` may have left the store since, and begun one of its own. The members of the store's
-        /// table look for this node, and find it within a second.
+        /// R10: a node of its `VIEW` may have left the store since, and begun one of its own. The members of the
+        /// store's table look for this node, and find it within a second.
         fn is_ours(&self, table: &Table) -> bool {
             table.lists(&self.own) || self.rounds >= MIN_ROUNDS
         }
