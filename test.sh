@@ -1130,6 +1130,8 @@ test_shards() { # what every store of several nodes does
   # A third node joins. Afterwards they have 120 keys.
   place n3
   start_node n3 VIEW="$(view n1 n2 n3)"
+  # A node that the others do not list relays. A change would have to be tried again until it does.
+  if "$strict"; then await "n3 goes by the table of the others" 0.0 field '."table-version"' n3; fi
   answer=$(change_to n1 n1 n2 n3)
   check_within "a view change adds n3" "$CHANGED" "$answer"
   told "its answer has the addresses of all nodes" '[.shards[].address] | sort' "$(addresses n1 n2 n3)" "$answer"
@@ -1144,13 +1146,11 @@ test_shards() { # what every store of several nodes does
 }
 
 test_nodes() { # what this project promises besides. Continues with 120 keys on n1, n2 and n3.
-  local itself id second three table
+  local itself id second three
   start_node n4
   three=$(view n1 n2 n3)
   check "n1 is healthy" "status 0" "$("health_$where" n1)"
-  table=$(field '."table-version"' n1) # 0.2 or more if n3 was still starting when it was to join
-  check "the version of its table has an epoch and a number" 1 "$(grep -c -x -E '0\.[1-9][0-9]*' <<<"$table")"
-  itself="\"shard-id\":\"1\",\"repl-factor\":1,\"table-version\":\"$table\",\"incoming\":[],\"silent\":[]}"
+  itself='"shard-id":"1","repl-factor":1,"table-version":"0.1","incoming":[],"silent":[]}'
   itself="\"address\":\"${address[n1]}\",\"view\":[\"${three//,/\",\"}\"],\"key-count\":40,$itself"
   itself="200 {\"result\":\"Success\",\"role\":\"node\",\"version\":\"$VERSION\",$itself"
   await "n1 says what it is" "$itself" ask n1 GET /kv-store
@@ -1173,8 +1173,7 @@ test_nodes() { # what this project promises besides. Continues with 120 keys on 
   expect "shards: a verb that they do not take" "$(json_error 405 'Method not allowed')" n1 PUT shards -d val=1
   expect "the count says whose it is" "${COUNTED}40,\"shard-id\":\"3\"}" n3 GET key-count
   check "log: which table it adopts, and when it has everything" "1 1" "$("log_$where" n3 |
-    awk -v table="$table" 'index($0, "goes by table " table " of 3 nodes, fetches from ") && !/nobody/ { adopted++ }
-      $0 ~ "has everything of table " table "$" { whole++ }
+    awk '/goes by table 0.1 of 3 nodes, fetches from .*:/ { adopted++ } /has everything of table 0.1/ { whole++ }
       END { print adopted, whole }')"
 }
 test_view_changes() {
