@@ -2706,7 +2706,7 @@ mod node {
         /// blank node relays by the table that it has heard of: whoever answers goes by its own.
         pub fn place(&self, hash: u64) -> Place {
             let in_use = self.table.as_ref().filter(|_| self.may_answer() && self.is_in_force());
-            let heard_of = self.heard_of.as_ref().filter(|table| self.is_ours(table));
+            let heard_of = self.heard_of.as_ref().filter(|table| self.may_go_by(table));
             let Some(table) = in_use.or(heard_of) else { return Place::Unknown };
             if Some(table.shard_at(hash)) == self.shard {
                 return Place::Here;
@@ -2717,7 +2717,7 @@ mod node {
 
         /// R10: a node of its `VIEW` may have left the store since, and begun one of its own. The members of the
         /// store's table look for this node, and find it within a second.
-        fn is_ours(&self, table: &Table) -> bool {
+        fn may_go_by(&self, table: &Table) -> bool {
             table.lists(&self.own) || self.rounds >= MIN_ROUNDS
         }
 
@@ -3316,9 +3316,8 @@ mod node {
             if self.promise.joining.as_deref() == Some(from) && is_decided {
                 self.promise.joining = None;
             }
-            let is_replica = self.is_replica(from);
-            let differs =
-                is_replica && is_same && status.is_ready && self.is_ready() && status.digest != self.sums().digest;
+            let are_ready = is_same && self.is_replica(from) && status.is_ready && self.is_ready();
+            let differs = are_ready && status.digest != self.sums().digest;
             let peer = self.peers.entry(from.to_owned()).or_default();
             peer.status = status.clone();
             peer.differs = if differs { peer.differs.or(Some(self.now)) } else { None };
@@ -3335,13 +3334,13 @@ mod node {
         /// question `began`, which may have been sent to its previous incarnation.
         pub fn note_answer(&mut self, node: &str, began: Duration, has_answered: bool) {
             let peer = self.peers.entry(node.to_owned()).or_default();
-            if !has_answered {
+            let silent = !has_answered;
+            if silent {
                 peer.unconfirmed = 0;
                 if peer.alive_at >= began {
                     return;
                 }
             }
-            let silent = !has_answered;
             let has_changed = std::mem::replace(&mut peer.silent, silent) != silent;
             if has_changed && self.members().iter().any(|it| it == node) {
                 self.say(format!("{node} is {}", if silent { "silent" } else { "back" }));
@@ -3455,7 +3454,7 @@ mod node {
                     let answered = others.iter().filter(|node| answers.contains_key(**node)).count();
                     let knows_no_newer = |it: &Status| it.promised <= table.version || it.asked_for_lock.is_empty();
                     let is_majority = 2 * answered > others.len();
-                    let is_enough = is_majority && self.is_ours(&table) && answers.values().all(knows_no_newer);
+                    let is_enough = is_majority && self.may_go_by(&table) && answers.values().all(knows_no_newer);
                     let is_newest =
                         answers.values().all(|it| it.store != table.store || it.version <= Some(table.version));
                     Some(table).filter(|_| is_newest && (is_enough || has_all && self.rounds >= MIN_ROUNDS))
@@ -3656,10 +3655,11 @@ mod replication {
                 return if late { Err(first.clone()) } else { Ok(()) };
             }
             blank.clear();
-            let incarnations_of = |own: &mut Node| lacking.iter().map(|node| own.incarnation_of(node)).collect();
-            // If one starts again meanwhile, `ask` returns None.
-            let (copies, incarnations): (_, Vec<u64>) =
-                world.with(|node| (vec![node.copy_of(record)], incarnations_of(node)));
+            let (copies, incarnations) = world.with(|own| {
+                // If one starts again meanwhile, `ask` returns None.
+                let incarnations: Vec<u64> = lacking.iter().map(|node| own.incarnation_of(node)).collect();
+                (vec![own.copy_of(record)], incarnations)
+            });
             let replies = ask(world, &lacking, Message::Push(copies)).await;
             let refused = replies.iter().any(|reply| matches!(reply, Some(Reply::Refused)));
             for ((node, reply), incarnation) in lacking.iter().zip(replies).zip(incarnations) {
@@ -4095,6 +4095,11 @@ mod membership {
             if is_up { Err(Failure::Again(Outcome::ChangeUnderWay)) } else { Ok(granted) }
         }
 
+        /// Whether a node has granted the lock and is whole by the base.
+        fn is_whole(&self, granted: &Granted, node: &str) -> bool {
+            granted.get(node).is_some_and(|status| status.is_whole_by(self.base.version))
+        }
+
         /// R9: silent nodes may be left out by force; or if a whole replica of each one's shard, and more than half of
         /// the old view, have granted the lock by the base, so that two sides of a cut cannot both do it.
         fn check_silent(&self, granted: &Granted, silent: &[String]) -> Result<(), Failure> {
@@ -4108,7 +4113,7 @@ mod membership {
             let base = &self.base;
             let goes_by_it = |node: &&String| granted.get(*node).is_some_and(|it| it.version == Some(base.version));
             let is_majority = 2 * base.view.iter().filter(goes_by_it).count() > base.view.len();
-            let is_whole = |node: &String| granted.get(node).is_some_and(|status| status.is_whole_by(base.version));
+            let is_whole = |node: &String| self.is_whole(granted, node);
             let has_other =
                 |node: &String| base.shard_of(node).is_some_and(|shard| base.shards[shard].iter().any(is_whole));
             let is_starting = |node: &String| granted.contains_key(node) && !is_whole(node);
@@ -4133,8 +4138,8 @@ mod membership {
                 } else if self.wanted.view.contains(node) && !self.base.lists(node) {
                     self.check_joining(node, status, settled)?;
                 }
-                let is_whole = |it: &String| granted.get(it).is_some_and(|it| it.is_whole_by(self.base.version));
-                if !settled && (!self.wanted.force || status.incoming.iter().any(is_whole)) {
+                let waits_for_whole = status.incoming.iter().any(|it| self.is_whole(granted, it));
+                if !settled && (!self.wanted.force || waits_for_whole) {
                     return Err(Failure::Again(Outcome::ChangeUnderWay));
                 }
             }
@@ -4163,7 +4168,7 @@ mod membership {
             let mut representatives = Vec::new();
             for shard in 0..self.base.shards.len() {
                 let answering = self.base.shards[shard].iter().filter(|node| granted.contains_key(*node));
-                let best = answering.min_by_key(|node| !granted[*node].is_whole_by(self.base.version));
+                let best = answering.min_by_key(|node| !self.is_whole(granted, node));
                 representatives.extend(best.map(|node| (shard, node.clone())));
             }
             representatives
