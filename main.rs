@@ -1,7 +1,7 @@
 //! kv-store: a distributed key-value store over HTTP, in one file. A main instance has every key. A follower has none
 //! and relays to its main instance. A node has the keys of its shard, one of several.
 //!
-//! The modules stand in the order in which a request passes them:
+//! The modules, about in the order in which a request passes them:
 //! - `settings` reads the environment. `connections` receives a client's bytes and sends the answers. `http` parses
 //!   requests and renders answers. `service` answers a request here, or relays it.
 //! - `records` holds keys and values in buckets. `table` says which shard owns which hashes. `node` holds a node's
@@ -13,12 +13,14 @@
 //! Where to look:
 //! - The text of an answer is decided in `Outcome::row`, with the contract's two vocabularies side by side. A relayed
 //!   answer is passed on unchanged, or with the address of the node that gave it.
-//! - The owner of a key is decided in `Node::place`.
+//! - Which node answers for a key is decided in `Node::place`, by the shard that owns it (`Table::shard_at`); and when
+//!   a node that has started again answers, in `Node::take_up_table`.
 //! - A key changes hands in `Node::adopt` (its former owner stops answering), `replication::pull_all` (the new owner
 //!   gets it; `replication::get_key`, if it is asked for before) and `Node::note_received` (the new owner answers
 //!   alone). `replication::replicate` takes a write to the other replicas.
 //! - A client's socket is written in `Client::flush` and `Client::write_waiting` only. `peers` writes streams, on
 //!   connections that it is handed.
+//! - What closes a connection is listed at the head of `connections`, and what ends a stream at that of `peers`.
 //!
 //! Each connection is a coroutine of the library `may`, and so is each request from another instance that has to wait.
 //! All coroutines share one worker thread (`configure_worker`), so none may block it or compute for long. Blocking work
@@ -213,7 +215,8 @@ mod connections {
     //! - without an answer, when a body ends before its length (`serve`), a stream ends or is one too many
     //!   (`serve_stream`), reading fails (`after_read`), or a coroutine panics;
     //! - when writing fails, or its client takes nothing of an answer for 10 s (`write_waiting`);
-    //! - when its client, for 75 s, completes no head of a request, or sends nothing of a body (`watch`);
+    //! - when its client, for 75 s, completes no head of a request, or sends nothing of a body that is being read
+    //!   (`watch`);
     //! - at once, when there are too many connections (`new_service`).
     //!
     //! The two connections of a stream are handed to `peers` (`serve_stream`).
@@ -225,6 +228,7 @@ mod connections {
     use std::mem::ManuallyDrop;
     use std::net::{Shutdown, TcpStream};
     use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
+    use std::panic::catch_unwind;
     use std::rc::Rc;
     use std::sync::LazyLock;
     use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -245,7 +249,8 @@ mod connections {
     const BATCH: usize = 32 << 10;
     /// The number of bytes to receive and answer before other coroutines must run.
     const TURN: usize = 128 << 10;
-    /// The limit of all large bodies that are being read or answered, in bytes. Further ones are not read meanwhile.
+    /// The limit of all bodies over `LARGE_BODY` that are being read or answered, in bytes. Further ones are not read
+    /// meanwhile. Smaller bodies are not counted: all connections together may hold 3.4 GiB of them.
     const MAX_BODIES: usize = 64 << 20;
     /// The number of bytes that the server may read before it has parsed another request. It reads ahead, so `MAX_HEAD`
     /// can be checked only once a head is complete.
@@ -317,8 +322,8 @@ mod connections {
         /// The socket. The server owns it, and closes it after `Connection::drop` has removed the client from
         /// `CLIENTS`.
         fn socket(&self) -> ManuallyDrop<TcpStream> {
-            // SAFETY: a client is taken from `CLIENTS` in a call by the server, which keeps the descriptor open until
-            // the call returns, or in the watch, which does not yield. ManuallyDrop never closes it.
+            // SAFETY: the descriptor is open. A client is used in calls by the server, which closes the socket only
+            // after `Connection::drop`, and in the watch, which does not yield. ManuallyDrop never closes it.
             ManuallyDrop::new(unsafe { TcpStream::from_raw_fd(self.fd) })
         }
 
@@ -380,11 +385,14 @@ mod connections {
             self.close(Shutdown::Write);
         }
 
-        /// Waits until `MAX_BODIES` allows another large body.
+        /// Waits until `MAX_BODIES` allows another large body. The idle timeout does not apply meanwhile.
         fn wait_for_permit(&self, length: usize) -> Permit {
             self.flush();
+            let mut time = Duration::from_millis(5);
             while BODIES.get() + length > MAX_BODIES {
-                pause(Duration::from_millis(5));
+                pause(time);
+                // Many may wait, for long, and each check takes the worker's time.
+                time = (2 * time).min(Duration::from_secs(1));
             }
             BODIES.set(BODIES.get() + length);
             Permit(length)
@@ -394,6 +402,10 @@ mod connections {
         /// then the request counts as never made.
         fn read_body(&self, mut reader: BodyReader, length: usize, body: &mut Vec<u8>) -> bool {
             let mut taken = 0;
+            if length > LARGE_BODY && length <= MAX_BODY {
+                // `MAX_BODIES` counts this length. Growing by doubling could take twice as much.
+                body.reserve_exact(length);
+            }
             while taken < length {
                 self.idle.set(0);
                 let Ok(arrived @ [_, ..]) = reader.fill_buf() else { return false };
@@ -468,8 +480,8 @@ mod connections {
 
         /// Sends a last answer and closes the connection.
         fn close_with(&self, answer: Answer, verb: &str, is_head: bool) {
-            // Sends the end of the stream in one packet with the last bytes. So this side is the first to close, and
-            // keeps the port in TIME_WAIT for a minute (RFC 9293 section 3.6.1): a proxy would run out of ports.
+            // Sends the FIN in one packet with the last bytes. So this side is the first to close, and has the
+            // TIME_WAIT state of a minute (RFC 9293 section 3.6.1): a proxy that had it would run out of ports.
             set_option(&self.socket(), libc::IPPROTO_TCP, libc::TCP_CORK, 1);
             self.write(answer, verb, CLOSE, is_head);
             self.flush();
@@ -554,8 +566,8 @@ mod connections {
             let socket = client.socket();
             // Otherwise an answer in two writes waits 40 ms for the client's delayed acknowledgement.
             let _ = socket.set_nodelay(true);
-            // The kernel asks for more when `BATCH` bytes are left to send. By default it asks when a third of its
-            // buffer is free, which may take longer than `WRITE_LIMIT` with a slow reader.
+            // The socket is reported as writable when fewer than `BATCH` bytes are unsent. By default a third of the
+            // send buffer must be free, which may take a slow reader longer than `WRITE_LIMIT`.
             set_option(&socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, BATCH as libc::c_int);
             // The server's accept loop would spin if it ran out of descriptors.
             if CONNECTIONS.fetch_add(1, Relaxed) >= *MAX_CONNECTIONS {
@@ -604,13 +616,15 @@ mod connections {
         }
     }
 
-    // -- Functions of the C library. The server calls them in the coroutine of the connection, so they may wait.
+    // -- Functions of the C library, which all sockets of the standard library use, on any thread. They differ from the
+    // originals only for the descriptors of this thread's clients. A coroutine calls them then, so they may wait.
 
     /// Replaces the C library's `recv`, with which the standard library, and so the server, reads from sockets. It
-    /// delays the end of the stream until all requests before it are served, and ends a connection whose head does not
-    /// end: the server would buffer it without limit. After a coroutine had to wait for input, `may` reads with
-    /// read(2), which is not seen here.
-    // SAFETY: the signature and the behavior are those of recv(2).
+    /// delays the end of input until all requests before it are served, and ends a connection whose head does not end:
+    /// the server would buffer it without limit. Of a body only the first read is seen here: once a coroutine had to
+    /// wait, `may` reads with read(2).
+    // SAFETY: the signature is that of recv(2). For a client's descriptor too, at most `size` bytes of `buffer` are
+    // written, and each result is one that recv(2) may give for a socket.
     #[unsafe(no_mangle)]
     unsafe extern "C" fn recv(fd: RawFd, buffer: *mut libc::c_void, size: usize, flags: libc::c_int) -> isize {
         let client = Client::at(fd);
@@ -629,7 +643,8 @@ mod connections {
     }
 
     /// Replaces the C library's `send`. What the server sends to a client is empty answers: the output is sent instead.
-    // SAFETY: the signature and the behavior are those of send(2).
+    // SAFETY: the signature is that of send(2). For a client's descriptor `buffer` is not read, and each result is one
+    // that send(2) may give for a socket.
     #[unsafe(no_mangle)]
     unsafe extern "C" fn send(fd: RawFd, buffer: *const libc::c_void, size: usize, flags: libc::c_int) -> isize {
         match Client::at(fd) {
@@ -649,13 +664,17 @@ mod connections {
 
     // -- Sockets
 
-    /// A second descriptor of a socket, on which the coroutine waits, and not the worker thread. `limit` is for each
-    /// read and write.
+    /// A second descriptor of a socket, whose reads and writes suspend the coroutine, and not the worker thread.
+    /// `limit` is for each of them. (This is not a stream in the sense of `peers`.)
     pub fn waiting_stream(socket: &TcpStream, limit: Option<Duration>) -> io::Result<may::net::TcpStream> {
         // `may::io::CoIo` closes the descriptor before it removes it from epoll, which then reports events to memory
         // that is freed.
-        // SAFETY: the descriptor is new, and the stream becomes its only owner.
-        let stream = unsafe { may::net::TcpStream::from_raw_fd(socket.try_clone()?.into_raw_fd()) };
+        let fd = socket.try_clone()?.into_raw_fd();
+        // `from_raw_fd` panics if the kernel has no room for the descriptor in epoll, and a panic in `recv` or `send`
+        // would end the process.
+        // SAFETY: the descriptor is new, and the stream becomes its only owner. On a panic it is closed.
+        let stream = catch_unwind(|| unsafe { may::net::TcpStream::from_raw_fd(fd) });
+        let stream = stream.map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
         stream.set_read_timeout(limit)?;
         stream.set_write_timeout(limit)?;
         Ok(stream)
@@ -1019,8 +1038,9 @@ mod http {
     }
 
     impl Outcome {
-        /// The answers of the contract: status and body in the form vocabulary and in the JSON vocabulary. Of an error,
-        /// only its message. `answer` completes it and replaces `%`. What only one vocabulary can say is there twice.
+        /// The answers of the contract: status and body in the form vocabulary and in the JSON vocabulary. For an error
+        /// only the message is here: `answer` adds the rest. It replaces `%` by the outcome's text or value. An outcome
+        /// that is the same in both vocabularies, or occurs in one only, has one entry for both.
         #[rustfmt::skip]
         fn row(&self) -> [(u16, &'static str); 2] {
             use Outcome::*;
@@ -1404,7 +1424,8 @@ mod service {
 
         /// Continues after the first try until there is an answer.
         pub async fn answer(mut self, world: &impl World, mut tried: Tried) -> Answer {
-            // Not earlier: a client that does not read earlier answers may have delayed this.
+            // The deadline counts from here, not from the arrival of the request: until now the connection may have
+            // waited for a client that does not read earlier answers.
             let began = world.with(|node| node.now);
             let (deadline, mut pause) = (began + self.request.patience(), 3);
             let is_late = || world.with(|node| node.now) > deadline;
@@ -1420,7 +1441,7 @@ mod service {
                     }
                     Tried::Elsewhere(nodes) => match self.pass_on(world, &nodes, deadline).await {
                         Some(answer) => return answer,
-                        // Each try sends the body again.
+                        // The pauses grow, since each try sends the whole body again.
                         None => {
                             pause = (2 * pause).min(100);
                             Duration::from_millis(pause)
@@ -1441,8 +1462,9 @@ mod service {
             }
         }
 
-        /// Gets what the context requires. If it cannot, the next try refuses a read, within a second. Returns the
-        /// pause before that.
+        /// Gets what the context requires. If that fails for `CATCH_UP`, the next try refuses a read, and performs a
+        /// write. Returns the pause before that. The last attempt may take 0.7 s more, or more than that in a view of
+        /// more than 16 nodes if a newer table must be found.
         async fn get_for_context(
             &mut self,
             world: &impl World,
@@ -1553,6 +1575,10 @@ mod service {
         let is_unfit = |letter: char| letter == '"' || letter == '\\' || letter.is_control();
         let invalid =
             |reason: String| Outcome::ViewInvalid(reason.chars().take(400).collect::<String>().replace(is_unfit, "'"));
+        // This runs on the worker thread. 1,000 addresses of 300 bytes take less.
+        if body.len() > 512 << 10 {
+            return Err(invalid("it must name 1 to 1000 nodes".into()));
+        }
         let view = member(body, "view")?;
         let view = match (serde_json::from_str::<String>(view), serde_json::from_str::<Vec<String>>(view)) {
             _ if view == "null" => return Err(Outcome::ViewMissing),
@@ -1765,7 +1791,7 @@ mod records {
             self.0.header.header
         }
 
-        /// Stamps a new record, of which there is no clone yet.
+        /// Stamps a new record. Has no effect on one that has a clone.
         pub fn set_stamp(&mut self, stamp: u64) {
             self.0.with_arc_mut(|arc| {
                 if let Some(record) = triomphe::Arc::get_mut(arc) {
@@ -1786,7 +1812,8 @@ mod records {
             hash_of(self.key())
         }
 
-        /// Last-writer-wins: the higher stamp. Nodes whose names share their 12 bits may give one stamp twice.
+        /// Last-writer-wins: the higher stamp. Two nodes may give one stamp twice, if the hashes of their names end
+        /// with the same bits (`NODE_BITS`). Then the greater value wins.
         pub fn beats(&self, other: &Record) -> bool {
             (self.stamp(), self.value()) > (other.stamp(), other.value())
         }
@@ -1975,13 +2002,18 @@ mod records {
             (found, span.last)
         }
 
-        /// The hashes of the keys of a span, in order. Only for spans with few keys, or within one bucket.
+        /// The hashes of the keys of a span, in order. Only for spans with few keys, or within one bucket. Skips
+        /// buckets with tombstones alone: there may be millions of these while a node is silent.
         pub fn hashes_of(&self, span: Span) -> Vec<u64> {
-            let records = self.first_of(span, usize::MAX).0;
-            records.iter().filter(|record| !record.is_tombstone()).map(Record::hash).collect()
+            let parts = span.by_bucket().filter(|part| self.sums_of(*part).count > 0);
+            let keys = parts.flat_map(|part| self.of_part(part)).filter(|record| !record.is_tombstone());
+            let mut hashes: Vec<u64> = keys.map(Record::hash).collect();
+            hashes.sort_unstable();
+            hashes
         }
 
-        /// R12: the hash at or above which `n` keys (at least 1) of the ordered spans lie; 0 if there are no more.
+        /// R12: the hash at which to cut so that `n` keys (at least 1) of the ordered spans lie at or above it: halfway
+        /// between the n-th key from the end and the one before. 0 if there is none before.
         pub fn cut_above(&self, spans: &[Span], mut n: usize) -> u64 {
             let mut above = 0;
             for part in spans.iter().rev().flat_map(|span| span.by_bucket().rev()) {
@@ -2024,7 +2056,8 @@ mod table {
     pub struct Version {
         pub epoch: u64,
         pub number: u64,
-        /// The coordinator's incarnation. In a first table the size of the view, so the larger one wins, and its hash.
+        /// The coordinator's incarnation, which tells apart tables with one number. A first table has the size of its
+        /// view in the upper 16 bits, so that the larger view wins, and a hash of view and factor below.
         pub coordinator: u64,
     }
 
@@ -2158,10 +2191,10 @@ mod table {
                 let index = self.index_at(from);
                 let before = &self.ranges[index];
                 let cut = cuts.iter().rev().find(|cut| cut.giver == before.shard && cut.span.contains(from));
-                // A shard that ends gives its keys away by cuts. What is left has no keys, or they are given up by
-                // force: it is spread over the shards.
-                let shard =
-                    cut.map(|cut| cut.receiver).or(change.kept[before.shard]).unwrap_or(index % change.shards.len());
+                // A shard that ends has given its keys away by cuts. What remains has no keys, or keys that are given
+                // up by force: these ranges go to the shards in turn.
+                let in_turn = index % change.shards.len();
+                let shard = cut.map(|cut| cut.receiver).or(change.kept[before.shard]).unwrap_or(in_turn);
                 let owners: BTreeSet<&String> = change.shards[shard].iter().collect();
                 let mut sources: Vec<Vec<String>> = Vec::new();
                 for group in before.sources.iter().filter(|_| !settled).chain([&self.shards[before.shard]]) {
@@ -2338,19 +2371,32 @@ mod node {
     //! statics, so the simulation runs many in one process. What it does over time is in `replication` and
     //! `membership`. Begin with the fields of `Node`, then read `place`, `adopt` and `write`.
     //!
-    //! The rules of the protocol are stated where they are implemented: R1 answering (`place`, `pull_needs`), R2 pull
-    //! (`note_received`), R3 adopt (`adopt`, `pulls_by`), R4 write (`write`, `take`, `lacking`), R5 reconcile
-    //! (`begin_to_reconcile`, `replication`), R6 stability (`refresh_stable`), R7 causal contexts (`context_needs`), R8
-    //! settled (`settle`), R9 view change (`membership`), R10 start (`take_up_table`), R11 meetings (`begin_round`),
-    //! R12 planning (`table`).
+    //! The rules of the protocol. Each is stated in full where it is implemented:
+    //! - R1 answering: only an owner of a key by the table in use answers for it (`place`, `pull_needs`).
+    //! - R2 pull: a new owner gets its records from the former owners (`note_received`, `replication::pull_all`).
+    //! - R3 adopt: a node changes to a newer table in one step (`adopt`, `pulls_by`).
+    //! - R4 write: all reachable replicas have a write before it is acknowledged (`write`, `take`, `lacking`).
+    //! - R5 reconcile: replicas that may differ compare what they have (`begin_to_reconcile`, `replication`).
+    //! - R6 stability: what all replicas have needs no tombstone and no context (`refresh_stable`, `drop_stable`).
+    //! - R7 causal contexts: a read gets first what its context names, or is refused (`context_needs`).
+    //! - R8 settled: once all nodes are whole, former owners are not needed (`settle`).
+    //! - R9 view change: a coordinator locks all nodes and adopts a new table (`grant`, `membership`).
+    //! - R10 start: a node finds the table of its store before it answers (`take_up_table`).
+    //! - R11 meetings: nodes tell one another their status and newer tables (`begin_round`, `note_incarnation`).
+    //! - R12 planning: which keys move, and where the hashes are cut (`table`).
     //!
-    //! Terms: a node without a table is *blank*. Its *incarnation* is a random number, new at each start. A *pull* is a
-    //! span that it owns and has not got yet. A record that all replicas have is *stable*.
-    //!
-    //! A table is *in force* unless it is a first one that is not settled. Then a node may answer (`may_answer`) unless
-    //! it has just been asleep, or is about to join a store. It is *ready* if it can answer for all that it owns
-    //! without asking others (`is_ready`; for a span `may_give`), and *whole* if it has no pulls (`is_whole_by`, for a
-    //! span `is_whole_for`). A table is *settled* when all nodes of its view are whole.
+    //! Terms:
+    //! - A node *uses* the table that it adopted last. Without one it is *blank*. Its *incarnation* is a random number,
+    //!   new at each start. It is *silent* to another node that got no answer to its last question.
+    //! - A *lock* keeps a node from granting another coordinator's; what the node remembers of it is its *promise*.
+    //! - A *pull* is a span that a node owns and has not got yet. A node without pulls is *whole* (`is_whole_by`; for a
+    //!   span `is_whole_for`). It is *ready* if it can answer for all that it owns without asking others (`is_ready`).
+    //!   For a span that it owns, or has kept, `may_give` says whether it can.
+    //! - A table is *settled* when all nodes of its view are whole, and *in force* unless it is a first one that is not
+    //!   settled. A node answers by a table in force (`may_answer`), unless it has just been asleep, or is about to
+    //!   join a store.
+    //! - A replica *lags* if it may lack a record that is here. A node's *claim* is the stamp up to which all replicas
+    //!   have its writes. The lowest claim of all nodes is the *watermark*. A record at or below it is *stable*.
 
     use std::collections::{BTreeMap, BTreeSet};
     use std::sync::Arc;
@@ -2389,7 +2435,8 @@ mod node {
         }
     }
 
-    /// A stamp ends with so many bits of its node's name. The rest, microseconds since 1970, suffices until 2112.
+    /// A stamp ends with this many bits of the hash of its node's name. The bits above are microseconds since 1970,
+    /// which suffice until 2112.
     const NODE_BITS: u32 = 12;
 
     pub fn node_of(stamp: u64) -> u16 {
@@ -2581,12 +2628,14 @@ mod node {
         unconfirmed: u64,
     }
 
+    /// What a node does over time, on a thread of its own (`membership::run`).
     #[derive(Clone, Debug)]
     pub enum Activity {
         Meet(String),
         Pull(Version),
     }
 
+    /// What to do once the node is unlocked: lines to print, records to free, activities to begin.
     #[derive(Default)]
     pub struct Later {
         pub lines: Vec<String>,
@@ -2679,6 +2728,7 @@ mod node {
             sums
         }
 
+        /// The other replicas of this node's shard.
         pub fn others(&self) -> Vec<String> {
             let (Some(table), Some(shard)) = (&self.table, self.shard) else { return Vec::new() };
             self.without_own(&table.shards[shard])
@@ -2715,8 +2765,9 @@ mod node {
             if others.is_empty() { Place::Unknown } else { Place::There(self.ranked(others)) }
         }
 
-        /// R10: a node of its `VIEW` may have left the store since, and begun one of its own. The members of the
-        /// store's table look for this node, and find it within a second.
+        /// R10: whether this blank node may use a table that it has heard of. One that does not list it may be of
+        /// another store: a node of its `VIEW` may have left, and begun a store of its own. The members of this node's
+        /// store look for it, and find it within a second.
         fn may_go_by(&self, table: &Table) -> bool {
             table.lists(&self.own) || self.rounds >= MIN_ROUNDS
         }
@@ -2760,7 +2811,8 @@ mod node {
             self.now = self.now.max(now);
         }
 
-        /// R11: notes a meeting with a member. One that has left learns of a newer table later than the members.
+        /// R11: notes a meeting with a node of the view. Meeting one that has left proves nothing: it may not have
+        /// heard yet of a newer table, by which this node has left too.
         pub fn note_meeting(&mut self, node: &str, began: Duration) {
             if node != self.own && self.table.as_ref().is_some_and(|table| table.lists(node)) {
                 self.last_met = self.last_met.max(began);
@@ -2896,6 +2948,7 @@ mod node {
         /// have all that was written before, it does not wait for the other replicas. (One with open pulls may own the
         /// range already. Then it lacks what the others wrote by the table before.)
         fn pulls_by(&self, table: &Table) -> Vec<Pull> {
+            // `settled` is still that of the table before.
             let (mut pulls, has_joined) = (Vec::new(), self.settled && self.promise.version == table.version);
             for (span, range) in table.spans().filter(|(_, range)| Some(range.shard) == self.shard) {
                 let has_it = !self.not_pulled.iter().any(|lack| lack.overlaps(&span));
@@ -2957,8 +3010,9 @@ mod node {
             true
         }
 
-        /// R4: reachable replicas that lack a write. Silent ones lag from now on. Fails if the write was dropped (R3).
-        /// If it was dropped since the table was settled (R8), all owners have got it, and may have deleted it since.
+        /// R4: returns the reachable replicas that lack a write. If there is none, the write is in flight no longer.
+        /// Silent replicas lag from now on. Fails if this node dropped the write when it adopted a table (R3). If it
+        /// dropped the record since the table was settled (R8), all owners have got it, and may have deleted it since.
         pub fn lacking(&mut self, record: &Record, stored: &Stored) -> Result<Vec<String>, ()> {
             let (hash, stamp) = (record.hash(), record.stamp());
             let Some(table) = self.table.clone().filter(|_| self.in_flight.contains(&stamp)) else { return Err(()) };
@@ -3054,13 +3108,14 @@ mod node {
 
         // -- R6 stability
 
-        /// R6: raises this node's claim, up to which its writes are on all replicas: below what is in flight, while no
-        /// replica lags or is being reconciled with, and R8 holds. It never falls. The watermark is the lowest claim of
-        /// all nodes.
+        /// R6: raises this node's claim (`stable_at`), up to which its writes are on all replicas. It stays below what
+        /// is in flight, and does not rise while a replica lags or is being reconciled with, or the table is not
+        /// settled. It never falls. The watermark is the lowest claim of all nodes of the view.
         ///
         /// A node that starts again must write above the claims of its previous incarnation, which others may hear of
-        /// late. So no claim exceeds the clock of any other replica: the node pulls from one of these, and has heard
-        /// its clock, before it writes. (Without other replicas, nobody takes its writes but by pulls.)
+        /// late. So no claim exceeds the clock that any other replica has reported: the next incarnation pulls from one
+        /// of these first, and so knows its clock. (Without other replicas there is no need: others take its records by
+        /// pulls only, and these ignore the watermark.)
         fn refresh_stable(&mut self) {
             self.settle_if_all_whole();
             let Some(table) = self.table.clone().filter(|_| self.settled) else { return };
@@ -3283,10 +3338,12 @@ mod node {
             Reply::Met(Box::new(self.status()), newer)
         }
 
-        /// R11: notes which incarnation replied to a question. Messages do not count, nor does a reply to a question
-        /// that began before the present incarnation first replied: these may be late, and from an earlier one. From
-        /// now on what that one pushed is refused. Nobody waits for it any more, so the claims of its successor may
-        /// rise above it, and some replicas would take it while others ignore it as stable.
+        /// R11: notes the incarnation of a node that replied to a question. Only replies count, and only to questions
+        /// that began after the known incarnation first replied: anything else may be from an earlier one.
+        ///
+        /// From now on pushes of earlier incarnations are refused (`receive`). The present one does not have these
+        /// writes in flight, so its claim may rise above them. A replica that took one later would keep a record that
+        /// others ignore as stable.
         pub fn note_incarnation(&mut self, node: &str, incarnation: u64, began: Duration) {
             let (now, peer) = (self.now, self.peers.entry(node.to_owned()).or_default());
             if incarnation != peer.status.incarnation && began >= peer.replied_since {
@@ -3453,11 +3510,12 @@ mod node {
                     let others: Vec<&String> = table.view.iter().filter(|node| **node != self.own).collect();
                     let answered = others.iter().filter(|node| answers.contains_key(**node)).count();
                     let knows_no_newer = |it: &Status| it.promised <= table.version || it.asked_for_lock.is_empty();
-                    let is_majority = 2 * answered > others.len();
-                    let is_enough = is_majority && self.may_go_by(&table) && answers.values().all(knows_no_newer);
+                    let is_majority = 2 * answered > others.len() && answers.values().all(knows_no_newer);
+                    let are_all = has_all && self.rounds >= MIN_ROUNDS;
                     let is_newest =
                         answers.values().all(|it| it.store != table.store || it.version <= Some(table.version));
-                    Some(table).filter(|_| is_newest && (is_enough || has_all && self.rounds >= MIN_ROUNDS))
+                    let is_enough = is_majority && self.may_go_by(&table) || are_all;
+                    Some(table).filter(|_| is_newest && is_enough)
                 }
                 None => self.first_table(answers),
             };
@@ -3527,7 +3585,7 @@ mod node {
             self.peers.retain(|node, _| members.contains(node));
             let newest = table.version.max(self.promise.version).max(of_peers);
             let leaves_out = force || self.silent().iter().any(|node| !view.contains(node));
-            let epoch = newest.epoch + u64::from(leaves_out && newest.epoch == table.version.epoch);
+            let epoch = newest.epoch.saturating_add(u64::from(leaves_out && newest.epoch == table.version.epoch));
             Some((table, Version { epoch, number: newest.number.saturating_add(1), coordinator: self.incarnation }))
         }
 
@@ -3910,6 +3968,8 @@ mod membership {
         if let Err(outcome) = await_table(world).await {
             return render(outcome);
         }
+        // The second pass is for a coordinator that fell silent. It may have made the table: `before` is the version in
+        // use when it was asked, so a newer table with the wanted view is the result of this request.
         let (mut before, mut silent) = (None, String::new());
         for _ in 0..2 {
             let better = better_coordinator(world, &wanted.view).await;
@@ -4117,17 +4177,19 @@ mod membership {
             let has_other =
                 |node: &String| base.shard_of(node).is_some_and(|shard| base.shards[shard].iter().any(is_whole));
             let is_starting = |node: &String| granted.contains_key(node) && !is_whole(node);
-            let again = Err(Failure::Again(Outcome::NodeDown(first.clone())));
-            if is_majority && silent.iter().all(has_other) {
-                // The next attempt knows that it is silent, and begins a new epoch.
-                if self.version.epoch > base.version.epoch { Ok(()) } else { again }
+            let may_leave_out = is_majority && silent.iter().all(has_other);
+            // An attempt that began before they were known to be silent has no new epoch. The next one has.
+            if may_leave_out && self.version.epoch > base.version.epoch {
+                Ok(())
+            } else if may_leave_out || base.view.iter().any(is_starting) {
+                Err(Failure::Again(Outcome::NodeDown(first.clone())))
             } else {
-                if base.view.iter().any(is_starting) { again } else { Err(down(first)) }
+                Err(down(first))
             }
         }
 
-        /// R9: all must use the base or may join. Returns whether it is settled, which it must be but by force: then a
-        /// node may still wait for nodes that are left out, and for others that do.
+        /// R9: checks that each locked node uses the base or may join. Returns whether the base is settled. If it is
+        /// not, the change needs force, and no node may wait for a whole one: that only takes time.
         fn check_granted(&self, granted: &Granted) -> Result<bool, Failure> {
             let settled = self.world.with(|node| node.settled);
             for (node, status) in granted {
@@ -4279,10 +4341,12 @@ mod peers {
     const RELAYED_LIMIT: Duration = Duration::from_millis(2900);
     const BEAT: Duration = Duration::from_millis(250);
     const SILENCE: Duration = Duration::from_millis(1500);
-    /// A stream without requests is ended after this time, in milliseconds. Neighbours meet more often and keep theirs.
+    /// A stream without requests ends after this time, in milliseconds. Neighbours (`Node::begin_round`) meet more
+    /// often, and so keep theirs.
     const STREAM_IDLE: i64 = 400;
     /// How long to remember that an instance takes no streams, in milliseconds.
     const PLAIN_LIMIT: i64 = 60_000;
+    /// A name must be looked up within this time. With `CONNECT_LIMIT` it stays below the contract's 2 s.
     const LOOKUP_LIMIT: Duration = Duration::from_millis(700);
     /// The number of threads that may wait for an instance that takes no streams.
     const MAX_THREADS: usize = 64;
@@ -4390,10 +4454,11 @@ mod peers {
 
     // -- The asked side
 
-    /// The limit of what deferred requests hold, in bytes: each its stack, its body, and its answer until that is
-    /// written. Beyond it no further request is read from a stream. The clients of followers may take up half of it, so
-    /// that they cannot keep nodes from answering one another. It keeps the stacks below the number of mappings that
-    /// `MAX_CONNECTIONS` leaves.
+    /// While deferred requests hold more than this, in bytes, no further request is read from a stream: each holds its
+    /// stack, its frame, and its answer until that is written. Answers may take the total to four times this before
+    /// their streams are ended (`Asked::answer`). The clients of followers may use half of it, so that they cannot keep
+    /// nodes from answering one another. It keeps the stacks below the number of mappings that `MAX_CONNECTIONS`
+    /// leaves.
     const MAX_HELD: usize = 32 << 20;
     /// What a deferred request takes besides its frame, in bytes.
     const STACK: usize = 8 << 10;
@@ -4520,7 +4585,7 @@ mod peers {
         // Without a length, the body ends with the connection (RFC 9112 section 6.3).
         let head = format!("HTTP/1.1 200 OK\r\nServer: M\r\nContent-Type: {STREAM}\r\n{proof}{CLOSE}\r\n");
         let mut written = asked.output().write_all(head.as_bytes());
-        // Its POST, once it has come, has a third reference.
+        // The coroutine of its POST, once that has come, has a third reference, and ends the stream at its end.
         let is_awaited = || clock() - asked.opened < SILENCE.as_millis() as i64;
         while written.is_ok() && (Arc::strong_count(&asked) > 2 || is_awaited()) {
             written = asked.write(0, None).and_then(|()| asked.output().flush());
@@ -4542,16 +4607,16 @@ mod peers {
 
     // -- Questions
 
-    /// An answer that a coroutine or thread waits for.
+    /// The receiving end of a one-shot channel: an answer that a coroutine or thread waits for.
     pub struct Question<T = Result<Answer, Lost>> {
         asker: Arc<Blocker>,
         deadline: Instant,
         answer: Mutex<Option<T>>,
     }
 
-    /// The other end of a question. Dropping it wakes the asker, with an answer or without. Never drop it while holding
-    /// a lock: a coroutine that is woken while it parks continues inside the call that parks it, and dropping its
-    /// Blocker waits for that call to return. If the coroutine then wants the lock, both wait for ever.
+    /// The sending end. Dropping it wakes the asker, with an answer or without. Never drop it while holding a lock: a
+    /// coroutine that is woken while it parks continues inside the call that parks it, and dropping its Blocker waits
+    /// for that call to return. If the coroutine then wants the lock, both wait for ever.
     pub struct Waiting<T = Result<Answer, Lost>>(Arc<Question<T>>);
 
     impl<T> Question<T> {
@@ -4580,7 +4645,8 @@ mod peers {
         }
     }
 
-    /// Delivers answers. Waking a coroutine takes a system call from a thread, and none from another coroutine.
+    /// Delivers answers to their askers. To wake a coroutine takes a system call from a thread, and none from another
+    /// coroutine.
     fn deliver(answers: Vec<(Waiting, Answer)>) {
         let are_several = answers.len() > 1;
         let deliver = || answers.into_iter().for_each(|(waiting, answer)| waiting.deliver(Ok(answer)));
@@ -4666,6 +4732,7 @@ mod peers {
         {
             all.insert(address.to_owned(), traffic);
         }
+        // On return `waiting` is dropped after the guard `all`: parameters are dropped last.
         let Some(traffic) = all.get_mut(address) else { return };
         traffic.last_asked = clock();
         traffic.queue.push_back((request, waiting));
@@ -4737,8 +4804,9 @@ mod peers {
             }
             self.with(|traffic| traffic.opened = clock());
             let (post, stream) = (open("POST")?.body(self.clone()), self.clone());
-            // `send` returns when the stream has ended, and closes the connection. Then the other side closes the other
-            // one.
+            // `send` returns when the stream has ended and its last write is done, and closes the connection. Then the
+            // other side closes the other one. (The client has no write timeout: where the send buffer is full when the
+            // network is cut, the last write fails when TCP gives up, after some 15 minutes.)
             let send = move || {
                 let _ = post.send();
                 stream.end_if(|_| true);
@@ -4934,7 +5002,8 @@ mod world {
     use crate::service::Work;
     use crate::settings::{SETTINGS, own, port_of};
 
-    /// The node of this instance. It is never locked across a wait, so a std mutex blocks nobody for long.
+    /// The node of this instance. It is never locked across a wait: most keep it for microseconds, so it is a std
+    /// mutex. To adopt or settle a table, or to survey keys, may take milliseconds, in which the worker stands still.
     static NODE: LazyLock<Mutex<Node>> = LazyLock::new(|| {
         // A main instance is a store of one node that no other one knows.
         let own = own().unwrap_or_default().to_owned();
@@ -4942,6 +5011,7 @@ mod world {
         let mut node = Node::new(own, view, SETTINGS.factor, random(), now());
         if node.own().is_empty() {
             node.adopt(node.first.clone());
+            // Its line about the table would tell nobody anything.
             node.later = Later::default();
         }
         Mutex::new(node)
@@ -4997,6 +5067,7 @@ mod world {
     });
 
     /// Computes on the background thread while the caller waits. What has to wait is returned as work and runs here.
+    /// Never call it on the background thread, which would wait for itself.
     pub fn in_background(work: impl FnOnce() -> Result<Answer, Work> + Send + 'static) -> Answer {
         let (question, waiting) = Question::new(CHANGE_LIMIT);
         // If the work panics, `waiting` is dropped, and the connection is closed without an answer.
@@ -5074,7 +5145,7 @@ mod world {
 
     // -- Locks, sleeping, threads
 
-    /// Locks a mutex, also after a panic elsewhere: what is guarded here is consistent between any two statements.
+    /// Locks a mutex, also after a panic elsewhere, so that one bug does not stop the instance.
     pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
         mutex.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -5198,7 +5269,7 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
     }
     // Makes the allocator return large blocks to the system when they are freed, and join small ones at once
     // (mallopt(3)): where a million were freed, a later allocation would join them all and take a second.
-    // SAFETY: mallopt has no preconditions.
+    // SAFETY: mallopt may race with other threads that allocate. None has been started yet.
     unsafe { (libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10), libc::mallopt(libc::M_MXFAST, 0)) };
     configure_worker();
     may::go!(|| {
@@ -5228,8 +5299,10 @@ fn serve(Settings { listen, role, view, .. }: &'static Settings) {
 /// socket's data (`subscribe` in its `io::sys::unix`). A second worker could run the coroutine to its end meanwhile,
 /// which frees the data: the heap is corrupted within minutes of mixed load (`./test.sh sanitize`). With one worker,
 /// the thread that would run it is still in `subscribe`. `may`'s timer thread must run no coroutine with a socket
-/// either: so no `may::coroutine::sleep`, and no parking with a time limit. Timeouts of sockets are the worker's.
+/// either: so no `may::coroutine::sleep`, and no parking with a time limit. Timeouts of sockets are safe, since the
+/// worker handles them.
 fn configure_worker() {
+    // The stack size is in words: 128 KiB of address space, of which only the pages in use take memory.
     may::config().set_workers(1).set_stack_size(16 << 10).set_worker_pin(false);
     // An idle worker polls once a second instead of a hundred times: whatever has work for it wakes it.
     may::config().set_timeout_ns(1_000_000_000);
