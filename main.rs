@@ -2595,13 +2595,11 @@ mod node {
         Restarted,
     }
 
-    #[derive(Clone, Debug, Default)]
+    #[derive(Default)]
     struct Promise {
         version: Version,
-        /// All nodes that were asked for it, unless it was released, and for `earlier` locks.
-        nodes: BTreeSet<String>,
-        /// All nodes that were asked for earlier locks of which a table may have come.
-        earlier: BTreeSet<String>,
+        /// By lock of which a table may have come, all nodes that were asked for it. A released one is not here.
+        asked: BTreeMap<Version, Vec<String>>,
         granted: Option<Duration>,
         /// Set while this node may join this coordinator's store. It answers nothing then: it would drop what it took.
         joining: Option<String>,
@@ -3239,10 +3237,11 @@ mod node {
             let sums = self.sums();
             // A node that has heard of a table does not adopt a first one.
             let may_begin = self.table.is_none() && self.heard_of.is_none() && self.rounds >= MIN_ROUNDS;
-            let Promise { mut version, mut nodes, .. } = self.promise.clone();
-            if let Some(heard) = self.heard_of.as_ref().filter(|heard| heard.version > version) {
+            let mut promised = self.promise.version;
+            let mut asked = BTreeSet::from_iter(self.promise.asked.values().flatten());
+            if let Some(heard) = self.heard_of.as_ref().filter(|heard| heard.version > promised) {
                 // Other blank nodes must ask its nodes too.
-                (version, nodes) = (heard.version, heard.nodes(false).into_iter().cloned().collect());
+                (promised, asked) = (heard.version, heard.nodes(false));
             }
             Status {
                 incarnation: self.incarnation,
@@ -3255,8 +3254,8 @@ mod node {
                 incoming: self.incoming().into_iter().collect(),
                 is_ready: self.is_ready(),
                 clock: self.clock_now(),
-                promised: version,
-                asked_for_lock: nodes.into_iter().collect(),
+                promised,
+                asked_for_lock: asked.into_iter().cloned().collect(),
                 stable_at: self.stable_at.clone(),
                 first: if may_begin { self.first.store } else { 0 },
             }
@@ -3467,8 +3466,9 @@ mod node {
         // -- R10 start
 
         fn nodes_to_ask(&self) -> Vec<String> {
-            let locked = self.peers.values().flat_map(|peer| &peer.status.asked_for_lock);
-            let mut all: BTreeSet<&String> = self.first.view.iter().chain(locked).chain(&self.promise.nodes).collect();
+            let mut all = BTreeSet::from_iter(&self.first.view);
+            all.extend(self.promise.asked.values().flatten());
+            all.extend(self.peers.values().flat_map(|peer| &peer.status.asked_for_lock));
             if let Some(table) = &self.heard_of {
                 let goes_by_it = |(_, peer): &(&String, &Peer)| peer.status.version == Some(table.version);
                 all.extend(table.nodes(false));
@@ -3545,16 +3545,12 @@ mod node {
             if self.is_locked() && before.coordinator != version.coordinator || !is_above && version != before {
                 return;
             }
-            let Promise { nodes: asked, earlier, .. } = std::mem::take(&mut self.promise);
-            let earlier = if version == before { earlier } else { asked };
             let may_join = !is_release && self.is_alone() && from != self.own;
-            self.promise = Promise {
-                version,
-                nodes: nodes.into_iter().chain(earlier.iter().cloned()).collect(),
-                earlier,
-                granted: Some(self.now).filter(|_| !is_release),
-                joining: may_join.then(|| from.to_owned()),
-            };
+            self.promise.version = version;
+            self.promise.asked.insert(version, nodes);
+            self.promise.asked.retain(|_, nodes| !nodes.is_empty());
+            self.promise.granted = Some(self.now).filter(|_| !is_release);
+            self.promise.joining = may_join.then(|| from.to_owned());
         }
 
         fn survey(&self, counts: &[usize]) -> Reply {
