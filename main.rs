@@ -2672,8 +2672,8 @@ mod node {
         /// R6: every replica has every write up to this stamp.
         watermark: u64,
         peers: BTreeMap<String, Peer>,
-        last_met: Duration,
-        last_woke: Duration,
+        /// When it woke up, until it has met a member.
+        woke_at: Option<Duration>,
         rounds: u32,
     }
 
@@ -2790,13 +2790,13 @@ mod node {
         /// R11: a node that was asleep may have been left out of the view. It meets a member before it answers.
         fn is_waking(&self) -> bool {
             let has_others = self.table.as_ref().is_some_and(|table| table.view.len() > 1);
-            has_others && self.last_met < self.last_woke && self.now < self.last_woke + WAKING
+            has_others && self.woke_at.is_some_and(|woke_at| self.now < woke_at + WAKING)
         }
 
         /// Sets the time. Must be called whenever the node is locked.
         pub fn look_at_clock(&mut self, now: Duration) {
             if now > self.now + ASLEEP {
-                self.last_woke = now;
+                self.woke_at = Some(now);
             }
             self.now = self.now.max(now);
         }
@@ -2805,7 +2805,7 @@ mod node {
         /// heard yet of a newer table, by which this node has left too.
         pub fn note_meeting(&mut self, node: &str, began: Duration) {
             if node != self.own && self.table.as_ref().is_some_and(|table| table.lists(node)) {
-                self.last_met = self.last_met.max(began);
+                self.woke_at = self.woke_at.filter(|woke_at| began < *woke_at);
             }
         }
 
