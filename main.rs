@@ -3728,7 +3728,7 @@ mod replication {
     pub async fn pull_all(world: &impl World, version: Version) {
         let mut pause = 2;
         loop {
-            let (pulls, mut progress) = (world.with(|node| node.pulls_left(version)), false);
+            let pulls = world.with(|node| node.pulls_left(version));
             if pulls.is_empty() {
                 return;
             }
@@ -3737,18 +3737,13 @@ mod replication {
                 for node in pull.awaited() {
                     let is_silent = world.with(|own| own.is_silent(node));
                     let found = if is_silent { None } else { pull_from(world, version, &pull, node).await };
-                    progress |= matches!(found, Some(Giver::Whole | Giver::Restarted));
                     round.push((node.clone(), found));
                 }
                 world.with(|own| own.note_received(version, &pull, &round));
             }
-            if progress {
-                pause = 2;
-            } else {
-                // The others refuse until they know this incarnation, which takes a meeting.
-                pause = (2 * pause).min(100);
-                world.sleep(Duration::from_millis(pause)).await;
-            }
+            // The others refuse until they know this incarnation, which takes a meeting.
+            pause = (2 * pause).min(100);
+            world.sleep(Duration::from_millis(pause)).await;
         }
     }
 
