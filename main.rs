@@ -3449,14 +3449,10 @@ mod node {
             chosen.extend(in_turn(&self.others(), self.rounds));
             chosen.extend(in_turn(&missed, self.rounds));
             if self.rounds.is_multiple_of(2) {
+                chosen.extend(in_turn(&members, self.rounds / 2));
                 // Nodes that left may be gone for good: no member waits for its turn behind them.
                 let left = self.without_own(self.table.iter().flat_map(|table| &table.left));
                 chosen.extend(in_turn(&left, self.rounds / 2));
-            }
-            if !self.settled {
-                chosen.extend(in_turn(&members, self.rounds));
-            } else if self.rounds.is_multiple_of(4) {
-                chosen.extend(in_turn(&members, self.rounds / 4));
             }
             chosen.extend(self.promise.joining.clone());
             self.later.activities.extend(chosen.into_iter().map(Activity::Meet));
