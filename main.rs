@@ -2443,8 +2443,7 @@ mod node {
         (time.as_micros() as u64) << NODE_BITS
     }
 
-    /// R11: what a node reports in a meeting. A blank node has no version. Pulls wait for the nodes in `incoming`.
-    /// `stable_at` is in the order of the view.
+    /// R11: what a node reports in a meeting. A blank node has no version. `stable_at` is in the order of the view.
     #[derive(Clone, Debug, Default, Serialize, Deserialize)]
     pub struct Status {
         pub incarnation: u64,
@@ -2455,7 +2454,8 @@ mod node {
         pub members: usize,
         pub keys: usize,
         pub digest: u64,
-        pub incoming: Vec<String>,
+        /// Whether it has no pulls.
+        pub is_whole: bool,
         pub is_ready: bool,
         pub clock: u64,
         pub promised: Version,
@@ -2471,7 +2471,7 @@ mod node {
 
     impl Status {
         pub fn is_whole_by(&self, version: Version) -> bool {
-            self.version == Some(version) && self.incoming.is_empty()
+            self.version == Some(version) && self.is_whole
         }
     }
 
@@ -3251,7 +3251,7 @@ mod node {
                 members: self.table.as_ref().filter(|_| self.shard.is_some()).map_or(0, |table| table.view.len()),
                 keys: sums.count,
                 digest: sums.digest,
-                incoming: self.incoming().into_iter().collect(),
+                is_whole: self.pulls.is_empty(),
                 is_ready: self.is_ready(),
                 clock: self.clock_now(),
                 promised,
@@ -4098,7 +4098,7 @@ mod membership {
             let granted = self.lock(nodes).await?;
             let silent: Vec<String> = nodes.iter().filter(|node| !granted.contains_key(*node)).cloned().collect();
             self.check_silent(&granted, &silent)?;
-            let settled = self.check_granted(&granted)?;
+            let settled = self.check_granted(&granted, !silent.is_empty())?;
             let change = Change::new(&self.base, &self.wanted.view, self.wanted.factor.unwrap_or(self.base.factor));
             let representatives = self.representatives(&granted);
             let mut held = vec![0; self.base.shards.len()];
@@ -4168,9 +4168,12 @@ mod membership {
         }
 
         /// R9: checks that each locked node uses the base or may join. Returns whether the base is settled. If it is
-        /// not, the change needs force, and no node may wait for a whole one: that only takes time.
-        fn check_granted(&self, granted: &Granted) -> Result<bool, Failure> {
+        /// not, the change must be by force and leave out silent nodes: others may wait for these.
+        fn check_granted(&self, granted: &Granted, leaves_out: bool) -> Result<bool, Failure> {
             let settled = self.world.with(|node| node.settled);
+            if !settled && !(self.wanted.force && leaves_out) {
+                return Err(Failure::Again(Outcome::ChangeUnderWay));
+            }
             for (node, status) in granted {
                 let is_part = self.base.nodes(settled).contains(node);
                 let newer = status.store == self.base.store && status.version > Some(self.base.version);
@@ -4178,10 +4181,6 @@ mod membership {
                     return Err(Failure::Again(Outcome::ChangeUnderWay));
                 } else if self.wanted.view.contains(node) && !self.base.lists(node) {
                     self.check_joining(node, status, settled)?;
-                }
-                let waits_for_whole = status.incoming.iter().any(|it| self.is_whole(granted, it));
-                if !settled && (!self.wanted.force || waits_for_whole) {
-                    return Err(Failure::Again(Outcome::ChangeUnderWay));
                 }
             }
             Ok(settled)
@@ -4195,7 +4194,7 @@ mod membership {
             if status.version.is_none() {
                 // It has just started, and may belong to a store that it has not heard of yet.
                 Err(Failure::Again(Outcome::NodeDown(node.to_owned())))
-            } else if uses_base || is_free && status.keys == 0 && status.incoming.is_empty() {
+            } else if uses_base || is_free && status.keys == 0 && status.is_whole {
                 Ok(())
             } else if status.members > 0 {
                 Err(Failure::Refused(Outcome::HoldsKeys(node.to_owned())))
@@ -6614,6 +6613,9 @@ mod simulation {
            changed 2, status 409
         2: change 2 1 3, until table 1 1, kill 0, pass 5000, not settled, force 2 1 3, pass 8000, settled, kept
         2: change 2 1 3, until table 1 1, kill 0, pass 5000, force 1 1 3, pass 8000, settled, kept
+        # One that started again and holds nothing is nobody to wait for.
+        2: change 0 0 1, until table 0 1, kill 3, kill 2, start 2, pass 5000, table 2 1, not settled, force 0 0 1, \
+           pass 8000, settled
         # A replica that starts again gets by the next table, too, what the other one wrote by the one before.
         2: change 0 0 1, pass 3000, change 0 2 3, until table 2 2, kill 1, pass 3000, delete 2, pass 500, kill 2, \
            start 2, until table 2 2, sleep 3, pass 2000, wake 3, force 2 2 3, until table 2 3, until pulls 2, gone 2
