@@ -2614,8 +2614,6 @@ mod node {
         differs: Option<Duration>,
         /// When the first reply of this incarnation came.
         replied_since: Duration,
-        /// The incarnation of which a message came and which is being asked to confirm it.
-        unconfirmed: u64,
     }
 
     /// What a node does over time, on a thread of its own (`membership::run`).
@@ -3315,11 +3313,8 @@ mod node {
                 self.note_alive(&from);
             }
             self.hear(&from, status);
-            let peer = self.peers.entry(from.clone()).or_default();
-            let before = std::mem::replace(&mut peer.unconfirmed, status.incarnation);
-            let is_unknown = ![peer.status.incarnation, before].contains(&status.incarnation);
             // A reply tells which incarnation is alive, and has the newer table.
-            if is_unknown || status.version > self.version() {
+            if status.incarnation != self.incarnation_of(&from) || status.version > self.version() {
                 self.later.activities.push(Activity::Meet(from));
             }
         }
@@ -3383,11 +3378,8 @@ mod node {
         pub fn note_answer(&mut self, node: &str, began: Duration, has_answered: bool) {
             let peer = self.peers.entry(node.to_owned()).or_default();
             let silent = !has_answered;
-            if silent {
-                peer.unconfirmed = 0;
-                if peer.alive_at >= began {
-                    return;
-                }
+            if silent && peer.alive_at >= began {
+                return;
             }
             let has_changed = std::mem::replace(&mut peer.silent, silent) != silent;
             if has_changed && self.members().iter().any(|it| it == node) {
