@@ -1904,7 +1904,6 @@ mod records {
                 gone.table.insert_unique(record.hash(), record, Record::hash);
             }
             self.sums.subtract(gone.sums);
-            self.table.shrink_to(self.table.len(), Record::hash);
             gone
         }
     }
