@@ -2499,7 +2499,10 @@ mod node {
         Digests(Span),
         /// R5: compare with what the sender has of a span, by hash and stamp.
         Compare(Span, Vec<(u64, u64)>),
-        Push(Vec<Copied>),
+        /// R4: what the sender has written.
+        Push(Copied),
+        /// R5: what the addressee lacks, whoever wrote it.
+        Give(Vec<Copied>),
     }
 
     impl Message {
@@ -3060,9 +3063,10 @@ mod node {
             }
         }
 
-        /// R5: takes records of a replica or, `by_pull`, of a source. The other replicas may lack what is new.
-        pub fn take_reconciled(&mut self, version: Version, from: &str, copies: &[Copied], by_pull: bool) -> bool {
-            if self.version() != Some(version) {
+        /// R5: takes records of a replica or, `by_pull`, of a source. The other replicas may lack what is new: nobody
+        /// else may know that, if its writer has died. Fails if another table was adopted meanwhile.
+        pub fn take_reconciled(&mut self, by: Option<Version>, from: &str, copies: &[Copied], by_pull: bool) -> bool {
+            if self.version() != by {
                 return false;
             }
             let mut news = false;
@@ -3295,10 +3299,12 @@ mod node {
                     Reply::Digests(self.records.digests_of(span), self.is_whole_for(span))
                 }
                 Message::Compare(span, theirs) if is_same => self.compare(span, theirs),
-                Message::Push(copies) if is_same => {
-                    for copy in &copies {
-                        self.take(copy, false);
-                    }
+                Message::Push(copy) if is_same => {
+                    self.take(&copy, false);
+                    Reply::Done
+                }
+                Message::Give(copies) if is_same => {
+                    self.take_reconciled(version, &from, &copies, false);
                     Reply::Done
                 }
                 _ => Reply::Refused,
@@ -3688,12 +3694,12 @@ mod replication {
                 return if late { Err(first.clone()) } else { Ok(()) };
             }
             blank.clear();
-            let (copies, incarnations) = world.with(|own| {
+            let (copy, incarnations) = world.with(|own| {
                 // If one starts again meanwhile, `ask` returns None.
                 let incarnations: Vec<u64> = lacking.iter().map(|node| own.incarnation_of(node)).collect();
-                (vec![own.copy_of(record)], incarnations)
+                (own.copy_of(record), incarnations)
             });
-            let replies = ask(world, &lacking, Message::Push(copies)).await;
+            let replies = ask(world, &lacking, Message::Push(copy)).await;
             let refused = replies.iter().any(|reply| matches!(reply, Some(Reply::Refused)));
             for ((node, reply), incarnation) in lacking.iter().zip(replies).zip(incarnations) {
                 if let Some(Reply::Done) = reply {
@@ -3752,13 +3758,9 @@ mod replication {
         for node in nodes.into_iter().take(answering.max(1)) {
             let message = Message::GiveKey(ByteBuf::from(key), for_context);
             if let Some(Reply::Key(copy)) = ask_by(world, &node, version, message).await {
-                return world.with(|own| {
-                    let is_same = own.version() == Some(version);
-                    if let Some(copy) = copy.filter(|_| is_same) {
-                        own.take(&copy, true);
-                    }
-                    Some(version).filter(|_| is_same)
-                });
+                let copies = Vec::from_iter(copy);
+                let is_taken = world.with(|own| own.take_reconciled(Some(version), &node, &copies, true));
+                return Some(version).filter(|_| is_taken);
             }
         }
         None
@@ -3817,7 +3819,7 @@ mod replication {
         let (replies, mut left) = (ask_each(world, messages).await, Vec::new());
         for ((part, (records, _)), reply) in parts.iter().zip(ours).zip(replies) {
             let Reply::Compared(theirs, wanted, last) = reply? else { return None };
-            if !world.with(|node| node.take_reconciled(version, other, &theirs, is_pull)) {
+            if !world.with(|node| node.take_reconciled(Some(version), other, &theirs, is_pull)) {
                 return None;
             }
             let wanted = BTreeSet::from_iter(wanted);
@@ -3825,7 +3827,7 @@ mod replication {
             let newer: Vec<Record> = records.into_iter().filter(|record| !is_pull && is_wanted(record)).collect();
             if !newer.is_empty() {
                 let copies = world.with(|node| newer.iter().map(|record| node.copy_of(record)).collect());
-                let Reply::Done = ask_by(world, other, version, Message::Push(copies)).await? else { return None };
+                let Reply::Done = ask_by(world, other, version, Message::Give(copies)).await? else { return None };
             }
             if last < part.last {
                 left.push(Span { first: last + 1, last: part.last });
@@ -6387,7 +6389,7 @@ mod simulation {
                 let mut record = Record::new(NAMES[key].as_bytes(), "7");
                 record.set_stamp(*seen(node, ADDRESSES[from], time).seen.values().next().expect("a stamp"));
                 let copies = [(record, Context::default())];
-                return node.take_reconciled(by(node, number), ADDRESSES[from], &copies, by_pull > 0);
+                return node.take_reconciled(Some(by(node, number)), ADDRESSES[from], &copies, by_pull > 0);
             }
             _ => return changes(node, what, numbers),
         }
@@ -6574,6 +6576,8 @@ mod simulation {
            gone 2
         # What a node takes late reaches the others: n0 writes to n1 alone, starts again, and finds n2 and n3 first.
         4: cut 0-2 0-3 1-2 1-3, put 0, pass 1500, cut 1-0 1-2 1-3, kill 0, start 0, pass 3000, cut, pass 9000, \
+           same 0 1 2 3
+        4: cut 0-2 0-3 1-2 1-3, put 0, pass 1500, cut 1-0 1-2 1-3, kill 0, start 0, pass 2940, cut, pass 9000, \
            same 0 1 2 3
         # A replica that is cut off from others while it starts keeps nobody from writing.
         4: kill 3, cut 3-1 3-2, start 3, pass 1500, put 0, pass 300, answered 7
