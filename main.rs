@@ -3535,7 +3535,8 @@ mod node {
         fn grant(&mut self, from: &str, version: Version, nodes: Vec<String>) {
             let (is_release, before) = (nodes.is_empty(), self.promise.version);
             let is_above = !is_release && Some(version) > self.version() && version > before;
-            if self.is_locked() && before.coordinator != version.coordinator || !is_above && version != before {
+            let is_excluded = self.is_locked() && before.coordinator != version.coordinator;
+            if is_excluded || !(is_above || version == before) {
                 return;
             }
             let may_join = !is_release && self.is_alone() && from != self.own;
