@@ -95,21 +95,20 @@ environment (an empty variable is an unset one):
     pub struct Settings {
         pub listen: SocketAddr,
         pub role: Role,
-        /// A node's first view, and the number of replicas of each shard in it.
+        /// The first view, and the number of replicas of each shard in it. A main instance is a store of one node that
+        /// no other one knows, and has an empty address.
         pub view: Vec<String>,
         pub factor: usize,
         pub secret: Option<String>,
     }
 
     /// The settings of this process. The first use ends the program if they are not valid.
-    pub static SETTINGS: LazyLock<Settings> = LazyLock::new(|| {
-        let variable = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
-        Settings::read(variable).unwrap_or_else(|line| fail(2, &line))
-    });
+    pub static SETTINGS: LazyLock<Settings> = LazyLock::new(|| Settings::read().unwrap_or_else(|line| fail(2, &line)));
 
     impl Settings {
-        /// Reads the variables through `variable`. The error is a line for stderr: variable, value, what was expected.
-        pub fn read(variable: impl Fn(&str) -> Option<String>) -> Result<Settings, String> {
+        /// The error is a line for stderr: variable, value, what was expected.
+        fn read() -> Result<Settings, String> {
+            let variable = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
             let get = |name: &str| variable(name).filter(|value| !value.is_empty());
             let address = |name: &str| match get(name) {
                 Some(value) if port_of(&value).is_none() => {
@@ -130,12 +129,12 @@ environment (an empty variable is an unset one):
                 return Err(format!("{name}={value}: expected {expected}"));
             }
             let view = match get("VIEW") {
-                None => own.iter().cloned().collect(),
+                None => vec![own.clone().filter(|_| main.is_none()).unwrap_or_default()],
                 Some(text) => parse_view(text.split(','))
                     .map_err(|why| format!("VIEW={text}: expected host:port,host:port,..., but {why}"))?,
             };
             let factor = get("REPL_FACTOR").unwrap_or("1".into());
-            let factor = parse_factor(&factor, view.len().max(1))
+            let factor = parse_factor(&factor, view.len())
                 .map_err(|expected| format!("REPL_FACTOR={factor}: expected {expected}"))?;
             let secret = get("SECRET");
             if secret.iter().any(|text| text.len() > 200 || !text.bytes().all(|byte| byte.is_ascii_graphic())) {
@@ -4977,10 +4976,8 @@ mod world {
     /// The node of this instance. It is never locked across a wait: most keep it for microseconds, so it is a std
     /// mutex. To adopt or settle a table, or to survey keys, may take milliseconds, in which the worker stands still.
     static NODE: LazyLock<Mutex<Node>> = LazyLock::new(|| {
-        // A main instance is a store of one node that no other one knows.
         let own = own().unwrap_or_default().to_owned();
-        let view = if own.is_empty() { vec![own.clone()] } else { SETTINGS.view.clone() };
-        let mut node = Node::new(own, view, SETTINGS.factor, random(), now());
+        let mut node = Node::new(own, SETTINGS.view.clone(), SETTINGS.factor, random(), now());
         if node.own().is_empty() {
             node.adopt(node.first.clone());
             // Its line about the table would tell nobody anything.
