@@ -723,8 +723,8 @@ mod http {
     use may_minihttp::Request as Parsed;
     use percent_encoding::percent_decode;
     use serde::{Deserialize, Serialize};
-    use serde_json::Value;
     use serde_json::value::RawValue;
+    use serde_json::{Value, json};
 
     use crate::node::{Context, node_of};
     use crate::records::Record;
@@ -1182,7 +1182,7 @@ mod http {
         /// Adds the address of the node that answered, in the JSON vocabulary.
         pub fn with_address(self, node: &str, vocabulary: Vocabulary) -> Answer {
             match vocabulary {
-                Vocabulary::Json => self.with_member(&format!(r#""address":"{node}""#)),
+                Vocabulary::Json => self.with_member("address", &json!(node)),
                 Vocabulary::Form => self,
             }
         }
@@ -1191,19 +1191,16 @@ mod http {
         /// JSON parsers keep exact.
         pub fn with_context(self, context: &Option<Context>) -> Answer {
             let Some(context) = context else { return self };
-            if context.is_empty() {
-                return self.with_member(r#""causal-context":{}"#);
-            }
-            // Writing to a Vec or a String cannot fail.
+            // Writing to a Vec cannot fail.
             let bytes = postcard::to_stdvec(context).unwrap_or_default();
-            let bytes = serde_json::to_string(&bytes).unwrap_or_default();
-            self.with_member(&format!(r#""causal-context":{{"bytes":{bytes}}}"#))
+            let context = if context.is_empty() { json!({}) } else { json!({"bytes": bytes}) };
+            self.with_member("causal-context", &context)
         }
 
-        fn with_member(mut self, member: &str) -> Answer {
+        fn with_member(mut self, name: &str, value: &Value) -> Answer {
             if self.body.ends_with(b"}\n") {
                 self.body.truncate(self.body.len() - 2);
-                let _ = writeln!(self.body, ",{member}}}");
+                let _ = writeln!(self.body, ",\"{name}\":{value}}}");
             }
             self
         }
