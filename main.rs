@@ -42,7 +42,7 @@ use std::time::Duration;
 use may_minihttp::HttpServiceFactory;
 
 use connections::{MAX_CONNECTIONS, OTHER_FILES, Server};
-use http::{Request, find_member};
+use http::{Request, member};
 use membership::keep_in_touch;
 use settings::{HELP, Role, SETTINGS, Settings};
 use world::{BACKGROUND, Live, block_on, fail, keep_stderr, pause, repeat, say, wake_sleepers};
@@ -948,7 +948,7 @@ mod http {
     /// string is written again, in its shortest form. Nothing here recurses, however deeply the value is nested.
     fn json_value(body: &[u8]) -> Result<String, Outcome> {
         let not_text = |refusal| if is_value_broken(body) { Outcome::ValueNotText } else { refusal };
-        match member(body, "value").map_err(not_text)? {
+        match member(body, "value").map_err(not_text)?.unwrap_or("null") {
             "null" => Err(Outcome::ValueMissing),
             json if json.starts_with('"') => {
                 json_of(&serde_json::from_str::<String>(json).map_err(|_| Outcome::ValueNotText)?)
@@ -970,7 +970,8 @@ mod http {
     /// Whether a body was refused because its value is a string that is not UTF-8: with its bytes replaced, it parses.
     fn is_value_broken(body: &[u8]) -> bool {
         let mended = String::from_utf8_lossy(body);
-        member(mended.as_bytes(), "value").is_ok_and(|value| value.starts_with('"') && value.contains('\u{fffd}'))
+        let is_broken = |value: &str| value.starts_with('"') && value.contains('\u{fffd}');
+        member(mended.as_bytes(), "value").is_ok_and(|value| value.is_some_and(is_broken))
     }
 
     /// A text as a JSON string. The limit applies to the text: escapes make up to six bytes of one.
@@ -982,14 +983,9 @@ mod http {
         Ok(serde_json::to_string(text).unwrap_or_default())
     }
 
-    /// The JSON text of a member of a body that is a JSON object; `null` if there is no such member or no body. Of
-    /// several members with the name, the last one counts.
-    pub fn member<'a>(body: &'a [u8], name: &str) -> Result<&'a str, Outcome> {
-        Ok(find_member(body, name)?.unwrap_or("null"))
-    }
-
-    /// The same. None if there is no such member.
-    pub fn find_member<'a>(body: &'a [u8], name: &str) -> Result<Option<&'a str>, Outcome> {
+    /// The JSON text of a member of a body that is a JSON object. None if there is no such member or no body. Of several
+    /// members with the name, the last one counts.
+    pub fn member<'a>(body: &'a [u8], name: &str) -> Result<Option<&'a str>, Outcome> {
         let body = if body.is_empty() { b"{}" } else { body };
         let members: BTreeMap<String, &RawValue> = serde_json::from_slice(body).map_err(|_| Outcome::BodyNotObject)?;
         Ok(members.get(name).map(|value| value.get()))
@@ -1004,7 +1000,7 @@ mod http {
         if !takes_it || !may_have_it() {
             return Ok(None);
         }
-        let Ok(Some(text)) = find_member(&request.body, "causal-context") else { return Ok(None) };
+        let Ok(Some(text)) = member(&request.body, "causal-context") else { return Ok(None) };
         let members: BTreeMap<&str, Vec<u8>> = serde_json::from_str(text).map_err(|_| Outcome::ContextInvalid)?;
         let context: Context = match (members.len(), members.get("bytes")) {
             (0, None) => Context::default(),
@@ -1575,7 +1571,7 @@ mod service {
         if body.len() > 512 << 10 {
             return Err(invalid("it must name 1 to 1000 nodes".into()));
         }
-        let view = member(body, "view")?;
+        let view = member(body, "view")?.unwrap_or("null");
         let view = match (serde_json::from_str::<String>(view), serde_json::from_str::<Vec<String>>(view)) {
             _ if view == "null" => return Err(Outcome::ViewMissing),
             (Ok(text), _) => parse_view(text.split(',')),
@@ -1584,11 +1580,11 @@ mod service {
         };
         let view = view.map_err(invalid)?;
         let force = match member(body, "force")? {
-            "true" => true,
-            "false" | "null" => false,
-            force => return Err(invalid(format!("force is {force}, neither true nor false"))),
+            Some("true") => true,
+            None | Some("false" | "null") => false,
+            Some(force) => return Err(invalid(format!("force is {force}, neither true nor false"))),
         };
-        let text = member(body, "repl-factor")?;
+        let text = member(body, "repl-factor")?.unwrap_or("null");
         let factor = (text != "null").then(|| parse_factor(text, view.len())).transpose();
         let factor = factor.map_err(|expected| invalid(format!("repl-factor is {text}, not {expected}")))?;
         Ok(WantedView { view, factor, force })
@@ -5280,7 +5276,7 @@ const MIN_CONNECTIONS: u64 = 100;
 fn is_healthy(listen: SocketAddr) -> bool {
     let request = Request { verb: "GET".into(), target: "/kv-store".into(), ..Request::default() };
     // A node whose table is not in force cannot answer for keys.
-    let is_up = |body: &[u8]| !matches!(find_member(body, "incoming"), Ok(Some("null")));
+    let is_up = |body: &[u8]| !matches!(member(body, "incoming"), Ok(Some("null")));
     request.send(&listen.to_string()).is_ok_and(|answer| answer.status == 200 && is_up(&answer.body))
 }
 
