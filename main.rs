@@ -1419,10 +1419,10 @@ mod service {
             // The deadline counts from here, not from the arrival of the request: until now the connection may have
             // waited for a client that does not read earlier answers.
             let began = world.with(|node| node.now);
-            let (deadline, mut pause) = (began + self.request.patience(), 3);
+            let deadline = began + self.request.patience();
             let is_late = || world.with(|node| node.now) > deadline;
             loop {
-                let retry = match tried {
+                let may_go_on = match tried {
                     Tried::Done(outcome) => return self.render(outcome),
                     Tried::Written(record, outcome) => {
                         if let Err(missing) = replicate(world, &record, deadline).await {
@@ -1433,36 +1433,30 @@ mod service {
                     }
                     Tried::Elsewhere(nodes) => match self.pass_on(world, &nodes, deadline).await {
                         Some(answer) => return answer,
-                        // The pauses grow, since each try sends the whole body again.
-                        None => {
-                            pause = (2 * pause).min(100);
-                            Duration::from_millis(pause)
-                        }
+                        None => false,
                     },
                     Tried::Needs(groups) if is_late() => return self.render_down(&groups[0][0]),
-                    Tried::Needs(groups) => {
-                        Duration::from_millis(if self.get(world, &groups, false).await { 0 } else { 5 })
-                    }
+                    Tried::Needs(groups) => self.get(world, &groups, false).await,
                     Tried::NeedsForContext(groups) => self.get_for_context(world, groups, began).await,
                     Tried::Unknown if is_late() => return self.render_down(&world.with(|node| node.missing())),
-                    Tried::Unknown => Duration::from_millis(5),
+                    Tried::Unknown => false,
                 };
-                if retry > Duration::ZERO {
-                    world.sleep(retry).await;
+                if !may_go_on {
+                    world.sleep(RETRY).await;
                 }
                 tried = world.with(|node| self.perform(node));
             }
         }
 
-        /// Gets what the context requires. If that fails for `CATCH_UP`, the next try refuses a read, and performs a
-        /// write. Returns the pause before that. The last attempt may take 0.7 s more, or more than that in a view of
-        /// more than 16 nodes if a newer table must be found.
+        /// Gets what the context requires. Returns whether it could. If not for `CATCH_UP`, the next try refuses a read,
+        /// and performs a write. The last attempt may take 0.7 s more, or more than that in a view of more than 16 nodes
+        /// if a newer table must be found.
         async fn get_for_context(
             &mut self,
             world: &impl World,
             groups: Option<Vec<Vec<String>>>,
             began: Duration,
-        ) -> Duration {
+        ) -> bool {
             let is_met = match groups {
                 Some(groups) => self.get(world, &groups, true).await,
                 None => self.catch_up(world).await,
@@ -1472,7 +1466,7 @@ mod service {
             if self.gave_up_on_context && matches!(self.action, Ok(None)) {
                 self.action = Err(Outcome::Unsatisfied);
             }
-            Duration::from_millis(if is_met || is_late { 0 } else { 50 })
+            is_met
         }
 
         /// Gets the key from a node of each group. Returns whether all groups gave it.
@@ -1531,6 +1525,8 @@ mod service {
 
     /// How long a replica may take to answer a read before the next one is asked.
     const NEXT_REPLICA: Duration = Duration::from_millis(1200);
+    /// The pause before another try. Each sends the body, or asks for the key, again.
+    const RETRY: Duration = Duration::from_millis(10);
     /// How long a request retries what its context requires.
     const CATCH_UP: Duration = Duration::from_millis(250);
 
