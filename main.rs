@@ -852,8 +852,8 @@ mod http {
         Metrics,
         KeyCount,
         ViewChange,
-        /// All shards, or the one with this index.
-        Shards(Option<usize>),
+        /// All shards, or the one with this id.
+        Shards(Option<String>),
         Key(Vec<u8>),
         Unknown,
     }
@@ -873,7 +873,7 @@ mod http {
                 ("/kv-store/key-count", ..) => (Resource::KeyCount, json),
                 ("/kv-store/view-change", ..) => (Resource::ViewChange, json),
                 ("/kv-store/shards", ..) => (Resource::Shards(None), json),
-                (.., Some(("shards", id))) if !id.contains('/') => (Resource::Shards(Some(shard_index(id))), json),
+                (.., Some(("shards", id))) if !id.contains('/') => (Resource::Shards(Some(id.into())), json),
                 (.., Some(("keys", segment))) if !segment.contains('/') => (key(segment), json),
                 (_, Some(segment), None) => (key(segment), typed),
                 _ => (Resource::Unknown, typed),
@@ -887,12 +887,6 @@ mod http {
                 start.eq_ignore_ascii_case(name) && matches!(rest.trim_start().bytes().next(), None | Some(b';'))
             })
         }
-    }
-
-    /// The index of a shard by its id, which counts from 1. For a text that is no id, an index that no shard has.
-    fn shard_index(id: &str) -> usize {
-        let number: Option<usize> = id.parse().ok().filter(|_| !id.starts_with(['0', '+']));
-        number.map_or(usize::MAX, |number| number - 1)
     }
 
     /// Whether a key may be stored. GET and DELETE take any key: an invalid one is reported as missing.
@@ -1539,7 +1533,9 @@ mod service {
             (Resource::Metrics, "GET") => Metrics(metrics()),
             (Resource::KeyCount, "GET") => block_on(count_keys(&Live)).unwrap_or_else(|failure| failure),
             (Resource::ViewChange, "PUT") | (Resource::Shards(_), "GET") if own().is_none() => AddressNotSet,
-            (Resource::Shards(id), "GET") => block_on(describe_shards(&Live, *id)).unwrap_or_else(|failure| failure),
+            (Resource::Shards(id), "GET") => {
+                block_on(describe_shards(&Live, id.as_ref())).unwrap_or_else(|failure| failure)
+            }
             (Resource::ViewChange, "PUT") => match wanted_view(&request.body) {
                 Ok(wanted) => return block_on(answer_view_change(&Live, &request, &wanted)),
                 Err(refusal) => refusal,
@@ -3904,19 +3900,18 @@ mod membership {
         }))
     }
 
-    pub async fn describe_shards(world: &impl World, index: Option<usize>) -> Result<Outcome, Outcome> {
+    pub async fn describe_shards(world: &impl World, id: Option<&String>) -> Result<Outcome, Outcome> {
         await_table(world).await?;
         let table = world.with(|node| node.table()).ok_or(Outcome::NoShard)?;
-        let Some(index) = index else {
-            let ids: Vec<String> = (0..table.shards.len()).map(id_of).collect();
-            return Ok(Outcome::Shards(json!({"shards": ids})));
-        };
-        let replicas = table.shards.get(index).ok_or(Outcome::NoShard)?;
+        let ids: Vec<String> = (0..table.shards.len()).map(id_of).collect();
+        let Some(id) = id else { return Ok(Outcome::Shards(json!({"shards": ids}))) };
+        let index = ids.iter().position(|it| it == id).ok_or(Outcome::NoShard)?;
+        let replicas = &table.shards[index];
         for node in world.with(|node| node.ranked(replicas.clone())) {
             // A blank one has no keys yet.
             let status = meet(world, &node).await.filter(|status| status.version.is_some());
             if let Some(Status { keys, .. }) = status {
-                let shard = json!({"shard-id": id_of(index), "key-count": keys, "replicas": replicas});
+                let shard = json!({"shard-id": id, "key-count": keys, "replicas": replicas});
                 return Ok(Outcome::Shard(shard));
             }
         }
