@@ -355,7 +355,6 @@ mod connections {
                 self.output.borrow_mut().extend(b"HTTP/1.1 100 Continue\r\n\r\n");
             }
             if framing.length > 0 && !self.read_body(parsed.body(), framing.length, &mut request.body) {
-                self.flush();
                 return self.close(Shutdown::Write);
             }
             let answer = answer_or_defer(request).unwrap_or_else(|work| {
@@ -398,7 +397,7 @@ mod connections {
         }
 
         /// Reads a whole body, and keeps it unless it is over `MAX_BODY`. Returns false if the connection ended before:
-        /// then the request counts as never made.
+        /// then the request counts as never made. Sends the answers to earlier requests before it waits (`recv`).
         fn read_body(&self, mut reader: BodyReader, length: usize, body: &mut Vec<u8>) -> bool {
             let mut taken = 0;
             if length > LARGE_BODY && length <= MAX_BODY {
@@ -882,10 +881,8 @@ mod http {
 
         /// Whether the body is of this media type, whose parameters do not matter. An empty name stands for no type.
         fn is_of_type(&self, name: &str) -> bool {
-            let split = self.content_type.split_at_checked(name.len());
-            split.is_some_and(|(start, rest)| {
-                start.eq_ignore_ascii_case(name) && matches!(rest.trim_start().bytes().next(), None | Some(b';'))
-            })
+            let media_type = self.content_type.split(';').next().unwrap_or_default();
+            media_type.trim_end().eq_ignore_ascii_case(name)
         }
     }
 
