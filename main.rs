@@ -4928,7 +4928,7 @@ mod peers {
 
 mod world {
     //! What other modules use of the system: lock, clock, messages, sleeping, threads, stderr. The simulation replaces
-    //! `Live`. Begin with `lock_node` and `unlock_node`, which does what is slow after the lock (`Node::later`).
+    //! `Live`. Begin with `Live::with` and `unlock_node`, which does what is slow after the lock (`Node::later`).
 
     use std::collections::BTreeMap;
     use std::fs::File;
@@ -4939,7 +4939,7 @@ mod world {
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::pin::pin;
     use std::process::exit;
-    use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
+    use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError, mpsc};
     use std::task::{Context, Poll, Waker};
     use std::thread;
     use std::time::{Duration, Instant, SystemTime};
@@ -4979,15 +4979,7 @@ mod world {
     /// A relayed view change has no shorter limit: it takes as long as moving its keys.
     pub const CHANGE_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
 
-    // Not inlined, as `unlock_node`: in a hundred places it would enlarge the binary.
-    #[inline(never)]
-    fn lock_node() -> MutexGuard<'static, Node> {
-        let mut node = lock(&NODE);
-        node.look_at_clock(now());
-        node
-    }
-
-    /// Unlocks the node, and does what it left in `later`.
+    /// Unlocks the node, and does what it left in `later`. Not inlined: in a hundred places it would enlarge the binary.
     #[inline(never)]
     fn unlock_node(mut node: MutexGuard<Node>) {
         let Later { lines, garbage, activities } = std::mem::take(&mut node.later);
@@ -5031,7 +5023,8 @@ mod world {
 
     impl World for Live {
         fn with<T>(&self, action: impl FnOnce(&mut Node) -> T) -> T {
-            let mut node = lock_node();
+            let mut node = lock(&NODE);
+            node.look_at_clock(now());
             let result = action(&mut node);
             unlock_node(node);
             result
@@ -5157,25 +5150,23 @@ mod world {
 
     // -- Stderr
 
-    static STDERR: OnceLock<File> = OnceLock::new();
+    /// Stderr, reopened as non-blocking (for this process only): lines are lost if a pipe is not read.
+    static STDERR: LazyLock<io::Result<File>> = LazyLock::new(|| {
+        let anew = File::options().append(true).custom_flags(libc::O_NONBLOCK).open("/proc/self/fd/2");
+        anew.or_else(|_| io::stderr().as_fd().try_clone_to_owned().map(File::from))
+    });
 
     /// Writes a line to stderr. Unlike eprintln!, it ignores errors.
     pub fn say(line: &str) {
         let line = format!("kv-store: {}\n", line.replace('\n', "\\n"));
-        let _ = match STDERR.get() {
-            Some(mut stderr) => stderr.write_all(line.as_bytes()),
-            None => io::stderr().write_all(line.as_bytes()),
-        };
+        let _ = STDERR.as_ref().map(|mut stderr| stderr.write_all(line.as_bytes()));
     }
 
     /// Points the server's stderr, where it writes a line for each malformed request, to /dev/null. This program's
-    /// lines go to the old one, reopened as non-blocking (for this process only): they are lost if a pipe is not read.
+    /// lines go to the old one.
     pub fn keep_stderr() -> io::Result<()> {
-        let nowhere = File::options().write(true).open("/dev/null")?;
-        let anew = File::options().append(true).custom_flags(libc::O_NONBLOCK).open("/proc/self/fd/2");
-        let stderr = anew.or_else(|_| io::stderr().as_fd().try_clone_to_owned().map(File::from))?;
-        STDERR.get_or_init(|| stderr);
-        nix::unistd::dup2_stderr(nowhere)?;
+        LazyLock::force(&STDERR);
+        nix::unistd::dup2_stderr(File::options().write(true).open("/dev/null")?)?;
         std::panic::set_hook(Box::new(|panic| say(&panic.to_string())));
         Ok(())
     }
