@@ -118,18 +118,14 @@ environment (an empty variable is an unset one):
             };
             let own = address("ADDRESS")?;
             let main = address(if get("FORWARDING_ADDRESS").is_some() { "FORWARDING_ADDRESS" } else { "MAINIP" })?;
-            let expected = match (&own, &main) {
-                (Some(_), None) => None,
-                (Some(_), Some(_)) => Some("no FORWARDING_ADDRESS or MAINIP"),
-                (None, _) => Some("ADDRESS to be set too, this node's own host:port"),
-            };
+            let is_node = own.is_some() && main.is_none();
             let of_nodes = ["VIEW", "REPL_FACTOR", "SECRET"].into_iter().find(|name| get(name).is_some());
-            if let (Some(name), Some(expected)) = (of_nodes, expected) {
+            if let Some(name) = of_nodes.filter(|_| !is_node) {
                 let value = get(name).filter(|_| name != "SECRET").unwrap_or("...".into());
-                return Err(format!("{name}={value}: expected {expected}"));
+                return Err(format!("{name}={value}: expected ADDRESS, too, and no FORWARDING_ADDRESS or MAINIP"));
             }
             let view = match get("VIEW") {
-                None => vec![own.clone().filter(|_| main.is_none()).unwrap_or_default()],
+                None => vec![own.clone().filter(|_| is_node).unwrap_or_default()],
                 Some(text) => parse_view(text.split(','))
                     .map_err(|why| format!("VIEW={text}: expected host:port,host:port,..., but {why}"))?,
             };
@@ -140,21 +136,16 @@ environment (an empty variable is an unset one):
             if secret.iter().any(|text| text.len() > 200 || !text.bytes().all(|byte| byte.is_ascii_graphic())) {
                 return Err("SECRET=...: expected 1 to 200 visible ASCII characters (its value is not shown)".into());
             }
-            let listen = listen_address(get("IP"), get("PORT"), own.as_deref())?;
+            let port = match get("PORT") {
+                Some(port) => port_of(&format!("localhost:{port}"))
+                    .ok_or_else(|| format!("PORT={port}: expected a number from 1 to 65535"))?,
+                None => own.as_deref().and_then(port_of).unwrap_or(8080),
+            };
+            let ip = get("IP").unwrap_or("0.0.0.0".into());
+            let ip: IpAddr = ip.parse().map_err(|_| format!("IP={ip}: expected an IPv4 or IPv6 address"))?;
             let role = main.map(Role::Follower).or(own.map(Role::Node)).unwrap_or(Role::Main);
-            Ok(Settings { listen, role, view, factor, secret })
+            Ok(Settings { listen: SocketAddr::new(ip, port), role, view, factor, secret })
         }
-    }
-
-    fn listen_address(ip: Option<String>, port: Option<String>, own: Option<&str>) -> Result<SocketAddr, String> {
-        let port = match port {
-            Some(port) => port_of(&format!("localhost:{port}"))
-                .ok_or_else(|| format!("PORT={port}: expected a number from 1 to 65535"))?,
-            None => own.and_then(port_of).unwrap_or(8080),
-        };
-        let ip = ip.unwrap_or("0.0.0.0".into());
-        let ip: IpAddr = ip.parse().map_err(|_| format!("IP={ip}: expected an IPv4 or IPv6 address"))?;
-        Ok(SocketAddr::new(ip, port))
     }
 
     /// Checks the addresses of a view and returns them in lower case (RFC 4343). The error is the end of a sentence
