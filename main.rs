@@ -1274,6 +1274,9 @@ mod service {
     /// The table by which a group gave the key, that group, and whether for the context (`Message::GiveKey`).
     type Given = (Version, Vec<String>, bool);
 
+    /// Nodes that have a key. One of each group must give it.
+    type Groups = Vec<Vec<String>>;
+
     /// The state after one try.
     pub enum Tried {
         Done(Outcome),
@@ -1281,10 +1284,10 @@ mod service {
         Written(Record, Outcome),
         /// The key is at these nodes, in the order in which to ask them.
         Elsewhere(Vec<String>),
-        /// R1: one node of each group must give the key.
-        Needs(Vec<Vec<String>>),
+        /// R1: the key must be got first.
+        Needs(Groups),
         /// R7: the same, for the context. None: the context names a newer table, which must be found first.
-        NeedsForContext(Option<Vec<Vec<String>>>),
+        NeedsForContext(Option<Groups>),
         /// This node may not use its table yet, or has none and knows of no other owner.
         Unknown,
     }
@@ -1348,7 +1351,7 @@ mod service {
         }
 
         /// The groups of which none has given the key by the present table.
-        fn not_given(&self, node: &Node, mut groups: Vec<Vec<String>>, for_context: bool) -> Vec<Vec<String>> {
+        fn not_given(&self, node: &Node, mut groups: Groups, for_context: bool) -> Groups {
             // What was given for a context will do for R1 too.
             let fits = |(version, _, flag): &&Given| Some(*version) == node.version() && (*flag || !for_context);
             let given: Vec<&Vec<String>> = self.given.iter().filter(fits).map(|(_, group, _)| group).collect();
@@ -1433,12 +1436,7 @@ mod service {
         /// Gets what the context requires. Returns whether it could. If not for `CATCH_UP`, the next try refuses a read,
         /// and performs a write. The last attempt may take 0.7 s more, or more than that in a view of more than 16 nodes
         /// if a newer table must be found.
-        async fn get_for_context(
-            &mut self,
-            world: &impl World,
-            groups: Option<Vec<Vec<String>>>,
-            began: Duration,
-        ) -> bool {
+        async fn get_for_context(&mut self, world: &impl World, groups: Option<Groups>, began: Duration) -> bool {
             let is_met = match groups {
                 Some(groups) => self.get(world, &groups, true).await,
                 None => self.catch_up(world).await,
@@ -1545,8 +1543,7 @@ mod service {
     pub fn wanted_view(body: &[u8]) -> Result<WantedView, Outcome> {
         // The reason quotes the client's text, without what would have to be escaped in JSON.
         let is_unfit = |letter: char| letter == '"' || letter == '\\' || letter.is_control();
-        let invalid =
-            |reason: String| Outcome::ViewInvalid(reason.chars().take(400).collect::<String>().replace(is_unfit, "'"));
+        let invalid = |reason: String| Outcome::ViewInvalid(reason.replace(is_unfit, "'"));
         // This runs on the worker thread. 1,000 addresses of 300 bytes take less.
         if body.len() > 512 << 10 {
             return Err(invalid("it must name 1 to 1000 nodes".into()));
