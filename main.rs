@@ -775,7 +775,7 @@ mod http {
         let is_1_0 = parsed.version() == 0;
         let mut framing = Framing { is_head: parsed.method() == "HEAD", closing: is_1_0, ..Framing::default() };
         let verb = if framing.is_head { "GET" } else { parsed.method() }.into();
-        let target = origin_form(parsed.path()).ok_or(Outcome::BadRequest)?;
+        let target = origin_form(parsed.path()).ok_or(Outcome::BadRequest)?.into();
         let mut request = Request { verb, target, ..Request::default() };
         let (mut hosts, mut lengths, mut size, mut is_sound) = (0, 0, parsed.path().len(), true);
         for header in parsed.headers() {
@@ -811,14 +811,11 @@ mod http {
 
     /// The path and query of a target. In absolute form, scheme and host precede them (RFC 9112 section 3.2.2). None if
     /// that host is not valid. Any other target that does not begin with a slash (OPTIONS *, CONNECT host:port) is a
-    /// path that does not exist.
-    fn origin_form(target: &str) -> Option<String> {
-        let is_http = |scheme: &str| scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https");
-        let absolute = if target.starts_with('/') { None } else { target.split_once("://") };
-        let Some((_, rest)) = absolute.filter(|(scheme, _)| is_http(scheme)) else { return Some(target.into()) };
-        let (host, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
-        let slash = if path.starts_with('/') { "" } else { "/" };
-        (!host.is_empty() && is_host(host.as_bytes())).then(|| format!("{slash}{path}"))
+    /// path that does not exist, and so is an absolute form without a path.
+    fn origin_form(target: &str) -> Option<&str> {
+        let Some(rest) = target.strip_prefix("http://") else { return Some(target) };
+        let (host, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
+        (!host.is_empty() && is_host(host.as_bytes())).then_some(path)
     }
 
     /// Whether this is a valid host, with or without a port (RFC 3986 section 3.2.2). It may be empty.
