@@ -1222,10 +1222,8 @@ mod service {
         if let Some(refusal) = request.refusal_if_late() {
             return Ok(refusal.answer(vocabulary, &request.verb));
         }
-        // What a follower answers itself. Other verbs of `Instance` are left to the main instance.
-        let is_own = matches!((&resource, request.verb.as_str()), (Resource::Instance, "GET") | (Resource::Metrics, _));
         match (&SETTINGS.role, resource) {
-            (Role::Follower(main), resource) if !is_own => {
+            (Role::Follower(main), resource) if !matches!(resource, Resource::Instance | Resource::Metrics) => {
                 let patience = if let Resource::ViewChange = resource { CHANGE_LIMIT } else { request.patience() };
                 Err(Box::new(move || {
                     let verb = request.verb.clone();
@@ -1610,9 +1608,8 @@ mod service {
 
     pub fn count_answer(verb: &str, status: u16, time: Duration) {
         let answered = &ANSWERED[VERBS.iter().position(|it| *it == verb).unwrap_or(3)];
-        if let Some(count) = answered.by_class.get(status as usize / 100) {
-            count.fetch_add(1, Relaxed);
-        }
+        // A main instance may answer with any number.
+        answered.by_class[(status as usize / 100).min(5)].fetch_add(1, Relaxed);
         let seconds = time.as_secs_f64();
         let bucket = LIMITS.iter().position(|limit| seconds <= *limit).unwrap_or(LIMITS.len());
         answered.by_time[bucket].fetch_add(1, Relaxed);
