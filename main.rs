@@ -1077,20 +1077,15 @@ mod http {
         /// Renders the outcome in a vocabulary.
         pub fn answer(self, vocabulary: Vocabulary, verb: &str) -> Answer {
             let (status, row) = self.row()[vocabulary as usize];
-            let (before, text, after) = match row.split_once('%') {
-                Some((before, after)) => (before, self.text(), after),
-                None => (row, "".into(), ""),
-            };
+            let text = row.replace('%', &self.text());
             let flag = if let Outcome::Missing = self { r#""doesExist":false,"# } else { "" };
             let body = match vocabulary {
-                _ if row.starts_with(['{', '%']) => [before, &text, after, "\n"].concat(),
-                Vocabulary::Form => format!("{{\"result\":\"Error\",\"msg\":\"{before}{text}{after}\"}}\n"),
-                Vocabulary::Json => {
-                    format!("{{{flag}\"error\":\"{before}{text}{after}\",\"message\":\"Error in {verb}\"}}\n")
-                }
+                _ if row.starts_with(['{', '%']) => text + "\n",
+                Vocabulary::Form => format!("{{\"result\":\"Error\",\"msg\":\"{text}\"}}\n"),
+                Vocabulary::Json => format!("{{{flag}\"error\":\"{text}\",\"message\":\"Error in {verb}\"}}\n"),
             };
             let (header, value) = match self {
-                Outcome::Found(record) => (JSON, Some((before.len(), record))),
+                Outcome::Found(record) => (JSON, row.find('%').map(|at| (at, record))),
                 Outcome::VerbNotAllowed(header) => (header, None),
                 Outcome::Metrics(_) => (METRICS, None),
                 _ => (JSON, None),
