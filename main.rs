@@ -4629,27 +4629,26 @@ mod peers {
     /// Relays a request to the instance at `address` and waits for its answer. An error: there is none within
     /// `patience`, or the request is in a relay loop. The request is sent at most once.
     pub fn relay(address: &str, request: Request, patience: Duration) -> Result<Answer, Lost> {
-        let no_answer = Err(Lost { was_sent: true });
-        let result = begin(address, request, patience).and_then(|question| question.answer().unwrap_or(no_answer));
+        let result = begin(address, request, patience).answer().unwrap_or(Err(Lost { was_sent: true }));
         RELAYED.fetch_add(1, SeqCst);
         RELAYS_FAILED.fetch_add(result.is_err().into(), SeqCst);
         result
     }
 
     /// Queues a request to the instance at `address`. The caller may queue others before it waits for the answer.
-    pub fn begin(address: &str, mut request: Request, patience: Duration) -> Result<Arc<Question>, Lost> {
-        let not_sent = Lost { was_sent: false };
+    pub fn begin(address: &str, mut request: Request, patience: Duration) -> Arc<Question> {
+        let (question, waiting) = Question::new(patience);
         // Messages of nodes are never relayed further.
         if request.origin != Origin::Message {
             if request.via.split(',').any(|hop| hop.trim() == *VIA) {
-                return Err(not_sent);
+                waiting.deliver(Err(Lost { was_sent: false }));
+                return question;
             }
             request.via = if request.via.is_empty() { VIA.clone() } else { format!("{}, {}", request.via, *VIA) };
         }
         request.began.get_or_insert_with(clock);
-        let (question, waiting) = Question::new(patience);
         enqueue(address, request, waiting);
-        Ok(question)
+        question
     }
 
     /// Queues a request, on a new stream if there is none. Where the system has no room for a thread, it gets no
@@ -5042,7 +5041,7 @@ mod world {
         let asking = if matches!(envelope.message, Message::Meet(_)) { SETTINGS.view.len() as u32 } else { 0 };
         let limit = envelope.message.limit().max(Duration::from_millis(40) * asking);
         let question = peers::begin(&envelope.to, message, limit);
-        Box::new(|| postcard::from_bytes(&question.ok()?.answer()?.ok()?.body).ok())
+        Box::new(move || postcard::from_bytes(&question.answer()?.ok()?.body).ok())
     }
 
     /// Answers a message, in the background unless it is short. One that is too late is refused: a late lock would
