@@ -998,7 +998,7 @@ mod http {
         ContextInvalid, Unsatisfied,
         MainDown, NotFound, BadRequest, Unparsed, LengthRequired, AddressNotSet, ViewMissing, ChangeUnderWay, NotOwner,
         NotOfStore,
-        /// With the headers that say which verbs the path takes.
+        /// With the verbs that the path takes.
         VerbNotAllowed(&'static str),
         NoShard,
         /// With an object whose members follow those of the row.
@@ -1085,12 +1085,12 @@ mod http {
                 Vocabulary::Json => format!("{{{flag}\"error\":\"{text}\",\"message\":\"Error in {verb}\"}}\n"),
             };
             let (header, value) = match self {
-                Outcome::Found(record) => (JSON, row.find('%').map(|at| (at, record))),
-                Outcome::VerbNotAllowed(header) => (header, None),
-                Outcome::Metrics(_) => (METRICS, None),
-                _ => (JSON, None),
+                Outcome::Found(record) => (JSON.into(), row.find('%').map(|at| (at, record))),
+                Outcome::VerbNotAllowed(verbs) => (format!("{JSON}\r\nAllow: {verbs}").into(), None),
+                Outcome::Metrics(_) => (METRICS.into(), None),
+                _ => (JSON.into(), None),
             };
-            Answer { status, header: header.into(), body: body.into_bytes(), value }
+            Answer { status, header, body: body.into_bytes(), value }
         }
     }
 
@@ -1098,9 +1098,6 @@ mod http {
     const JSON: &str = "Content-Type: application/json";
     const METRICS: &str = "Content-Type: text/plain; version=0.0.4";
     pub const CLOSE: &str = "Connection: close\r\n";
-    pub const GET_ONLY: &str = "Content-Type: application/json\r\nAllow: GET, HEAD";
-    pub const PUT_ONLY: &str = "Content-Type: application/json\r\nAllow: PUT";
-    pub const KEY_VERBS: &str = "Content-Type: application/json\r\nAllow: GET, HEAD, PUT, DELETE";
 
     /// An answer: the part of it that a relay passes on.
     #[derive(Clone, Serialize, Deserialize)]
@@ -1195,8 +1192,7 @@ mod service {
 
     use crate::VERSION;
     use crate::connections::CONNECTIONS;
-    use crate::http::{Answer, GET_ONLY, KEY_VERBS, Origin, Outcome, PUT_ONLY, Request, Resource, Vocabulary};
-    use crate::http::{causal_context, member, record_of};
+    use crate::http::{Answer, Origin, Outcome, Request, Resource, Vocabulary, causal_context, member, record_of};
     use crate::membership::{answer_view_change, count_keys, describe_shards, meet, meet_all};
     use crate::node::{Context, Node, Place};
     use crate::peers::{PATIENCE, relay};
@@ -1293,7 +1289,7 @@ mod service {
                     "GET" => Ok(None),
                     "DELETE" => Ok(Some(Record::tombstone(&key))),
                     "PUT" => record_of(&key, &request, vocabulary).map(Some),
-                    _ => Err(Outcome::VerbNotAllowed(KEY_VERBS)),
+                    _ => Err(Outcome::VerbNotAllowed("GET, HEAD, PUT, DELETE")),
                 }
             });
             let (hash, given, failed, gave_up_on_context) = (hash_of(&key), Vec::new(), Vec::new(), false);
@@ -1517,8 +1513,8 @@ mod service {
                 Err(refusal) => refusal,
             },
             (Resource::Unknown, _) => NotFound,
-            (Resource::ViewChange, _) => VerbNotAllowed(PUT_ONLY),
-            _ => VerbNotAllowed(GET_ONLY),
+            (Resource::ViewChange, _) => VerbNotAllowed("PUT"),
+            _ => VerbNotAllowed("GET, HEAD"),
         };
         outcome.answer(vocabulary, &request.verb)
     }
