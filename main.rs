@@ -453,9 +453,6 @@ mod connections {
 
         /// Writes to the socket while the coroutine waits for the client to read, for up to `WRITE_LIMIT` at a time.
         fn write_waiting(&self, bytes: &[u8]) {
-            if self.is_closing() {
-                return;
-            }
             let stream = waiting_stream(&self.socket(), Some(WRITE_LIMIT));
             if stream.and_then(|mut stream| stream.write_all(bytes)).is_err() {
                 self.close(Shutdown::Write);
@@ -594,8 +591,7 @@ mod connections {
             let head = client.head.get();
             match client.phase.get() {
                 // A coroutine that panics cannot wait.
-                _ if thread::panicking() => {}
-                Phase::Closing => {}
+                _ if thread::panicking() || client.is_closing() => {}
                 // The client has closed its side, and may still read. An empty line may follow its last request.
                 Phase::LastHead if head <= "\r\n".len() => client.flush(),
                 _ => client.refuse(if head > MAX_READ { Outcome::BadRequest } else { Outcome::Unparsed }, false),
