@@ -958,8 +958,8 @@ mod http {
         Ok(serde_json::to_string(text).unwrap_or_default())
     }
 
-    /// The JSON text of a member of a body that is a JSON object. None if there is no such member or no body. Of several
-    /// members with the name, the last one counts.
+    /// The JSON text of a member of a body that is a JSON object. None if there is no such member or no body. Of
+    /// several members with the name, the last one counts.
     pub fn member<'a>(body: &'a [u8], name: &str) -> Result<Option<&'a str>, Outcome> {
         let body = if body.is_empty() { b"{}" } else { body };
         let members: BTreeMap<String, &RawValue> = serde_json::from_slice(body).map_err(|_| Outcome::BodyNotObject)?;
@@ -1415,9 +1415,9 @@ mod service {
             }
         }
 
-        /// Gets what the context requires. Returns whether it could. If not for `CATCH_UP`, the next try refuses a read,
-        /// and performs a write. The last attempt may take 0.7 s more, or more than that in a view of more than 16 nodes
-        /// if a newer table must be found.
+        /// Gets what the context requires. Returns whether it could. If not for `CATCH_UP`, the next try refuses a
+        /// read, and performs a write. The last attempt may take 0.7 s more, or more than that in a view of more than
+        /// 16 nodes if a newer table must be found.
         async fn get_for_context(&mut self, world: &impl World, groups: Option<Groups>, began: Duration) -> bool {
             let is_met = match groups {
                 Some(groups) => self.get(world, &groups, true).await,
@@ -4114,7 +4114,7 @@ mod membership {
         /// not, the change must be by force and leave out silent nodes: others may wait for these.
         fn check_granted(&self, granted: &Granted, leaves_out: bool) -> Result<bool, Failure> {
             let settled = self.world.with(|node| node.settled);
-            if !settled && !(self.wanted.force && leaves_out) {
+            if !(settled || self.wanted.force && leaves_out) {
                 return Err(Failure::Again(Outcome::ChangeUnderWay));
             }
             for (node, status) in granted {
@@ -4947,7 +4947,8 @@ mod world {
     /// A relayed view change has no shorter limit: it takes as long as moving its keys.
     pub const CHANGE_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
 
-    /// Unlocks the node, and does what it left in `later`. Not inlined: in a hundred places it would enlarge the binary.
+    /// Unlocks the node, and does what it left in `later`. Not inlined: in a hundred places it would enlarge the
+    /// binary.
     #[inline(never)]
     fn unlock_node(mut node: MutexGuard<Node>) {
         let Later { lines, garbage, activities } = std::mem::take(&mut node.later);
