@@ -887,12 +887,6 @@ test_main_gone() { # continues with test_forwarding: there is one key
   expect "HTTP errors are the follower's own" "$VALUE_TOO_LARGE" follower PUT keys/x -H Expect: -d "@$work/huge"
   restart main
   expect "back: keys that need another way" "$(no_such_key GET)" second GET keys/.. --path-as-is
-  expect "back: a PUT" "$MADE" second PUT foo -d val=1
-  act kill follower
-  expect "follower killed: main answers" "$(form_value 1)" main GET foo
-  restart follower
-  expect "follower back: it relays" "$(form_value 1)" follower GET foo
-  goes follower foo
 }
 
 test_instances() {
