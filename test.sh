@@ -688,9 +688,7 @@ test_heads() { # INSTANCE: what stands in the heads of requests
   local i=$1 n path='/kv-store/h HTTP/1.1\r\n' hosted='GET /kv-store/h HTTP/1.\x31\r\n'
   expect "(a key)" "$MADE" "$i" PUT h -d val=1
   expect_raw "16 headers" "$ONE" "$i" "$GET$(printf 'X-%s: y\\r\\n' {1..14})$CLOSE"
-  for n in 15 100; do
-    expect_raw "$((n + 2)) headers" "$UNPARSED" "$i" "$GET$(printf 'X-%s: y\\r\\n' $(seq "$n"))$CLOSE"
-  done
+  expect_raw "17 headers" "$UNPARSED" "$i" "$GET$(printf 'X-%s: y\\r\\n' {1..15})$CLOSE"
   for n in '' 'Connection: Keep-Alive\r\n'; do
     expect_raw "HTTP/1.0 cannot stay ($n)" "$ONE" "$i" "GET /kv-store/h HTTP/1.0\r\n$n\r\n"
   done
@@ -901,8 +899,7 @@ metric() { # INSTANCE NAME{LABELS}: without kv_store_
   curl -s "${url[$1]}/metrics" | awk -v name="$2" '$1 == name || $1 == "kv_store_" name { print $2 }'
 }
 test_metrics() {
-  local before gets puts='verb="PUT"'
-  gets=$(metric main 'requests_total{verb="GET",class="2xx"}')
+  local before puts='verb="PUT"'
   check "a type of their own" "200 text/plain; version=0.0.4" "$(ask main GET /metrics | cut -d ' ' -f 1-3)"
   expect "a verb that they do not take" "$NO_VERB" main PUT /metrics -d val=1
   check "each has its help and type" 0 "$(curl -s "${url[main]}/metrics" | awk '
@@ -918,7 +915,6 @@ test_metrics() {
   check "what they count" "1 0 1 1 1 7 2 2" "$(paste <(counted) <(echo "$before") | awk '{ print $1 - $2 }' | xargs)"
   goes main metric
   check "what is deleted counts no more" "$(sed -n 5,6p <<<"$before")" "$(counted | sed -n 5,6p)"
-  check_that "asking for them is counted" "$(metric main 'requests_total{verb="GET",class="2xx"}') > $gets"
   check_that "connections, of which this is one" "$(metric main connections) > $IDLE_CLIENTS"
   check "the version" 1 "$(metric main "build_info{version=\"$VERSION\"}")"
   plausible process_start_time_seconds $(($(date +%s) - 3600)) $(($(date +%s) + 1))
