@@ -3346,8 +3346,10 @@ mod node {
             self.peers.get(node).is_some_and(|peer| peer.silent)
         }
 
+        /// The silent members; of a blank node, the silent nodes that it asks.
         pub fn silent(&self) -> Vec<String> {
-            self.members().into_iter().filter(|node| self.is_silent(node)).collect()
+            let nodes = if self.table.is_none() { self.nodes_to_ask() } else { self.members() };
+            nodes.into_iter().filter(|node| self.is_silent(node)).collect()
         }
 
         /// Whether this store of one node, without keys, may join another.
@@ -3454,7 +3456,13 @@ mod node {
                 }
                 None => self.first_table(answers),
             };
-            let Some(table) = table else { return };
+            let Some(table) = table else {
+                let silent = self.silent();
+                if !silent.is_empty() && self.rounds.is_multiple_of(40) {
+                    self.say(format!("waits: no answer from {}", silent.join(", ")));
+                }
+                return;
+            };
             if self.adopt(table) {
                 self.heard_of = None;
                 // If it is settled, nothing is pulled from sources (R8), which may still have what was deleted since.
@@ -3531,9 +3539,7 @@ mod node {
         /// A node that this one waits for, to be named in an error.
         pub fn missing(&self) -> String {
             let joining = self.promise.joining.iter().cloned();
-            let asked = self.nodes_to_ask();
-            let silent = asked.iter().filter(|node| self.is_silent(node)).cloned();
-            let mut all = joining.chain(self.silent()).chain(silent).chain(asked.clone());
+            let mut all = joining.chain(self.silent()).chain(self.nodes_to_ask());
             all.next().unwrap_or_else(|| self.own.clone())
         }
     }
