@@ -381,7 +381,7 @@ mod connections {
             while BODIES.get() + length > MAX_BODIES {
                 pause(time);
                 // Many may wait, for long, and each check takes the worker's time.
-                time = (2 * time).min(Duration::from_secs(1));
+                time = (2 * time).min(Duration::from_millis(250));
             }
             BODIES.set(BODIES.get() + length);
             Permit(length)
