@@ -1928,19 +1928,21 @@ grade_replicas() { test_replicas; }
 find_vocabulary() {
   local found=form
   takes() { [[ $(status_of main PUT "$@") = 20* ]]; }
-  below=''
-  if [ "$vocabulary" != form ] && { [ "$vocabulary" = json ] || ! takes probe -d val=1; }; then
-    if takes probe "${json[@]}" -d '{"value":"1"}'; then
-      found=json
-    elif takes keys/probe -d '{"value":"1"}'; then
-      found=json below=keys/
-    else
-      tell "$section: no PUT is accepted, in neither vocabulary (--vocabulary says in which one to ask)"
+  if [ "$vocabulary" != form ]; then
+    below=''
+    if [ "$vocabulary" = json ] || ! takes probe -d val=1; then
+      if takes probe "${json[@]}" -d '{"value":"1"}'; then
+        found=json
+      elif takes keys/probe -d '{"value":"1"}'; then
+        found=json below=keys/
+      else
+        tell "$section: no PUT is accepted, in neither vocabulary (--vocabulary says in which one to ask)"
+      fi
     fi
+    vocabulary=${vocabulary:-$found}
+    ask main DELETE "${below}probe" >/dev/null
+    : >"$work/sent"
   fi
-  vocabulary=${vocabulary:-$found}
-  ask main DELETE "${below}probe" >/dev/null
-  : >"$work/sent"
   given_up || tell "$section: asked in the vocabulary '$vocabulary', about keys under $prefix/$below"
 }
 
