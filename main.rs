@@ -5816,15 +5816,17 @@ mod simulation {
         fn lose(&self, machine: usize, stamps: Stamps, is_left_out: bool) {
             let newest = self.newest();
             for (key, stamp) in stamps.into_iter().enumerate() {
-                let is_awaited = newest.as_ref().is_some_and(|newest| {
+                let is_asked = |node: &Node| {
+                    let is_it = |it: &String| it == node.own();
+                    let Some(newest) = &newest else { return false };
+                    let is_source = newest.range_at(HASHES[key]).sources.iter().flatten().any(is_it);
                     // One that has started again may find that the table was settled, and the sources have nothing.
-                    let is_behind = |node: &Node| node.version().is_some_and(|version| version < newest.version);
-                    let may_get_it = |node: &Node| is_behind(node) || waits(node, key);
-                    newest.owners(HASHES[key]).iter().any(|node| self.machines[machine_of(node)].is(may_get_it))
-                });
-                let sources = newest.iter().flat_map(|newest| &newest.range_at(HASHES[key]).sources).flatten();
-                let is_asked = |node: &Node| sources.clone().any(|source| source == node.own());
-                let may_give = |node: &Node| is_awaited && is_asked(node) || owns(node, key);
+                    let is_behind = |owner: &Node| owner.version().is_some_and(|version| version < newest.version);
+                    let asks = |owner: &Node| owner.pull_needs(HASHES[key]).iter().flatten().any(is_it);
+                    let may_ask = |owner: &Node| asks(owner) || is_source && is_behind(owner);
+                    newest.owners(HASHES[key]).iter().any(|owner| self.machines[machine_of(owner)].is(may_ask))
+                };
+                let may_give = |node: &Node| is_asked(node) || owns(node, key);
                 let has_it = |it: &&Machine| it.counts.get() && it.is(may_give);
                 let left = self.machines.iter().filter(has_it).map(|it| it.stamp(key)).max();
                 if left.is_some_and(|left| left >= stamp) {
