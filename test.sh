@@ -1622,7 +1622,7 @@ test_contexts() {
     on "main follower" check_output "NODE: $context is none of ours" "$not_valid" get NODE causal "$context"
   done
   expect "a deletion has it" "${REMOVED%\}}$empty" main DELETE keys/causal "${with_context[@]}"
-  expect "a verb that a key does not take has none" "$(json_error 405 'Method not allowed' POST)" main POST keys/causal \
+  expect "a verb that no key takes has none" "$(json_error 405 'Method not allowed' POST)" main POST keys/causal \
     "${json[@]}" -d '{"causal-context":1}'
 }
 
