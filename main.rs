@@ -108,8 +108,10 @@ environment (an empty variable is an unset one):
     impl Settings {
         /// The error is a line for stderr: variable, value, what was expected.
         fn read() -> Result<Settings, String> {
-            let variable = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
-            let get = |name: &str| variable(name).filter(|value| !value.is_empty());
+            let get = |name: &str| {
+                let value = std::env::var_os(name)?.to_string_lossy().into_owned();
+                Some(value).filter(|value| !value.is_empty())
+            };
             let address = |name: &str| match get(name) {
                 Some(value) if port_of(&value).is_none() => {
                     Err(format!("{name}={value}: expected host:port, such as 10.10.0.2:8080 or main:8080"))
@@ -341,6 +343,10 @@ mod connections {
             }
             let is_large = framing.length > LARGE_BODY && framing.length <= MAX_BODY;
             let _permit = is_large.then(|| self.wait_for_permit(framing.length));
+            if is_large {
+                // `MAX_BODIES` counts this length. Growing by doubling could take twice as much.
+                request.body.reserve_exact(framing.length);
+            }
             if framing.expects_continue && framing.length > 0 {
                 // RFC 9110 section 10.1.1.
                 self.output.borrow_mut().extend(b"HTTP/1.1 100 Continue\r\n\r\n");
@@ -391,10 +397,6 @@ mod connections {
         /// then the request counts as never made. Sends the answers to earlier requests before it waits (`recv`).
         fn read_body(&self, mut reader: BodyReader, length: usize, body: &mut Vec<u8>) -> bool {
             let mut taken = 0;
-            if length > LARGE_BODY && length <= MAX_BODY {
-                // `MAX_BODIES` counts this length. Growing by doubling could take twice as much.
-                body.reserve_exact(length);
-            }
             while taken < length {
                 self.idle.set(0);
                 let Ok(arrived @ [_, ..]) = reader.fill_buf() else { return false };
@@ -1155,8 +1157,8 @@ mod http {
         pub fn with_context(self, context: &Option<Context>) -> Answer {
             let Some(context) = context else { return self };
             // Writing to a Vec cannot fail.
-            let bytes = postcard::to_stdvec(context).unwrap_or_default();
-            let context = if context.is_empty() { json!({}) } else { json!({"bytes": bytes}) };
+            let bytes = || postcard::to_stdvec(context).unwrap_or_default();
+            let context = if context.is_empty() { json!({}) } else { json!({"bytes": bytes()}) };
             self.with_member("causal-context", &context)
         }
 
@@ -1502,7 +1504,7 @@ mod service {
             (Resource::KeyCount, "GET") => block_on(count_keys(&Live)).unwrap_or_else(|failure| failure),
             (Resource::ViewChange, "PUT") | (Resource::Shards(_), "GET") if own().is_none() => AddressNotSet,
             (Resource::Shards(id), "GET") => {
-                block_on(describe_shards(&Live, id.as_ref())).unwrap_or_else(|failure| failure)
+                block_on(describe_shards(&Live, id.as_deref())).unwrap_or_else(|failure| failure)
             }
             (Resource::ViewChange, "PUT") => match wanted_view(&request.body) {
                 Ok(wanted) => return block_on(answer_view_change(&Live, &request, &wanted)),
@@ -1538,10 +1540,10 @@ mod service {
             _ => Err("it is neither a string nor an array of strings".into()),
         };
         let view = view.map_err(invalid)?;
-        let force = match member(body, "force")? {
-            Some("true") => true,
-            None | Some("false" | "null") => false,
-            Some(force) => return Err(invalid(format!("force is {force}, neither true nor false"))),
+        let force = match member(body, "force")?.unwrap_or("null") {
+            "true" => true,
+            "false" | "null" => false,
+            force => return Err(invalid(format!("force is {force}, neither true nor false"))),
         };
         let text = member(body, "repl-factor")?.unwrap_or("null");
         let factor = (text != "null").then(|| parse_factor(text, view.len())).transpose();
@@ -3456,13 +3458,7 @@ mod node {
                 }
                 None => self.first_table(answers),
             };
-            let Some(table) = table else {
-                let silent = self.silent();
-                if !silent.is_empty() && self.rounds.is_multiple_of(40) {
-                    self.say(format!("waits: no answer from {}", silent.join(", ")));
-                }
-                return;
-            };
+            let Some(table) = table else { return self.say_why_it_waits(answers) };
             if self.adopt(table) {
                 self.heard_of = None;
                 // If it is settled, nothing is pulled from sources (R8), which may still have what was deleted since.
@@ -3470,16 +3466,29 @@ mod node {
             }
         }
 
-        fn first_table(&mut self, answers: &BTreeMap<String, Status>) -> Option<Arc<Table>> {
+        fn first_table(&self, answers: &BTreeMap<String, Status>) -> Option<Arc<Table>> {
             let first = self.first.clone();
             let others: Vec<&String> = first.view.iter().filter(|node| **node != self.own).collect();
-            let differs = |node: &String| answers.get(node).is_some_and(|it| it.first != 0 && it.first != first.store);
-            if let Some(node) = others.iter().find(|node| differs(node)).filter(|_| self.rounds.is_multiple_of(40)) {
-                self.say(format!("waits: {node} was started with another VIEW or REPL_FACTOR"));
-            }
             let are_up = others.iter().all(|node| answers.get(*node).is_some_and(|it| it.first == first.store));
             let is_first = are_up && first.lists(&self.own) && self.rounds >= MIN_ROUNDS;
             is_first.then_some(first)
+        }
+
+        /// Says every ten seconds why this node is still blank.
+        fn say_why_it_waits(&mut self, answers: &BTreeMap<String, Status>) {
+            if !self.rounds.is_multiple_of(40) {
+                return;
+            }
+            let (view, store) = (&self.first.view, self.first.store);
+            let differs = |node: &&String| answers.get(*node).is_some_and(|it| it.first != 0 && it.first != store);
+            let differing = view.iter().find(differs).filter(|_| self.heard_of.is_none()).cloned();
+            if let Some(node) = differing {
+                self.say(format!("waits: {node} was started with another VIEW or REPL_FACTOR"));
+            }
+            let silent = self.silent();
+            if !silent.is_empty() {
+                self.say(format!("waits: no answer from {}", silent.join(", ")));
+            }
         }
 
         // -- R9 view change, at the locked nodes
@@ -3872,12 +3881,12 @@ mod membership {
         }))
     }
 
-    pub async fn describe_shards(world: &impl World, id: Option<&String>) -> Result<Outcome, Outcome> {
+    pub async fn describe_shards(world: &impl World, id: Option<&str>) -> Result<Outcome, Outcome> {
         await_table(world).await?;
         let table = world.with(|node| node.table()).ok_or(Outcome::NoShard)?;
         let ids: Vec<String> = (0..table.shards.len()).map(id_of).collect();
         let Some(id) = id else { return Ok(Outcome::Shards(json!({"shards": ids}))) };
-        let index = ids.iter().position(|it| it == id).ok_or(Outcome::NoShard)?;
+        let index = ids.iter().position(|it| it.as_str() == id).ok_or(Outcome::NoShard)?;
         let replicas = &table.shards[index];
         for node in world.with(|node| node.ranked(replicas.clone())) {
             // A blank one has no keys yet.
